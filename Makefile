@@ -1,0 +1,78 @@
+# make demo | test | gpu-test | bench | lint | clean | help. Needs python3 (3.11 or later), make and g++; brings the rest in .venv.
+PYTHON ?= python3
+# The interpreter that runs things; `make gpu-test RUN=python3` uses one that has everything already, and builds no .venv.
+RUN ?= .venv/bin/python
+BENCH ?=
+
+PIP := .venv/bin/python -m pip -qq --disable-pip-version-check --no-input install --no-deps
+export PYTHONPATH := $(CURDIR)
+
+ifeq ($(RUN),.venv/bin/python)
+BASE := .venv/base.stamp
+TEST := .venv/test.stamp
+LINT := .venv/lint.stamp
+PLOT := .venv/bench.stamp
+endif
+
+.PHONY: help demo test gpu-test bench lint format clean
+.DEFAULT_GOAL := help
+
+help:
+	@echo "make demo      what Vidrial does, in a minute; needs no GPU"
+	@echo "make test      all tests; those that need a GPU are skipped without one"
+	@echo "make gpu-test  the tests that need a GPU"
+	@echo "make bench     the benchmarks, on a GPU (BENCH=... passes arguments)"
+	@echo "make lint      ruff and mypy"
+	@echo "make format    ruff's formatter, in place"
+	@echo "make clean     remove .venv, build and tool caches"
+	@echo "RUN=python3    use this interpreter as it is, and build no .venv"
+
+demo: $(BASE)
+	@$(RUN) -m vidrial demo
+
+test: $(TEST)
+	@$(RUN) -m pytest
+
+gpu-test: $(TEST)
+	@$(RUN) -m pytest tests/gpu
+
+bench: $(PLOT)
+	@for script in benchmarks/flash_attention.py benchmarks/power_retention.py; do $(RUN) $$script $(BENCH) || exit 1; done
+
+lint: $(LINT)
+	@$(RUN) -m ruff check .
+	@$(RUN) -m ruff format --check .
+	@$(RUN) -m mypy --strict vidrial kernels
+
+format: $(LINT)
+	@$(RUN) -m ruff format .
+
+clean:
+	@rm -rf .venv build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+.venv/bin/python:
+	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(0 if v >= (3, 11) else f"Vidrial needs Python 3.11 or later, not {v[0]}.{v[1]}; make PYTHON=python3.12")'
+	@$(PYTHON) -m venv .venv
+
+.venv/base.stamp: requirements/base.txt | .venv/bin/python
+	@echo "installing $<"
+	@$(PIP) -r $<
+	@touch $@
+
+# Where torch's wheel is the CUDA one it needs its libraries, GPU or not.
+.venv/test.stamp: requirements/test.txt requirements/torch-cuda.txt .venv/base.stamp
+	@echo "installing $<"
+	@$(PIP) -r $<
+	@.venv/bin/python -c 'import torch' 2>/dev/null || { echo "installing requirements/torch-cuda.txt"; $(PIP) -r requirements/torch-cuda.txt; }
+	@touch $@
+
+.venv/lint.stamp: requirements/lint.txt .venv/test.stamp
+	@echo "installing $<"
+	@$(PIP) -r $<
+	@touch $@
+
+.venv/bench.stamp: requirements/bench.txt .venv/test.stamp
+	@echo "installing $<"
+	@$(PIP) -r $<
+	@touch $@

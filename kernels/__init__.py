@@ -1,0 +1,1 @@
+"""The kernels that come with Vidrial, one folder each."""

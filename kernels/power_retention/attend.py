@@ -1,0 +1,127 @@
+"""Stage 4: y = (phi(q) S + causal power attention inside the chunk) / normaliser, in one kernel (`power_attend.cuh`).
+
+A CTA owns `rows` = 16 m warps queries of one head. Through one ring of `stages` buffers it streams the state before its chunk and
+then the chunk's keys and values, `keys` at a time, up to its own rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from vidrial.atoms import MMA_16x8x16, cp_async, ldmatrix
+from vidrial.device import Device
+from vidrial.dtypes import DType
+from vidrial.kernel import Kernel
+from vidrial.kernels.power_retention.scan import pair_tiles, snapshot_elements
+from vidrial.problem import choice, dynamic, static
+from vidrial.render import Arguments, Tiles
+from vidrial.space import Cost
+from vidrial.templates import TEMPLATES
+from vidrial.tiled import LoadMatrix, LoadVector, Pipeline, SharedMemory, SmemLayout, TiledCopy, TiledMma
+
+
+@dataclass(frozen=True)
+class Problem:
+    """q [b, t, hq, d], k [b, t, h, d], v [b, t, h, e] -> y [b, t, hq, e]; `stateful`: a state may come before the chunk."""
+
+    dtype: DType = static()
+    d: int = static()
+    e: int = static()
+    degree: int = static()
+    gated: bool = static()
+    normalized: bool = static()
+    stateful: bool = static()
+    b: int = dynamic()
+    t: int = dynamic()
+    hq: int = dynamic()
+    h: int = dynamic()
+    chunk: int = dynamic()
+    weight_scale: float = dynamic(keyed=False)
+    q_stride: tuple[int, int, int] = dynamic(keyed=False)
+    k_stride: tuple[int, int, int] = dynamic(keyed=False)
+    v_stride: tuple[int, int, int] = dynamic(keyed=False)
+    y_stride: tuple[int, int, int] = dynamic(keyed=False)
+
+    @property
+    def chunks(self) -> int:
+        return -(-self.t // self.chunk)
+
+
+@dataclass(frozen=True)
+class Config:
+    """`keys` a block; `m` atoms of 16 rows a warp; `stages` of the ring; `blocks`: CTAs an SM that registers must allow."""
+
+    keys: int = choice(64, 32, 128)
+    m: int = choice(2, 4)
+    warps: int = choice(4, 8, 2)
+    stages: int = choice(3, 2, 4)
+    blocks: int = choice(2, 1, 3)
+
+    @property
+    def rows(self) -> int:
+        return 16 * self.m * self.warps
+
+
+ARGS = Arguments(q="Elem const*", k="Elem const*", v="Elem const*", snapshots="cutlass::bfloat16_t const*", a="float2 const*", to_block="float const*", y="Elem*",
+                 q_stride="int64_t[3]", k_stride="int64_t[3]", v_stride="int64_t[3]", y_stride="int64_t[3]",
+                 t="int", h="int", hq="int", chunk="int", weight_scale="float")
+
+
+def tiles(p: Problem, c: Config) -> Tiles:
+    threads, bf16 = 32 * c.warps, DType.bfloat16
+    Pipeline(c.stages)
+    q = SmemLayout(p.dtype, c.rows, p.d)
+    k, v = SmemLayout(p.dtype, c.keys, p.d, stages=c.stages), SmemLayout(p.dtype, c.keys, p.e, stages=c.stages)
+    # A stage of the ring holds a block of keys and values, or a few pair tiles of S, or rows of Z.
+    kv_bytes, pairs = k.bytes + v.bytes, pair_tiles(p.d)
+    s_tiles = max((n for n in (2, 4) if pairs % n == 0 and n * 128 * p.e <= kv_bytes), default=1)
+    s = SmemLayout(bf16, 64 * s_tiles, p.e)
+    z = SmemLayout(bf16, max((n for n in (32, 64, 128) if p.d % n == 0 and 2 * n * p.d <= max(kv_bytes, s.bytes)), default=16), p.d)
+    stage_bytes = max(kv_bytes, s.bytes, z.bytes)
+    warps, copy = (c.warps, 1), cp_async(16, zero_fill=True)
+    qk = TiledMma(MMA_16x8x16[p.dtype], warps, (c.rows, c.keys, p.d), a=q, b=k, bands=True)
+    # The second product is in bf16 whatever V is stored as: squared scores overflow float16.
+    weights = TiledMma(MMA_16x8x16[bf16], warps, (c.rows, c.keys, p.d), bands=True).accumulator
+    pv = TiledMma(MMA_16x8x16[bf16], warps, (c.rows, p.e, c.keys), a=weights, b=SmemLayout(bf16, c.keys, p.e, stages=c.stages).transposed, bands=True)
+    ps = TiledMma(MMA_16x8x16[bf16], warps, (c.rows, p.e, 64 * s_tiles), b=s.transposed, bands=True)
+    qz = TiledMma(MMA_16x8x16[bf16], warps, (c.rows, p.d, z.rows), b=z.transposed, bands=True)
+    blocks, band = range(0, p.d, 8), 16 * c.m
+    return Tiles(
+        threads=threads, min_blocks=c.blocks, smem=SharedMemory(Q=q, Ring=c.stages * stage_bytes, Decay=8 * c.keys * c.stages),
+        Elem=p.dtype, d=p.d, e=p.e, degree=p.degree, gated=p.gated, normalized=p.normalized, stateful=p.stateful,
+        rows=c.rows, keys=c.keys, stages=c.stages, stage_bytes=stage_bytes, s_tiles=s_tiles, s_stages=pairs // s_tiles,
+        z_rows=z.rows, z_stages=p.d // z.rows if p.normalized else 0, snapshot=snapshot_elements(p.d, p.e, p.normalized),
+        Q=q, K=k, V=v, S=s, QK=qk, PV=pv, PS=ps, QZ=qz,
+        CopyQ=TiledCopy(copy, q, threads), CopyK=TiledCopy(copy, k, threads), CopyV=TiledCopy(copy, v, threads),
+        CopyS=TiledCopy(copy, s, threads), CopyZ=TiledCopy(copy, z, threads),
+        # For phi(q): features of block J as fragments, features of block I as the pairs of one row.
+        RowsJ=LoadMatrix(q, ldmatrix(4), threads, lambda t: (t // 32 * band + t % 32, 0), [(16 * m, j) for m in range(0, c.m, 2) for j in blocks]),
+        RowsI=LoadVector(q, threads, lambda t: (t // 32 * band + t % 32 // 4, 0), [(8 * h, i) for h in range(2 * c.m) for i in blocks]),
+    )
+
+
+def grid(p: Problem, c: Config) -> tuple[int, int, int]:
+    return -(-p.t // c.rows), p.b * p.hq, 1
+
+
+def rules(p: Problem, c: Config, device: Device) -> Iterator[tuple[bool, str]]:
+    yield p.chunk % c.rows == 0, f"the {c.rows} rows of a CTA must divide chunk={p.chunk}"
+    yield c.rows % c.keys == 0, f"keys={c.keys} must divide the {c.rows} rows of a CTA"
+    yield c.m * (p.e + c.keys) // 2 <= 200, f"m={c.m}: {c.m * (p.e + c.keys) // 2} accumulators a thread leave no registers for the rest"
+    yield c.blocks * c.warps <= 16, f"blocks={c.blocks} of {c.warps} warps leave a thread fewer than 128 registers"
+
+
+def cost(p: Problem, c: Config, device: Device) -> Cost:
+    size, chunk_rows = snapshot_elements(p.d, p.e, p.normalized), min(p.chunk, p.t)
+    # Causal: on average a CTA sees half its chunk and half of its own square.
+    keys = (chunk_rows + c.rows) / 2
+    with_state = p.t - chunk_rows if p.stateful else 0
+    flops = 2 * p.b * p.hq * (p.t * keys * (p.d + p.e) + with_state * size)
+    read = p.b * (p.t * 2 * (p.hq + p.h) * (p.d + p.e) + (p.chunks - 1) * p.h * size * 2)
+    ctas = grid(p, c)[0] * p.b * p.hq
+    return Cost(flops=flops, bytes=read, ctas=ctas, ctas_per_sm=c.blocks, efficiency=0.50 if c.blocks * c.warps >= 8 else 0.40)
+
+
+power_attend = Kernel("power_attend", Path(TEMPLATES, "power_attend.cu.j2"), Problem, Config, ARGS, tiles, grid, rules, cost)

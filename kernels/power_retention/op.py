@@ -1,0 +1,164 @@
+"""Power retention as an op: gates, scan, carry and attend in sequence, and the chunk that they share.
+
+With `chunk` 0 the whole sequence is one chunk: the attention form, no state. Otherwise chunks of that many tokens carry a state.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from vidrial.dtypes import DType
+from vidrial.kernels.power_retention import attend, gates, scan
+from vidrial.kernels.power_retention.reference import attention_form
+from vidrial.op import Buffer, Check, Op, Stage
+from vidrial.problem import choice, dynamic, part, static
+
+# Rows of tables are padded to this many tokens when the sequence is one chunk: every tile's rows divide it.
+PADDING = 512
+# Relative to the norm, and of the worst element weighted by its conditioning, for outputs rounded to 16 bits:
+# rounding the exact result to bf16 alone costs 1.7e-3 of the norm, the state form 2.8e-3.
+RELATIVE_BOUND, WORST_BOUND = 5e-3, 2e-3
+
+
+@dataclass(frozen=True)
+class Problem:
+    """q [b, t, hq, d], k [b, t, h, d], v [b, t, h, e], log_g [b, t, h] -> y [b, t, hq, e]; strides in elements, of all but the last axis."""
+
+    dtype: DType = static()
+    d: int = static()
+    e: int = static()
+    degree: int = static()
+    gated: bool = static()
+    normalized: bool = static()
+    b: int = dynamic()
+    t: int = dynamic()
+    hq: int = dynamic()
+    h: int = dynamic()
+    scale: float = dynamic(keyed=False)
+    q_stride: tuple[int, int, int] = dynamic(keyed=False)
+    k_stride: tuple[int, int, int] = dynamic(keyed=False)
+    v_stride: tuple[int, int, int] = dynamic(keyed=False)
+    y_stride: tuple[int, int, int] = dynamic(keyed=False)
+    log_g_stride: tuple[int, int, int] = dynamic(keyed=False)
+
+
+@dataclass(frozen=True)
+class Config:
+    """`chunk` tokens share a state, 0 for none; how the state is scanned; how the output is made."""
+
+    chunk: int = choice(1024, 0, 128, 256, 512, 2048, 4096)
+    scan: scan.Config = part(scan.Config)
+    attend: attend.Config = part(attend.Config)
+
+
+def strides(*shape: int) -> tuple[int, ...]:
+    """Strides in elements of a contiguous array, all but the last axis."""
+    return tuple(int(np.prod(shape[i + 1:])) for i in range(len(shape) - 1))
+
+
+def chunk_tokens(p: Problem, c: Config) -> int:
+    """Tokens a chunk: the config's, or the padded length."""
+    return c.chunk or -(-max(p.t, 1) // PADDING) * PADDING
+
+
+def stages(p: Problem, c: Config) -> list[Stage]:
+    chunk, table = chunk_tokens(p, c), dict(gated=p.gated, normalized=p.normalized)
+    sizes = dict(b=p.b, t=p.t, h=p.h, chunk=chunk)
+    launches = []
+    if p.gated:
+        launches.append(Stage(gates.power_gates, gates.Problem(**sizes, block=c.attend.keys, log_g_stride=p.log_g_stride), gates.Config()))
+    if c.chunk:
+        problem = scan.Problem(p.dtype, p.d, p.e, **table, **sizes, k_stride=p.k_stride, v_stride=p.v_stride)
+        launches.append(Stage(scan.power_scan, problem, c.scan, "scan"))
+        if c.scan.segments > 1:
+            join = scan.CarryProblem(p.d, p.e, **table, **sizes, segments=c.scan.segments)
+            launches.append(Stage(scan.power_carry, join, scan.CarryConfig(), "scan"))
+    problem = attend.Problem(p.dtype, p.d, p.e, p.degree, **table, stateful=c.chunk > 0, **sizes, hq=p.hq, weight_scale=p.scale**p.degree,
+                             q_stride=p.q_stride, k_stride=p.k_stride, v_stride=p.v_stride, y_stride=p.y_stride)
+    launches.append(Stage(attend.power_attend, problem, c.attend, "attend"))
+    return launches
+
+
+def rules(p: Problem, c: Config) -> Iterator[tuple[bool, str]]:
+    yield c.chunk == 0 or p.degree == 2, f"degree {p.degree} has the attention form only: chunk=0"
+    yield c.chunk == 0 or c.chunk < p.t, f"chunk={c.chunk} holds all {p.t} tokens: chunk=0 is the same without a state"
+
+
+def outputs(p: Problem) -> dict[str, Buffer]:
+    return {"y": Buffer((p.b, p.t, p.hq, p.e), p.dtype)}
+
+
+def workspace(p: Problem, c: Config) -> dict[str, Buffer]:
+    chunk = chunk_tokens(p, c)
+    chunks, heads, size = -(-p.t // chunk), p.b * p.h, scan.snapshot_elements(p.d, p.e, p.normalized)
+    buffers = {}
+    if p.gated:
+        padded, f32 = chunks * chunk, DType.float32
+        buffers |= {"a": Buffer((heads, padded, 2), f32), "to_end": Buffer((heads, padded), f32), "to_block": Buffer((heads, padded), f32)}
+    if c.chunk:
+        buffers["snapshots"] = Buffer((heads, chunks, size), DType.bfloat16)
+        if c.scan.segments > 1:
+            buffers["ends"] = Buffer((heads, c.scan.segments - 1, size), DType.float32)
+    return buffers
+
+
+def example(*, t: int, b: int = 1, h: int = 16, hq: int | None = None, d: int = 64, e: int | None = None, degree: int = 2, gated: bool = True,
+            normalize: str = "sum", dtype: str = "bfloat16", scale: float | None = None) -> Problem:
+    """A problem with contiguous arrays."""
+    hq, e = hq or h, e or d
+    return Problem(DType.of(dtype), d, e, degree, gated, normalize == "sum", b, t, hq, h, scale if scale is not None else d**-0.5,
+                   strides(b, t, hq, d), strides(b, t, h, d), strides(b, t, h, e), strides(b, t, hq, e), (t * h, h, 1))  # type: ignore[arg-type]
+
+
+def small(p: Problem) -> Problem:
+    """The same op at an odd length past two of its chunks, few heads: quick to check."""
+    group, h = p.hq // p.h, min(p.h, 2)
+    return example(t=min(p.t, 2309), b=1, h=h, hq=h * group, d=p.d, e=p.e, degree=p.degree, gated=p.gated, normalize="sum" if p.normalized else "none",
+                   dtype=p.dtype.name, scale=p.scale)
+
+
+def round_to(x: np.ndarray, dtype: DType) -> np.ndarray:
+    """float -> 16 bits, nearest even; bfloat16 as uint16 bits."""
+    if dtype is not DType.bfloat16:
+        return x.astype(dtype.label)
+    bits = np.ascontiguousarray(x, np.float32).view(np.uint32)
+    return ((bits + 0x7FFF + (bits >> 16 & 1)) >> 16).astype(np.uint16)
+
+
+def widen(x: np.ndarray, dtype: DType) -> np.ndarray:
+    """16 bits -> float64, exact."""
+    return (x.astype(np.uint32) << 16).view(np.float32).astype(np.float64) if dtype is DType.bfloat16 else x.astype(np.float64)
+
+
+def sample(p: Problem, seed: int) -> dict[str, np.ndarray]:
+    """Normal q, k, v; log_g = logsigmoid(normal + 4): a memory of some fifty tokens."""
+    rng = np.random.default_rng(seed)
+    shapes = {"q": (p.b, p.t, p.hq, p.d), "k": (p.b, p.t, p.h, p.d), "v": (p.b, p.t, p.h, p.e)}
+    arrays = {name: round_to(rng.standard_normal(shape, np.float32), p.dtype) for name, shape in shapes.items()}
+    if p.gated:
+        arrays["log_g"] = -np.log1p(np.exp(-rng.standard_normal((p.b, p.t, p.h), np.float32) - 4))
+    return arrays
+
+
+def reference(p: Problem, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    q, k, v = (widen(inputs[n], p.dtype) for n in "qkv")
+    found = attention_form(q, k, v, inputs.get("log_g"), degree=p.degree, scale=p.scale, normalize="sum" if p.normalized else "none")
+    return {"y": found.y, "conditioning": found.conditioning, "v_max": np.array(np.abs(v).max(initial=0.0))}
+
+
+def check(p: Problem, inputs: Mapping[str, np.ndarray], results: Mapping[str, np.ndarray], expected: Mapping[str, np.ndarray]) -> Check:
+    """The weighted error alone would not see a wrong multiplicity, the norm alone not a wrong element: both count."""
+    y, exact = widen(results["y"], p.dtype), expected["y"]
+    error = np.abs(y - exact)
+    norm = float(np.linalg.norm(exact))
+    worst = (error * expected["conditioning"][..., None]).max(initial=0.0) / max(float(expected["v_max"]), 1e-30)
+    return Check(float(np.linalg.norm(error)) / max(norm, 1e-30), float(worst), RELATIVE_BOUND, WORST_BOUND)
+
+
+
+op = Op(name="power_retention", kernels=(gates.power_gates, scan.power_scan, scan.power_carry, attend.power_attend), problem=Problem, config=Config,
+        stages=stages, outputs=outputs, workspace=workspace, sample=sample, reference=reference, check=check, small=small, rules=rules, example=example)
+

@@ -1,0 +1,79 @@
+"""Power retention in float64 NumPy, clear rather than fast: what the kernels are compared with.
+
+    weight(i, j) = (scale q_i . k_j)^degree exp(a_i - a_j),  j <= i,   a = inclusive cumsum(log_g)
+    y_i = sum_j weight(i, j) v_j / sum_j weight(i, j)        ("sum"; the plain sum for "none")
+
+Shapes: q [B, T, HQ, D], k [B, T, H, D], v [B, T, H, E], log_g [B, T, H] or None; query head h reads key head h // (HQ / H).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+Float64 = NDArray[np.float64]
+
+LOWEST_LOG_GATE = -60.0        # exp(-60): gates below are clamped
+LOWEST_NORMALISER = 1e-20
+ROWS = 256                     # query rows at a time: memory stays O(T)
+
+
+class Reference(NamedTuple):
+    """y [B, T, HQ, E]; conditioning [B, T, HQ]: norm_i / sum_j |weight bound|, by which an element's error is multiplied.
+
+    The state form sums terms of size (scale |q_i| |k_j|)^degree that cancel down to the normaliser, so the error of y_i that rounding
+    explains is u * bound_i / norm_i: compare |dy_i| norm_i / bound_i.
+    """
+
+    y: Float64
+    conditioning: Float64
+
+
+def _heads(q: Float64, k: Float64, v: Float64, log_g: Float64 | None) -> Iterator[tuple[int, int, Float64, Float64, Float64, Float64]]:
+    group = q.shape[2] // k.shape[2]
+    for b in range(q.shape[0]):
+        for h in range(q.shape[2]):
+            gates = np.zeros(k.shape[1]) if log_g is None else np.maximum(log_g[b, :, h // group], LOWEST_LOG_GATE)
+            yield b, h, q[b, :, h], k[b, :, h // group], v[b, :, h // group], np.cumsum(gates)
+
+
+def attention_form(q: Float64, k: Float64, v: Float64, log_g: Float64 | None = None, *, degree: int = 2, scale: float | None = None,
+                   normalize: str = "sum") -> Reference:
+    """The O(T^2) form, in float64."""
+    q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
+    log_g = None if log_g is None else np.asarray(log_g, np.float64)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    length = q.shape[1]
+    y, conditioning = np.zeros((*q.shape[:3], v.shape[-1])), np.ones(q.shape[:3])
+    for b, h, qh, kh, vh, a in _heads(q, k, v, log_g):
+        key_norms = np.linalg.norm(kh, axis=1)
+        for m in range(0, length, ROWS):
+            rows, keys = slice(m, min(m + ROWS, length)), slice(0, min(m + ROWS, length))
+            gap = a[rows, None] - a[None, keys]
+            decay = np.exp(np.where(np.arange(length)[rows, None] >= np.arange(length)[None, keys], gap, -np.inf))
+            weight = (scale * qh[rows] @ kh[keys].T) ** degree * decay
+            bound = (scale * np.linalg.norm(qh[rows], axis=1)) ** degree * (decay @ key_norms[keys] ** degree)
+            norm = weight.sum(1)
+            y[b, rows, h] = weight @ vh[keys] / (np.maximum(norm, LOWEST_NORMALISER)[:, None] if normalize == "sum" else 1.0)
+            conditioning[b, rows, h] = norm / np.maximum(bound, 1e-300) if normalize == "sum" else 1 / np.maximum(bound, 1e-300)
+    return Reference(y, conditioning)
+
+
+def recurrent_form(q: Float64, k: Float64, v: Float64, log_g: Float64 | None = None, *, scale: float | None = None,
+                   normalize: str = "sum") -> Float64:
+    """Degree 2, one token at a time: S <- g S + (k k^T) v^T, in float64. A second, independent evaluation."""
+    q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    y = np.zeros((*q.shape[:3], v.shape[-1]))
+    for b, h, qh, kh, vh, a in _heads(q, k, v, log_g):
+        state, norm = np.zeros((qh.shape[1], qh.shape[1], vh.shape[1])), np.zeros((qh.shape[1], qh.shape[1]))
+        for t, gate in enumerate(np.exp(np.diff(a, prepend=0.0))):
+            outer = np.outer(kh[t], kh[t])
+            state, norm = gate * state + outer[..., None] * vh[t], gate * norm + outer
+            weights = scale**2 * np.outer(qh[t], qh[t])
+            total = max((weights * norm).sum(), LOWEST_NORMALISER) if normalize == "sum" else 1.0
+            y[b, t, h] = np.tensordot(weights, state, 2) / total
+    return y

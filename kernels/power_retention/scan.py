@@ -1,0 +1,162 @@
+"""Stage 2: the state before every chunk (`power_scan.cuh`), a state-stationary scan; and stage 3, which joins its segments.
+
+A warp owns 64 rows x `columns` columns of the state in registers over all chunks: 36 pair tiles of phi and one block of Z for
+D = 64, 136 and 2 for D = 128. Few heads do not fill a GPU with such warps, so the sequence may be cut into `segments` that are
+scanned side by side from zero; `power_carry` then adds to each later segment what the earlier ones leave behind.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from vidrial.atoms import MMA_16x8x16, cp_async, ldmatrix
+from vidrial.device import Device
+from vidrial.dtypes import DType
+from vidrial.kernel import Kernel
+from vidrial.problem import choice, dynamic, static
+from vidrial.render import Arguments, Tiles
+from vidrial.space import Cost
+from vidrial.templates import TEMPLATES
+from vidrial.tiled import LoadMatrix, Pipeline, SharedMemory, SmemLayout, TiledCopy, TiledMma
+
+
+def pair_tiles(d: int) -> int:
+    """8 x 8 tiles of the symmetric square of d features: one a pair of blocks I <= J."""
+    return d // 8 * (d // 8 + 1) // 2
+
+
+def snapshot_elements(d: int, e: int, normalized: bool) -> int:
+    """Elements of one head's state: Z [d, d] if there is a normaliser, then 64 rows of e a pair tile."""
+    return (d * d if normalized else 0) + pair_tiles(d) * 64 * e
+
+
+@dataclass(frozen=True)
+class Problem:
+    """k [b, t, h, d], v [b, t, h, e]; snapshots [b h, chunks, state] bf16."""
+
+    dtype: DType = static()
+    d: int = static()
+    e: int = static()
+    gated: bool = static()
+    normalized: bool = static()
+    b: int = dynamic()
+    t: int = dynamic()
+    h: int = dynamic()
+    chunk: int = dynamic()
+    k_stride: tuple[int, int, int] = dynamic(keyed=False)
+    v_stride: tuple[int, int, int] = dynamic(keyed=False)
+
+    @property
+    def chunks(self) -> int:
+        return -(-self.t // self.chunk)
+
+
+@dataclass(frozen=True)
+class Config:
+    """`tokens` a stage of the pipeline; `columns` of the state a warp; `segments` of the sequence scanned side by side."""
+
+    tokens: int = choice(64, 128, 32)
+    stages: int = choice(3, 2, 4)
+    warps: int = choice(4, 8)
+    columns: int = choice(64, 32)
+    segments: int = choice(1, 2, 3, 4, 6, 8)
+
+
+ARGS = Arguments(k="Elem const*", v="Elem const*", a="float2 const*", to_end="float const*", snapshots="cutlass::bfloat16_t*", ends="float*",
+                 k_stride="int64_t[3]", v_stride="int64_t[3]", t="int", h="int", chunk="int")
+
+
+def units(p: Problem, c: Config) -> int:
+    """Warps of work a head."""
+    z = max(1, p.d // 64) * (p.d // c.columns) if p.normalized else 0
+    return pair_tiles(p.d) * (p.e // c.columns) + z
+
+
+def tiles(p: Problem, c: Config) -> Tiles:
+    threads, bf16 = 32 * c.warps, DType.bfloat16
+    Pipeline(c.stages)
+    k, v = SmemLayout(p.dtype, c.tokens, p.d, stages=c.stages), SmemLayout(p.dtype, c.tokens, p.e, stages=c.stages)
+    # Values reach the state as bf16, whatever they are stored as: converted in registers.
+    k16, v16 = replace(k, dtype=bf16), replace(v, dtype=bf16)
+    # k^T of one warp, [8 features][tokens], rows padded so that a broadcast ldmatrix meets no bank twice.
+    products = SmemLayout(bf16, 8, c.tokens + 8, swizzle=None)
+    trans, plain = ldmatrix(4, transposed=True), ldmatrix(4)
+    blocks = tuple((0, 8 * i) for i in range(p.d // 8))
+    z_rows, atom = min(64, p.d), MMA_16x8x16[bf16]
+    state = TiledMma(atom, warps=(1, 1), tile=(64, c.columns, c.tokens), b=v16.transposed)
+    z = TiledMma(atom, warps=(1, 1), tile=(z_rows, c.columns, c.tokens), a=k16.transposed, b=k16.transposed)
+    copy = cp_async(16, zero_fill=True)
+    smem = SharedMemory(K=k, V=v, Decay=4 * c.tokens * c.stages, Products=c.warps * products.bytes)
+    return Tiles(
+        threads=threads, min_blocks=8 // c.warps, smem=smem,
+        Elem=p.dtype, d=p.d, e=p.e, gated=p.gated, normalized=p.normalized, tokens=c.tokens, stages=c.stages, columns=c.columns,
+        K=k, V=v, Products=products, products_bytes=products.bytes, State=state, ZRows=z.A.load, ZColumns=z.B,
+        CopyK=TiledCopy(copy, k, threads), CopyV=TiledCopy(copy, v, threads),
+        Tokens=LoadMatrix(k, trans, 32, lambda lane: (lane, 0), [(t, 0) for t in range(0, c.tokens, 32)], blocks),
+        Broadcast=LoadMatrix(products, plain, 32, lambda lane: (lane // 8 % 2, lane // 16 * 8), [(2 * m, t) for m in range(4) for t in range(0, c.tokens, 16)]),
+    )
+
+
+def grid(p: Problem, c: Config) -> tuple[int, int, int]:
+    return -(-units(p, c) // c.warps), c.segments, p.b * p.h
+
+
+def rules(p: Problem, c: Config, device: Device) -> Iterator[tuple[bool, str]]:
+    yield p.d % c.columns == 0 and p.e % c.columns == 0, f"columns={c.columns} must divide d={p.d} and e={p.e}"
+    yield p.chunk % c.tokens == 0, f"tokens={c.tokens} must divide chunk={p.chunk}"
+    yield c.segments == 1 or c.segments < p.chunks, f"segments={c.segments} must be fewer than the {p.chunks} chunks"
+
+
+def cost(p: Problem, c: Config, device: Device) -> Cost:
+    scanned, size = (p.chunks - 1) * p.chunk, snapshot_elements(p.d, p.e, p.normalized)
+    ctas = -(-units(p, c) // c.warps) * p.b * p.h * c.segments
+    # Shared memory, not the tensor cores, limits narrow slices; see the wavefronts in docs/power_retention.md.
+    efficiency = 0.40 if c.columns == 64 else 0.28
+    return Cost(flops=2 * p.b * p.h * scanned * units(p, c) * 64 * c.columns, bytes=2 * p.b * p.h * (scanned * (p.d + p.e) + (p.chunks - 1) * size),
+                ctas=ctas, ctas_per_sm=8 // c.warps, efficiency=efficiency)
+
+
+power_scan = Kernel("power_scan", Path(TEMPLATES, "power_scan.cu.j2"), Problem, Config, ARGS, tiles, grid, rules, cost)
+
+
+@dataclass(frozen=True)
+class CarryProblem:
+    """Snapshots of `segments` segments, to be joined."""
+
+    d: int = static()
+    e: int = static()
+    gated: bool = static()
+    normalized: bool = static()
+    b: int = dynamic()
+    t: int = dynamic()
+    h: int = dynamic()
+    chunk: int = dynamic()
+    segments: int = dynamic()
+
+
+@dataclass(frozen=True)
+class CarryConfig:
+    """`threads` a CTA, 8 elements each."""
+
+    threads: int = choice(128, 256)
+
+
+CARRY_ARGS = Arguments(a="float2 const*", ends="float const*", snapshots="cutlass::bfloat16_t*", t="int", chunk="int", segments="int")
+
+
+def carry_tiles(p: CarryProblem, c: CarryConfig) -> Tiles:
+    return Tiles(threads=c.threads, gated=p.gated, snapshot=snapshot_elements(p.d, p.e, p.normalized))
+
+
+def carry_grid(p: CarryProblem, c: CarryConfig) -> tuple[int, int, int]:
+    return -(-snapshot_elements(p.d, p.e, p.normalized) // (8 * c.threads)), p.b * p.h, 1
+
+
+def carry_cost(p: CarryProblem, c: CarryConfig, device: Device) -> Cost:
+    joined = -(-p.t // p.chunk) * (p.segments - 1) / p.segments
+    return Cost(flops=0, bytes=4 * joined * p.b * p.h * snapshot_elements(p.d, p.e, p.normalized), ctas=carry_grid(p, c)[0] * p.b * p.h, ctas_per_sm=8)
+
+
+power_carry = Kernel("power_carry", Path(TEMPLATES, "power_carry.cu.j2"), CarryProblem, CarryConfig, CARRY_ARGS, carry_tiles, carry_grid, cost=carry_cost)

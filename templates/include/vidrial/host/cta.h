@@ -1,0 +1,141 @@
+// What the threads of a CTA do together: barriers, warp collectives, cp.async.
+#pragma once
+#include <vidrial/host/shared.h>
+
+namespace vidrial::host {
+
+inline struct { int arrived = 0; char const* file = ""; int line = 0; } barrier;
+
+VIDRIAL_RUNTIME inline void sync_threads(char const* file, int line, void const* place) {
+  if (!barrier.arrived) barrier.file = file, barrier.line = line;
+  else if (barrier.line != line || strcmp(barrier.file, file)) {
+    std::string waiting;
+    describe_threads(waiting, [](int t) { return fibers[size_t(t)].wait.what == std::string("wait in __syncthreads") && !(warps[size_t(t >> 5)].runnable >> (t & 31) & 1); });
+    fatal("barrier divergence: threads %s wait in __syncthreads at %s:%d, this thread is in the one at %s:%d", waiting.c_str(), barrier.file, barrier.line, file, line);
+  }
+  publish(&barrier);
+  if (++barrier.arrived == thread_count) {
+    barrier.arrived = 0;
+    for (Warp& w : warps) w.runnable = w.full;
+    reschedule();
+  } else {
+    wait_here("wait in __syncthreads", place);
+  }
+  observe(&barrier);
+}
+
+// Every lane of `mask` brings its argument; the last to arrive runs `operation(Argument* [32])` for all of them.
+template <class Argument, class Operation>
+VIDRIAL_RUNTIME void collective(char const* what, unsigned mask, void const* place, Argument& argument, Operation operation) {
+  Warp& w = warp();
+  unsigned const me = 1u << lane();
+  mask &= w.full;
+  if (!(mask & me)) fatal("%s: lane %d is not in its own mask %08x", what, lane(), mask);
+  Slot& slot = w.slots[__builtin_ctz(mask)];
+  if (!slot.arrived) slot.what = what, slot.mask = mask;
+  else if (slot.what != what || slot.mask != mask) fatal("warp divergence: lanes %08x %s, this lane comes to: %s", slot.arrived, slot.what, what);
+  slot.arguments[lane()] = &argument;
+  slot.arrived |= me;
+  if (slot.arrived == mask) {
+    slot.arrived = 0;
+    w.runnable |= mask;
+    operation(reinterpret_cast<Argument**>(slot.arguments));
+  } else {
+    wait_here(what, place);
+  }
+}
+
+// For instructions that the whole warp has to execute.
+VIDRIAL_RUNTIME inline void require_full_warp(char const* what) {
+  if (warp().full != ~0u) fatal("%s: the warp has only %d threads", what, __builtin_popcount(warp().full));
+}
+
+// One cp.async on its way. The source is read when it is issued, so that a bad address is blamed on the right line.
+struct Copy { void* target; int bytes; char data[16]; };
+struct CopyQueue { std::vector<Copy> copies; std::vector<size_t> groups; };
+// One thread's part of a warp-wide request: equal `place` and `turn` (how often the thread came there) make up one request.
+struct Access { void const* place; unsigned turn; uintptr_t sector; };
+
+inline bool lazy = true;
+inline std::vector<CopyQueue> queues;
+inline std::vector<std::vector<Access>> accesses;
+
+VIDRIAL_RUNTIME inline void land(Copy const& copy) { memcpy(copy.target, copy.data, size_t(copy.bytes)); }
+
+[[gnu::noinline]] VIDRIAL_RUNTIME inline void cp_async(void* target, void const* source, int bytes, int valid) {
+  if (uintptr_t(target) % unsigned(bytes)) fatal("cp.async: the shared-memory address %p is not a multiple of its %d bytes", target, bytes);
+  if (valid && uintptr_t(source) % unsigned(bytes)) fatal("cp.async: the global address %p is not a multiple of its %d bytes", source, bytes);
+#if !VIDRIAL_ASAN
+  if (!in_shared(target, bytes)) fatal("cp.async: its target is not in shared memory (the launch asked for %zu bytes)", shared_bytes);
+#endif
+  Copy copy{target, bytes, {}};
+  memcpy(copy.data, source, size_t(valid));
+  stats.cp_async_bytes += valid;
+  if (valid) {
+    auto& mine = accesses[size_t(current)];
+    void const* const place = __builtin_return_address(0);
+    unsigned turn = 0;
+    for (auto a = mine.rbegin(); a != mine.rend(); ++a) if (a->place == place) { turn = a->turn + 1; break; }
+    mine.push_back({place, turn, uintptr_t(source) / 32});
+  }
+  if (!lazy) return land(copy);
+  memset(target, kPoisonByte, size_t(bytes));
+  queues[size_t(current)].copies.push_back(copy);
+}
+
+VIDRIAL_RUNTIME inline void cp_async_commit() {
+  CopyQueue& q = queues[size_t(current)];
+  q.groups.push_back(q.copies.size());
+}
+
+// Land the first `count` copies of this thread.
+VIDRIAL_RUNTIME inline void land_first(CopyQueue& q, size_t count) {
+  for (size_t i = 0; i < count; ++i) land(q.copies[i]);
+  q.copies.erase(q.copies.begin(), q.copies.begin() + ptrdiff_t(count));
+}
+
+// All but the last `pending` groups have landed when this returns.
+VIDRIAL_RUNTIME inline void cp_async_wait_group(int pending) {
+  CopyQueue& q = queues[size_t(current)];
+  ptrdiff_t const finished = ptrdiff_t(q.groups.size()) - pending;
+  if (finished <= 0) return;
+  size_t const end = q.groups[size_t(finished - 1)];
+  land_first(q, end);
+  q.groups.erase(q.groups.begin(), q.groups.begin() + finished);
+  for (size_t& g : q.groups) g -= end;
+}
+
+// Waits for copies that no group holds, too.
+VIDRIAL_RUNTIME inline void cp_async_wait_all() {
+  CopyQueue& q = queues[size_t(current)];
+  land_first(q, q.copies.size());
+  q.groups.clear();
+}
+
+// Requests and 32-byte sectors of the finished CTA.
+VIDRIAL_RUNTIME inline void count_accesses() {
+  std::vector<std::tuple<void const*, unsigned, uintptr_t>> merged;
+  for (size_t first = 0; first < accesses.size(); first += 32) {
+    merged.clear();
+    for (size_t t = first; t < std::min(first + 32, accesses.size()); ++t)
+      for (Access const& a : accesses[t]) merged.emplace_back(a.place, a.turn, a.sector);
+    std::sort(merged.begin(), merged.end());
+    merged.erase(std::unique(merged.begin(), merged.end()), merged.end());
+    stats.cp_async_sectors += int64_t(merged.size());
+    for (size_t i = 0; i < merged.size(); ++i)
+      stats.cp_async_requests += !i || std::get<0>(merged[i]) != std::get<0>(merged[i - 1]) || std::get<1>(merged[i]) != std::get<1>(merged[i - 1]);
+  }
+}
+
+VIDRIAL_RUNTIME inline void run_cta() {
+  poison_shared();
+  queues.assign(size_t(thread_count), {});
+  accesses.assign(size_t(thread_count), {});
+  barrier.arrived = 0;
+  run_threads();
+  for (CopyQueue& q : queues) land_first(q, q.copies.size());
+  check_shared();
+  count_accesses();
+}
+
+}  // namespace vidrial::host

@@ -1,0 +1,151 @@
+// main() of a compiled kernel: a request on stdin (grid, arguments, arrays), every CTA in turn, the changed arrays on stdout.
+#pragma once
+#include <array>
+#include <csignal>
+#include <ctime>
+#include <sys/time.h>
+#include <tuple>
+#include <utility>
+#include <vidrial/host/cta.h>
+
+namespace vidrial::host {
+
+// NOTE: vidrial.host packs these three in the same order.
+struct Request { uint32_t grid[3], block[3]; uint32_t lazy, order; double timeout; uint64_t shared_bytes, packed_bytes, arrays, pointers; };
+// `shift`: the array's address modulo 256.
+struct ArrayEntry { uint64_t bytes, shift; };
+struct PointerEntry { uint64_t offset, array, delta; };
+struct Array { char* data; uint64_t bytes; std::vector<char> original; };
+
+inline constexpr size_t kArrayAlignment = 256, kArrayGuardBytes = VIDRIAL_ASAN ? 0 : 64;
+
+inline double now() {
+  timespec t;
+  clock_gettime(CLOCK_MONOTONIC, &t);
+  return double(t.tv_sec) + 1e-9 * double(t.tv_nsec);
+}
+
+inline void read_all(void* data, size_t bytes) {
+  if (bytes && fread(data, 1, bytes, stdin) != bytes) refuse("the request is incomplete");
+}
+template <class T> inline std::vector<T> read_many(size_t count) {
+  std::vector<T> items(count);
+  read_all(items.data(), count * sizeof(T));
+  return items;
+}
+
+// Exactly as many bytes as the caller's array has, so that the first byte past its end is noticed.
+inline Array read_array(ArrayEntry const& entry) {
+  void* memory;
+  if (posix_memalign(&memory, kArrayAlignment, entry.shift + entry.bytes + kArrayGuardBytes)) refuse("no memory for an array of %zu bytes", size_t(entry.bytes));
+  Array a{static_cast<char*>(memory) + entry.shift, entry.bytes, read_many<char>(entry.bytes)};
+  memset(memory, kGuardByte, entry.shift);
+  memcpy(a.data, a.original.data(), a.bytes);
+  memset(a.data + a.bytes, kGuardByte, kArrayGuardBytes);
+  // NOTE: AddressSanitizer forgets partial granules at the start of a block, so an odd shift is guarded from 8 bytes below only.
+  poison(memory, entry.shift & ~uint64_t(7));
+  return a;
+}
+
+inline void check_array(Array const& a, uint64_t offset) {
+  for (size_t i = 0; i < kArrayGuardBytes; ++i)
+    if (a.data[a.bytes + i] != kGuardByte) refuse("the array at offset %zu of the arguments was written %zu bytes past its end (it has %zu bytes)", size_t(offset), i, size_t(a.bytes));
+}
+
+inline void on_signal(int number) {
+  if (number == SIGALRM) fatal("the launch ran out of time");
+  fatal("signal %d (%s)", number, strsignal(number));
+}
+
+inline void watch(double seconds) {
+  static char stack[64 << 10];
+  void* frames[1];
+  // NOTE: the first call loads a library, which a signal handler may not do.
+  backtrace(frames, 1);
+  stack_t const alternate{stack, 0, sizeof stack};
+  sigaltstack(&alternate, nullptr);
+  struct sigaction action{};
+  action.sa_handler = on_signal;
+  action.sa_flags = SA_ONSTACK | SA_NODEFER;
+  sigaction(SIGALRM, &action, nullptr);
+  if (!VIDRIAL_ASAN && !VIDRIAL_TSAN)
+    for (int number : {SIGSEGV, SIGBUS, SIGFPE, SIGILL, SIGABRT, SIGTRAP}) sigaction(number, &action, nullptr);
+  itimerval const timer{{0, 0}, {time_t(seconds), suseconds_t((seconds - double(time_t(seconds))) * 1e6)}};
+  setitimer(ITIMER_REAL, &timer, nullptr);
+}
+
+// Where each parameter lies in the packed arguments, and their size: as in a struct.
+template <class... P>
+constexpr std::array<size_t, sizeof...(P) + 1> parameter_offsets() {
+  std::array<size_t, sizeof...(P) + 1> offsets{};
+  size_t const sizes[] = {sizeof(P)..., 0}, alignments[] = {alignof(P)..., 1};
+  size_t end = 0, widest = 1;
+  for (size_t i = 0; i < sizeof...(P); ++i) {
+    offsets[i] = (end + alignments[i] - 1) / alignments[i] * alignments[i];
+    end = offsets[i] + sizes[i];
+    widest = std::max(widest, alignments[i]);
+  }
+  offsets[sizeof...(P)] = (end + widest - 1) / widest * widest;
+  return offsets;
+}
+
+template <class... P, size_t... I>
+inline void call(void (*kernel)(P...), char const* packed, std::index_sequence<I...>) {
+  constexpr auto offsets = parameter_offsets<P...>();
+  kernel(*reinterpret_cast<P const*>(packed + offsets[I])...);
+}
+
+inline void run_grid(Request const& r) {
+  double const start = now();
+  for (unsigned z = 0; z < r.grid[2]; ++z)
+    for (unsigned y = 0; y < r.grid[1]; ++y)
+      for (unsigned x = 0; x < r.grid[0]; ++x) {
+        blockIdx = {x, y, z};
+        run_cta();
+      }
+  stats.seconds = now() - start;
+}
+
+template <class... P>
+int serve(void (*kernel)(P...)) {
+  static_assert((std::is_trivially_copyable_v<P> && ...), "kernel parameters are passed by their bytes");
+  reply_fd = dup(1);
+  // What the kernel prints is no part of the reply.
+  dup2(2, 1);
+  Request request;
+  read_all(&request, sizeof request);
+  alignas(64) static char packed[4096];
+  if (constexpr size_t wanted = parameter_offsets<P...>().back(); request.packed_bytes != wanted)
+    refuse("the kernel takes %zu bytes of arguments, the launch gives %zu", wanted, size_t(request.packed_bytes));
+  read_all(packed, request.packed_bytes);
+  auto const entries = read_many<ArrayEntry>(request.arrays);
+  auto const pointers = read_many<PointerEntry>(request.pointers);
+  std::vector<Array> arrays;
+  for (ArrayEntry const& e : entries) arrays.push_back(read_array(e));
+  for (PointerEntry const& p : pointers) {
+    char* const address = arrays[p.array].data + p.delta;
+    memcpy(packed + p.offset, &address, sizeof address);
+  }
+  gridDim = dim3(request.grid[0], request.grid[1], request.grid[2]);
+  blockDim = dim3(request.block[0], request.block[1], request.block[2]);
+  thread_count = int(blockDim.x * blockDim.y * blockDim.z);
+  lazy = request.lazy;
+  order = Order(std::min(request.order, 2u));
+  random_state = request.order;
+  static auto const entry = kernel;
+  thread_body = [] { call(entry, packed, std::index_sequence_for<P...>{}); };
+  allocate_shared(request.shared_bytes);
+  watch(request.timeout);
+  run_grid(request);
+  for (PointerEntry const& p : pointers) check_array(arrays[p.array], p.offset);
+  begin_reply("");
+  for (size_t i = 0; i < arrays.size(); ++i) {
+    if (!arrays[i].bytes || !memcmp(arrays[i].data, arrays[i].original.data(), arrays[i].bytes)) continue;
+    int64_t const index = int64_t(i);
+    write_all(&index, sizeof index);
+    write_all(arrays[i].data, arrays[i].bytes);
+  }
+  _exit(0);
+}
+
+}  // namespace vidrial::host

@@ -1,0 +1,9 @@
+// Included before every kernel, and precompiled: the runtime and what all kernels include.
+#pragma once
+#include <vidrial/host/launch.h>
+#include <vidrial/host/cuda_functions.h>
+#include <cute/config.hpp>
+// An atom without an emulation says so and stops the launch.
+#undef CUTE_INVALID_CONTROL_PATH
+#define CUTE_INVALID_CONTROL_PATH(x) ::vidrial::host::fatal("not emulated on the host: %s", x)
+#include <vidrial/prelude.cuh>

@@ -1,0 +1,95 @@
+// How a launch ends: a reply on the pipe, then exit. A failure names the block, the thread and program counters, which the caller
+// turns into lines of the kernel.
+#pragma once
+#include <execinfo.h>
+#include <unistd.h>
+#include <cstdarg>
+#include <string>
+#include <vidrial/host/cuda_shim.h>
+#include <vidrial/host/sanitizer.h>
+
+extern "C" char const __executable_start;
+
+namespace vidrial::host {
+
+// Counted over the whole launch. NOTE: vidrial.host.HostStats has the same fields in the same order.
+struct Stats {
+  int64_t switches, mma, ldmatrix, ldmatrix_conflicts, cp_async_requests, cp_async_sectors, cp_async_bytes, shared_memory_high_water;
+  double seconds;
+};
+inline Stats stats{};
+inline int reply_fd = 1;
+
+VIDRIAL_RUNTIME inline void write_all(void const* data, size_t bytes) {
+  for (char const* p = static_cast<char const*>(data); bytes;) {
+    ssize_t const n = write(reply_fd, p, bytes);
+    if (n <= 0) _exit(3);
+    p += n; bytes -= size_t(n);
+  }
+}
+
+VIDRIAL_RUNTIME inline void begin_reply(char const* failure) {
+  int64_t const length = int64_t(strlen(failure));
+  write_all(&stats, sizeof stats);
+  write_all(&length, sizeof length);
+  write_all(failure, size_t(length));
+}
+
+// A return address as the caller's tools understand it: the call before it, relative to the executable's first byte.
+VIDRIAL_RUNTIME inline unsigned long place(void const* return_address) {
+  return static_cast<unsigned long>(static_cast<char const*>(return_address) - 1 - &__executable_start);
+}
+
+VIDRIAL_RUNTIME inline void describe_stack(char* text, size_t bytes) {
+  void* frames[24];
+  int const n = backtrace(frames, 24);
+  size_t used = size_t(snprintf(text, bytes, "<stack"));
+  for (int i = 0; i < n && used < bytes; ++i) used += size_t(snprintf(text + used, bytes - used, " %lx", place(frames[i])));
+  if (used < bytes) snprintf(text + used, bytes - used, ">");
+}
+
+inline constexpr int kTextBytes = 16384, kReasonBytes = 8192;
+
+// What a thread of the kernel did wrong, with its place.
+[[noreturn]] __attribute__((format(printf, 1, 2))) VIDRIAL_RUNTIME inline void fatal(char const* format, ...) {
+  static char text[kTextBytes];
+  int n = snprintf(text, sizeof text, "block (%u, %u, %u), thread (%u, %u, %u): ", blockIdx.x, blockIdx.y, blockIdx.z, threadIdx.x, threadIdx.y, threadIdx.z);
+  va_list arguments;
+  va_start(arguments, format);
+  n += std::min(vsnprintf(text + n, kReasonBytes, format, arguments), kReasonBytes - 1);
+  va_end(arguments);
+  describe_stack(text + n, sizeof text - size_t(n));
+  begin_reply(text);
+  _exit(0);
+}
+
+// What is found before the kernel runs, or after a CTA has ended.
+[[noreturn]] __attribute__((format(printf, 1, 2))) VIDRIAL_RUNTIME inline void refuse(char const* format, ...) {
+  static char text[kReasonBytes];
+  va_list arguments;
+  va_start(arguments, format);
+  vsnprintf(text, sizeof text, format, arguments);
+  va_end(arguments);
+  begin_reply(text);
+  _exit(0);
+}
+
+}  // namespace vidrial::host
+
+// Sanitizers know threads of the process, not of the CUDA block.
+#if VIDRIAL_ASAN || VIDRIAL_TSAN
+namespace vidrial::host {
+inline void say_thread() {
+  fprintf(stderr, "VIDRIAL block (%u, %u, %u), thread (%u, %u, %u)\n", blockIdx.x, blockIdx.y, blockIdx.z, threadIdx.x, threadIdx.y, threadIdx.z);
+}
+}  // namespace vidrial::host
+#endif
+#if VIDRIAL_ASAN
+extern "C" inline __attribute__((used)) void __asan_on_error() { vidrial::host::say_thread(); }
+extern "C" inline __attribute__((used)) char const* __asan_default_options() { return "detect_leaks=0:detect_stack_use_after_return=0:exitcode=99:handle_abort=1"; }
+#endif
+#if VIDRIAL_TSAN
+extern "C" inline __attribute__((used, no_sanitize("thread"))) void __tsan_on_report(void*) { vidrial::host::say_thread(); }
+extern "C" inline __attribute__((used, no_sanitize("thread"))) char const* __tsan_default_options() { return "halt_on_error=1:exitcode=99:report_signal_unsafe=0"; }
+#endif
+extern "C" inline __attribute__((used, no_sanitize("thread"))) char const* __ubsan_default_options() { return "print_stacktrace=1:halt_on_error=1:exitcode=99"; }

@@ -1,0 +1,69 @@
+// What AddressSanitizer and ThreadSanitizer have to be told about fibers. Without a sanitizer everything here is empty.
+#pragma once
+#include <cstddef>
+
+#if defined(__has_feature)
+#define VIDRIAL_HAS_FEATURE(x) __has_feature(x)
+#else
+#define VIDRIAL_HAS_FEATURE(x) 0
+#endif
+#if defined(__SANITIZE_ADDRESS__) || VIDRIAL_HAS_FEATURE(address_sanitizer)
+#define VIDRIAL_ASAN 1
+#include <sanitizer/asan_interface.h>
+#include <sanitizer/common_interface_defs.h>
+#else
+#define VIDRIAL_ASAN 0
+#endif
+#if defined(__SANITIZE_THREAD__) || VIDRIAL_HAS_FEATURE(thread_sanitizer)
+#define VIDRIAL_TSAN 1
+#include <sanitizer/tsan_interface.h>
+// The runtime is not under test: what it reads and writes of its own is no race.
+#define VIDRIAL_UNWATCHED __attribute__((no_sanitize("thread")))
+#define VIDRIAL_RUNTIME __attribute__((no_sanitize("thread"), noinline))
+#else
+#define VIDRIAL_TSAN 0
+#define VIDRIAL_UNWATCHED
+#define VIDRIAL_RUNTIME
+#endif
+
+namespace vidrial::host {
+
+#if VIDRIAL_ASAN
+struct StackInfo { void* fake = nullptr; void const* bottom = nullptr; size_t bytes = 0; };
+inline void before_switch(StackInfo& from, StackInfo const& to, bool dying) { __sanitizer_start_switch_fiber(dying ? nullptr : &from.fake, to.bottom, to.bytes); }
+inline void after_switch(StackInfo& self) { __sanitizer_finish_switch_fiber(self.fake, nullptr, nullptr); }
+// The stack that a fiber was first entered from is the main one, whose bounds only the sanitizer knows.
+inline void first_entry(StackInfo& main) {
+  void const* bottom; size_t bytes;
+  __sanitizer_finish_switch_fiber(nullptr, &bottom, &bytes);
+  if (!main.bottom) main.bottom = bottom, main.bytes = bytes;
+}
+inline void poison(void* p, size_t bytes) { __asan_poison_memory_region(p, bytes); }
+inline void unpoison(void* p, size_t bytes) { __asan_unpoison_memory_region(p, bytes); }
+#else
+struct StackInfo { void const* bottom = nullptr; size_t bytes = 0; };
+inline void before_switch(StackInfo&, StackInfo const&, bool) {}
+inline void after_switch(StackInfo&) {}
+inline void first_entry(StackInfo&) {}
+inline void poison(void*, size_t) {}
+inline void unpoison(void*, size_t) {}
+#endif
+
+#if VIDRIAL_TSAN
+VIDRIAL_RUNTIME inline void* race_context() { return __tsan_get_current_fiber(); }
+VIDRIAL_RUNTIME inline void* new_race_context(char const* name) { void* f = __tsan_create_fiber(0); __tsan_set_fiber_name(f, name); return f; }
+// A switch orders nothing: only barriers do, by `publish` before and `observe` after.
+VIDRIAL_RUNTIME inline void enter_race_context(void* f) { __tsan_switch_to_fiber(f, __tsan_switch_to_fiber_no_sync); }
+VIDRIAL_RUNTIME inline void order_with(void* main, void* f) { __tsan_switch_to_fiber(f, 0); __tsan_switch_to_fiber(main, 0); }
+VIDRIAL_RUNTIME inline void publish(void* key) { __tsan_release(key); }
+VIDRIAL_RUNTIME inline void observe(void* key) { __tsan_acquire(key); }
+#else
+inline void* race_context() { return nullptr; }
+inline void* new_race_context(char const*) { return nullptr; }
+inline void enter_race_context(void*) {}
+inline void order_with(void*, void*) {}
+inline void publish(void*) {}
+inline void observe(void*) {}
+#endif
+
+}  // namespace vidrial::host

@@ -1,0 +1,55 @@
+// The few things that CUDA C++ says only in PTX. The host target has a body of its own for each (host/intrinsics.h).
+#pragma once
+#ifndef __CUDACC_RTC__
+#include <vidrial/host/intrinsics.h>
+#else
+
+namespace vidrial {
+
+CUTE_DEVICE float bits_as_float(uint32_t x) { return __uint_as_float(x); }
+CUTE_DEVICE void* shared_pointer(uint32_t address) { return __cvta_shared_to_generic(address); }
+CUTE_DEVICE uint32_t shared_address(void const* pointer) { return uint32_t(__cvta_generic_to_shared(pointer)); }
+
+// Two floats rounded to nearest even; `low` lands in the lower half.
+CUTE_DEVICE uint32_t pack_bf16(float low, float high) { uint32_t r; asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(high), "f"(low)); return r; }
+CUTE_DEVICE uint32_t pack_fp16(float low, float high) { uint32_t r; asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(high), "f"(low)); return r; }
+CUTE_DEVICE float low_fp16(uint32_t x) { float r; asm("{.reg .b16 l, h; mov.b32 {l, h}, %1; cvt.f32.f16 %0, l;}" : "=f"(r) : "r"(x)); return r; }
+CUTE_DEVICE float high_fp16(uint32_t x) { float r; asm("{.reg .b16 l, h; mov.b32 {l, h}, %1; cvt.f32.f16 %0, h;}" : "=f"(r) : "r"(x)); return r; }
+
+// Element-wise product of two pairs, one rounding.
+CUTE_DEVICE uint32_t multiply_bf16(uint32_t a, uint32_t b) { uint32_t r; asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(r) : "r"(a), "r"(b), "r"(0x80008000u)); return r; }
+
+// One half in both halves. NOTE: written as moves, ptxas folds it into the operand of the multiplication; __byte_perm it does not.
+CUTE_DEVICE uint32_t splat_low(uint32_t x) { uint32_t r; asm("{.reg .b16 l, h; mov.b32 {l, h}, %1; mov.b32 %0, {l, l};}" : "=r"(r) : "r"(x)); return r; }
+CUTE_DEVICE uint32_t splat_high(uint32_t x) { uint32_t r; asm("{.reg .b16 l, h; mov.b32 {l, h}, %1; mov.b32 %0, {h, h};}" : "=r"(r) : "r"(x)); return r; }
+
+// 2^x, two ulp, subnormal results flushed to zero.
+CUTE_DEVICE float exp2_approx(float x) { float r; asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(x)); return r; }
+
+}  // namespace vidrial
+#endif
+
+namespace vidrial {
+
+CUTE_HOST_DEVICE float low_bf16(uint32_t x) { return bits_as_float(x << 16); }
+CUTE_HOST_DEVICE float high_bf16(uint32_t x) { return bits_as_float(x & 0xffff0000u); }
+
+// Pairs of 16-bit elements in one register, by element type.
+template <class T> struct Pair;
+template <> struct Pair<cutlass::bfloat16_t> {
+  CUTE_DEVICE static uint32_t pack(float low, float high) { return pack_bf16(low, high); }
+  CUTE_DEVICE static uint32_t to_bf16(uint32_t x) { return x; }
+  CUTE_DEVICE static float low(uint32_t x) { return low_bf16(x); }
+  CUTE_DEVICE static float high(uint32_t x) { return high_bf16(x); }
+};
+template <> struct Pair<cutlass::half_t> {
+  CUTE_DEVICE static uint32_t pack(float low, float high) { return pack_fp16(low, high); }
+  CUTE_DEVICE static uint32_t to_bf16(uint32_t x) { return pack_bf16(low_fp16(x), high_fp16(x)); }
+  CUTE_DEVICE static float low(uint32_t x) { return low_fp16(x); }
+  CUTE_DEVICE static float high(uint32_t x) { return high_fp16(x); }
+};
+
+// A pair of bf16 times two float factors: multiplied in float, rounded once.
+CUTE_DEVICE uint32_t scale_bf16(uint32_t x, float low, float high) { return pack_bf16(low_bf16(x) * low, high_bf16(x) * high); }
+
+}  // namespace vidrial

@@ -1,0 +1,303 @@
+// The output of power retention: y = (phi(q) S + causal power attention inside the chunk) / normaliser, in one kernel.
+//
+// A CTA owns `Tiles::rows` queries of one head. Through one ring of shared memory it streams the state before its chunk (Z, then the
+// pair tiles of S) and then the keys and values of the chunk up to its own rows. phi(q) is made in registers; the scores' accumulator
+// becomes the A operand of the second product without leaving them. The weights carry no scale: it meets them in the epilogue.
+//
+// Decay is exact and never overflows. With r = a just before the query tile, every factor is at most 1:
+//   state                2^r 2^(a_i - r)
+//   keys before the tile 2^(r - a_blockend) 2^(a_blockend - a_j) 2^(a_i - r)
+//   keys in the tile     2^(a_i - a_j), after the mask
+// so the row factor 2^(a_i - r) is applied once, between the second kind and the third.
+#pragma once
+#include <vidrial/power_gates.cuh>
+#include <vidrial/shared_memory.cuh>
+#include <vidrial/tiled.cuh>
+
+namespace vidrial {
+
+constexpr float kLowestNormaliser = 1e-20f;
+
+template <int Degree>
+CUTE_DEVICE float power(float x) {
+  static_assert(Degree == 2 || Degree == 4, "degrees 2 and 4 have kernels");
+  float const square = x * x;
+  return Degree == 2 ? square : square * square;
+}
+
+template <class Tiles, class Args>
+CUTE_DEVICE void power_attend(Args const& p) {
+  using Elem = typename Tiles::Elem;
+  using Pair = vidrial::Pair<Elem>;
+  using QK = typename Tiles::QK;
+  using PV = typename Tiles::PV;
+  using Smem = typename Tiles::Smem;
+  constexpr int D = Tiles::d, kRows = Tiles::rows, kKeys = Tiles::keys, kStages = Tiles::stages, kDegree = Tiles::degree;
+  constexpr int M = PV::M, kBlocks = D / 8, kPairs = kBlocks * (kBlocks + 1) / 2;
+  constexpr bool kGated = Tiles::gated, kNormalized = Tiles::normalized;
+  VIDRIAL_SHARED_MEMORY(raw);
+
+  int const thread = threadIdx.x, lane = thread % 32, warp = __shfl_sync(~0u, thread / 32, 0);
+  int const group = p.hq / p.h, batch = blockIdx.y / p.hq, q_head = blockIdx.y % p.hq, kv_head = q_head / group, head = batch * p.h + kv_head;
+  int const m0 = blockIdx.x * kRows, chunk = m0 / p.chunk, c0 = chunk * p.chunk, chunks = (p.t + p.chunk - 1) / p.chunk;
+  bool const has_state = Tiles::stateful && chunk > 0;
+  int const before = (m0 - c0) / kKeys, key_blocks = (min(m0 + kRows, p.t) - c0 + kKeys - 1) / kKeys;
+  int const state_stages = has_state ? Tiles::z_stages + Tiles::s_stages : 0;
+
+  uint32_t const smem = shared_address(raw), ring = smem + Smem::Ring, decay = smem + Smem::Decay;
+  typename Tiles::CopyQ copy_q(p.q + batch * p.q_stride[0] + m0 * p.q_stride[1] + q_head * p.q_stride[2], p.q_stride[1], smem + Smem::Q, thread);
+  typename Tiles::CopyK copy_k(p.k + batch * p.k_stride[0] + c0 * p.k_stride[1] + kv_head * p.k_stride[2], p.k_stride[1], ring, thread);
+  typename Tiles::CopyV copy_v(p.v + batch * p.v_stride[0] + c0 * p.v_stride[1] + kv_head * p.v_stride[2], p.v_stride[1], ring + Tiles::K::kBytes, thread);
+  cutlass::bfloat16_t const* snapshot = p.snapshots + (int64_t(head) * chunks + chunk) * Tiles::snapshot;
+  typename Tiles::CopyZ copy_z(snapshot, D, ring, thread);
+  typename Tiles::CopyS copy_s(snapshot + (kNormalized ? D * D : 0), Tiles::e, ring, thread);
+  int64_t const gates = int64_t(head) * chunks * p.chunk;
+  float2 const* a = p.a + gates;
+  float const* to_block = p.to_block + gates;
+
+  int fetched = 0, read = 0, write = kStages - 1;
+  auto fetch = [&](int stage) {
+    uint32_t const at = stage * Tiles::stage_bytes;
+    if (fetched < state_stages) {
+      if (fetched < Tiles::z_stages) { copy_z.full(at); copy_z.source += Tiles::z_rows * D; }
+      else { copy_s.full(at); copy_s.source += Tiles::s_tiles * 64 * Tiles::e; }
+    } else if (int const j = fetched - state_stages; j < key_blocks) {
+      int const j0 = c0 + j * kKeys;
+      copy_k(at, p.t - j0); copy_k.source += kKeys * p.k_stride[1];
+      copy_v(at, p.t - j0); copy_v.source += kKeys * p.v_stride[1];
+      if (kGated) {
+        bool const diagonal = j >= before;
+        char const* source = diagonal ? reinterpret_cast<char const*>(a + j0) : reinterpret_cast<char const*>(to_block + j0);
+        if (thread < (diagonal ? kKeys / 2 : kKeys / 4)) {
+          cute::SM80_CP_ASYNC_CACHEGLOBAL<cute::uint128_t>::copy(*reinterpret_cast<cute::uint128_t const*>(source + thread * 16),
+                                                                shared_vector(decay + stage * (kKeys * 8) + thread * 16));
+        }
+      }
+    }
+    ++fetched;
+    cute::cp_async_fence();
+  };
+  // The oldest stage has landed and the one before it is free: refill that, hand out this.
+  auto next = [&] {
+    cute::cp_async_wait<kStages - 2>();
+    __syncthreads();
+    fetch(write);
+    write = write + 1 == kStages ? 0 : write + 1;
+    int const stage = read;
+    read = read + 1 == kStages ? 0 : read + 1;
+    return stage;
+  };
+
+  float o[M][PV::N][4] = {}, l[M][2] = {};
+  auto rescale = [&](int m, int h, float f) {
+    l[m][h] *= f;
+    CUTE_UNROLL
+    for (int n = 0; n < PV::N; ++n) { o[m][n][2 * h] *= f; o[m][n][2 * h + 1] *= f; }
+  };
+
+  copy_q(0, p.t - m0);
+  CUTE_UNROLL
+  for (int s = 0; s < kStages - 1; ++s) fetch(s);
+
+  typename QK::A load_q(smem + Smem::Q, thread);
+  int const row = m0 + PV::row(thread), band = m0 + warp * (M * 16);
+
+  if constexpr (Tiles::stateful) {
+    if (has_state) {
+      if constexpr (kNormalized) {                     // l = q^T Z q
+        using QZ = typename Tiles::QZ;
+        typename QZ::B load_z(ring, thread);
+        float z[M][QZ::N][4] = {};
+        CUTE_NO_UNROLL
+        for (int s = 0; s < Tiles::z_stages; ++s) {
+          int const stage = next();
+          CUTE_UNROLL
+          for (int k = 0; k < Tiles::z_rows / 16; ++k) {
+            uint32_t fq[M][4], fz[QZ::N][2];
+            load_q.load(0, s * (Tiles::z_rows / 16) + k, fq);
+            load_z.load(stage * Tiles::stage_bytes, k, fz);
+            CUTE_UNROLL
+            for (int m = 0; m < M; ++m) {
+              CUTE_UNROLL
+              for (int r = 0; r < 4; ++r) fq[m][r] = Pair::to_bf16(fq[m][r]);
+            }
+            QZ::multiply(z, fq, fz);
+          }
+        }
+        CUTE_UNROLL
+        for (int k = 0; k < D / 16; ++k) {
+          uint32_t fq[M][4];
+          load_q.load(0, k, fq);
+          CUTE_UNROLL
+          for (int m = 0; m < M; ++m) {
+            CUTE_UNROLL
+            for (int r = 0; r < 4; ++r) {
+              float const (&x)[4] = z[m][2 * k + r / 2];
+              l[m][r % 2] += x[2 * (r % 2)] * Pair::low(fq[m][r]) + x[2 * (r % 2) + 1] * Pair::high(fq[m][r]);
+            }
+          }
+        }
+      }
+      using PS = typename Tiles::PS;
+      typename PS::B load_s(ring, thread);
+      typename Tiles::RowsJ load_j(smem + Smem::Q, thread, 0, 0);
+      typename Tiles::RowsI load_i(smem + Smem::Q, thread, 0, 0);
+      uint32_t qi[M][2][4];
+      int i = 0, j = 0;
+      CUTE_NO_UNROLL
+      for (int s = 0; s < Tiles::s_stages; ++s) {
+        int const stage = next();
+        CUTE_NO_UNROLL
+        for (int tile = 0; tile < Tiles::s_tiles; ++tile) {
+          if (i == j) {                                // a new block I: its features, as pairs, for every row
+            CUTE_UNROLL
+            for (int m = 0; m < M; ++m) {
+              CUTE_UNROLL
+              for (int h = 0; h < 2; ++h) {
+                load_i(m * 16 + h * 8, i * 8, qi[m][h]);
+                CUTE_UNROLL
+                for (int x = 0; x < 4; ++x) qi[m][h][x] = Pair::to_bf16(qi[m][h][x]);
+              }
+            }
+          }
+          uint32_t qj[M][2];
+          CUTE_UNROLL
+          for (int m = 0; m < M; m += 2) load_j(0, m * 16, j * 8, qj[m][0], qj[m][1], qj[m + 1][0], qj[m + 1][1]);
+          uint32_t const multiplicity = i == j ? 0x3f803f80u : 0x40004000u;      // bf16 1 or 2, twice
+          CUTE_UNROLL
+          for (int m = 0; m < M; ++m) {
+            CUTE_UNROLL
+            for (int h = 0; h < 2; ++h) qj[m][h] = multiply_bf16(Pair::to_bf16(qj[m][h]), multiplicity);
+          }
+          CUTE_UNROLL
+          for (int k = 0; k < 4; ++k) {
+            uint32_t phi[M][4], fs[PV::N][2];
+            CUTE_UNROLL
+            for (int m = 0; m < M; ++m) {
+              CUTE_UNROLL
+              for (int r = 0; r < 4; ++r) {
+                uint32_t const x = qi[m][r % 2][k];
+                phi[m][r] = multiply_bf16(r / 2 ? splat_high(x) : splat_low(x), qj[m][r % 2]);
+              }
+            }
+            load_s.load(stage * Tiles::stage_bytes, tile * 4 + k, fs);
+            PS::multiply(o, phi, fs);
+          }
+          if (++j == kBlocks) j = ++i;
+        }
+      }
+    }
+  }
+
+  float2 const r0 = kGated && m0 > c0 ? a[m0 - 1] : make_float2(0.f, 0.f);
+  if (kGated && has_state) {
+    float const f = exp2_approx(r0.x + r0.y);
+    CUTE_UNROLL
+    for (int m = 0; m < M; ++m) { rescale(m, 0, f); rescale(m, 1, f); }
+  }
+
+  typename QK::B load_k(ring, thread);
+  typename PV::B load_v(ring + Tiles::K::kBytes, thread);
+  float2 ai[M][2];
+  CUTE_NO_UNROLL
+  for (int j = 0; j < key_blocks; ++j) {
+    int const stage = next(), j0 = c0 + j * kKeys;
+    uint32_t const at = stage * Tiles::stage_bytes, gate = decay + stage * (kKeys * 8);
+    bool const diagonal = j >= before;
+    if (kGated && j == before) {
+      CUTE_UNROLL
+      for (int m = 0; m < M; ++m) {
+        CUTE_UNROLL
+        for (int h = 0; h < 2; ++h) {
+          ai[m][h] = a[row + QK::row_of(m, 2 * h)];
+          rescale(m, h, exp2_approx(minus(ai[m][h], r0)));
+        }
+      }
+    }
+    if (j0 > band + M * 16 - 1) continue;              // the whole block lies above this warp's diagonal
+    float s[M][QK::N][4] = {};
+    CUTE_UNROLL
+    for (int k = 0; k < D / 16; ++k) {
+      uint32_t fq[M][4], fk[QK::N][2];
+      load_q.load(0, k, fq);
+      load_k.load(at, k, fk);
+      QK::multiply(s, fq, fk);
+    }
+    if (!diagonal) {
+      float const f = kGated ? exp2_approx(minus(r0, a[j0 + kKeys - 1])) : 1.f;
+      CUTE_UNROLL
+      for (int n = 0; n < QK::N; ++n) {
+        float2 g = make_float2(1.f, 1.f);
+        if (kGated) {
+          g = load_shared_float2(gate + n * 32 + lane % 4 * 8);
+          g.x *= f; g.y *= f;
+        }
+        CUTE_UNROLL
+        for (int m = 0; m < M; ++m) {
+          CUTE_UNROLL
+          for (int v = 0; v < 4; ++v) {
+            float w = power<kDegree>(s[m][n][v]);
+            if (kGated) w *= v % 2 ? g.y : g.x;
+            s[m][n][v] = w;
+            l[m][v / 2] += w;
+          }
+        }
+      }
+    } else {
+      CUTE_UNROLL
+      for (int n = 0; n < QK::N; ++n) {
+        float4 g = make_float4(0.f, 0.f, 0.f, 0.f);
+        if (kGated) g = load_shared_float4(gate + n * 64 + lane % 4 * 16);
+        CUTE_UNROLL
+        for (int m = 0; m < M; ++m) {
+          CUTE_UNROLL
+          for (int v = 0; v < 4; ++v) {
+            float w = power<kDegree>(s[m][n][v]);
+            if (kGated) w *= exp2_approx(minus(ai[m][v / 2], v % 2 ? make_float2(g.z, g.w) : make_float2(g.x, g.y)));
+            // NOTE: select, do not multiply: above the diagonal the decay may be infinite.
+            w = j0 + QK::column(thread) + QK::column_of(n, v) <= row + QK::row_of(m, v) ? w : 0.f;
+            s[m][n][v] = w;
+            l[m][v / 2] += w;
+          }
+        }
+      }
+    }
+    CUTE_UNROLL
+    for (int k = 0; k < kKeys / 16; ++k) {
+      uint32_t fp[M][4], fv[PV::N][2];
+      CUTE_UNROLL
+      for (int m = 0; m < M; ++m) {
+        CUTE_UNROLL
+        for (int r = 0; r < 4; ++r) {
+          float const (&w)[4] = s[m][2 * k + r / 2];
+          fp[m][r] = pack_bf16(w[2 * (r % 2)], w[2 * (r % 2) + 1]);
+        }
+      }
+      load_v.load(at, k, fv);
+      CUTE_UNROLL
+      for (int n = 0; n < PV::N; ++n) { fv[n][0] = Pair::to_bf16(fv[n][0]); fv[n][1] = Pair::to_bf16(fv[n][1]); }
+      PV::multiply(o, fp, fv);
+    }
+  }
+
+  Elem* y = p.y + batch * p.y_stride[0] + int64_t(row) * p.y_stride[1] + q_head * p.y_stride[2] + PV::column(thread);
+  CUTE_UNROLL
+  for (int m = 0; m < M; ++m) {
+    CUTE_UNROLL
+    for (int h = 0; h < 2; ++h) {
+      float norm = l[m][h];
+      norm += __shfl_xor_sync(~0u, norm, 1);
+      norm += __shfl_xor_sync(~0u, norm, 2);
+      float const f = kNormalized ? p.weight_scale / fmaxf(norm * p.weight_scale, kLowestNormaliser) : p.weight_scale;
+      int const r = PV::row_of(m, 2 * h);
+      if (row + r < p.t) {
+        CUTE_UNROLL
+        for (int n = 0; n < PV::N; ++n) {
+          *reinterpret_cast<uint32_t*>(y + r * p.y_stride[1] + PV::column_of(n, 0)) = Pair::pack(o[m][n][2 * h] * f, o[m][n][2 * h + 1] * f);
+        }
+      }
+    }
+  }
+}
+
+}  // namespace vidrial

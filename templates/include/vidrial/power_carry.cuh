@@ -1,0 +1,49 @@
+// Joins the segments of power_scan: every snapshot of a later segment gets what the earlier ones carry into it.
+//
+//   C_1 = end_0,  C_{s+1} = end_s + decay(segment s) C_s,  snapshot_n += decay(segment start .. n) C_s
+//
+// Memory-bound: a thread owns 8 neighbouring elements of one head's state, over all chunks.
+#pragma once
+#include <vidrial/power_gates.cuh>
+
+namespace vidrial {
+
+template <class Tiles, class Args>
+CUTE_DEVICE void power_carry(Args const& p) {
+  constexpr int kVector = 8;
+  int const element = (blockIdx.x * Tiles::threads + threadIdx.x) * kVector, head = blockIdx.y;
+  if (element >= Tiles::snapshot) return;
+  int const chunks = (p.t + p.chunk - 1) / p.chunk, per_segment = (chunks + p.segments - 1) / p.segments;
+  float2 const* a = p.a + int64_t(head) * chunks * p.chunk;
+  auto decay_of = [&](int n) {
+    if (!Tiles::gated) return 1.f;
+    float2 const total = a[int64_t(n + 1) * p.chunk - 1];
+    return exp2_approx(total.x + total.y);
+  };
+  float carry[kVector] = {};
+  for (int segment = 0; segment * per_segment + per_segment < chunks; ++segment) {
+    float decay = 1.f;
+    if (segment > 0) {
+      for (int n = 0; n < per_segment; ++n) decay *= decay_of(segment * per_segment + n);
+    }
+    float4 const* end = reinterpret_cast<float4 const*>(p.ends + (int64_t(head) * (p.segments - 1) + segment) * Tiles::snapshot + element);
+    float4 const low = end[0], high = end[1];
+    float const add[kVector] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
+    CUTE_UNROLL
+    for (int i = 0; i < kVector; ++i) carry[i] = add[i] + decay * carry[i];
+    decay = 1.f;
+    int const first = (segment + 1) * per_segment;
+    for (int n = first; n < min(first + per_segment, chunks); ++n) {
+      uint4* snapshot = reinterpret_cast<uint4*>(p.snapshots + (int64_t(head) * chunks + n) * Tiles::snapshot + element);
+      uint4 const old = n == first ? make_uint4(0, 0, 0, 0) : *snapshot;
+      uint32_t const x[4] = {old.x, old.y, old.z, old.w};
+      uint32_t y[4];
+      CUTE_UNROLL
+      for (int i = 0; i < 4; ++i) y[i] = pack_bf16(low_bf16(x[i]) + decay * carry[2 * i], high_bf16(x[i]) + decay * carry[2 * i + 1]);
+      *snapshot = make_uint4(y[0], y[1], y[2], y[3]);
+      decay *= decay_of(n);
+    }
+  }
+}
+
+}  // namespace vidrial

@@ -1,0 +1,96 @@
+// The tiled objects of vidrial.tiled as they reach the device: thread maps are CuTe layouts (thread -> row, thread -> column),
+// steps are constants. Nothing is partitioned here.
+#pragma once
+#include <vidrial/smem.cuh>
+
+namespace vidrial {
+
+// ldmatrix: Row and Column give the 16 bytes whose address a thread supplies.
+template <class Atom, class Tile, class Row, class Column>
+struct LoadMatrix {
+  uint32_t base;
+  // `row` and `column`: where the part of the tile that is read begins.
+  CUTE_DEVICE LoadMatrix(uint32_t tile, int thread, int row = 0, int column = 0)
+      : base(tile + Tile::offset(row + Row{}(thread), column + Column{}(thread))) {}
+  // `stage` (bytes) is added before the swizzle's XOR: the other order keeps more registers alive.
+  template <class... R>
+  CUTE_DEVICE void operator()(uint32_t stage, int row, int column, R&... r) const {
+    Atom::copy(shared_vector(Tile::at(base + stage, row, column)), r...);
+  }
+};
+
+// One operand of a tiled MMA in shared memory: the fragments of one step of k, `Rk, Ck` further a step, loads `Rn, Cn` apart.
+template <class Atom, class Tile, class Row, class Column, int Rn, int Cn, int Rk, int Ck>
+struct Operand : LoadMatrix<Atom, Tile, Row, Column> {
+  using LoadMatrix<Atom, Tile, Row, Column>::LoadMatrix;
+  template <int N, int R>
+  CUTE_DEVICE void load(uint32_t stage, int k, uint32_t (&f)[N][R]) const {
+    constexpr int kRegisters = cute::extent<typename Atom::DRegisters>::value, kAtoms = kRegisters / R;
+    static_assert(kRegisters == 4 && N % kAtoms == 0, "an x4 load fills whole fragments");
+    CUTE_UNROLL
+    for (int n = 0; n < N; n += kAtoms) {
+      int const i = n / kAtoms;
+      (*this)(stage, i * Rn + k * Rk, i * Cn + k * Ck, f[n][0], f[n + 1 / R][1 % R], f[n + 2 / R][2 % R], f[n + 3 / R][3 % R]);
+    }
+  }
+};
+
+// C[M][N] += A[M] B[N] in atoms of 16 x 8; A and B tell where their fragments come from (void: made in registers).
+// Row and Column: the thread's first accumulator; the others lie StepM rows, StepN columns apart, and 8 rows within an atom.
+template <class Atom, int M_, int N_, int K_, class A_, class B_, class Row, class Column, int StepM, int StepN>
+struct TiledMma {
+  static constexpr int M = M_, N = N_, K = K_;
+  using A = A_; using B = B_;
+  CUTE_DEVICE static int row(int thread) { return Row{}(thread); }
+  CUTE_DEVICE static int column(int thread) { return Column{}(thread); }
+  CUTE_HOST_DEVICE static constexpr int row_of(int m, int v) { return m * StepM + v / 2 * 8; }
+  CUTE_HOST_DEVICE static constexpr int column_of(int n, int v) { return n * StepN + v % 2; }
+  template <int RA, int RB>
+  static CUTE_DEVICE void multiply(float (&c)[M][N][4], uint32_t const (&a)[M][RA], uint32_t const (&b)[N][RB]) {
+    CUTE_UNROLL
+    for (int m = 0; m < M; ++m) {
+      CUTE_UNROLL
+      for (int n = 0; n < N; ++n) {
+        float (&d)[4] = c[m][n];
+        if constexpr (RA == 4) {
+          Atom::fma(d[0], d[1], d[2], d[3], a[m][0], a[m][1], a[m][2], a[m][3], b[n][0], b[n][1], d[0], d[1], d[2], d[3]);
+        } else {
+          Atom::fma(d[0], d[1], d[2], d[3], a[m][0], a[m][1], b[n][0], d[0], d[1], d[2], d[3]);
+        }
+      }
+    }
+  }
+};
+
+// Global to shared memory by cp.async, a whole tile by the whole CTA: `Steps` vectors a thread, `RowStep` rows apart.
+template <class Atom, class Tile, class Row, class Column, int RowStep, int Steps>
+struct TiledCopy {
+  using T = typename Tile::T;
+  T const* source; int64_t step; uint32_t target; int row;
+  CUTE_DEVICE TiledCopy(T const* origin, int64_t row_stride, uint32_t tile, int thread)
+      : source(origin + Row{}(thread) * row_stride + Column{}(thread)), step(RowStep * row_stride),
+        target(tile + Tile::offset(Row{}(thread), Column{}(thread))), row(Row{}(thread)) {}
+  CUTE_DEVICE void operator()(uint32_t stage, int rows) const {      // rows at and beyond `rows` become zero and are not read
+    CUTE_UNROLL
+    for (int i = 0; i < Steps; ++i) {
+      Atom::copy(*reinterpret_cast<cute::uint128_t const*>(source + i * step), shared_vector(Tile::at(target, i * RowStep, 0) + stage), row + i * RowStep < rows);
+    }
+  }
+  CUTE_DEVICE void full(uint32_t stage) const {                      // all rows exist
+    CUTE_UNROLL
+    for (int i = 0; i < Steps; ++i) {
+      Atom::copy(*reinterpret_cast<cute::uint128_t const*>(source + i * step), shared_vector(Tile::at(target, i * RowStep, 0) + stage), true);
+    }
+  }
+};
+
+// 16 bytes of a row into four registers, without a transposition: Row and Column give the thread's own.
+template <class Tile, class Row, class Column>
+struct LoadVector {
+  uint32_t base;
+  CUTE_DEVICE LoadVector(uint32_t tile, int thread, int row = 0, int column = 0)
+      : base(tile + Tile::offset(row + Row{}(thread), column + Column{}(thread))) {}
+  CUTE_DEVICE void operator()(int row, int column, uint32_t (&r)[4]) const { load_shared(Tile::at(base, row, column), r); }
+};
+
+}  // namespace vidrial

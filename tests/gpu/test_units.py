@@ -1,0 +1,29 @@
+"""The units of the host target on a GPU: what g++ and NVRTC make of the same source must agree with NumPy."""
+
+from __future__ import annotations
+
+import struct
+
+import pytest
+from units import Case, cases
+
+from vidrial.compile import compile_source
+from vidrial.device import Device
+from vidrial.launch import Binary, Geometry
+
+pytestmark = pytest.mark.gpu
+
+
+@pytest.mark.parametrize("case", cases(), ids=lambda case: case.name)
+def test_unit(case: Case) -> None:
+    import cupy
+
+    binary = Binary.load(compile_source(case.source, case.name, Device.current().arch), "unit")
+    arrays = [cupy.asarray(array) for array in case.arrays]
+    packed = bytearray(case.packed)
+    for i, array in enumerate(arrays):
+        struct.pack_into("P", packed, 8 * i, array.data.ptr)
+    binary.launch(Geometry((1, 1, 1), case.block, case.shared_bytes), packed, cupy.cuda.get_current_stream().ptr)
+    for host, array in zip(case.arrays, arrays, strict=True):
+        host[...] = array.get()
+    case.check()

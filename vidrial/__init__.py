@@ -1,0 +1,47 @@
+"""Vidrial: GPU kernels as two dataclasses and one template, tuned by measurement.
+
+Public names are resolved on first use: importing Vidrial touches no GPU, no file and no other package.
+"""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+from typing import Any
+
+__version__ = "1.0.0"
+
+PUBLIC = {
+    "Binary": "launch",
+    "Device": "device",
+    "DType": "dtypes",
+    "Geometry": "launch",
+    "Kernel": "kernel",
+    "Op": "op",
+    "Problem": "problem",
+    "Settings": "settings",
+    "Stage": "op",
+    "Store": "store",
+    "Toolchain": "toolchain",
+    "VidrialError": "errors",
+    "choice": "problem",
+    "dynamic": "problem",
+    "part": "problem",
+    "static": "problem",
+    "sweep": "sweep",
+}
+
+# In a source tree `vidrial.kernels` and `vidrial.templates` are the folders beside `vidrial/`; an installed package has them inside.
+_ROOT = Path(__file__).parent.parent
+if (_ROOT / "pyproject.toml").is_file():
+    __path__.append(str(_ROOT))
+
+
+def __getattr__(name: str) -> Any:
+    if name not in PUBLIC:
+        raise AttributeError(f"module 'vidrial' has no attribute {name!r}; it has {', '.join(sorted(PUBLIC))}")
+    return getattr(importlib.import_module(f"vidrial.{PUBLIC[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*PUBLIC, "__version__"])

@@ -1,0 +1,57 @@
+"""Source -> cubin through the cache: one, or many in parallel."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterator, Mapping
+from dataclasses import asdict
+
+from vidrial.compile import CompilePool, Cubin, Job, Resources, compile_source, cubin_key
+from vidrial.errors import CompileError
+from vidrial.render import Source
+from vidrial.store import Store
+
+
+def _cached(key: str, arch: str) -> Cubin | None:
+    entry = Store.shared().get(key)
+    if entry is None:
+        return None
+    return Cubin(entry.image, arch, Resources(**entry.meta["resources"]), "", 0.0)
+
+
+def _publish(key: str, cubin: Cubin, source: Source) -> Cubin:
+    meta = {"entry": source.entry, "arch": cubin.arch, "resources": asdict(cubin.resources), "seconds": round(cubin.seconds, 3)}
+    Store.shared().put(key, cubin.image, source.text, meta)
+    return cubin
+
+
+def build(source: Source, arch: str, config: str = "") -> Cubin:
+    """The cubin of a source: out of the cache, else compiled and published there. `config` appears in errors.
+
+    Raises:
+        CompileError: the source does not compile. ToolchainError: NVRTC or a header is missing.
+    """
+    key = cubin_key(source.text, arch)
+    return _cached(key, arch) or _publish(key, compile_source(source.text, source.entry, arch, config=config), source)
+
+
+def build_many(sources: Mapping[Hashable, tuple[Source, str]], arch: str, jobs: int | None = None) -> Iterator[tuple[Hashable, Cubin | CompileError]]:
+    """The cubins of many (source, config's text), in the order in which they are done; equal texts compile once.
+
+    A source that does not compile yields its error in place of a cubin.
+    """
+    waiting: dict[str, list[Hashable]] = {}
+    for name, (source, _) in sources.items():
+        key = cubin_key(source.text, arch)
+        if key not in waiting and (cubin := _cached(key, arch)) is not None:
+            yield name, cubin
+        else:
+            waiting.setdefault(key, []).append(name)
+    if not waiting:
+        return
+    with CompilePool(jobs) as pool:
+        todo = (Job(key, source.text, source.entry, arch, config) for key, names in waiting.items() for source, config in [sources[names[0]]])
+        for key, result in pool.compile_many(todo):
+            names = waiting[str(key)]
+            if isinstance(result, Cubin):
+                _publish(str(key), result, sources[names[0]][0])
+            yield from ((name, result) for name in names)

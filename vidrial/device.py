@@ -1,0 +1,130 @@
+"""Facts of a GPU: asked of the driver where there is one, taken from a table where there is none."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+
+from vidrial.errors import ArgumentError, ToolchainError
+
+KB, MB = 1 << 10, 1 << 20
+
+# Attribute numbers of cudaDeviceGetAttribute, by field of Device.
+ATTRIBUTES = {
+    "sms": 16,
+    "smem_per_block": 97,
+    "smem_per_sm": 81,
+    "registers_per_sm": 82,
+    "threads_per_sm": 39,
+    "l2_bytes": 38,
+    "memory_clock_khz": 36,
+}
+BUS_BITS, MAJOR, MINOR = 37, 75, 76
+
+
+@dataclasses.dataclass(frozen=True)
+class Device:
+    """One GPU as the rules, the analysis and the rankings see it. Sizes in bytes, clocks in kHz.
+
+    `tensor_tflops` (dense bf16, float32 accumulation) and `bandwidth_gbs` (1e9 bytes a second) are what a good kernel reaches:
+    measured on the H200, elsewhere estimated as 80 % and 90 % of the data sheet.
+    """
+
+    name: str
+    arch: str
+    sms: int
+    smem_per_block: int
+    smem_per_sm: int
+    threads_per_sm: int
+    l2_bytes: int
+    memory_clock_khz: int
+    tensor_tflops: float
+    bandwidth_gbs: float
+    registers_per_sm: int = 65536
+
+    @property
+    def capability(self) -> int:
+        """Compute capability times ten: 90 for sm_90a."""
+        return int(re.sub(r"\D", "", self.arch))
+
+    @property
+    def key(self) -> str:
+        """Identity for rankings: GPUs with one key rank configs alike. The memory clock counts in steps of 100 MHz."""
+        clock = round(self.memory_clock_khz / 1e5) * 100
+        return f"{self.arch}-{self.sms}sm-{self.smem_per_sm // KB}kb-l2_{self.l2_bytes // MB}mb-{clock}mhz"
+
+    @classmethod
+    def of(cls, name: str) -> Device:
+        """A GPU of the table by name (`h200`), or the first one of an architecture (`sm_90a`, `sm_90`).
+
+        Raises:
+            ArgumentError: neither is in the table.
+        """
+        wanted = name.lower()
+        for device in TABLE:
+            if wanted in (device.name, device.arch) or arch_name(wanted) == device.arch:
+                return device
+        raise ArgumentError(
+            f"device {name!r} is not in the table; accepted: {', '.join(d.name for d in TABLE)}, "
+            f"or one of their architectures, {', '.join(sorted({d.arch for d in TABLE}))}"
+        )
+
+    @classmethod
+    def current(cls, index: int | None = None) -> Device:
+        """The GPU of CUDA index `index`, by default the current one.
+
+        Raises:
+            ToolchainError: CuPy, the driver or the GPU is missing.
+        """
+        try:
+            from cupy.cuda import runtime
+        except ImportError as error:
+            raise ToolchainError(f"CuPy cannot be imported ({error}); install it: pip install cupy-cuda13x==14.2.0") from error
+        try:
+            chosen = runtime.getDevice() if index is None else index
+            label = runtime.getDeviceProperties(chosen)["name"].decode()
+            value = {field: int(runtime.deviceGetAttribute(number, chosen)) for field, number in ATTRIBUTES.items()}
+            bus_bits, major, minor = (int(runtime.deviceGetAttribute(number, chosen)) for number in (BUS_BITS, MAJOR, MINOR))
+        except (runtime.CUDARuntimeError, ImportError) as error:
+            which = "" if index is None else f" {index}"
+            raise ToolchainError(
+                f"no usable CUDA GPU{which}: {error}. Check nvidia-smi and CUDA_VISIBLE_DEVICES, or name a target with Device.of('h200')"
+            ) from error
+        arch = arch_name(f"sm_{major}{minor}")
+        tflops, bandwidth = _throughput(label, arch, value["sms"], value["memory_clock_khz"], bus_bits)
+        return cls(name=label, arch=arch, tensor_tflops=tflops, bandwidth_gbs=bandwidth, **value)
+
+    @classmethod
+    def default(cls) -> Device:
+        """The current GPU if there is one, else the H200 of the table."""
+        try:
+            return cls.current()
+        except ToolchainError:
+            return cls.of("h200")
+
+
+def arch_name(arch: str) -> str:
+    """The architecture to compile for. NOTE: plain sm_90 accepts wgmma silently and traps in its place, so it is never used."""
+    return "sm_90a" if arch == "sm_90" else arch
+
+
+def _throughput(label: str, arch: str, sms: int, memory_clock_khz: int, bus_bits: int) -> tuple[float, float]:
+    """TFLOP/s and GB/s: the table's for a GPU that it names, else the nearest one's scaled by SMs, and 90 % of the (double rate) bus."""
+    words = re.sub(r"[^a-z0-9]", "", label.lower())
+    for device in TABLE:
+        if device.name in words and device.arch == arch and device.sms == sms:
+            return device.tensor_tflops, device.bandwidth_gbs
+    nearest = min(TABLE, key=lambda d: (d.arch != arch, abs(d.capability - int(re.sub(r"\D", "", arch)))))
+    return nearest.tensor_tflops * sms / nearest.sms, 0.9 * 2 * memory_clock_khz * 1e3 * bus_bits / 8 / 1e9
+
+
+TABLE = (
+    Device("h200", "sm_90a", 132, 227 * KB, 228 * KB, 2048, 60 * MB, 3_201_000, 781.0, 4300.0),
+    Device("h100", "sm_90a", 132, 227 * KB, 228 * KB, 2048, 50 * MB, 2_619_000, 791.0, 3000.0),
+    Device("a100", "sm_80", 108, 163 * KB, 164 * KB, 2048, 40 * MB, 1_593_000, 250.0, 1830.0),
+    Device("rtx3090", "sm_86", 82, 99 * KB, 100 * KB, 1536, 6 * MB, 9_751_000, 57.0, 842.0),
+    Device("l40s", "sm_89", 142, 99 * KB, 100 * KB, 1536, 96 * MB, 9_001_000, 290.0, 778.0),
+    Device("rtx4090", "sm_89", 128, 99 * KB, 100 * KB, 1536, 72 * MB, 10_501_000, 132.0, 907.0),
+    Device("b200", "sm_100", 148, 227 * KB, 228 * KB, 2048, 126 * MB, 3_996_000, 1800.0, 7200.0),
+    Device("rtx5090", "sm_120", 170, 99 * KB, 100 * KB, 1536, 96 * MB, 14_001_000, 167.0, 1610.0),
+)

@@ -1,0 +1,158 @@
+"""One kernel: two dataclasses, a few small pure functions and one template.
+
+    softmax = Kernel(name="softmax", template=HERE / "softmax.cu.j2", problem=Problem, config=Config, args=ARGS, tiles=tiles, grid=grid, cost=cost)
+    softmax.space(problem, device)       # the legal configs, and why the others are not
+    softmax.source(problem, config)      # the rendered C++
+    softmax.cubin(problem, config)       # compiled, or out of the cache
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from vidrial.analysis import Occupancy
+from vidrial.build import build
+from vidrial.compile import Cubin
+from vidrial.device import Device
+from vidrial.errors import ArgumentError, ConfigError, LayoutError
+from vidrial.launch import Geometry
+from vidrial.problem import StaticView, fields
+from vidrial.render import Arguments, Source, Tiles, closure_digest, render
+from vidrial.space import Cost, Space, check_choices, configs
+from vidrial.toolchain import vidrial_include
+
+SMEM_RESERVED = 1024   # bytes of shared memory that the system takes of every CTA
+
+
+def _no_rules(problem: Any, config: Any, device: Device) -> Iterable[tuple[bool, str]]:
+    return ()
+
+
+def _no_values(problem: Any, config: Any) -> Mapping[str, Any]:
+    return {}
+
+
+@dataclass(frozen=True, eq=False)
+class Kernel:
+    """A kernel's description.
+
+    Args:
+        name: of the `extern "C" __global__` function, and in the cache.
+        template: the Jinja template that names `tiles`, `args`, `p` (static facts), `c` (config).
+        problem, config: frozen dataclasses with `static`, `dynamic` and `choice` fields.
+        args: the kernel's one parameter; scalars are found in the problem by name, or in `values(problem, config)`.
+        tiles: (static facts, config) -> Tiles; may not read a dynamic field.
+        grid: (problem, config) -> CTAs along x, y, z.
+        rules: (problem, config, device) -> (holds, sentence) pairs beyond what the tiles themselves demand.
+        cost: (problem, config, device) -> Cost; without it configs keep their order of declaration.
+    """
+
+    name: str
+    template: Path
+    problem: type
+    config: type
+    args: Arguments
+    tiles: Callable[[Any, Any], Tiles]
+    grid: Callable[[Any, Any], tuple[int, int, int]]
+    rules: Callable[[Any, Any, Device], Iterable[tuple[bool, str]]] = _no_rules
+    cost: Callable[[Any, Any, Device], Cost] | None = None
+    values: Callable[[Any, Any], Mapping[str, Any]] = _no_values
+
+    def resolve(self, problem: Any, config: Any) -> Tiles:
+        """Everything that is known before the launch.
+
+        Raises:
+            LayoutError: the objects refuse this config.
+        """
+        return _resolve(self, problem if isinstance(problem, StaticView) else StaticView(problem), config)
+
+    def source(self, problem: Any, config: Any) -> Source:
+        """The rendered C++ of a config; depends on the static fields of `problem` alone."""
+        view = StaticView(problem)
+        names = {"tiles": self.resolve(view, config), "args": self.args, "p": view, "c": config}
+        return render(self.template, self.name, names)
+
+    def cubin(self, problem: Any, config: Any, arch: str | None = None) -> Cubin:
+        """The compiled kernel, from the cache if it is there; needs no GPU.
+
+        Raises:
+            ConfigError: the config breaks a rule. CompileError: the source does not compile.
+        """
+        device = Device.default() if arch is None else Device.of(arch)
+        self.check(problem, config, device)
+        return build(self.source(problem, config), device.arch)
+
+    def reject(self, problem: Any, config: Any, device: Device) -> str | None:
+        """The sentence of the first rule that the config breaks, or None: the one statement of legality."""
+        for holds, sentence in self.rules(problem, config, device):
+            if not holds:
+                return sentence
+        try:
+            tiles = self.resolve(problem, config)
+        except (LayoutError, ConfigError) as error:
+            return str(error)
+        if tiles.threads % 32 or not 32 <= tiles.threads <= 1024:
+            return f"{tiles.threads} threads a CTA: must be a multiple of 32, at most 1024"
+        if tiles.smem_bytes > device.smem_per_block:
+            return f"{tiles.smem_bytes} bytes of shared memory: a CTA has {device.smem_per_block} on {device.name}"
+        if tiles.min_blocks * (tiles.smem_bytes + SMEM_RESERVED) > device.smem_per_sm:
+            return f"{tiles.min_blocks} CTAs of {tiles.smem_bytes} bytes of shared memory: an SM has {device.smem_per_sm} on {device.name}"
+        if tiles.min_blocks * tiles.threads > device.threads_per_sm:
+            return f"{tiles.min_blocks} CTAs of {tiles.threads} threads: an SM holds {device.threads_per_sm} on {device.name}"
+        return None
+
+    def check(self, problem: Any, config: Any, device: Device) -> None:
+        """Refuse an illegal config.
+
+        Raises:
+            ConfigError: with the rule's sentence.
+        """
+        check_choices(config)
+        sentence = self.reject(problem, config, device)
+        if sentence is not None:
+            raise ConfigError(f"{self.name}: {config} is not legal for {problem}: {sentence}; see {self.name}.space(problem, device)")
+
+    def seconds(self, problem: Any, config: Any, device: Device) -> float:
+        """Predicted time of one launch, 0 without a cost model."""
+        return self.cost(problem, config, device).seconds(device) if self.cost is not None else 0.0
+
+    def space(self, problem: Any, device: Device | None = None) -> Space:
+        """All configs for a problem: legal ones ranked by predicted time, rejected ones with their sentence."""
+        device = device or Device.default()
+        return Space.of(configs(self.config), lambda c: self.reject(problem, c, device), lambda c: self.seconds(problem, c, device))
+
+    def geometry(self, problem: Any, config: Any) -> Geometry:
+        """Grid, threads and dynamic shared memory of the launch."""
+        tiles = self.resolve(problem, config)
+        return Geometry(self.grid(problem, config), tiles.threads, tiles.smem_bytes)
+
+    def pack(self, problem: Any, config: Any) -> bytearray:
+        """The packed parameter struct, pointers null.
+
+        Raises:
+            ArgumentError: a scalar has no value.
+        """
+        return self.args.pack(fields(problem, "static") | fields(problem, "dynamic") | dict(self.values(problem, config)))
+
+    def occupancy(self, problem: Any, config: Any, device: Device, registers: int) -> Occupancy:
+        """CTAs an SM holds, and what limits them, for a register count (from the cubin, or an estimate)."""
+        tiles = self.resolve(problem, config)
+        return Occupancy.of(device, threads=tiles.threads, smem=tiles.smem_bytes, registers=registers)
+
+    def digest(self) -> str:
+        """sha256 of the template and its include closure: rankings of another text do not count."""
+        text = self.template.read_text()
+        return closure_digest(text + f'\n#include "{self.template.name}"', (self.template.parent, vidrial_include()))
+
+    def __post_init__(self) -> None:
+        if not self.template.is_file():
+            raise ArgumentError(f"kernel {self.name}: template {self.template} does not exist")
+
+
+@functools.lru_cache(maxsize=8192)
+def _resolve(kernel: Kernel, view: StaticView, config: Any) -> Tiles:
+    return kernel.tiles(view, config)

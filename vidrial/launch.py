@@ -1,0 +1,138 @@
+"""A cubin as a callable on the caller's stream: load once, then launch with one struct passed by value."""
+
+from __future__ import annotations
+
+import ctypes
+import dataclasses
+from typing import Any
+
+from vidrial.compile import Cubin
+from vidrial.errors import ArgumentError, LaunchError
+
+GRID_LIMITS = (2**31 - 1, 65535, 65535)
+THREADS_LIMIT = 1024
+# Beyond this a kernel has to ask for its dynamic shared memory.
+SMEM_UNASKED = 48 << 10
+# A kernel's parameters may take 4 KB on every architecture that is served.
+PARAMETER_BYTES = 4096
+MAX_DYNAMIC_SHARED_SIZE_BYTES = 8  # CUfunction_attribute
+
+
+@dataclasses.dataclass(frozen=True)
+class Geometry:
+    """CTAs along x, y, z; threads of a CTA; bytes of dynamic shared memory.
+
+    Raises:
+        ArgumentError: CUDA could not launch it on any GPU.
+    """
+
+    grid: tuple[int, int, int]
+    block: int
+    smem: int = 0
+
+    def __post_init__(self) -> None:
+        if len(self.grid) != 3 or any(not 0 <= n <= limit for n, limit in zip(self.grid, GRID_LIMITS, strict=True)):
+            raise ArgumentError(
+                f"grid {self.grid} is not three counts of CTAs from 0 to {GRID_LIMITS}; let a CTA do more, or split the launch"
+            )
+        if not 1 <= self.block <= THREADS_LIMIT:
+            raise ArgumentError(f"block of {self.block} threads: accepted are 1 to {THREADS_LIMIT}")
+        if self.smem < 0:
+            raise ArgumentError(f"dynamic shared memory of {self.smem} bytes is negative")
+
+    @property
+    def empty(self) -> bool:
+        """Whether there is nothing to launch (CUDA itself refuses an empty grid)."""
+        return 0 in self.grid
+
+
+class Binary:
+    """A kernel loaded on one device. It unloads itself when nothing refers to it any more."""
+
+    def __init__(self, module: Any, function: int, name: str, device: int, smem_limit: int) -> None:
+        from cupy.cuda import driver, runtime
+
+        self.name = name
+        self.device = device
+        self.smem_limit = smem_limit
+        self._module = module  # owns the code: its end unloads it
+        self._function = function
+        self._smem_asked = SMEM_UNASKED
+        self._driver, self._runtime = driver, runtime
+
+    @classmethod
+    def load(cls, cubin: Cubin, entry: str, device: int | None = None) -> Binary:
+        """Load `entry` of a cubin on CUDA device `device`, by default the current one.
+
+        Raises:
+            LaunchError: the driver refuses the image (another architecture, an older driver), or has no such entry.
+        """
+        from cupy.cuda import Device, driver, function, runtime
+
+        try:
+            chosen = runtime.getDevice() if device is None else device
+            with Device(chosen):
+                module = function.Module()
+                module.load(cubin.image)
+                pointer = int(module.get_function(entry).ptr)
+                smem_of_cta = int(runtime.deviceGetAttribute(runtime.cudaDevAttrMaxSharedMemoryPerBlockOptin, chosen))
+        except (driver.CUDADriverError, runtime.CUDARuntimeError) as error:
+            raise LaunchError(
+                f"kernel {entry} for {cubin.arch} does not load: {error}; compile for this GPU's architecture, see Device.current()"
+            ) from error
+        return cls(module, pointer, entry, chosen, smem_of_cta - cubin.resources.static_smem)
+
+    def launch(self, geometry: Geometry, packed: bytearray, stream: int) -> None:
+        """Launch on `stream` (a cudaStream_t as an int; 0 is the default stream) with `packed` as the kernel's one parameter.
+
+        The bytes are copied before this returns: `packed` may be rewritten at once. An empty grid launches nothing.
+
+        Raises:
+            LaunchError: the driver refuses the launch, or an earlier error of this context comes to light.
+            ArgumentError: the parameter struct is empty or too large.
+        """
+        if geometry.empty:
+            return
+        parameters = pointer_to(packed)
+        if self._runtime.getDevice() != self.device:
+            from cupy.cuda import Device
+
+            with Device(self.device):
+                self._launch(geometry, parameters, stream)
+        else:
+            self._launch(geometry, parameters, stream)
+
+    def _launch(self, geometry: Geometry, parameters: ctypes.Array[ctypes.c_void_p], stream: int) -> None:
+        (x, y, z), smem = geometry.grid, geometry.smem
+        try:
+            if smem > self._smem_asked:
+                self._ask_for(smem)
+            self._driver.launchKernel(self._function, x, y, z, geometry.block, 1, 1, smem, stream, ctypes.addressof(parameters), 0)
+        except self._driver.CUDADriverError as error:
+            raise LaunchError(
+                f"kernel {self.name} with {geometry} failed to launch: {error}; an illegal access of an earlier kernel "
+                "also shows here: run under compute-sanitizer, or with VIDRIAL_TARGET=host"
+            ) from error
+
+    def _ask_for(self, smem: int) -> None:
+        if smem > self.smem_limit:
+            raise LaunchError(
+                f"kernel {self.name} asks for {smem} bytes of dynamic shared memory; "
+                f"device {self.device} has {self.smem_limit} a CTA: choose a smaller tile or fewer stages"
+            )
+        self._driver.funcSetAttribute(self._function, MAX_DYNAMIC_SHARED_SIZE_BYTES, smem)
+        self._smem_asked = smem
+
+
+def pointer_to(packed: bytearray) -> ctypes.Array[ctypes.c_void_p]:
+    """The `void*[1]` that cuLaunchKernel takes; it keeps `packed` where it is for as long as it lives.
+
+    Raises:
+        ArgumentError: the parameter struct is empty or too large.
+    """
+    if not 0 < len(packed) <= PARAMETER_BYTES:
+        raise ArgumentError(f"the parameter struct has {len(packed)} bytes; accepted are 1 to {PARAMETER_BYTES}: pass a pointer to more")
+    struct = (ctypes.c_char * len(packed)).from_buffer(packed)
+    parameters = (ctypes.c_void_p * 1)(ctypes.addressof(struct))
+    parameters.struct = struct  # type: ignore[attr-defined]
+    return parameters

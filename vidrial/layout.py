@@ -1,0 +1,261 @@
+"""CuTe's layouts as values: `Layout`, `Swizzle` and `ComposedLayout`, which evaluate, compose and print as their C++ types.
+
+The algebra is pycute's (the Python half of CuTe); what comes back from it is a frozen value again. All integers are static.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, TypeAlias
+
+import numpy as np
+import pycute
+
+from vidrial.errors import LayoutError
+
+IntTuple: TypeAlias = "int | tuple[IntTuple, ...]"
+
+
+def flatten(t: IntTuple) -> tuple[int, ...]:
+    """The integers of a nested tuple, left to right."""
+    return tuple(i for part in t for i in flatten(part)) if isinstance(t, tuple) else (t,)
+
+
+def product(t: IntTuple) -> int:
+    """Product of the integers of a nested tuple."""
+    result = 1
+    for i in flatten(t):
+        result *= i
+    return result
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """A function from coordinates to integers: `Layout((128, 64), (64, 1))` takes (i, j) to 64 i + j.
+
+    `stride` has the nesting of `shape`; without it the first mode is contiguous.
+
+    Raises:
+        LayoutError: an extent is not a positive integer, a stride is not an integer, or the two are nested differently.
+    """
+
+    shape: IntTuple
+    stride: IntTuple = ()
+
+    def __post_init__(self) -> None:
+        _check_integers(self.shape, least=1, what="an extent of a shape")
+        if self.stride == () and self.shape != ():
+            object.__setattr__(self, "stride", pycute.prefix_product(self.shape))
+        _check_integers(self.stride, least=0, what="a stride")
+        if not _congruent(self.shape, self.stride):
+            raise LayoutError(f"shape {self.shape} and stride {self.stride} are nested differently; give each extent its own stride")
+
+    def __call__(self, *coordinate: Any) -> Any:
+        """The index of a coordinate: an integer, one per mode, or nested as the shape; NumPy arrays of them give an array."""
+        return _index(coordinate[0] if len(coordinate) == 1 else coordinate, self.shape, self.stride)
+
+    @property
+    def size(self) -> int:
+        """Number of coordinates."""
+        return product(self.shape)
+
+    @property
+    def cosize(self) -> int:
+        """One more than the largest index."""
+        return 1 + sum((s - 1) * d for s, d in zip(flatten(self.shape), flatten(self.stride), strict=True))
+
+    @property
+    def rank(self) -> int:
+        """Number of modes."""
+        return len(self.shape) if isinstance(self.shape, tuple) else 1
+
+    def mode(self, i: int) -> Layout:
+        """The i-th mode as a layout of its own."""
+        if not isinstance(self.shape, tuple) or not isinstance(self.stride, tuple):
+            return self
+        return Layout(self.shape[i], self.stride[i])
+
+    def indices(self) -> Any:
+        """Index of each integer coordinate, an int64 array of `size` values."""
+        return self(np.arange(self.size))
+
+    @property
+    def cpp(self) -> str:
+        """The CuTe type."""
+        return f"cute::Layout<{_cpp('Shape', self.shape)}, {_cpp('Stride', self.stride)}>"
+
+    def __str__(self) -> str:
+        return f"{self.shape}:{self.stride}".replace(" ", "")
+
+
+@dataclasses.dataclass(frozen=True)
+class Swizzle:
+    """CuTe's `Swizzle<bits, base, shift>`: `bits` bits from `base + shift` on are XORed onto those from `base` on."""
+
+    bits: int
+    base: int
+    shift: int
+
+    def __post_init__(self) -> None:
+        if self.bits < 0 or self.base < 0 or self.shift < self.bits:
+            raise LayoutError(f"Swizzle({self.bits}, {self.base}, {self.shift}): bits and base must not be negative, shift not below bits")
+
+    def __call__(self, index: Any) -> Any:
+        """The swizzled index (an integer or an integer array)."""
+        mask = ((1 << self.bits) - 1) << (self.base + self.shift)
+        return index ^ ((index & mask) >> self.shift)
+
+    @property
+    def period(self) -> int:
+        """An offset by a multiple of this many elements passes through the swizzle unchanged."""
+        return 1 << (self.bits + self.base + self.shift) if self.bits else 1
+
+    @property
+    def cpp(self) -> str:
+        """The CuTe type."""
+        return f"cute::Swizzle<{self.bits},{self.base},{self.shift}>"
+
+
+@dataclasses.dataclass(frozen=True)
+class ComposedLayout:
+    """`swizzle(offset + layout(coordinate))`."""
+
+    swizzle: Swizzle
+    offset: int
+    layout: Layout
+
+    def __call__(self, *coordinate: Any) -> Any:
+        """The index of a coordinate, as `Layout.__call__`."""
+        return self.swizzle(self.offset + self.layout(*coordinate))
+
+    @property
+    def size(self) -> int:
+        """Number of coordinates."""
+        return self.layout.size
+
+    @property
+    def shape(self) -> IntTuple:
+        """The shape of the domain."""
+        return self.layout.shape
+
+    def indices(self) -> Any:
+        """Index of each integer coordinate, an int64 array of `size` values."""
+        return self(np.arange(self.size))
+
+    @property
+    def cpp(self) -> str:
+        """The CuTe type."""
+        return f"cute::ComposedLayout<{self.swizzle.cpp}, {_int(self.offset)}, {self.layout.cpp}>"
+
+    def __str__(self) -> str:
+        return f"Swizzle<{self.swizzle.bits},{self.swizzle.base},{self.swizzle.shift}> o {self.offset} o {self.layout}"
+
+
+def make_layout(*modes: Layout) -> Layout:
+    """The layout whose modes are the given ones."""
+    return Layout(tuple(m.shape for m in modes), tuple(m.stride for m in modes))
+
+
+def coalesce(layout: Layout) -> Layout:
+    """The same function of integer coordinates, in the fewest modes."""
+    return _algebra(pycute.coalesce, layout)
+
+
+def composition(a: Layout, b: Layout) -> Layout:
+    """`a(b(i))` for each i.
+
+    Raises:
+        LayoutError: no layout is that function, or `b` leaves the domain of `a`.
+    """
+    result = _algebra(pycute.composition, a, b)
+    if b.cosize > a.size or not np.array_equal(result.indices(), a(b.indices())):
+        raise LayoutError(f"{a} o {b} is not a layout: the extents of the second must divide, or be divided by, those of the first")
+    return result
+
+
+def complement(layout: Layout, size: int) -> Layout:
+    """The layout that, beside an injective `layout`, reaches the rest of `size` indices once each.
+
+    Raises:
+        LayoutError: `layout` reaches an index twice, or leaves gaps that no layout fills.
+    """
+    result = _algebra(pycute.complement, layout, size)
+    both = make_layout(without_broadcast(layout), result).indices()
+    if len(np.unique(both)) != both.size:
+        raise LayoutError(f"{layout} has no complement in {size}: it reaches an index twice, or its strides do not divide one another")
+    return result
+
+
+def without_broadcast(layout: Layout) -> Layout:
+    """`layout` without its modes of stride 0, coalesced."""
+    return _algebra(pycute.filter, layout)
+
+
+def right_inverse(layout: Layout) -> Layout:
+    """The largest layout r with `layout(r(i)) == i`."""
+    return _algebra(pycute.right_inverse, layout)
+
+
+def left_inverse(layout: Layout) -> Layout:
+    """The layout l with `l(layout(i)) == i`, for an injective `layout`."""
+    return _algebra(pycute.left_inverse, layout)
+
+
+def logical_divide(layout: Layout, tile: Layout) -> Layout:
+    """`layout` split in two modes: within a tile, and over the tiles."""
+    return composition(layout, make_layout(tile, complement(tile, layout.size)))
+
+
+def logical_product(layout: Layout, tiler: Layout) -> Layout:
+    """`layout`, repeated as `tiler` says, in two modes: within a copy, and over the copies."""
+    return make_layout(layout, composition(complement(layout, layout.size * tiler.cosize), tiler))
+
+
+def _index(coordinate: Any, shape: IntTuple, stride: IntTuple) -> Any:
+    if isinstance(shape, tuple) and isinstance(stride, tuple):
+        if isinstance(coordinate, tuple):
+            if len(coordinate) != len(shape):
+                raise LayoutError(f"coordinate {coordinate} has {len(coordinate)} modes, shape {shape} has {len(shape)}")
+            return sum(_index(c, s, d) for c, s, d in zip(coordinate, shape, stride, strict=True))
+        index = 0
+        for i, (s, d) in enumerate(zip(shape, stride, strict=True)):
+            extent = product(s)
+            index = index + _index(coordinate if i == len(shape) - 1 else coordinate % extent, s, d)
+            coordinate = coordinate // extent
+        return index
+    if isinstance(coordinate, tuple):
+        raise LayoutError(f"coordinate {coordinate} is nested deeper than the mode {shape}:{stride} that it addresses")
+    return coordinate * stride
+
+
+def _check_integers(t: Any, least: int, what: str) -> None:
+    if isinstance(t, tuple):
+        for part in t:
+            _check_integers(part, least, what)
+    elif isinstance(t, bool) or not isinstance(t, int) or t < least:
+        raise LayoutError(f"{t!r} is not {what}; accepted: integers of at least {least}, and tuples of them")
+
+
+def _congruent(a: IntTuple, b: IntTuple) -> bool:
+    if isinstance(a, tuple) and isinstance(b, tuple):
+        return len(a) == len(b) and all(map(_congruent, a, b))
+    return not isinstance(a, tuple) and not isinstance(b, tuple)
+
+
+def _algebra(function: Callable[..., Any], *arguments: Any) -> Layout:
+    """A pycute function on values; what it refuses by assertion becomes a LayoutError."""
+    try:
+        result = function(*(pycute.Layout(x.shape, x.stride) if isinstance(x, Layout) else x for x in arguments))
+    except AssertionError:
+        call = f"{function.__name__}({', '.join(map(str, arguments))})"
+        raise LayoutError(f"{call} is not a layout; the extents and strides must divide") from None
+    return Layout(result.shape, result.stride)
+
+
+def _int(i: int) -> str:
+    return "cute::_0" if i == 0 else f"cute::Int<{i}>"
+
+
+def _cpp(name: str, t: IntTuple) -> str:
+    return f"cute::{name}<{','.join(_cpp(name, part) for part in t)}>" if isinstance(t, tuple) else f"cute::Int<{t}>"

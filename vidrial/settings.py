@@ -1,0 +1,81 @@
+"""Every environment variable that Vidrial reads, in one place. They are read when asked for, never at import."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+from vidrial.errors import ArgumentError
+
+TARGETS = ("cuda", "host")
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What the environment asks for; `None` where it leaves the choice to Vidrial."""
+
+    target: str
+    """VIDRIAL_TARGET: `cuda`, or `host` to run kernels on the CPU."""
+    jobs: int
+    """VIDRIAL_JOBS: processes that compile at once; by default the processors this process may use."""
+    cache_dirs: tuple[Path, ...]
+    """Where the cache may lie, best first: VIDRIAL_CACHE_DIR, $XDG_CACHE_HOME/vidrial, ~/.cache/vidrial."""
+    cache_max_bytes: int
+    """VIDRIAL_CACHE_MAX_MB (2048): compiled kernels beyond this are dropped, least recently used first."""
+    cutlass_include: Path | None
+    """VIDRIAL_CUTLASS_INCLUDE: directory that holds `cute/` and `cutlass/`."""
+    cuda_include: Path | None
+    """VIDRIAL_CUDA_INCLUDE: directory that holds `cuda_fp16.h` and `cccl/`."""
+    cuda_home: Path | None
+    """CUDA_HOME or CUDA_PATH: a CUDA toolkit, used where the wheels are not installed."""
+    cxx: str | None
+    """CXX: host compiler of the `host` target."""
+
+    @classmethod
+    def read(cls, environment: Mapping[str, str] | None = None) -> Settings:
+        """The settings of `environment`, by default that of the process.
+
+        Raises:
+            ArgumentError: a variable has a value that is not accepted.
+        """
+        env = os.environ if environment is None else environment
+        target = env.get("VIDRIAL_TARGET") or TARGETS[0]
+        if target not in TARGETS:
+            raise ArgumentError(f"VIDRIAL_TARGET={target!r} is not a target; accepted: {', '.join(TARGETS)}. Correct or unset it")
+        home = env.get("CUDA_HOME") or env.get("CUDA_PATH")
+        return cls(
+            target=target,
+            jobs=_positive(env, "VIDRIAL_JOBS", len(os.sched_getaffinity(0))),
+            cache_dirs=_cache_dirs(env),
+            cache_max_bytes=_positive(env, "VIDRIAL_CACHE_MAX_MB", 2048) << 20,
+            cutlass_include=_folder(env, "VIDRIAL_CUTLASS_INCLUDE"),
+            cuda_include=_folder(env, "VIDRIAL_CUDA_INCLUDE"),
+            cuda_home=Path(home) if home else None,
+            cxx=env.get("CXX") or None,
+        )
+
+
+def _positive(env: Mapping[str, str], name: str, default: int) -> int:
+    text = env.get(name) or str(default)
+    if not text.isdecimal() or int(text) < 1:
+        raise ArgumentError(f"{name}={text!r} is not a positive whole number; set one, or unset it for {default}")
+    return int(text)
+
+
+def _cache_dirs(env: Mapping[str, str]) -> tuple[Path, ...]:
+    asked, xdg = env.get("VIDRIAL_CACHE_DIR"), env.get("XDG_CACHE_HOME")
+    # NOTE: expanduser leaves the ~ in place where there is no home directory.
+    choices = (asked and os.path.abspath(os.path.expanduser(asked)), xdg and f"{xdg}/vidrial", os.path.expanduser("~/.cache/vidrial"))
+    return tuple(Path(path) for path in choices if path and os.path.isabs(path))
+
+
+def _folder(env: Mapping[str, str], name: str) -> Path | None:
+    text = env.get(name)
+    if not text:
+        return None
+    path = Path(text).expanduser().absolute()
+    if not path.is_dir():
+        raise ArgumentError(f"{name}={text!r} is not a directory; give the include directory itself, or unset it")
+    return path
