@@ -50,7 +50,9 @@ def test_table_h200() -> None:
     assert (device.l2_bytes, device.tensor_tflops, device.bandwidth_gbs, device.capability) == (60 << 20, 781.0, 4300.0, 90)
 
 
-@pytest.mark.parametrize(("name", "found"), [("sm_90a", "h200"), ("sm_90", "h200"), ("sm_80", "a100"), ("H100", "h100"), ("sm_120", "rtx5090")])
+@pytest.mark.parametrize(
+    ("name", "found"), [("sm_90a", "h200"), ("sm_90", "h200"), ("sm_80", "a100"), ("H100", "h100"), ("sm_120", "rtx5090")]
+)
 def test_of(name: str, found: str) -> None:
     assert Device.of(name).name == found
 
@@ -65,7 +67,7 @@ def test_names_and_keys_are_unique_and_plausible() -> None:
     assert len({d.name for d in TABLE}) == len({d.key for d in TABLE}) == len(TABLE)
     for device in TABLE:
         assert 0 < device.smem_per_sm - device.smem_per_block <= 1024
-        assert 48 << 10 < device.smem_per_block and device.threads_per_sm % 32 == 0
+        assert device.smem_per_block > 48 << 10 and device.threads_per_sm % 32 == 0
         assert arch_name(device.arch) == device.arch != "sm_90"
 
 

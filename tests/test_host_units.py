@@ -8,7 +8,7 @@ from units import Case, cases
 from vidrial.host import SCHEDULES, compile_host
 
 
-@pytest.mark.parametrize("case", cases(), ids=lambda case: case.name)
+@pytest.mark.parametrize("case", list(cases()), ids=lambda case: case.name)
 def test_unit(case: Case) -> None:
     binary = compile_host(case.source, "unit")
     fresh = [array.copy() for array in case.arrays]

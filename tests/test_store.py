@@ -256,12 +256,12 @@ from pathlib import Path
 from vidrial.store import Store
 root, key, image = Path(sys.argv[1]), sys.argv[2], bytes(range(256)) * 400
 store = Store(root)
-for round in range(40):
+for round in range(200):
     entry = store.get(key) or store.put(key, image, "source", {"round": round})
     assert entry.image == image
     store.write_json("ranking", "shared", {"writer": sys.argv[3], "values": list(range(500))})
     document = store.read_json("ranking", "shared")
-    assert document["values"] == list(range(500)), document
+    assert document is None or document["values"] == list(range(500)), document
     if round % 8 == int(sys.argv[3]):
         store.clear()
 assert store.stats.corrupt == 0 and store.stats.unwritten == 0, store.stats
@@ -269,10 +269,7 @@ assert store.stats.corrupt == 0 and store.stats.unwritten == 0, store.stats
 
 
 def test_processes_share_a_key_while_one_clears(tmp_path: Path) -> None:
-    program = WRITER.replace("document = store.read_json", "document = store.read_json").replace(
-        'assert document["values"]', 'assert document is None or document["values"]'
-    )
-    command = [sys.executable, "-W", "error", "-c", program, str(tmp_path), key_of()]
+    command = [sys.executable, "-W", "error", "-c", WRITER, str(tmp_path), key_of()]
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent.parent)}
     processes = [subprocess.Popen([*command, str(n)], env=environment) for n in range(3)]
     assert [process.wait(60) for process in processes] == [0, 0, 0]

@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 
 from vidrial.device import Device
 from vidrial.errors import ArgumentError
 from vidrial.tiled import LoadMatrix, LoadVector, Operand, TiledCopy, TiledMma
+
+Described: TypeAlias = LoadMatrix | LoadVector | Operand | TiledMma | TiledCopy
 
 WARP, BANKS, BANK_BYTES, PHASE_BYTES, SECTOR_BYTES = 32, 32, 4, 128, 32
 
@@ -37,7 +39,8 @@ class Access:
 
     def __post_init__(self) -> None:
         if not 1 <= len(self.addresses) <= WARP or self.bytes not in (1, 2, 4, 8, 16):
-            raise ArgumentError(f"{len(self.addresses)} threads of {self.bytes} bytes are not an access of a warp; accepted: 1 to 32 of 1, 2, 4, 8, 16")
+            raise ArgumentError(f"{len(self.addresses)} threads of {self.bytes} bytes are not an access of a warp; "
+                                "accepted: 1 to 32 threads of 1, 2, 4, 8 or 16 bytes")
         if any(address % self.bytes for address in self.addresses):
             raise ArgumentError(f"an access of {self.bytes} bytes a thread has an address that is not a multiple of {self.bytes}")
 
@@ -49,12 +52,13 @@ def bank_conflicts(access: Access) -> int:
 
 def sectors(access: Access) -> int:
     """Sectors of 32 bytes that the access touches in global memory."""
-    return _sectors(np.array(access.addresses)[None], access.bytes)
+    return _sectors(np.array(access.addresses)[None])
 
 
 @dataclasses.dataclass(frozen=True)
 class Finding:
-    """One kind of access of a kernel: `bytes` a thread, the worst `ways` of a bank (shared) or `sectors` a warp (global), and the best possible."""
+    """One kind of access of a kernel: `bytes` a thread; the worst `ways` of a bank (shared), or `sectors` a warp and the fewest
+    possible (global)."""
 
     name: str
     kind: str
@@ -69,12 +73,18 @@ class Finding:
         return f"{self.name}: {self.kind}, {self.bytes} B, {self.sectors} sectors a request (at best {self.best_sectors})"
 
 
-def analyse(described: LoadMatrix | LoadVector | Operand | TiledMma | TiledCopy, name: str = "", row_stride: int | None = None) -> list[Finding]:
-    """The accesses of an object of `vidrial.tiled`. `row_stride`: bytes from row to row in global memory, by default a row of the tile."""
+def analyse(described: Described, name: str = "", row_stride: int | None = None) -> list[Finding]:
+    """The accesses of an object of `vidrial.tiled`.
+
+    `row_stride`: bytes from row to row in global memory, by default those of a row of the tile.
+
+    Raises:
+        ArgumentError: the threads of a copy are not whole warps.
+    """
     return list(_findings(described, name or type(described).__name__, row_stride))
 
 
-def _findings(described: LoadMatrix | LoadVector | Operand | TiledMma | TiledCopy, name: str, row_stride: int | None) -> Iterator[Finding]:
+def _findings(described: Described, name: str, row_stride: int | None) -> Iterator[Finding]:
     if isinstance(described, TiledMma):
         for side, operand in (("A", described.A), ("B", described.B)):
             if operand is not None:
@@ -95,7 +105,8 @@ def _findings(described: LoadMatrix | LoadVector | Operand | TiledMma | TiledCop
         stride = row_stride if row_stride is not None else tile.columns * tile.dtype.bytes
         source = (described.row(thread) * stride + described.column(thread) * tile.dtype.bytes).reshape(-1, WARP)
         yield Finding(f"{name}.shared", "cp.async store", vector, ways=_ways(described.addresses().reshape(-1, WARP), vector))
-        yield Finding(f"{name}.global", "cp.async load", vector, sectors=_sectors(source, vector), best_sectors=WARP * vector // SECTOR_BYTES)
+        best = WARP * vector // SECTOR_BYTES
+        yield Finding(f"{name}.global", "cp.async load", vector, sectors=_sectors(source), best_sectors=best)
 
 
 def _ways(addresses: Any, size: int) -> int:
@@ -110,7 +121,7 @@ def _ways(addresses: Any, size: int) -> int:
     return int(turns.max())
 
 
-def _sectors(addresses: Any, size: int) -> int:
+def _sectors(addresses: Any) -> int:
     """Most sectors that one of the accesses (accesses, threads) touches; an aligned vector lies in one."""
     return max(len(np.unique(request // SECTOR_BYTES)) for request in addresses)
 
@@ -133,7 +144,8 @@ class Occupancy:
 
     def __post_init__(self) -> None:
         if self.threads < 1 or self.registers < 1 or self.smem < 0:
-            raise ArgumentError(f"a CTA of {self.threads} threads, {self.registers} registers, {self.smem} bytes has no occupancy; give positive numbers")
+            raise ArgumentError(f"a CTA of {self.threads} threads, {self.registers} registers a thread and {self.smem} bytes cannot be; "
+                                "give positive numbers")
 
     @classmethod
     def of(cls, device: Device, *, threads: int, smem: int, registers: int) -> Occupancy:

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
+from typing import Literal
 
-from vidrial.analysis import BANKS
+import numpy as np
+
+from vidrial.analysis import BANK_BYTES, BANKS, WARP
 from vidrial.errors import ArgumentError
 from vidrial.layout import ComposedLayout, Layout, product
 from vidrial.smem import VECTOR_BYTES
@@ -24,26 +27,30 @@ class Cell:
     hue: float
 
 
-def draw(described: Layout | ComposedLayout | SmemLayout | TiledCopy | TiledMma) -> str:
+def draw(described: Layout | ComposedLayout | SmemLayout | TiledCopy | TiledMma, part: Literal["A", "B", "C"] = "C") -> str:
     """An SVG document.
 
     Layout: a cell an element, its index; SmemLayout: a cell 16 bytes, its number, the banks' group in colour; TiledCopy: a cell
-    16 bytes, `thread.step`; TiledMma: the accumulator, a cell an element, `thread.value`, the warp in colour.
+    16 bytes, `thread.step`; TiledMma: one of A (m x k), B (n x k) and the accumulator C (m x n), a cell an element,
+    `thread.value` of the atom (of the warps that hold the same, the first), the warp in colour.
 
     Raises:
-        ArgumentError: the object is of another type, or a layout has other than one or two modes.
+        ArgumentError: the object is of another type, a layout has other than one or two modes, or there is no such part.
     """
     if isinstance(described, (Layout, ComposedLayout)):
         return _svg(str(described), list(_layout_cells(described)))
     if isinstance(described, SmemLayout):
-        return _svg(f"{described.rows} x {described.columns} {described.dtype}: 16 bytes a cell, colour = banks", list(_tile_cells(described)))
+        title = f"{described.rows} x {described.columns} {described.dtype}: 16 bytes a cell, colour = banks"
+        return _svg(title, list(_tile_cells(described)))
     if isinstance(described, TiledCopy):
-        return _svg(f"{described.threads} threads copy {described.tile.rows} x {described.tile.columns} {described.tile.dtype}: thread.step",
-                    list(_copy_cells(described)))
+        tile = described.tile
+        title = f"{described.threads} threads copy {tile.rows} x {tile.columns} {tile.dtype}: thread.step"
+        return _svg(title, list(_copy_cells(described)))
     if isinstance(described, TiledMma):
-        m, n, _ = described.tile
-        return _svg(f"accumulator {m} x {n} of {described.warps[0]} x {described.warps[1]} warps, {described.atom.name}: thread.value",
-                    list(_mma_cells(described)))
+        if part not in ("A", "B", "C"):
+            raise ArgumentError(f"a TiledMma has no part {part!r}; accepted: 'A', 'B', 'C'")
+        title = f"{part} of {described.warps[0]} x {described.warps[1]} warps, {described.atom.name}: thread.value"
+        return _svg(title, list(_accumulator_cells(described) if part == "C" else _operand_cells(described, "AB".index(part))))
     raise ArgumentError(f"a {type(described).__name__} cannot be drawn; accepted: Layout, ComposedLayout, SmemLayout, TiledCopy, TiledMma")
 
 
@@ -60,7 +67,7 @@ def _layout_cells(layout: Layout | ComposedLayout) -> Iterator[Cell]:
 
 def _tile_cells(tile: SmemLayout) -> Iterator[Cell]:
     vector = VECTOR_BYTES // tile.dtype.bytes
-    groups = BANKS * 4 // VECTOR_BYTES
+    groups = BANKS * BANK_BYTES // VECTOR_BYTES
     for row in range(tile.rows):
         for column in range(tile.columns // vector):
             chunk = tile.offset(row, column * vector) // vector
@@ -70,17 +77,25 @@ def _tile_cells(tile: SmemLayout) -> Iterator[Cell]:
 def _copy_cells(copy: TiledCopy) -> Iterator[Cell]:
     for thread in range(copy.threads):
         for i, (row, _) in enumerate(copy.steps):
-            yield Cell(copy.row(thread) + row, copy.column(thread) // copy.vector, f"{thread}.{i}", thread % 32 / 32)
+            yield Cell(copy.row(thread) + row, copy.column(thread) // copy.vector, f"{thread}.{i}", thread % WARP / WARP)
 
 
-def _mma_cells(mma: TiledMma) -> Iterator[Cell]:
+def _accumulator_cells(mma: TiledMma) -> Iterator[Cell]:
     rows, columns = mma.coordinates()
-    values = rows[0].size
-    warps = mma.warps[0] * mma.warps[1]
-    for thread in range(mma.threads):
-        for value, (row, column) in enumerate(zip(rows[thread].flat, columns[thread].flat, strict=True)):
-            # Lighter and darker atoms tell neighbours of one warp apart.
-            yield Cell(int(row), int(column), f"{thread}.{value}", (thread // 32 + 0.35 * value / values) / warps)
+    for (thread, i, j, value), row in np.ndenumerate(rows):
+        yield Cell(int(row), int(columns[thread, i, j, value]), f"{thread}.{value}", thread // WARP / (mma.threads // WARP))
+
+
+def _operand_cells(mma: TiledMma, side: int) -> Iterator[Cell]:
+    layout, extent, depth = (mma.atom.a_layout, mma.atom.b_layout)[side], mma.atom.shape[side], mma.atom.shape[2]
+    atoms, step = ((mma.m_atoms, mma.step_m), (mma.n_atoms, mma.step_n))[side]
+    for w in range(mma.warps[side]):
+        warp = w * (1, mma.warps[0])[side]
+        for lane, value in np.ndindex(WARP, layout.mode(1).size):
+            k, i = divmod(layout(lane, value), extent)
+            for atom, k_step in np.ndindex(atoms, mma.k_steps):
+                row = mma.warp_origin(warp)[side] + atom * step + i
+                yield Cell(row, k_step * depth + k, f"{warp * WARP + lane}.{value}", w / mma.warps[side])
 
 
 def _svg(title: str, cells: list[Cell]) -> str:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import enum
+import functools
+from typing import Any
 
 from vidrial.errors import ArgumentTypeError
 
@@ -33,16 +35,36 @@ class DType(enum.Enum):
         Raises:
             ArgumentTypeError: the type is not in the table.
         """
-        if isinstance(dtype, DType):
-            return dtype
-        label = str(getattr(dtype, "name", dtype)).removeprefix("torch.")
-        try:
-            return cls[label]
-        except KeyError:
-            raise ArgumentTypeError(f"dtype {label!r} is not known; accepted: {', '.join(cls.__members__)}") from None
+        return _of(dtype)
+
+    def round(self, x: Any) -> Any:
+        """A NumPy array of floats in this type, nearest even; bfloat16, which NumPy lacks, as the uint16 of its bits."""
+        import numpy as np
+
+        if self is not DType.bfloat16:
+            return np.asarray(x).astype(self.label)
+        bits = np.ascontiguousarray(x, np.float32).view(np.uint32)
+        return ((bits + 0x7FFF + (bits >> 16 & 1)) >> 16).astype(np.uint16)
+
+    def widen(self, x: Any) -> Any:
+        """The float64 values of a NumPy array of this type (bfloat16 as uint16), exact."""
+        import numpy as np
+
+        return (x.astype(np.uint32) << 16).view(np.float32).astype(np.float64) if self is DType.bfloat16 else x.astype(np.float64)
 
     def __repr__(self) -> str:
         return f"DType.{self.name}"
 
     def __str__(self) -> str:
         return self.name
+
+
+@functools.lru_cache(maxsize=256)
+def _of(dtype: object) -> DType:
+    if isinstance(dtype, DType):
+        return dtype
+    label = str(getattr(dtype, "name", dtype)).removeprefix("torch.")
+    try:
+        return DType[label]
+    except KeyError:
+        raise ArgumentTypeError(f"dtype {label!r} is not known; accepted: {', '.join(DType.__members__)}") from None

@@ -11,45 +11,26 @@ from __future__ import annotations
 
 import ctypes
 import dataclasses
-import hashlib
 import os
-import re
-import shutil
 import struct
 import subprocess
-import tempfile
 import uuid
 from collections.abc import Mapping, Sequence
-from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vidrial.errors import ArgumentError, CompileError, LaunchError, ToolchainError
+from vidrial.errors import ArgumentError, LaunchError
+from vidrial.host_build import TEXT, Build, execute, temporary
 from vidrial.host_report import crash, resolve
 from vidrial.store import Store, binary_key
-from vidrial.toolchain import HostCompiler, Toolchain
 
 if TYPE_CHECKING:
     import numpy as np
 
-# Uninitialised registers get a pattern instead of whatever was there: GCC and Clang have that since these versions.
-OLDEST = {"g++": 12, "clang++": 16}
-FLAGS = ("-std=c++17", "-g1", "-fPIE", "-pie", "-fno-strict-aliasing", "-ftrivial-auto-var-init=pattern", "-w")
-SANITIZERS: dict[str | None, tuple[str, ...]] = {
-    None: (),
-    "address": ("-fsanitize=address", "-fno-omit-frame-pointer"),
-    "thread": ("-fsanitize=thread",),
-    "undefined": ("-fsanitize=alignment,bounds,shift,signed-integer-overflow,integer-divide-by-zero", "-fno-sanitize-recover=all"),
-}
-COMPILE_SECONDS = 600
 # The process is killed this long after its own time limit, which tells where it was.
 GRACE_SECONDS = 5.0
 MAX_THREADS, MAX_SHARED_BYTES, MAX_PACKED_BYTES, ARRAY_ALIGNMENT = 1024, 227 << 10, 4096, 256
-PCH_KEPT = 6
 PAYLOAD = "kernel.host"
-
-_ERROR = re.compile(r"^(?P<place>[^\s:][^:\n]*:\d+)(?::\d+)?: (?:fatal )?error: (?P<text>.*)$", re.MULTILINE)
-_REQUIRED = re.compile(r"^([^\s:][^:\n]*:\d+)(?::\d+)?:\s+required from here$", re.MULTILINE)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,7 +124,9 @@ class HostBinary:
 
     def _run(self, request: bytes, memory: Memory, timeout: float) -> HostStats:
         try:
-            ended = _execute([str(self.executable)], request, timeout + GRACE_SECONDS)
+            ended = execute([str(self.executable)], request, timeout + GRACE_SECONDS)
+        except PermissionError as error:
+            raise LaunchError(f"kernel {self.name}: {self.executable} may not be run ({error}); set TMPDIR to a folder that allows it") from error
         except subprocess.TimeoutExpired as error:
             raise LaunchError(f"kernel {self.name} did not end within {timeout:g} s and had to be killed: look for an endless loop; "
                               "or give it a longer Schedule.timeout") from error
@@ -214,128 +197,15 @@ def compile_host(source: str, name: str, *, sanitizer: str | None = None, optimi
         ToolchainError: there is no host compiler, it is too old, or headers are missing.
         ArgumentError: the sanitizer is not known.
     """
-    if sanitizer not in SANITIZERS:
-        raise ArgumentError(f"sanitizer {sanitizer!r}: accepted are {', '.join(map(repr, SANITIZERS))}")
     store = store or Store.shared()
-    compiler = _compiler(HostCompiler.find())
-    flags = (optimise, *FLAGS, *SANITIZERS[sanitizer], *_shared_section(compiler, sanitizer))
-    text = f'#include <vidrial/host/pch.h>\n#line 1 "{name}.cu"\n{source}\n#line 1 "/vidrial/host/entry.cu"\nint main() {{ return vidrial::host::serve(&{name}); }}\n'
-    folders = [*_include_flags(), *(f"-I{folder}" for folder in include_dirs)]
-    key = binary_key(text, "host", (*flags, *folders), f"{compiler.version}, {_headers_digest()}")
-    found = store.get(key, PAYLOAD)
-    image = found.image if found else _build(compiler, text, name, [*_precompiled(compiler, flags, store, pch), *flags, *folders])
-    if not found:
-        store.put(key, image, text, {"kernel": name, "sanitizer": sanitizer}, PAYLOAD)
-    executable = _folder() / key[:32]
+    build = Build.find(sanitizer, optimise, tuple(str(folder) for folder in include_dirs), store.root / "host")
+    text = TEXT.format(source=source, name=name)
+    key = binary_key(text, "host", (*build.flags, *build.include_dirs), build.version)
+    entry = store.get(key, PAYLOAD) or store.put(key, build.executable(text, name, pch), text, {"kernel": name, "sanitizer": sanitizer}, PAYLOAD)
+    executable = temporary() / key[:32]
     if not executable.exists():
-        _write_executable(executable, image)
+        _write_executable(executable, entry.image)
     return HostBinary(name, executable)
-
-
-def _build(compiler: HostCompiler, text: str, name: str, flags: list[str]) -> bytes:
-    """The executable's bytes.
-
-    Raises:
-        CompileError: the compiler rejects the source.
-    """
-    with tempfile.TemporaryDirectory(prefix="vidrial-host-") as folder:
-        # Places are then relative, whatever folder this is.
-        command = [compiler.path, *flags, f"-fdebug-prefix-map={folder}=.", "-fdiagnostics-color=never", "-x", "c++", "-", "-o", "kernel"]
-        ended = _execute(command, text.encode(), COMPILE_SECONDS, cwd=folder)
-        log = ended.stderr.decode(errors="replace")
-        if ended.returncode:
-            raise CompileError(_explain(log, name))
-        return Path(folder, "kernel").read_bytes()
-
-
-def _explain(log: str, name: str) -> str:
-    """The first error of a log, and where the template caused it."""
-    found = _ERROR.search(log)
-    if found is None:
-        return f"{name} does not compile for the host:\n{log}"
-    lines = [f"{name} does not compile for the host: {found['text']}", f"at {found['place']}"]
-    users = _REQUIRED.findall(log, 0, found.start())
-    if users:
-        lines.append(f"used at {users[-1]}")
-    return "\n  ".join(lines) + f"\nwhole log:\n{log}"
-
-
-def _precompiled(compiler: HostCompiler, flags: tuple[str, ...], store: Store, wanted: bool) -> list[str]:
-    """The include flag under which the compiler finds the precompiled header, which is made if it is not there.
-
-    Clang would need another mechanism, and a folder that cannot be written no mistake: both go without.
-    """
-    if not wanted or "clang" in compiler.version:
-        return []
-    key = hashlib.sha256("\0".join((*flags, *_include_flags(), compiler.version, _headers_digest())).encode()).hexdigest()[:32]
-    shelf = store.root / "pch"
-    folder = shelf / key
-    if not folder.is_dir():
-        staged = shelf / f".{uuid.uuid4().hex}"
-        header = staged / "vidrial/host/pch.h.gch"
-        try:
-            header.parent.mkdir(parents=True, mode=0o700)
-            # NOTE: with a TemporaryDirectory of another file system the rename would fail.
-            _execute([compiler.path, *flags, *_include_flags(), "-x", "c++-header", "-", "-o", str(header)], b"#include <vidrial/host/pch.h>\n", COMPILE_SECONDS)
-            os.rename(staged, folder)
-        except OSError:
-            shutil.rmtree(staged, ignore_errors=True)
-        for old in sorted(shelf.glob("[0-9a-f]*"), key=lambda path: path.stat().st_mtime)[:-PCH_KEPT]:
-            shutil.rmtree(old, ignore_errors=True)
-    return [f"-I{folder}"]
-
-
-def _include_flags() -> list[str]:
-    toolchain = Toolchain.find()
-    host = toolchain.vidrial_include / "vidrial/host"
-    return [f"-I{host}/shadow", f"-I{host}/stubs", f"-I{toolchain.vidrial_include}",
-            *(flag for folder in toolchain.includes[1:] for flag in ("-isystem", str(folder)))]
-
-
-@lru_cache
-def _headers_digest() -> str:
-    """Digest of the runtime's own headers and the versions of the others."""
-    toolchain = Toolchain.find()
-    digest = hashlib.sha256(f"{toolchain.cutlass_version} {toolchain.cccl_version}".encode())
-    include = toolchain.vidrial_include
-    for path in sorted(include.rglob("*")):
-        if path.is_file():
-            digest.update(f"{path.relative_to(include)}\0".encode() + path.read_bytes())
-    return digest.hexdigest()
-
-
-@lru_cache
-def _compiler(compiler: HostCompiler) -> HostCompiler:
-    """`compiler`, if it is new enough.
-
-    Raises:
-        ToolchainError: it is not.
-    """
-    kind = "clang++" if "clang" in compiler.version else "g++"
-    answer = subprocess.run([compiler.path, "-dumpversion"], capture_output=True, text=True, check=False, timeout=60).stdout.strip()
-    if not answer.partition(".")[0].isdecimal() or int(answer.partition(".")[0]) < OLDEST[kind]:
-        raise ToolchainError(f"{compiler.path} is {kind} {answer or 'of an unknown version'}; the host target needs {kind} {OLDEST[kind]} or later: "
-                             f"apt-get install g++ (or g++-{OLDEST['g++']}, and set CXX)")
-    return compiler
-
-
-def _shared_section(compiler: HostCompiler, sanitizer: str | None) -> tuple[str, ...]:
-    """GCC surrounds arrays of a named section, here static shared memory, by red zones only if told to."""
-    return ("-fsanitize-sections=vidrial_shared",) if sanitizer == "address" and "clang" not in compiler.version else ()
-
-
-def _execute(command: list[str], request: bytes, timeout: float, cwd: str | None = None) -> subprocess.CompletedProcess[bytes]:
-    environment = {"LC_ALL": "C", **{name: os.environ[name] for name in ("PATH", "TMPDIR", "HOME") if name in os.environ}}
-    return subprocess.run(command, input=request, capture_output=True, timeout=timeout, check=False, cwd=cwd, env=environment)
-
-
-@lru_cache
-def _temporary() -> tempfile.TemporaryDirectory[str]:
-    return tempfile.TemporaryDirectory(prefix="vidrial-host-", ignore_cleanup_errors=True)
-
-
-def _folder() -> Path:
-    return Path(_temporary().name)
 
 
 def _write_executable(path: Path, image: bytes) -> None:

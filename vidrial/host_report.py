@@ -11,11 +11,12 @@ from pathlib import Path
 
 ADDR2LINE_SECONDS = 60
 # Frames of the runtime and of the libraries are not what the author of a kernel wants to see.
-_NOT_KERNEL = ("/vidrial/host/", "/cute/", "/cutlass/", "/usr/", "/libsanitizer/", "/nvidia/", "../")
+_NOT_KERNEL = ("/vidrial/host/", "/cute/", "/cutlass/", "/usr/", "/libsanitizer/", "/nvidia/", "../", "<stdin>")
 _STACK = re.compile(r"<stack([0-9a-f ]*)>")
 _PLACE = re.compile(r"<place ([0-9a-f]+)>")
 _FRAME = re.compile(r"^\s*#\d+ .*?(?P<place>[^\s()]+:\d+)(?::\d+)?(?: \(|$)")
-_ACCESS = re.compile(r"^\s*(?P<what>(?:previous |atomic )*(?:read|write) of size \d+).*?(?:\((?P<who>CUDA thread \d+)|by thread T\d+ '(?P<named>[^']*)|$)", re.IGNORECASE)
+_ACCESS = re.compile(r"^\s*(?P<what>(?:previous |atomic )*(?:read|write) of size \d+).*?(?:thread (?P<thread>T\d+).*)?$", re.IGNORECASE)
+_FIBER = re.compile(r"Thread (T\d+) '(CUDA thread \d+)'")
 _SUMMARY = re.compile(r"(?:ERROR|WARNING): (?P<tool>\w+Sanitizer): (?P<what>.+?)(?: \(pid=\d+\)| on (?:unknown )?address.*)?$", re.MULTILINE)
 _UNDEFINED = re.compile(r"^(?P<place>\S+?:\d+):\d+: runtime error: (?P<what>.+)$", re.MULTILINE)
 _THREAD = re.compile(r"^VIDRIAL (block .*)$", re.MULTILINE)
@@ -65,10 +66,10 @@ def _findings(errors: str) -> Iterator[str]:
 
 
 def _accesses(errors: str) -> Iterator[str]:
-    what = ""
+    what, names = "", dict(_FIBER.findall(errors))
     for line in errors.splitlines():
         if found := _ACCESS.match(line):
-            who = found["who"] or found["named"]
+            who = names.get(found["thread"])
             what = found["what"].lower() + (f" by {who}" if who else "")
         elif "allocated by" in line or "allocated at" in line or "is located" in line or "is heap block" in line:
             return

@@ -141,10 +141,11 @@ class Op:
         """Names of the config's parts, one a stage or a few."""
         return tuple(f.name for f in dataclasses.fields(self.config) if f.metadata.get(KIND) == "part")
 
-    def shared(self) -> Iterator[Any]:
-        """Every combination of the config's own choices, its parts at their defaults."""
+    def shared(self, fixed: Mapping[str, Any] | None = None) -> Iterator[Any]:
+        """Every combination of the config's own choices, its parts at their defaults; `fixed` choices take one value only."""
+        fixed = fixed or {}
         fields = [f for f in dataclasses.fields(self.config) if f.metadata.get(KIND) != "part"]
-        for values in itertools.product(*(f.metadata[CHOICES] for f in fields)):
+        for values in itertools.product(*((fixed[f.name],) if f.name in fixed else f.metadata[CHOICES] for f in fields)):
             yield self.config(**dict(zip((f.name for f in fields), values, strict=True)))
 
     def part_spaces(self, problem: Any, shared: Any, device: Device) -> dict[str, Space]:
@@ -163,11 +164,14 @@ class Op:
             spaces[name] = Space.of(configs(part), reject, seconds)
         return spaces
 
-    def space(self, problem: Any, device: Device | None = None, limit: int = 256) -> Space:
-        """The legal configs, fastest-predicted first, at most `limit`; and every rejection once, of a config or of a part of one."""
+    def space(self, problem: Any, device: Device | None = None, limit: int = 256, fixed: Mapping[str, Any] | None = None) -> Space:
+        """The legal configs, fastest-predicted first, at most `limit`; and every rejection once, of a config or of a part of one.
+
+        `fixed` holds choices of the op's own (not of its parts) at one value: name -> value.
+        """
         device = device or Device.default()
         streams, rejected = [], {}
-        for shared in self.shared():
+        for shared in self.shared(fixed):
             sentence = self.reject(problem, shared, device, part="")
             if sentence is not None:
                 rejected[shared] = Rejected(shared, sentence)
@@ -181,13 +185,13 @@ class Op:
         legal = itertools.islice(heapq.merge(*streams, key=lambda c: c.seconds), limit)
         return Space(tuple(legal), tuple(rejected.values()))
 
-    def predicted(self, problem: Any, device: Device) -> Any:
+    def predicted(self, problem: Any, device: Device, fixed: Mapping[str, Any] | None = None) -> Any:
         """The cost model's choice: what a call takes that nothing was measured for.
 
         Raises:
             ConfigError: no config is legal.
         """
-        space = self.space(problem, device, limit=1)
+        space = self.space(problem, device, 1, fixed)
         if not space.legal:
             reasons = "; ".join(itertools.islice(space.reasons(), 3))
             raise ConfigError(f"{self.name}: no legal config for {problem} on {device.name}: {reasons}")

@@ -17,8 +17,6 @@ import hashlib
 import json
 import os
 import re
-import shutil
-import stat
 import tempfile
 import time
 import uuid
@@ -30,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from vidrial.errors import ArgumentError, StoreError
+from vidrial.files import children, make_folder, modified, read_file, remove, size_and_time, sync_folder, touch, usable, write_file
 from vidrial.settings import Settings
 
 SCHEMA = 1
@@ -37,7 +36,8 @@ CUBIN = "kernel.cubin"
 LARGEST_BINARY, LARGEST_DOCUMENT = 256 << 20, 16 << 20
 # A hit renews an entry's time at most this often; a staged file older than STALE was left by a process that died.
 TOUCH_SECONDS, STALE_SECONDS = 60.0, 86400.0
-PRUNE_EVERY, FAILURES_KEPT = 64, 100
+# A writer begins again this often when the cache is cleared under its hands.
+PRUNE_EVERY, FAILURES_KEPT, ATTEMPTS = 64, 100, 20
 
 _KEY = re.compile(r"[0-9a-f]{64}")
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+=,@-]{0,199}")
@@ -85,7 +85,7 @@ class Store:
         self._documents: dict[tuple[str, str], Any] = {}
         self._temporary: tempfile.TemporaryDirectory[str] | None = None
         self._writable = True
-        self.root = _usable(Path(root)) if root is not None else self._choose(settings.cache_dirs)
+        self.root = usable(Path(root)) if root is not None else self._choose(settings.cache_dirs)
 
     @staticmethod
     def shared() -> Store:
@@ -105,7 +105,7 @@ class Store:
             self.stats.misses += 1
             return None
         self.stats.hits += 1
-        _touch(folder)
+        touch(folder, TOUCH_SECONDS)
         return entry
 
     def put(self, key: str, image: bytes, source: str, meta: Mapping[str, Any], payload: str = CUBIN) -> Entry:
@@ -184,11 +184,11 @@ class Store:
                 break
             self._discard(folder)
             total, removed = total - size, removed + 1
-        for folder in sorted(_children(self._version / "failed"), key=_modified)[:-FAILURES_KEPT]:
+        for folder in sorted(children(self._version / "failed"), key=modified)[:-FAILURES_KEPT]:
             self._discard(folder)
-        for left in _children(self.root / "tmp"):
-            if time.time() - _modified(left) > STALE_SECONDS:
-                _remove(left)
+        for left in children(self.root / "tmp"):
+            if time.time() - modified(left) > STALE_SECONDS:
+                remove(left)
         return removed
 
     def clear(self) -> None:
@@ -214,15 +214,15 @@ class Store:
 
     def _entries(self) -> Iterator[tuple[Path, int, float]]:
         """Folder, bytes and time of last use of each binary."""
-        for shard in _children(self._version / "bin"):
-            for folder in _children(shard):
-                yield folder, sum(_size_and_time(file)[0] for file in _children(folder)), _modified(folder)
+        for shard in children(self._version / "bin"):
+            for folder in children(shard):
+                yield folder, sum(size_and_time(file)[0] for file in children(folder)), modified(folder)
 
     def _choose(self, candidates: tuple[Path, ...]) -> Path:
         reasons = []
         for root in candidates:
             try:
-                return _usable(root)
+                return usable(root)
             except StoreError as error:
                 reasons.append(str(error))
         self._temporary = tempfile.TemporaryDirectory(prefix="vidrial-", ignore_cleanup_errors=True)
@@ -234,9 +234,9 @@ class Store:
         """What `read` returns; None, and `path` removed, if it is damaged."""
         try:
             return read()
+        except FileNotFoundError:
+            return None
         except (ValueError, KeyError, TypeError, zlib.error, OSError) as error:
-            if not os.path.lexists(path):
-                return None
             self.stats.corrupt += 1
             self._warn("corrupt", f"{path} is damaged and is made anew ({type(error).__name__}: {error})")
             self._discard(path)
@@ -244,7 +244,7 @@ class Store:
 
     def _write(self, publish: Callable[[], None]) -> bool:
         """Whether `publish` succeeded. The first failure (disk full, read only, ...) turns writing off for this process."""
-        for _ in range(3):
+        for _ in range(ATTEMPTS):
             if not self._writable:
                 break
             try:
@@ -264,31 +264,31 @@ class Store:
         try:
             staged.mkdir(mode=0o700)
             for name, data in files.items():
-                _write_file(staged / name, data)
-            folder.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+                write_file(staged / name, data)
+            make_folder(folder.parent)
             os.rename(staged, folder)
         except OSError as error:
-            _remove(staged)
+            remove(staged)
             # Another process published the same key first.
             if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
                 raise
         else:
-            _sync_folder(folder.parent)
+            sync_folder(folder.parent)
 
     def _publish_file(self, path: Path, data: bytes) -> None:
         staged = self._stage()
         try:
-            _write_file(staged, data)
-            path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            write_file(staged, data)
+            make_folder(path.parent)
             os.replace(staged, path)
         except OSError:
-            _remove(staged)
+            remove(staged)
             raise
-        _sync_folder(path.parent)
+        sync_folder(path.parent)
 
     def _stage(self) -> Path:
         folder = self.root / "tmp"
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        make_folder(folder)
         return folder / f"{os.getpid()}-{uuid.uuid4().hex}"
 
     def _discard(self, path: Path) -> None:
@@ -298,7 +298,7 @@ class Store:
             os.rename(path, doomed)
         except OSError:
             return  # gone already, or the cache is read only
-        _remove(doomed)
+        remove(doomed)
 
     def _warn(self, subject: str, text: str) -> None:
         if subject not in self._warned:
@@ -311,66 +311,37 @@ def _shared(roots: tuple[Path, ...], max_bytes: int) -> Store:
     return Store(max_bytes=max_bytes)
 
 
-def _usable(root: Path) -> Path:
-    """`root`, made if need be, if it is a directory of this user that nobody else can write to."""
-    try:
-        root.mkdir(mode=0o700, parents=True, exist_ok=True)
-        found = root.lstat()
-    except OSError as error:
-        raise StoreError(f"cache directory {root} cannot be made ({error}); set VIDRIAL_CACHE_DIR to one that can") from error
-    if not stat.S_ISDIR(found.st_mode):
-        raise StoreError(f"cache directory {root} is a symbolic link; set VIDRIAL_CACHE_DIR to the directory itself")
-    if found.st_uid != os.geteuid():
-        raise StoreError(f"cache directory {root} belongs to user {found.st_uid}, not to {os.geteuid()}; set VIDRIAL_CACHE_DIR to your own")
-    if found.st_mode & 0o022:
-        raise StoreError(f"cache directory {root} can be written by others (mode {stat.S_IMODE(found.st_mode):o}); chmod go-w it")
-    return root
-
-
 def _read_entry(folder: Path, key: str, payload: str | None) -> Entry:
-    """The entry in `folder`, checked against its own note. ValueError, KeyError, zlib.error or OSError: it is damaged or foreign."""
-    if folder.is_symlink():
-        raise ValueError("it is a symbolic link")
-    note = json.loads(_read_file(folder / "meta.json", LARGEST_DOCUMENT))
+    """The entry in `folder`, checked against its own note. FileNotFoundError: there is none. Any other error: it is damaged or foreign."""
+    opened = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        return _read_opened(opened, key, payload)
+    except FileNotFoundError as error:
+        # Removed while it was read: a plain miss. Still in its place: it was never whole.
+        if os.fstat(opened).st_ino == folder.lstat().st_ino:
+            raise ValueError(f"it lacks {error.filename}") from None
+        raise
+    finally:
+        os.close(opened)
+
+
+def _read_opened(folder: int, key: str, payload: str | None) -> Entry:
+    note = json.loads(read_file("meta.json", LARGEST_DOCUMENT, folder))
     name = note["payload"]
     if (note["schema"], note["key"]) != (SCHEMA, key) or not _NAME.fullmatch(name) or payload not in (None, name):
         raise ValueError(f"it is of schema {note['schema']}, for another key or another target")
     unpack = zlib.decompressobj()
-    image = unpack.decompress(_read_file(folder / f"{name}.z", LARGEST_BINARY), LARGEST_BINARY)
+    image = unpack.decompress(read_file(f"{name}.z", LARGEST_BINARY, folder), LARGEST_BINARY)
     if not unpack.eof or hashlib.sha256(image).hexdigest() != note["sha256"]:
         raise ValueError("its checksum does not match")
-    return Entry(image, _read_file(folder / "kernel.cu", LARGEST_BINARY).decode(), note)
+    return Entry(image, read_file("kernel.cu", LARGEST_BINARY, folder).decode(), note)
 
 
 def _read_document(path: Path) -> Any:
-    document = json.loads(_read_file(path, LARGEST_DOCUMENT))
+    document = json.loads(read_file(path, LARGEST_DOCUMENT))
     if document["schema"] != SCHEMA:
         raise ValueError(f"it is of schema {document['schema']}, not {SCHEMA}")
     return document["value"]
-
-
-def _read_file(path: Path, limit: int) -> bytes:
-    """The bytes of a regular file of this user, not reached through a link."""
-    with open(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK), "rb") as file:
-        found = os.fstat(file.fileno())
-        if not stat.S_ISREG(found.st_mode) or found.st_uid != os.geteuid() or found.st_size > limit:
-            raise ValueError(f"{path.name} is not a regular file of this user of at most {limit} bytes")
-        return file.read()
-
-
-def _write_file(path: Path, data: bytes) -> None:
-    with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600), "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _json(value: Any) -> bytes:
@@ -378,38 +349,3 @@ def _json(value: Any) -> bytes:
         return json.dumps(value, sort_keys=True, indent=1, allow_nan=False).encode()
     except (TypeError, ValueError) as error:
         raise ArgumentError(f"what is to be stored is not JSON ({error}); store numbers, strings, lists and dictionaries") from None
-
-
-def _touch(folder: Path) -> None:
-    if time.time() - _modified(folder) > TOUCH_SECONDS:
-        try:
-            os.utime(folder)
-        except OSError:
-            return  # gone, or read only: it keeps its age
-
-
-def _children(folder: Path) -> list[Path]:
-    try:
-        return list(folder.iterdir())
-    except OSError:
-        return []
-
-
-def _size_and_time(path: Path) -> tuple[int, float]:
-    """Bytes and time of last change; zeros if it is gone."""
-    try:
-        found = path.lstat()
-    except OSError:
-        return 0, 0.0
-    return found.st_size, found.st_mtime
-
-
-def _modified(path: Path) -> float:
-    return _size_and_time(path)[1]
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path, ignore_errors=True)
-    else:
-        path.unlink(missing_ok=True)

@@ -1,0 +1,165 @@
+"""Power retention: linear attention with the state of a symmetric power of the keys, gated, any length.
+
+    from vidrial.kernels.power_retention import power_retention
+    y = power_retention(q, k, v, log_g)
+"""
+
+from __future__ import annotations
+
+import sys
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+
+from vidrial.arrays import CPU, Array, as_array, contiguous, give_back
+from vidrial.call import cuda_plan, current_target, host_plan, run, run_on_host
+from vidrial.dtypes import DType
+from vidrial.errors import ArgumentError, ArgumentTypeError, UnsupportedError
+from vidrial.kernels.power_retention.cpu import power_retention_cpu
+from vidrial.kernels.power_retention.op import Config, Problem, op
+from vidrial.problem import CHOICES
+
+__all__ = ["power_retention"]
+
+DIMS = (32, 64, 128)
+DEGREES = (2, 4)
+NORMALIZE = ("sum", "none")
+MAX_ELEMENTS = 2**31
+MAX_HEADS = 65535        # batch times heads: a dimension of the grid
+CHUNKS: tuple[int, ...] = Config.__dataclass_fields__["chunk"].metadata[CHOICES]
+
+
+def power_retention(q: Any, k: Any, v: Any, log_g: Any = None, *, degree: int = 2, scale: float | None = None, normalize: str = "sum",
+                    chunk: int | None = None, target: str | None = None) -> Any:
+    """Gated power retention, causal: y_i = sum_j w_ij v_j / sum_j w_ij, w_ij = (scale q_i . k_j)^degree exp(sum of log_g in (j, i]), j <= i.
+
+    Args:
+        q: [B, T, HQ, D] bfloat16 or float16, D in 32, 64, 128. torch, CuPy or JAX arrays run on their GPU, on its current stream;
+            NumPy arrays and CPU tensors run in NumPy (float32 inside, any float dtype).
+        k: [B, T, H, D], HQ a multiple of H: query head h reads key head h // (HQ / H).
+        v: [B, T, H, E], E in 32, 64, 128.
+        log_g: [B, T, H] float32, at most 0; values below -60 count as -60. None: no decay.
+        degree: 2, or 4 (quadratic in T).
+        scale: multiplies q . k; 1 / sqrt(D) by default.
+        normalize: "sum" divides by the sum of the weights (at least 1e-20), "none" does not.
+        chunk: tokens that share a state (0: none, the attention form). By default what was measured fastest, else what is predicted so;
+            results differ by rounding only.
+        target: "cuda", or "host" for the GPU kernels themselves on the CPU; see vidrial.use_target.
+
+    Returns:
+        y [B, T, HQ, E], of q's library, dtype and device. Rows that are not contiguous or not aligned to 16 bytes are copied first.
+
+    Raises:
+        ArgumentError, ArgumentTypeError, UnsupportedError: before anything runs, naming the argument.
+        CompileError, LaunchError, ToolchainError: the kernel could not be built or launched.
+    """
+    arrays = {"q": as_array(q, "q"), "k": as_array(k, "k"), "v": as_array(v, "v")}
+    if log_g is not None:
+        arrays["log_g"] = as_array(log_g, "log_g")
+    _refuse_gradients(arrays)
+    device, place = arrays["q"].device, current_target(target)
+    facts = tuple((a.shape, a.strides, a.dtype, a.device, a.library) for a in arrays.values())
+    problem, chunk = _problem(facts, degree, scale, normalize, chunk, place)
+    if device == CPU and place == "cuda":
+        return _on_cpu(arrays, problem, normalize, chunk)
+    arrays = {name: a if name == "log_g" or a.vectorised else contiguous(a) for name, a in arrays.items()}
+    if any(a.strides != f[1] for a, f in zip(arrays.values(), facts, strict=True)):
+        problem, _ = _problem(tuple((a.shape, a.strides, a.dtype, a.device, a.library) for a in arrays.values()), degree, scale, normalize, chunk, place)
+    fixed = () if chunk is None else (("chunk", chunk),)
+    if place == "host":
+        outputs = run_on_host(op, problem, arrays, host_plan(op, problem, fixed))
+    else:
+        outputs = run(op, problem, arrays, cuda_plan(op, problem, device, fixed))
+    return give_back(outputs["y"])
+
+
+def _refuse_gradients(arrays: dict[str, Array]) -> None:
+    torch = sys.modules.get("torch")
+    if torch is None or not torch.is_grad_enabled():
+        return
+    for name, array in arrays.items():
+        if array.library == "torch" and array.owner.requires_grad:
+            raise UnsupportedError(f"{name} requires a gradient, which power_retention does not compute yet; call it under torch.no_grad(), or pass {name}.detach()")
+
+
+@lru_cache(maxsize=4096)
+def _problem(facts: tuple[tuple[Any, ...], ...], degree: int, scale: float | None, normalize: str, chunk: int | None, target: str) -> tuple[Problem, int | None]:
+    """The problem that the arrays' shapes, strides, dtypes, devices and libraries state, and the chunk; refuses what is not served."""
+    names = ("q", "k", "v", "log_g")[:len(facts)]
+    shapes = {name: fact[0] for name, fact in zip(names, facts, strict=True)}
+    strides = {name: tuple(fact[1]) for name, fact in zip(names, facts, strict=True)}
+    _check_shapes(shapes)
+    _check_places(dict(zip(names, facts, strict=True)), target)
+    (b, t, hq, d), (h, e) = shapes["q"], shapes["v"][2:]
+    if degree not in DEGREES:
+        odd = isinstance(degree, int) and degree % 2 == 1 and normalize == "sum"
+        why = "an odd power's weights change sign, so their sum is no normaliser" if odd else "no other degree has a kernel"
+        raise UnsupportedError(f"degree={degree!r}: {why}; accepted: {', '.join(map(str, DEGREES))}")
+    if normalize not in NORMALIZE:
+        raise ArgumentError(f"normalize={normalize!r} is not known; accepted: {', '.join(map(repr, NORMALIZE))}")
+    if chunk is not None and (not isinstance(chunk, int) or chunk not in CHUNKS):
+        raise ArgumentError(f"chunk={chunk!r} is not served; accepted: None, {', '.join(map(str, sorted(CHUNKS)))} (0: no chunks)")
+    if chunk and degree != 2:
+        raise UnsupportedError(f"chunk={chunk} with degree={degree}: only degree 2 has a state small enough; use chunk=None or 0")
+    if scale is not None and not np.isfinite(scale):
+        raise ArgumentError(f"scale={scale!r} is not finite")
+    if chunk is not None and chunk >= t:
+        chunk = 0
+    gates = strides["log_g"] if "log_g" in strides else (0, 0, 0)
+    return Problem(facts[0][2], d, e, degree, "log_g" in shapes, normalize == "sum", b, t, hq, h, float(d**-0.5 if scale is None else scale),
+                   strides["q"][:3], strides["k"][:3], strides["v"][:3], (t * hq * e, hq * e, e), gates), chunk
+
+
+def _check_shapes(shapes: dict[str, tuple[int, ...]]) -> None:
+    for name, axes in {"q": "[B, T, HQ, D]", "k": "[B, T, H, D]", "v": "[B, T, H, E]", "log_g": "[B, T, H]"}.items():
+        if name in shapes and len(shapes[name]) != axes.count(",") + 1:
+            raise ArgumentError(f"{name} has shape {list(shapes[name])}; accepted: {axes}")
+    (b, t, hq, d), h = shapes["q"], shapes["k"][2]
+    expected = {"k": (b, t, h, d), "v": (b, t, h, shapes["v"][3]), "log_g": (b, t, h)}
+    for name, wanted in expected.items():
+        if name in shapes and shapes[name] != wanted:
+            raise ArgumentError(f"{name} has shape {list(shapes[name])}, which does not go with q {list(shapes['q'])} and k {list(shapes['k'])}; accepted: {list(wanted)}")
+    if h == 0 or hq % h:
+        raise ArgumentError(f"q has {hq} heads and k has {h}; accepted: a multiple of k's heads")
+    for name, size in (("D", d), ("E", shapes["v"][3])):
+        if size not in DIMS:
+            raise UnsupportedError(f"{name}={size} is not served; accepted: {', '.join(map(str, DIMS))}. Pad with zeros, which changes nothing but `scale`'s default")
+    for name, shape in shapes.items():
+        if int(np.prod(shape, dtype=np.int64)) > MAX_ELEMENTS:
+            raise UnsupportedError(f"{name} has {int(np.prod(shape, dtype=np.int64))} elements; accepted: at most 2^31. Split the batch or the heads")
+    if b * hq > MAX_HEADS:
+        raise UnsupportedError(f"q has B x HQ = {b * hq} heads; accepted: at most {MAX_HEADS}. Split the batch")
+
+
+def _check_places(facts: dict[str, tuple[Any, ...]], target: str) -> None:
+    _, _, dtype, device, library = facts["q"]
+    for name, (_, _, other, place, owner) in facts.items():
+        if (place, owner) != (device, library):
+            where = {CPU: "the CPU"}
+            raise ArgumentTypeError(f"{name} is a {owner} array on {where.get(place, f'CUDA device {place}')}, q a {library} array on "
+                                    f"{where.get(device, f'CUDA device {device}')}; accepted: one library and one device for all")
+        on_gpu = place != CPU or target == "host"
+        wanted = (DType.float32,) if name == "log_g" else (DType.bfloat16, DType.float16) if on_gpu else (DType.bfloat16, DType.float16, DType.float32)
+        if other not in wanted:
+            raise ArgumentTypeError(f"{name} is {other}; accepted: {', '.join(map(str, wanted))}")
+        if name in ("k", "v") and other is not dtype:
+            raise ArgumentTypeError(f"{name} is {other} and q is {dtype}; accepted: one dtype for q, k and v")
+
+
+def _on_cpu(arrays: dict[str, Array], problem: Problem, normalize: str, chunk: int | None) -> Any:
+    def float32(a: Array) -> np.ndarray:
+        x: np.ndarray = (a.owner.detach().float().numpy() if a.library == "torch" else a.owner.astype(np.float32))
+        return x
+    q, k, v = (float32(arrays[n]) for n in "qkv")
+    log_g = float32(arrays["log_g"]) if "log_g" in arrays else None
+    y = power_retention_cpu(q, k, v, log_g, degree=problem.degree, scale=problem.scale, normalize=normalize, chunk=chunk)
+    source = arrays["q"]
+    if source.library == "torch":
+        torch = sys.modules["torch"]
+        return torch.from_numpy(y).to(source.owner.dtype)
+    if source.library == "jax":
+        import jax.numpy
+
+        return jax.numpy.asarray(y, dtype=source.owner.dtype)
+    return y.astype(source.owner.dtype)

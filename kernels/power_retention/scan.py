@@ -58,7 +58,7 @@ class Config:
     """`tokens` a stage of the pipeline; `columns` of the state a warp; `segments` of the sequence scanned side by side."""
 
     tokens: int = choice(64, 128, 32)
-    stages: int = choice(3, 2, 4)
+    stages: int = choice(3, 4, 5)
     warps: int = choice(4, 8)
     columns: int = choice(64, 32)
     segments: int = choice(1, 2, 3, 4, 6, 8)
@@ -81,18 +81,18 @@ def tiles(p: Problem, c: Config) -> Tiles:
     # Values reach the state as bf16, whatever they are stored as: converted in registers.
     k16, v16 = replace(k, dtype=bf16), replace(v, dtype=bf16)
     # k^T of one warp, [8 features][tokens], rows padded so that a broadcast ldmatrix meets no bank twice.
-    products = SmemLayout(bf16, 8, c.tokens + 8, swizzle=None)
+    products = SmemLayout(bf16, 8, c.tokens + 8, swizzle=None, stages=2)
     trans, plain = ldmatrix(4, transposed=True), ldmatrix(4)
     blocks = tuple((0, 8 * i) for i in range(p.d // 8))
     z_rows, atom = min(64, p.d), MMA_16x8x16[bf16]
     state = TiledMma(atom, warps=(1, 1), tile=(64, c.columns, c.tokens), b=v16.transposed)
     z = TiledMma(atom, warps=(1, 1), tile=(z_rows, c.columns, c.tokens), a=k16.transposed, b=k16.transposed)
     copy = cp_async(16, zero_fill=True)
-    smem = SharedMemory(K=k, V=v, Decay=4 * c.tokens * c.stages, Products=c.warps * products.bytes)
+    smem = SharedMemory(K=k, V=v, Decay=4 * c.tokens * c.stages, Products=2 * c.warps * products.bytes)
     return Tiles(
         threads=threads, min_blocks=8 // c.warps, smem=smem,
         Elem=p.dtype, d=p.d, e=p.e, gated=p.gated, normalized=p.normalized, tokens=c.tokens, stages=c.stages, columns=c.columns,
-        K=k, V=v, Products=products, products_bytes=products.bytes, State=state, ZRows=z.A.load, ZColumns=z.B,
+        K=k, V=v, Products=products, products_bytes=2 * products.bytes, State=state, ZRows=z.A.load, ZColumns=z.B,
         CopyK=TiledCopy(copy, k, threads), CopyV=TiledCopy(copy, v, threads),
         Tokens=LoadMatrix(k, trans, 32, lambda lane: (lane, 0), [(t, 0) for t in range(0, c.tokens, 32)], blocks),
         Broadcast=LoadMatrix(products, plain, 32, lambda lane: (lane // 8 % 2, lane // 16 * 8), [(2 * m, t) for m in range(4) for t in range(0, c.tokens, 16)]),
@@ -105,6 +105,7 @@ def grid(p: Problem, c: Config) -> tuple[int, int, int]:
 
 def rules(p: Problem, c: Config, device: Device) -> Iterator[tuple[bool, str]]:
     yield p.d % c.columns == 0 and p.e % c.columns == 0, f"columns={c.columns} must divide d={p.d} and e={p.e}"
+    yield c.stages >= 3, f"stages={c.stages}: a block, the next one's factors and a fetch need 3"
     yield p.chunk % c.tokens == 0, f"tokens={c.tokens} must divide chunk={p.chunk}"
     yield c.segments == 1 or c.segments < p.chunks, f"segments={c.segments} must be fewer than the {p.chunks} chunks"
 

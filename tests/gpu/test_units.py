@@ -14,7 +14,7 @@ from vidrial.launch import Binary, Geometry
 pytestmark = pytest.mark.gpu
 
 
-@pytest.mark.parametrize("case", cases(), ids=lambda case: case.name)
+@pytest.mark.parametrize("case", list(cases()), ids=lambda case: case.name)
 def test_unit(case: Case) -> None:
     import cupy
 

@@ -3,16 +3,16 @@
 using namespace cute;
 using bf16 = cutlass::bfloat16_t;
 
-using Tile = vidrial::SmemTile<bf16, ComposedLayout<Swizzle<3, 3, 3>, _0, Layout<Shape<_64, _64>, Stride<_64, _1>>>>;
-using Load = vidrial::TiledCopy<SM80_CP_ASYNC_CACHEGLOBAL_ZFILL<uint128_t>, Tile,
+using Block = vidrial::SmemTile<bf16, ComposedLayout<Swizzle<3, 3, 3>, _0, Layout<Shape<_64, _64>, Stride<_64, _1>>>>;
+using Load = vidrial::TiledCopy<SM80_CP_ASYNC_CACHEGLOBAL_ZFILL<uint128_t>, Block,
                                 Layout<Shape<_8, _16>, Stride<_0, _1>>, Layout<Shape<_8, _16>, Stride<_8, _0>>, 16, 4>;
-using A = vidrial::Operand<SM75_U32x4_LDSM_N, Tile, Layout<Shape<_16, _2, _2, _2>, Stride<_1, _0, _16, _0>>,
+using A = vidrial::Operand<SM75_U32x4_LDSM_N, Block, Layout<Shape<_16, _2, _2, _2>, Stride<_1, _0, _16, _0>>,
                            Layout<Shape<_16, _2, _2, _2>, Stride<_0, _8, _0, _0>>, 32, 0, 0, 16>;
-using B = vidrial::Operand<SM75_U32x4_LDSM_N, Tile, Layout<Shape<_8, _2, _2, _2, _2>, Stride<_1, _0, _16, _0, _8>>,
+using B = vidrial::Operand<SM75_U32x4_LDSM_N, Block, Layout<Shape<_8, _2, _2, _2, _2>, Stride<_1, _0, _16, _0, _8>>,
                            Layout<Shape<_8, _2, _2, _2, _2>, Stride<_0, _8, _0, _0, _0>>, 32, 0, 0, 16>;
 using Mma = vidrial::TiledMma<SM80_16x8x16_F32BF16BF16F32_TN, 2, 4, 4, A, B, Layout<Shape<_4, _8, _2, _2>, Stride<_0, _1, _16, _0>>,
                               Layout<Shape<_4, _8, _2, _2>, Stride<_2, _0, _0, _8>>, 32, 16>;
-constexpr int kStage = Tile::kBytes;
+constexpr int kStage = Block::kBytes;
 
 struct Args { bf16 const* a; bf16 const* b; float* c; int m, n, k; };
 

@@ -10,7 +10,7 @@ namespace vidrial {
 
 template <class Tiles, class Args>
 CUTE_DEVICE void power_carry(Args const& p) {
-  constexpr int kVector = 8;
+  constexpr int kVector = 8, kInFlight = 4;
   int const element = (blockIdx.x * Tiles::threads + threadIdx.x) * kVector, head = blockIdx.y;
   if (element >= Tiles::snapshot) return;
   int const chunks = (p.t + p.chunk - 1) / p.chunk, per_segment = (chunks + p.segments - 1) / p.segments;
@@ -20,6 +20,7 @@ CUTE_DEVICE void power_carry(Args const& p) {
     float2 const total = a[int64_t(n + 1) * p.chunk - 1];
     return exp2_approx(total.x + total.y);
   };
+  auto snapshot = [&](int n) { return reinterpret_cast<uint4*>(p.snapshots + (int64_t(head) * chunks + n) * Tiles::snapshot + element); };
   float carry[kVector] = {};
   for (int segment = 0; segment * per_segment + per_segment < chunks; ++segment) {
     float decay = 1.f;
@@ -32,16 +33,22 @@ CUTE_DEVICE void power_carry(Args const& p) {
     CUTE_UNROLL
     for (int i = 0; i < kVector; ++i) carry[i] = add[i] + decay * carry[i];
     decay = 1.f;
-    int const first = (segment + 1) * per_segment;
-    for (int n = first; n < min(first + per_segment, chunks); ++n) {
-      uint4* snapshot = reinterpret_cast<uint4*>(p.snapshots + (int64_t(head) * chunks + n) * Tiles::snapshot + element);
-      uint4 const old = n == first ? make_uint4(0, 0, 0, 0) : *snapshot;
-      uint32_t const x[4] = {old.x, old.y, old.z, old.w};
-      uint32_t y[4];
+    int const first = (segment + 1) * per_segment, last = min(first + per_segment, chunks);
+    for (int n = first; n < last; n += kInFlight) {
+      // NOTE: all loads before any store: the compiler cannot know that they do not meet.
+      uint4 old[kInFlight];
       CUTE_UNROLL
-      for (int i = 0; i < 4; ++i) y[i] = pack_bf16(low_bf16(x[i]) + decay * carry[2 * i], high_bf16(x[i]) + decay * carry[2 * i + 1]);
-      *snapshot = make_uint4(y[0], y[1], y[2], y[3]);
-      decay *= decay_of(n);
+      for (int i = 0; i < kInFlight; ++i) old[i] = n + i == first || n + i >= last ? make_uint4(0, 0, 0, 0) : *snapshot(n + i);
+      CUTE_UNROLL
+      for (int i = 0; i < kInFlight; ++i) {
+        if (n + i >= last) break;
+        uint32_t const x[4] = {old[i].x, old[i].y, old[i].z, old[i].w};
+        uint32_t y[4];
+        CUTE_UNROLL
+        for (int j = 0; j < 4; ++j) y[j] = pack_bf16(low_bf16(x[j]) + decay * carry[2 * j], high_bf16(x[j]) + decay * carry[2 * j + 1]);
+        *snapshot(n + i) = make_uint4(y[0], y[1], y[2], y[3]);
+        decay *= decay_of(n + i);
+      }
     }
   }
 }

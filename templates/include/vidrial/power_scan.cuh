@@ -83,9 +83,11 @@ CUTE_DEVICE void power_scan(Args const& p) {
     for (int n = 0; n < Mma::N; ++n) { fb[n][0] = Pair::to_bf16(fb[n][0]); fb[n][1] = Pair::to_bf16(fb[n][1]); }
     Mma::multiply(acc, fa, fb);
   };
-  // One block of tokens into a pair tile.
-  auto update_state = [&](int stage) {
-    uint32_t ki[kTokens / 8], kj[kTokens / 8];
+  // A pair tile's factors for one block of tokens: k_j stays in registers, k_i goes to the warp's own copy of k^T. They are fetched
+  // one block ahead, so that nothing waits for them.
+  uint32_t kj[kTokens / 8];
+  auto load_factors = [&](int stage, int half) {
+    uint32_t ki[kTokens / 8];
     CUTE_UNROLL
     for (int m = 0; m < kTokens / 8; m += 4) {
       load_i(stage * Tiles::K::kBytes, m * 8, 0, ki[m], ki[m + 1], ki[m + 2], ki[m + 3]);
@@ -99,15 +101,17 @@ CUTE_DEVICE void power_scan(Args const& p) {
         float2 const g = load_shared_float2(smem + Smem::Decay + stage * (kTokens * 4) + m * 32 + lane % 4 * 8);
         ki[m] = scale_bf16(ki[m], g.x, g.y);
       }
-      store_shared(own + Tiles::Products::offset(lane / 4, m * 8 + lane % 4 * 2), ki[m]);
+      store_shared(own + half * Tiles::Products::kBytes + Tiles::Products::offset(lane / 4, m * 8 + lane % 4 * 2), ki[m]);
     }
     __syncwarp();
+  };
+  auto update_state = [&](int stage, int half) {
     CUTE_UNROLL
     for (int k = 0; k < kTokens / 16; ++k) {
       uint32_t fa[4][4];
       CUTE_UNROLL
       for (int m = 0; m < 4; ++m) {
-        load_splat(0, 2 * m, k * 16, fa[m][0], fa[m][1], fa[m][2], fa[m][3]);
+        load_splat(half * Tiles::Products::kBytes, 2 * m, k * 16, fa[m][0], fa[m][1], fa[m][2], fa[m][3]);
         CUTE_UNROLL
         for (int r = 0; r < 4; ++r) fa[m][r] = multiply_bf16(fa[m][r], kj[2 * k + r / 2]);
       }
@@ -140,6 +144,12 @@ CUTE_DEVICE void power_scan(Args const& p) {
   CUTE_UNROLL
   for (int s = 0; s < kStages - 1; ++s) fetch(s, s);
   int block = 0, read = 0, write = kStages - 1;
+  bool const is_state = active && !is_z;
+  cute::cp_async_wait<kStages - 2>();
+  __syncthreads();
+  if (is_state) {
+    load_factors(0, 0);
+  }
   int const row0 = Mma::row(lane), column0 = column + Mma::column(lane), rows = is_z ? kZRows : 64;
   int64_t const place = is_z ? int64_t(tile * kZRows + row0) * D + column0 : kZSize + int64_t(tile * 64 + row0) * E + column0;
   CUTE_NO_UNROLL
@@ -173,14 +183,18 @@ CUTE_DEVICE void power_scan(Args const& p) {
     }
     CUTE_NO_UNROLL
     for (int end = block + p.chunk / kTokens; block < end; ++block) {
-      cute::cp_async_wait<kStages - 2>();
+      // Block and the one after it have landed; the one before it is done with.
+      cute::cp_async_wait<kStages - 3>();
       __syncthreads();
       fetch(block + kStages - 1, write);
-      if (active) {
-        if (is_z) update_z(read);
-        else update_state(read);
+      int const after = read + 1 == kStages ? 0 : read + 1;
+      if (is_state) {
+        update_state(read, block % 2);
+        load_factors(after, (block + 1) % 2);
+      } else if (active) {
+        update_z(read);
       }
-      read = read + 1 == kStages ? 0 : read + 1;
+      read = after;
       write = write + 1 == kStages ? 0 : write + 1;
     }
   }

@@ -1,53 +1,92 @@
 // What the threads of a CTA do together: barriers, warp collectives, cp.async.
 #pragma once
+#include <tuple>
 #include <vidrial/host/shared.h>
 
 namespace vidrial::host {
 
-inline struct { int arrived = 0; char const* file = ""; int line = 0; } barrier;
+inline struct { int arrived = 0; void* meeting = nullptr; char const* file = ""; int line = 0; } barrier;
 
-VIDRIAL_RUNTIME inline void sync_threads(char const* file, int line, void const* place) {
-  if (!barrier.arrived) barrier.file = file, barrier.line = line;
+void sync_threads(char const* file, int line) {
+  if (!barrier.arrived) barrier.meeting = new_meeting(), barrier.file = file, barrier.line = line;
   else if (barrier.line != line || strcmp(barrier.file, file)) {
     std::string waiting;
     describe_threads(waiting, [](int t) { return fibers[size_t(t)].wait.what == std::string("wait in __syncthreads") && !(warps[size_t(t >> 5)].runnable >> (t & 31) & 1); });
     fatal("barrier divergence: threads %s wait in __syncthreads at %s:%d, this thread is in the one at %s:%d", waiting.c_str(), barrier.file, barrier.line, file, line);
   }
-  publish(&barrier);
+  void* const meeting = barrier.meeting;
+  publish(meeting);
   if (++barrier.arrived == thread_count) {
     barrier.arrived = 0;
     for (Warp& w : warps) w.runnable = w.full;
     reschedule();
   } else {
-    wait_here("wait in __syncthreads", place);
+    wait_here("wait in __syncthreads", __builtin_return_address(0));
   }
-  observe(&barrier);
+  observe(meeting);
 }
 
-// Every lane of `mask` brings its argument; the last to arrive runs `operation(Argument* [32])` for all of them.
+// Every lane of `mask` brings its argument; the last to arrive runs `operation(Argument* [32])` for all of them. Only __syncwarp
+// `orders` memory: a shuffle or an ldmatrix is no barrier.
 template <class Argument, class Operation>
-VIDRIAL_RUNTIME void collective(char const* what, unsigned mask, void const* place, Argument& argument, Operation operation) {
+void collective(char const* what, unsigned mask, void const* place, Argument& argument, Operation operation, bool orders = false) {
   Warp& w = warp();
   unsigned const me = 1u << lane();
   mask &= w.full;
   if (!(mask & me)) fatal("%s: lane %d is not in its own mask %08x", what, lane(), mask);
-  Slot& slot = w.slots[__builtin_ctz(mask)];
-  if (!slot.arrived) slot.what = what, slot.mask = mask;
-  else if (slot.what != what || slot.mask != mask) fatal("warp divergence: lanes %08x %s, this lane comes to: %s", slot.arrived, slot.what, what);
+  Slot* free = nullptr;
+  Slot* found = nullptr;
+  for (Slot& s : w.slots) {
+    if (s.mask == mask) { found = &s; break; }
+    if (!s.mask && !free) free = &s;
+  }
+  // At most 32 masks can wait at once: each has a lane of its own.
+  Slot& slot = found ? *found : *free;
+  if (!found) slot.what = what, slot.mask = mask, slot.meeting = new_meeting();
+  else if (slot.what != what) fatal("warp divergence: lanes %08x %s, this lane comes to: %s", slot.arrived, slot.what, what);
+  void* const meeting = slot.meeting;
+  if (orders) publish(meeting);
   slot.arguments[lane()] = &argument;
   slot.arrived |= me;
   if (slot.arrived == mask) {
-    slot.arrived = 0;
+    slot.arrived = slot.mask = 0;
     w.runnable |= mask;
     operation(reinterpret_cast<Argument**>(slot.arguments));
   } else {
     wait_here(what, place);
   }
+  if (orders) observe(meeting);
 }
 
 // For instructions that the whole warp has to execute.
-VIDRIAL_RUNTIME inline void require_full_warp(char const* what) {
+inline void require_full_warp(char const* what) {
   if (warp().full != ~0u) fatal("%s: the warp has only %d threads", what, __builtin_popcount(warp().full));
+}
+
+void sync_warp(unsigned mask) {
+  int nothing = 0;
+  collective("wait in __syncwarp", mask, __builtin_return_address(0), nothing, [](int**) {}, true);
+}
+
+template <class T> struct Exchange { T value, result; int source; };
+
+uint64_t shuffle(unsigned mask, uint64_t value, int source) {
+  Exchange<uint64_t> mine{value, 0, source};
+  collective("wait in a shuffle", mask, __builtin_return_address(0), mine, [full = mask & warp().full](Exchange<uint64_t>** lanes) {
+    for (int i = 0; i < 32; ++i)
+      if (full >> i & 1) lanes[i]->result = full >> lanes[i]->source & 1 ? lanes[lanes[i]->source]->value : ~uint64_t(0);
+  });
+  return mine.result;
+}
+
+unsigned vote(unsigned mask, bool mine) {
+  Exchange<unsigned> argument{mine, 0, 0};
+  collective("wait in a vote", mask, __builtin_return_address(0), argument, [full = mask & warp().full](Exchange<unsigned>** lanes) {
+    unsigned all = 0;
+    for (int i = 0; i < 32; ++i) if (full >> i & 1) all |= lanes[i]->value << i;
+    for (int i = 0; i < 32; ++i) if (full >> i & 1) lanes[i]->result = all;
+  });
+  return argument.result;
 }
 
 // One cp.async on its way. The source is read when it is issued, so that a bad address is blamed on the right line.
@@ -60,9 +99,10 @@ inline bool lazy = true;
 inline std::vector<CopyQueue> queues;
 inline std::vector<std::vector<Access>> accesses;
 
-VIDRIAL_RUNTIME inline void land(Copy const& copy) { memcpy(copy.target, copy.data, size_t(copy.bytes)); }
+inline void land(Copy const& copy) { memcpy(copy.target, copy.data, size_t(copy.bytes)); }
 
-[[gnu::noinline]] VIDRIAL_RUNTIME inline void cp_async(void* target, void const* source, int bytes, int valid) {
+void cp_async(void* target, void const* source, int bytes, int valid) {
+  OnBehalfOf const kernel(__builtin_return_address(0));
   if (uintptr_t(target) % unsigned(bytes)) fatal("cp.async: the shared-memory address %p is not a multiple of its %d bytes", target, bytes);
   if (valid && uintptr_t(source) % unsigned(bytes)) fatal("cp.async: the global address %p is not a multiple of its %d bytes", source, bytes);
 #if !VIDRIAL_ASAN
@@ -83,20 +123,21 @@ VIDRIAL_RUNTIME inline void land(Copy const& copy) { memcpy(copy.target, copy.da
   queues[size_t(current)].copies.push_back(copy);
 }
 
-VIDRIAL_RUNTIME inline void cp_async_commit() {
+void cp_async_commit() {
   CopyQueue& q = queues[size_t(current)];
   q.groups.push_back(q.copies.size());
 }
 
 // Land the first `count` copies of this thread.
-VIDRIAL_RUNTIME inline void land_first(CopyQueue& q, size_t count) {
+inline void land_first(CopyQueue& q, size_t count) {
   for (size_t i = 0; i < count; ++i) land(q.copies[i]);
   q.copies.erase(q.copies.begin(), q.copies.begin() + ptrdiff_t(count));
 }
 
 // All but the last `pending` groups have landed when this returns.
-VIDRIAL_RUNTIME inline void cp_async_wait_group(int pending) {
+void cp_async_wait_group(int pending) {
   CopyQueue& q = queues[size_t(current)];
+  OnBehalfOf const kernel(__builtin_return_address(0));
   ptrdiff_t const finished = ptrdiff_t(q.groups.size()) - pending;
   if (finished <= 0) return;
   size_t const end = q.groups[size_t(finished - 1)];
@@ -106,14 +147,15 @@ VIDRIAL_RUNTIME inline void cp_async_wait_group(int pending) {
 }
 
 // Waits for copies that no group holds, too.
-VIDRIAL_RUNTIME inline void cp_async_wait_all() {
+void cp_async_wait_all() {
+  OnBehalfOf const kernel(__builtin_return_address(0));
   CopyQueue& q = queues[size_t(current)];
   land_first(q, q.copies.size());
   q.groups.clear();
 }
 
 // Requests and 32-byte sectors of the finished CTA.
-VIDRIAL_RUNTIME inline void count_accesses() {
+inline void count_accesses() {
   std::vector<std::tuple<void const*, unsigned, uintptr_t>> merged;
   for (size_t first = 0; first < accesses.size(); first += 32) {
     merged.clear();
@@ -127,7 +169,7 @@ VIDRIAL_RUNTIME inline void count_accesses() {
   }
 }
 
-VIDRIAL_RUNTIME inline void run_cta() {
+inline void run_cta() {
   poison_shared();
   queues.assign(size_t(thread_count), {});
   accesses.assign(size_t(thread_count), {});

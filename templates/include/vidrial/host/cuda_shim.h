@@ -31,8 +31,8 @@
 // A section of its own: the runtime can refill it for each CTA, and give its bytes shared-memory addresses.
 #define __shared__ static __attribute__((section("vidrial_shared")))
 
-inline uint3 threadIdx, blockIdx;
-inline dim3 blockDim, gridDim;
+extern uint3 threadIdx, blockIdx;
+extern dim3 blockDim, gridDim;
 inline constexpr int warpSize = 32;
 
 using std::max;

@@ -73,7 +73,7 @@ vidrial_switch:
 
 namespace vidrial::host {
 
-// Where a fiber waits: `site` tells barriers apart that must not be mixed, `place` is the program counter for reports.
+// Where a fiber waits: in what, called from where.
 struct Wait { char const* what = "has not started"; void const* place = nullptr; };
 
 struct Fiber {
@@ -85,8 +85,8 @@ struct Fiber {
   Wait wait;
   bool done = false;
 };
-struct Slot { unsigned arrived = 0, mask = 0; char const* what = ""; void* arguments[32]; };
-// One slot for each lowest lane of a mask.
+// Lanes that came together so far; a free slot has no mask.
+struct Slot { unsigned arrived = 0, mask = 0; void* meeting = nullptr; char const* what = ""; void* arguments[32]; };
 struct Warp { unsigned runnable = 0, full = 0; Slot slots[32]; };
 
 enum class Order : unsigned { Up, Down, Random };
@@ -100,10 +100,18 @@ inline Order order = Order::Up;
 inline unsigned random_state = 1;
 inline void (*thread_body)() = nullptr;
 
-VIDRIAL_RUNTIME inline int lane() { return current & 31; }
-VIDRIAL_RUNTIME inline Warp& warp() { return warps[size_t(current >> 5)]; }
+// What a sanitizer knows one barrier of one set of threads by. A thread may leave it after others have come to the next one, so
+// the two must not share a key.
+inline void* new_meeting() {
+  static char keys[4096];
+  static unsigned next = 0;
+  return &keys[next++ % sizeof keys];
+}
 
-VIDRIAL_RUNTIME inline void switch_to(Fiber& from, Fiber& to, bool dying = false) {
+int lane() { return current & 31; }
+inline Warp& warp() { return warps[size_t(current >> 5)]; }
+
+inline void switch_to(Fiber& from, Fiber& to, bool dying = false) {
   ++stats.switches;
   before_switch(from.stack_info, to.stack_info, dying);
   enter_race_context(to.race_context);
@@ -111,13 +119,13 @@ VIDRIAL_RUNTIME inline void switch_to(Fiber& from, Fiber& to, bool dying = false
   after_switch(from.stack_info);
 }
 
-VIDRIAL_RUNTIME inline unsigned random_below(unsigned n) {
+inline unsigned random_below(unsigned n) {
   random_state = random_state * 1664525u + 1013904223u;
   return (random_state >> 8) % n;
 }
 
 // The runnable lane that comes next after `last` in the chosen order.
-VIDRIAL_RUNTIME inline int next_lane(unsigned runnable, int last) {
+inline int next_lane(unsigned runnable, int last) {
   if (order == Order::Up) {
     unsigned const above = last < 31 ? runnable & (~0u << (last + 1)) : 0;
     return __builtin_ctz(above ? above : runnable);
@@ -132,7 +140,7 @@ VIDRIAL_RUNTIME inline int next_lane(unsigned runnable, int last) {
 
 // "0-31, 64": the threads that satisfy a condition.
 template <class Condition>
-VIDRIAL_RUNTIME void describe_threads(std::string& text, Condition condition) {
+void describe_threads(std::string& text, Condition condition) {
   for (int i = 0, shown = 0; i < thread_count; ++i) {
     if (!condition(i)) continue;
     int last = i;
@@ -143,7 +151,7 @@ VIDRIAL_RUNTIME void describe_threads(std::string& text, Condition condition) {
   }
 }
 
-[[noreturn]] VIDRIAL_RUNTIME inline void deadlock() {
+[[noreturn]] inline void deadlock() {
   std::string text;
   std::vector<bool> told(fibers.size());
   for (int i = 0, shown = 0; i < thread_count && shown < 8; ++i) {
@@ -161,7 +169,7 @@ VIDRIAL_RUNTIME void describe_threads(std::string& text, Condition condition) {
 }
 
 // Hand over to another fiber: one of the same warp first, so that a warp runs on to its next CTA barrier (a random order takes any).
-VIDRIAL_RUNTIME inline void reschedule(bool dying = false) {
+inline void reschedule(bool dying = false) {
   int const me = current, mine = me >> 5, count = int(warps.size());
   int const first = order == Order::Random ? int(random_below(unsigned(count))) : mine;
   for (int i = 0; i < count; ++i) {
@@ -172,21 +180,20 @@ VIDRIAL_RUNTIME inline void reschedule(bool dying = false) {
     if (next == me) return;
     Fiber& to = fibers[size_t(next)];
     current = next;
-    // NOTE: member by member: a copy of the whole might call memcpy, which ThreadSanitizer watches.
-    threadIdx.x = to.index.x; threadIdx.y = to.index.y; threadIdx.z = to.index.z;
+    threadIdx = to.index;
     return switch_to(fibers[size_t(me)], to, dying);
   }
   if (live) deadlock();
   switch_to(fibers[size_t(me)], main_fiber, true);
 }
 
-VIDRIAL_RUNTIME inline void wait_here(char const* what, void const* place) {
+inline void wait_here(char const* what, void const* place) {
   fibers[size_t(current)].wait = {what, place};
   warp().runnable &= ~(1u << lane());
   reschedule();
 }
 
-[[gnu::noinline]] VIDRIAL_RUNTIME inline void fiber_main() {
+inline void fiber_main() {
   first_entry(main_fiber.stack_info);
   thread_body();
   Fiber& self = fibers[size_t(current)];
@@ -198,7 +205,7 @@ VIDRIAL_RUNTIME inline void wait_here(char const* what, void const* place) {
   __builtin_unreachable();
 }
 
-VIDRIAL_RUNTIME inline void prepare(Fiber& fiber, int thread) {
+inline void prepare(Fiber& fiber, int thread) {
   if (!fiber.stack) {
     void* const memory = mmap(nullptr, kStackBytes + kPageBytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (memory == MAP_FAILED) refuse("no memory for the stack of thread %d", thread);
@@ -227,7 +234,7 @@ VIDRIAL_RUNTIME inline void prepare(Fiber& fiber, int thread) {
 }
 
 // Run `thread_body` in every thread of one CTA.
-VIDRIAL_RUNTIME inline void run_threads() {
+inline void run_threads() {
   warps.assign(size_t(thread_count + 31) / 32, Warp{});
   fibers.resize(size_t(thread_count));
   for (int t = 0; t < thread_count; ++t) prepare(fibers[size_t(t)], t);

@@ -1,6 +1,6 @@
 // Host bodies of what vidrial/intrinsics.cuh says in PTX on the device.
 #pragma once
-#include <vidrial/host/shared.h>
+#include <vidrial/host/runtime.h>
 
 namespace vidrial {
 

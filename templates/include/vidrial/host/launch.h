@@ -1,12 +1,10 @@
-// main() of a compiled kernel: a request on stdin (grid, arguments, arrays), every CTA in turn, the changed arrays on stdout.
+// The runtime, whole; its main(): a request on stdin (grid, arguments, arrays), every CTA in turn, the changed arrays on stdout.
 #pragma once
-#include <array>
 #include <csignal>
 #include <ctime>
+#include <ucontext.h>
 #include <sys/time.h>
-#include <tuple>
-#include <utility>
-#include <vidrial/host/cta.h>
+#include <vidrial/host/warp_ops.h>
 
 namespace vidrial::host {
 
@@ -52,7 +50,12 @@ inline void check_array(Array const& a, uint64_t offset) {
     if (a.data[a.bytes + i] != kGuardByte) refuse("the array at offset %zu of the arguments was written %zu bytes past its end (it has %zu bytes)", size_t(offset), i, size_t(a.bytes));
 }
 
-inline void on_signal(int number) {
+inline void on_signal(int number, siginfo_t*, void* context) {
+#if defined(__x86_64__)
+  interrupted_at = reinterpret_cast<void const*>(static_cast<ucontext_t*>(context)->uc_mcontext.gregs[REG_RIP]);
+#else
+  interrupted_at = reinterpret_cast<void const*>(static_cast<ucontext_t*>(context)->uc_mcontext.pc);
+#endif
   if (number == SIGALRM) fatal("the launch ran out of time");
   fatal("signal %d (%s)", number, strsignal(number));
 }
@@ -65,34 +68,13 @@ inline void watch(double seconds) {
   stack_t const alternate{stack, 0, sizeof stack};
   sigaltstack(&alternate, nullptr);
   struct sigaction action{};
-  action.sa_handler = on_signal;
-  action.sa_flags = SA_ONSTACK | SA_NODEFER;
+  action.sa_sigaction = on_signal;
+  action.sa_flags = SA_SIGINFO | SA_ONSTACK | SA_NODEFER;
   sigaction(SIGALRM, &action, nullptr);
   if (!VIDRIAL_ASAN && !VIDRIAL_TSAN)
     for (int number : {SIGSEGV, SIGBUS, SIGFPE, SIGILL, SIGABRT, SIGTRAP}) sigaction(number, &action, nullptr);
   itimerval const timer{{0, 0}, {time_t(seconds), suseconds_t((seconds - double(time_t(seconds))) * 1e6)}};
   setitimer(ITIMER_REAL, &timer, nullptr);
-}
-
-// Where each parameter lies in the packed arguments, and their size: as in a struct.
-template <class... P>
-constexpr std::array<size_t, sizeof...(P) + 1> parameter_offsets() {
-  std::array<size_t, sizeof...(P) + 1> offsets{};
-  size_t const sizes[] = {sizeof(P)..., 0}, alignments[] = {alignof(P)..., 1};
-  size_t end = 0, widest = 1;
-  for (size_t i = 0; i < sizeof...(P); ++i) {
-    offsets[i] = (end + alignments[i] - 1) / alignments[i] * alignments[i];
-    end = offsets[i] + sizes[i];
-    widest = std::max(widest, alignments[i]);
-  }
-  offsets[sizeof...(P)] = (end + widest - 1) / widest * widest;
-  return offsets;
-}
-
-template <class... P, size_t... I>
-inline void call(void (*kernel)(P...), char const* packed, std::index_sequence<I...>) {
-  constexpr auto offsets = parameter_offsets<P...>();
-  kernel(*reinterpret_cast<P const*>(packed + offsets[I])...);
 }
 
 inline void run_grid(Request const& r) {
@@ -106,17 +88,14 @@ inline void run_grid(Request const& r) {
   stats.seconds = now() - start;
 }
 
-template <class... P>
-int serve(void (*kernel)(P...)) {
-  static_assert((std::is_trivially_copyable_v<P> && ...), "kernel parameters are passed by their bytes");
+int serve(void (*call)(char const* packed), size_t bytes) {
   reply_fd = dup(1);
   // What the kernel prints is no part of the reply.
   dup2(2, 1);
   Request request;
   read_all(&request, sizeof request);
   alignas(64) static char packed[4096];
-  if (constexpr size_t wanted = parameter_offsets<P...>().back(); request.packed_bytes != wanted)
-    refuse("the kernel takes %zu bytes of arguments, the launch gives %zu", wanted, size_t(request.packed_bytes));
+  if (request.packed_bytes != bytes) refuse("the kernel takes %zu bytes of arguments, the launch gives %zu", bytes, size_t(request.packed_bytes));
   read_all(packed, request.packed_bytes);
   auto const entries = read_many<ArrayEntry>(request.arrays);
   auto const pointers = read_many<PointerEntry>(request.pointers);
@@ -132,8 +111,8 @@ int serve(void (*kernel)(P...)) {
   lazy = request.lazy;
   order = Order(std::min(request.order, 2u));
   random_state = request.order;
-  static auto const entry = kernel;
-  thread_body = [] { call(entry, packed, std::index_sequence_for<P...>{}); };
+  static auto const entry = call;
+  thread_body = [] { entry(packed); };
   allocate_shared(request.shared_bytes);
   watch(request.timeout);
   run_grid(request);

@@ -1,6 +1,6 @@
-// Included before every kernel, and precompiled: the runtime and what all kernels include.
+// Included before every kernel, and precompiled: CUDA C++ for g++, and what all kernels include.
 #pragma once
-#include <vidrial/host/launch.h>
+#include <vidrial/host/entry.h>
 #include <vidrial/host/cuda_functions.h>
 #include <cute/config.hpp>
 // An atom without an emulation says so and stops the launch.

@@ -5,10 +5,13 @@
 #include <unistd.h>
 #include <cstdarg>
 #include <string>
-#include <vidrial/host/cuda_shim.h>
+#include <vidrial/host/runtime.h>
 #include <vidrial/host/sanitizer.h>
 
 extern "C" char const __executable_start;
+
+uint3 threadIdx, blockIdx;
+dim3 blockDim, gridDim;
 
 namespace vidrial::host {
 
@@ -20,7 +23,7 @@ struct Stats {
 inline Stats stats{};
 inline int reply_fd = 1;
 
-VIDRIAL_RUNTIME inline void write_all(void const* data, size_t bytes) {
+inline void write_all(void const* data, size_t bytes) {
   for (char const* p = static_cast<char const*>(data); bytes;) {
     ssize_t const n = write(reply_fd, p, bytes);
     if (n <= 0) _exit(3);
@@ -28,7 +31,7 @@ VIDRIAL_RUNTIME inline void write_all(void const* data, size_t bytes) {
   }
 }
 
-VIDRIAL_RUNTIME inline void begin_reply(char const* failure) {
+inline void begin_reply(char const* failure) {
   int64_t const length = int64_t(strlen(failure));
   write_all(&stats, sizeof stats);
   write_all(&length, sizeof length);
@@ -36,22 +39,25 @@ VIDRIAL_RUNTIME inline void begin_reply(char const* failure) {
 }
 
 // A return address as the caller's tools understand it: the call before it, relative to the executable's first byte.
-VIDRIAL_RUNTIME inline unsigned long place(void const* return_address) {
+inline unsigned long place(void const* return_address) {
   return static_cast<unsigned long>(static_cast<char const*>(return_address) - 1 - &__executable_start);
 }
 
-VIDRIAL_RUNTIME inline void describe_stack(char* text, size_t bytes) {
+// The instruction that a signal came at; the stack above it cannot always be followed.
+inline void const* interrupted_at = nullptr;
+
+inline void describe_stack(char* text, size_t bytes) {
   void* frames[24];
   int const n = backtrace(frames, 24);
   size_t used = size_t(snprintf(text, bytes, "<stack"));
+  if (interrupted_at) used += size_t(snprintf(text + used, bytes - used, " %lx", place(interrupted_at) + 1));
   for (int i = 0; i < n && used < bytes; ++i) used += size_t(snprintf(text + used, bytes - used, " %lx", place(frames[i])));
   if (used < bytes) snprintf(text + used, bytes - used, ">");
 }
 
 inline constexpr int kTextBytes = 16384, kReasonBytes = 8192;
 
-// What a thread of the kernel did wrong, with its place.
-[[noreturn]] __attribute__((format(printf, 1, 2))) VIDRIAL_RUNTIME inline void fatal(char const* format, ...) {
+void fatal(char const* format, ...) {
   static char text[kTextBytes];
   int n = snprintf(text, sizeof text, "block (%u, %u, %u), thread (%u, %u, %u): ", blockIdx.x, blockIdx.y, blockIdx.z, threadIdx.x, threadIdx.y, threadIdx.z);
   va_list arguments;
@@ -64,7 +70,7 @@ inline constexpr int kTextBytes = 16384, kReasonBytes = 8192;
 }
 
 // What is found before the kernel runs, or after a CTA has ended.
-[[noreturn]] __attribute__((format(printf, 1, 2))) VIDRIAL_RUNTIME inline void refuse(char const* format, ...) {
+[[noreturn]] __attribute__((format(printf, 1, 2))) inline void refuse(char const* format, ...) {
   static char text[kReasonBytes];
   va_list arguments;
   va_start(arguments, format);
@@ -77,19 +83,17 @@ inline constexpr int kTextBytes = 16384, kReasonBytes = 8192;
 }  // namespace vidrial::host
 
 // Sanitizers know threads of the process, not of the CUDA block.
-#if VIDRIAL_ASAN || VIDRIAL_TSAN
 namespace vidrial::host {
 inline void say_thread() {
   fprintf(stderr, "VIDRIAL block (%u, %u, %u), thread (%u, %u, %u)\n", blockIdx.x, blockIdx.y, blockIdx.z, threadIdx.x, threadIdx.y, threadIdx.z);
 }
 }  // namespace vidrial::host
-#endif
 #if VIDRIAL_ASAN
-extern "C" inline __attribute__((used)) void __asan_on_error() { vidrial::host::say_thread(); }
-extern "C" inline __attribute__((used)) char const* __asan_default_options() { return "detect_leaks=0:detect_stack_use_after_return=0:exitcode=99:handle_abort=1"; }
+extern "C" void __asan_on_error() { vidrial::host::say_thread(); }
+extern "C" char const* __asan_default_options() { return "detect_leaks=0:detect_stack_use_after_return=0:exitcode=99:handle_abort=1"; }
 #endif
 #if VIDRIAL_TSAN
-extern "C" inline __attribute__((used, no_sanitize("thread"))) void __tsan_on_report(void*) { vidrial::host::say_thread(); }
-extern "C" inline __attribute__((used, no_sanitize("thread"))) char const* __tsan_default_options() { return "halt_on_error=1:exitcode=99:report_signal_unsafe=0"; }
+extern "C" void __tsan_on_report(void*) { vidrial::host::say_thread(); }
+extern "C" char const* __tsan_default_options() { return "halt_on_error=1:exitcode=99:report_signal_unsafe=0"; }
 #endif
-extern "C" inline __attribute__((used, no_sanitize("thread"))) char const* __ubsan_default_options() { return "print_stacktrace=1:halt_on_error=1:exitcode=99"; }
+extern "C" char const* __ubsan_default_options() { return "print_stacktrace=1:halt_on_error=1:exitcode=99"; }

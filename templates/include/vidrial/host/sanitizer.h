@@ -2,28 +2,16 @@
 #pragma once
 #include <cstddef>
 
-#if defined(__has_feature)
-#define VIDRIAL_HAS_FEATURE(x) __has_feature(x)
-#else
-#define VIDRIAL_HAS_FEATURE(x) 0
-#endif
-#if defined(__SANITIZE_ADDRESS__) || VIDRIAL_HAS_FEATURE(address_sanitizer)
-#define VIDRIAL_ASAN 1
+// VIDRIAL_ASAN or VIDRIAL_TSAN is 1 if the kernel is compiled with that sanitizer; the runtime itself never is.
+#if VIDRIAL_ASAN
 #include <sanitizer/asan_interface.h>
 #include <sanitizer/common_interface_defs.h>
-#else
-#define VIDRIAL_ASAN 0
 #endif
-#if defined(__SANITIZE_THREAD__) || VIDRIAL_HAS_FEATURE(thread_sanitizer)
-#define VIDRIAL_TSAN 1
+#if VIDRIAL_TSAN
 #include <sanitizer/tsan_interface.h>
-// The runtime is not under test: what it reads and writes of its own is no race.
-#define VIDRIAL_UNWATCHED __attribute__((no_sanitize("thread")))
-#define VIDRIAL_RUNTIME __attribute__((no_sanitize("thread"), noinline))
-#else
-#define VIDRIAL_TSAN 0
-#define VIDRIAL_UNWATCHED
-#define VIDRIAL_RUNTIME
+// What the compiler calls at both ends of an instrumented function.
+extern "C" void __tsan_func_entry(void* caller);
+extern "C" void __tsan_func_exit();
 #endif
 
 namespace vidrial::host {
@@ -50,13 +38,18 @@ inline void unpoison(void*, size_t) {}
 #endif
 
 #if VIDRIAL_TSAN
-VIDRIAL_RUNTIME inline void* race_context() { return __tsan_get_current_fiber(); }
-VIDRIAL_RUNTIME inline void* new_race_context(char const* name) { void* f = __tsan_create_fiber(0); __tsan_set_fiber_name(f, name); return f; }
+inline void* race_context() { return __tsan_get_current_fiber(); }
+inline void* new_race_context(char const* name) { void* f = __tsan_create_fiber(0); __tsan_set_fiber_name(f, name); return f; }
 // A switch orders nothing: only barriers do, by `publish` before and `observe` after.
-VIDRIAL_RUNTIME inline void enter_race_context(void* f) { __tsan_switch_to_fiber(f, __tsan_switch_to_fiber_no_sync); }
-VIDRIAL_RUNTIME inline void order_with(void* main, void* f) { __tsan_switch_to_fiber(f, 0); __tsan_switch_to_fiber(main, 0); }
-VIDRIAL_RUNTIME inline void publish(void* key) { __tsan_release(key); }
-VIDRIAL_RUNTIME inline void observe(void* key) { __tsan_acquire(key); }
+inline void enter_race_context(void* f) { __tsan_switch_to_fiber(f, __tsan_switch_to_fiber_no_sync); }
+inline void order_with(void* main, void* f) { __tsan_switch_to_fiber(f, 0); __tsan_switch_to_fiber(main, 0); }
+inline void publish(void* key) { __tsan_release(key); }
+inline void observe(void* key) { __tsan_acquire(key); }
+// While it lives, what the runtime reads and writes is reported at `caller`, a place in the kernel.
+struct OnBehalfOf {
+  explicit OnBehalfOf(void* caller) { __tsan_func_entry(caller); }
+  ~OnBehalfOf() { __tsan_func_exit(); }
+};
 #else
 inline void* race_context() { return nullptr; }
 inline void* new_race_context(char const*) { return nullptr; }
@@ -64,6 +57,7 @@ inline void enter_race_context(void*) {}
 inline void order_with(void*, void*) {}
 inline void publish(void*) {}
 inline void observe(void*) {}
+struct OnBehalfOf { explicit OnBehalfOf(void*) {} };
 #endif
 
 }  // namespace vidrial::host

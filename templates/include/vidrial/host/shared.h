@@ -2,21 +2,15 @@
 #pragma once
 #include <vidrial/host/fiber.h>
 
-// Bounds of the section that holds static __shared__ arrays; absent if the kernel has none.
-extern "C" __attribute__((weak)) char __start_vidrial_shared[], __stop_vidrial_shared[];
-
 namespace vidrial::host {
 
 inline constexpr size_t kGuardBytes = 64 << 10, kReservedBytes = size_t(1) << 33, kMaxSharedBytes = 227 << 10;
-inline constexpr uint32_t kStaticAddress = 0x80000000u;
 inline constexpr int kGuardByte = 0x5a, kPoisonByte = 0xff;
-inline char* shared_base = nullptr;
-inline size_t shared_bytes = 0;
-
-inline char* dynamic_shared_memory() { return shared_base; }
+char* shared_base = nullptr;
+size_t shared_bytes = 0;
 
 // Behind the shared memory lie 64 KB of guard, then addresses that fault, so that no 32-bit address reaches anything else.
-VIDRIAL_RUNTIME inline void allocate_shared(size_t bytes) {
+inline void allocate_shared(size_t bytes) {
   void* const memory = mmap(nullptr, kReservedBytes, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
   size_t const usable = (bytes + kGuardBytes + kPageBytes - 1) / kPageBytes * kPageBytes;
   if (memory == MAP_FAILED || mprotect(memory, usable, PROT_READ | PROT_WRITE)) refuse("no memory for %zu bytes of shared memory", bytes);
@@ -28,12 +22,12 @@ VIDRIAL_RUNTIME inline void allocate_shared(size_t bytes) {
 
 // NaN everywhere, as a CTA finds it: what is read before it is written shows.
 // NOTE: a loop, not memset: between static arrays lie bytes that AddressSanitizer forbids to library functions.
-__attribute__((no_sanitize("address"))) VIDRIAL_RUNTIME inline void poison_shared() {
+inline void poison_shared() {
   memset(shared_base, kPoisonByte, shared_bytes);
   for (char volatile* p = __start_vidrial_shared; p < __stop_vidrial_shared; ++p) *p = char(kPoisonByte);
 }
 
-VIDRIAL_RUNTIME inline void check_shared() {
+inline void check_shared() {
   size_t high = shared_bytes;
   while (high && static_cast<unsigned char>(shared_base[high - 1]) == kPoisonByte) --high;
   stats.shared_memory_high_water = std::max(stats.shared_memory_high_water, int64_t(high));
@@ -43,7 +37,7 @@ VIDRIAL_RUNTIME inline void check_shared() {
 #endif
 }
 
-VIDRIAL_RUNTIME inline bool in_shared(void const* p, int bytes) {
+inline bool in_shared(void const* p, int bytes) {
   char const* const first = static_cast<char const*>(p);
   return (first >= shared_base && first + bytes <= shared_base + shared_bytes) || (first >= __start_vidrial_shared && first + bytes <= __stop_vidrial_shared);
 }

@@ -13,12 +13,9 @@ struct fp16 {
   }
 };
 
-template <int K>
-struct MmaArgument { uint32_t a[K / 4], b[K / 8]; float c[4]; };
-
 // D[16][8] = A[16][K] B[K][8] + C: exact products, summed in float in the order of k (the hardware's order is not specified).
 template <class Element, int K>
-__attribute__((optimize("O3"))) VIDRIAL_RUNTIME void multiply_warp(MmaArgument<K>** lanes) {
+void multiply_warp(MmaArgument<K>** lanes) {
   float a[16][K], b[K][8], d[16][8];
   for (int t = 0; t < 32; ++t) {
     int const row = t >> 2, pair = (t & 3) * 2;
@@ -43,7 +40,7 @@ __attribute__((optimize("O3"))) VIDRIAL_RUNTIME void multiply_warp(MmaArgument<K
 }
 
 template <class Element, int K>
-[[gnu::noinline]] VIDRIAL_RUNTIME void mma(MmaArgument<K>& argument) {
+void mma(MmaArgument<K>& argument) {
   require_full_warp("mma.sync");
   collective(K == 16 ? "wait in mma.m16n8k16" : "wait in mma.m16n8k8", ~0u, __builtin_return_address(0), argument, multiply_warp<Element, K>);
 }
@@ -51,7 +48,7 @@ template <class Element, int K>
 struct MatrixArgument { void const* row; uint16_t data[8]; uint32_t result[4]; };
 
 // Extra passes over the banks: rows in the same 4 banks at different addresses, for each matrix.
-VIDRIAL_RUNTIME inline int conflicts(MatrixArgument* const* lanes) {
+inline int conflicts(MatrixArgument* const* lanes) {
   int worst = 0;
   for (int r = 0; r < 8; ++r) {
     uintptr_t const mine = uintptr_t(lanes[r]->row) / 16;
@@ -68,7 +65,7 @@ VIDRIAL_RUNTIME inline int conflicts(MatrixArgument* const* lanes) {
 
 // Matrix i has its 8 rows from lanes 8i to 8i + 7; lane t gets elements 2(t % 4) and the next of row t / 4, or of column t / 4.
 template <int Matrices, bool Transposed>
-VIDRIAL_RUNTIME void load_warp(MatrixArgument** lanes) {
+void load_warp(MatrixArgument** lanes) {
   for (int i = 0; i < Matrices; ++i) {
     MatrixArgument** const rows = lanes + 8 * i;
     stats.ldmatrix_conflicts += conflicts(rows);
@@ -84,7 +81,8 @@ VIDRIAL_RUNTIME void load_warp(MatrixArgument** lanes) {
 
 // The row is read by the lane that gives its address: a sanitizer blames the right thread. Lanes beyond 8 Matrices give none.
 template <int Matrices, bool Transposed>
-[[gnu::noinline]] VIDRIAL_RUNTIME void ldmatrix(void const* row, uint32_t (&result)[Matrices]) {
+void ldmatrix(void const* row, uint32_t (&result)[Matrices]) {
+  OnBehalfOf const kernel(__builtin_return_address(0));
   require_full_warp("ldmatrix");
   MatrixArgument argument{row, {}, {}};
   if (lane() < 8 * Matrices) {
@@ -97,5 +95,16 @@ template <int Matrices, bool Transposed>
   collective(Transposed ? "wait in ldmatrix.trans" : "wait in ldmatrix", ~0u, __builtin_return_address(0), argument, load_warp<Matrices, Transposed>);
   for (int i = 0; i < Matrices; ++i) result[i] = argument.result[i];
 }
+
+template void mma<bf16, 8>(MmaArgument<8>&);
+template void mma<fp16, 8>(MmaArgument<8>&);
+template void mma<bf16, 16>(MmaArgument<16>&);
+template void mma<fp16, 16>(MmaArgument<16>&);
+template void ldmatrix<1, false>(void const*, uint32_t (&)[1]);
+template void ldmatrix<2, false>(void const*, uint32_t (&)[2]);
+template void ldmatrix<4, false>(void const*, uint32_t (&)[4]);
+template void ldmatrix<1, true>(void const*, uint32_t (&)[1]);
+template void ldmatrix<2, true>(void const*, uint32_t (&)[2]);
+template void ldmatrix<4, true>(void const*, uint32_t (&)[4]);
 
 }  // namespace vidrial::host

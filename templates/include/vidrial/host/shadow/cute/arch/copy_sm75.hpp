@@ -1,7 +1,7 @@
 // ldmatrix; see mma_sm80.hpp beside this file.
 #pragma once
 #include_next <cute/arch/copy_sm75.hpp>
-#include <vidrial/host/warp_ops.h>
+#include <vidrial/host/runtime.h>
 
 namespace cute {
 
@@ -9,7 +9,7 @@ template <int Matrices, bool Transposed>
 struct HostLoadMatrix {
   using SRegisters = uint128_t[1]; using DRegisters = uint32_t[Matrices];
   template <class... Registers>
-  static void copy(uint128_t const& row, Registers&... registers) {
+  VIDRIAL_INLINE static void copy(uint128_t const& row, Registers&... registers) {
     static_assert(sizeof...(Registers) == Matrices, "ldmatrix fills one register for each matrix");
     uint32_t result[Matrices];
     vidrial::host::ldmatrix<Matrices, Transposed>(&row, result);

@@ -2,14 +2,14 @@
 // as they are and stop the launch with their name. To add one: a row in the table, its emulation, its case in tests/units.
 #pragma once
 #include_next <cute/arch/mma_sm80.hpp>
-#include <vidrial/host/warp_ops.h>
+#include <vidrial/host/runtime.h>
 
 namespace cute {
 
 template <class Element>
 struct HostMma16 {
   using DRegisters = float[4]; using ARegisters = uint32_t[4]; using BRegisters = uint32_t[2]; using CRegisters = float[4];
-  static void fma(float& d0, float& d1, float& d2, float& d3, uint32_t const& a0, uint32_t const& a1, uint32_t const& a2, uint32_t const& a3,
+  VIDRIAL_INLINE static void fma(float& d0, float& d1, float& d2, float& d3, uint32_t const& a0, uint32_t const& a1, uint32_t const& a2, uint32_t const& a3,
                   uint32_t const& b0, uint32_t const& b1, float const& c0, float const& c1, float const& c2, float const& c3) {
     vidrial::host::MmaArgument<16> x{{a0, a1, a2, a3}, {b0, b1}, {c0, c1, c2, c3}};
     vidrial::host::mma<Element, 16>(x);
@@ -20,7 +20,7 @@ struct HostMma16 {
 template <class Element>
 struct HostMma8 {
   using DRegisters = float[4]; using ARegisters = uint32_t[2]; using BRegisters = uint32_t[1]; using CRegisters = float[4];
-  static void fma(float& d0, float& d1, float& d2, float& d3, uint32_t const& a0, uint32_t const& a1, uint32_t const& b0,
+  VIDRIAL_INLINE static void fma(float& d0, float& d1, float& d2, float& d3, uint32_t const& a0, uint32_t const& a1, uint32_t const& b0,
                   float const& c0, float const& c1, float const& c2, float const& c3) {
     vidrial::host::MmaArgument<8> x{{a0, a1}, {b0}, {c0, c1, c2, c3}};
     vidrial::host::mma<Element, 8>(x);

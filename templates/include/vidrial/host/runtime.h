@@ -1,0 +1,46 @@
+// What a compiled kernel sees of the runtime. The runtime itself (launch.h and what it includes) is compiled once, apart from the
+// kernels and without a sanitizer: what it does in its own memory is no finding, what it does in the kernel's goes through memcpy and
+// memset, which sanitizers watch.
+#pragma once
+#include <vidrial/host/cuda_shim.h>
+
+#define VIDRIAL_INLINE inline __attribute__((always_inline))
+
+// Bounds of the section that holds static __shared__ arrays; absent if the kernel has none.
+extern "C" __attribute__((weak)) char __start_vidrial_shared[], __stop_vidrial_shared[];
+
+namespace vidrial::host {
+
+// End the launch with a message, the thread that sends it and its place in the kernel.
+[[noreturn]] __attribute__((format(printf, 1, 2))) void fatal(char const* format, ...);
+
+// Dynamic shared memory, exactly as many bytes as asked for.
+extern char* shared_base;
+extern size_t shared_bytes;
+// The shared-memory address of the first static array.
+inline constexpr uint32_t kStaticAddress = 0x80000000u;
+inline char* dynamic_shared_memory() { return shared_base; }
+
+int lane();
+void sync_threads(char const* file, int line);
+void sync_warp(unsigned mask);
+// `source` is a lane of the warp. What a lane outside of the mask would give is undefined: here it is all ones, NaN as a float.
+uint64_t shuffle(unsigned mask, uint64_t value, int source);
+unsigned vote(unsigned mask, bool mine);
+
+// `valid` bytes are copied, the others up to `bytes` become zero.
+void cp_async(void* target, void const* source, int bytes, int valid);
+void cp_async_commit();
+void cp_async_wait_group(int pending);
+void cp_async_wait_all();
+
+struct bf16;
+struct fp16;
+template <int K> struct MmaArgument { uint32_t a[K / 4], b[K / 8]; float c[4]; };
+template <class Element, int K> void mma(MmaArgument<K>& argument);
+template <int Matrices, bool Transposed> void ldmatrix(void const* row, uint32_t (&result)[Matrices]);
+
+// main() of the executable: `call` runs the kernel in the current thread, with `bytes` of packed arguments.
+int serve(void (*call)(char const* packed), size_t bytes);
+
+}  // namespace vidrial::host

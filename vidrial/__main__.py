@@ -1,0 +1,8 @@
+"""`python -m vidrial`."""
+
+from __future__ import annotations
+
+from vidrial.cli import main
+
+if __name__ == "__main__":
+    main()

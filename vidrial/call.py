@@ -1,0 +1,112 @@
+"""Calling an op on arrays: which target, which config, and the launches on the caller's stream."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+
+from vidrial.arrays import CPU, Array, current_stream, empty
+from vidrial.device import Device
+from vidrial.dtypes import DType
+from vidrial.errors import ArgumentError, ArgumentTypeError
+from vidrial.op import Op
+from vidrial.plan import CudaPlan, HostPlan
+from vidrial.ranking import pick
+from vidrial.settings import Settings
+
+TARGETS = ("cuda", "host")
+_target: list[str] = []
+
+
+@contextlib.contextmanager
+def use_target(target: str) -> Iterator[None]:
+    """Within the block, ops run on `target`: `cuda`, or `host` (the kernels themselves on the CPU, slowly, for correctness).
+
+    Raises:
+        ArgumentError: the target is not known.
+    """
+    _target.append(_checked(target))
+    try:
+        yield
+    finally:
+        _target.pop()
+
+
+def current_target(target: str | None = None) -> str:
+    """The target of a call: its argument, else that of `use_target`, else VIDRIAL_TARGET, else `cuda`."""
+    if target is not None:
+        return _checked(target)
+    return _target[-1] if _target else Settings.read().target
+
+
+def _checked(target: str) -> str:
+    if target not in TARGETS:
+        raise ArgumentError(f"target {target!r} is not known; accepted: {', '.join(TARGETS)}")
+    return target
+
+
+@lru_cache(maxsize=4096)
+def cuda_plan(op: Op, problem: Any, index: int, fixed: tuple[tuple[str, Any], ...] = ()) -> CudaPlan:
+    """The plan of the config that an untold call takes, on CUDA device `index`; `fixed` (name, value) choices are kept."""
+    device = Device.current(index)
+    config = op.predicted(problem, device, dict(fixed)) if fixed else pick(op, problem, device)[0]
+    return CudaPlan(op, problem, config, index)
+
+
+@lru_cache(maxsize=64)
+def host_plan(op: Op, problem: Any, fixed: tuple[tuple[str, Any], ...] = ()) -> HostPlan:
+    """The same for the host target: the cost model's choice for the H200."""
+    return HostPlan(op, problem, op.predicted(problem, Device.of("h200"), dict(fixed)))
+
+
+def run(op: Op, problem: Any, inputs: Mapping[str, Array], plan: CudaPlan) -> dict[str, Array]:
+    """Run an op on GPU arrays, on their library's current stream; its outputs, newly made."""
+    like = next(iter(inputs.values()))
+    outputs = {name: empty(buffer.shape, buffer.dtype, like) for name, buffer in op.outputs(problem).items()}
+    pointers = {name: array.pointer for name, array in inputs.items()}
+    pointers.update((name, array.pointer) for name, array in outputs.items())
+    scratch = empty((plan.workspace.bytes,), DType.uint8, like) if plan.workspace.bytes else None
+    plan.run(pointers, scratch.pointer if scratch is not None else 0, current_stream(like))
+    return outputs
+
+
+def run_on_host(op: Op, problem: Any, inputs: Mapping[str, Array], plan: HostPlan) -> dict[str, Array]:
+    """Run an op's kernels on CPU arrays; its outputs, newly made.
+
+    Raises:
+        ArgumentTypeError: an array is on a GPU.
+    """
+    for name, array in inputs.items():
+        if array.device != CPU:
+            raise ArgumentTypeError(f"{name} is on CUDA device {array.device}; the host target takes NumPy arrays and CPU tensors: move it with .cpu()")
+    like = next(iter(inputs.values()))
+    outputs = {name: empty(buffer.shape, buffer.dtype, like) for name, buffer in op.outputs(problem).items()}
+    plan.run({name: bits(array) for name, array in {**inputs, **outputs}.items()})
+    return outputs
+
+
+def bits(array: Array) -> np.ndarray:
+    """A CPU array as NumPy's own, sharing its memory; bfloat16 as uint16."""
+    owner = array.owner
+    if array.library == "torch":
+        import torch
+
+        owner = owner.detach()
+        return owner.view(torch.uint16).numpy() if array.dtype is DType.bfloat16 else owner.numpy()
+    return owner.view(np.uint16) if array.dtype is DType.bfloat16 else owner
+
+
+def apply(op: Op, problem: Any, inputs: Mapping[str, Array], target: str | None = None) -> dict[str, Array]:
+    """Run an op where its inputs lie, with the config that an untold call takes: on their GPU, or, CPU arrays, its kernels on the CPU.
+
+    Raises:
+        ArgumentTypeError: target `host` and an array on a GPU. CompileError, LaunchError, ToolchainError: it could not be built or run.
+    """
+    device = next(iter(inputs.values())).device
+    if device == CPU or current_target(target) == "host":
+        return run_on_host(op, problem, inputs, host_plan(op, problem))
+    return run(op, problem, inputs, cuda_plan(op, problem, device))

@@ -1,0 +1,110 @@
+"""Files in a directory that other processes change meanwhile: what is gone is no error, what is not ours is not read."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import stat
+import time
+from pathlib import Path
+
+from vidrial.errors import StoreError
+
+
+def usable(root: Path) -> Path:
+    """`root`, made if need be, if it is a directory of this user that nobody else can write to.
+
+    Raises:
+        StoreError: it is not; says why, and what to do.
+    """
+    try:
+        root.mkdir(mode=0o700, parents=True, exist_ok=True)
+        found = root.lstat()
+    except OSError as error:
+        raise StoreError(f"cache directory {root} cannot be made ({error}); set VIDRIAL_CACHE_DIR to one that can") from error
+    if not stat.S_ISDIR(found.st_mode):
+        raise StoreError(f"cache directory {root} is a symbolic link; set VIDRIAL_CACHE_DIR to the directory itself")
+    if found.st_uid != os.geteuid():
+        raise StoreError(f"cache directory {root} belongs to user {found.st_uid}, not to {os.geteuid()}; set VIDRIAL_CACHE_DIR to your own")
+    if found.st_mode & 0o022:
+        raise StoreError(f"cache directory {root} can be written by others (mode {stat.S_IMODE(found.st_mode):o}); chmod go-w it")
+    return root
+
+
+def read_file(path: Path | str, limit: int, folder: int | None = None) -> bytes:
+    """The bytes of a regular file of this user, not reached through a link; `folder` is an open directory that `path` is relative to."""
+    with open(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK, dir_fd=folder), "rb") as file:
+        found = os.fstat(file.fileno())
+        if not stat.S_ISREG(found.st_mode) or found.st_uid != os.geteuid() or found.st_size > limit:
+            raise ValueError(f"{path} is not a regular file of this user of at most {limit} bytes")
+        return file.read()
+
+
+def write_file(path: Path, data: bytes) -> None:
+    """A new file that only this user can read, on the disk before this returns."""
+    with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600), "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def sync_folder(folder: Path) -> None:
+    """Bring a directory's names to the disk."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def touch(path: Path, seconds: float) -> None:
+    """Renew a path's time of last change, at most once in `seconds`."""
+    if time.time() - modified(path) > seconds:
+        try:
+            os.utime(path)
+        except OSError:
+            return  # gone, or read only: it keeps its age
+
+
+def children(folder: Path) -> list[Path]:
+    """What lies in a directory; nothing if it is gone."""
+    try:
+        return list(folder.iterdir())
+    except OSError:
+        return []
+
+
+def size_and_time(path: Path) -> tuple[int, float]:
+    """Bytes and time of last change; zeros if it is gone."""
+    try:
+        found = path.lstat()
+    except OSError:
+        return 0, 0.0
+    return found.st_size, found.st_mtime
+
+
+def modified(path: Path) -> float:
+    """Time of last change in seconds since 1970; zero if it is gone."""
+    return size_and_time(path)[1]
+
+
+def remove(path: Path) -> None:
+    """Remove a file, a link or a whole directory, as far as it can be removed."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def make_folder(folder: Path) -> None:
+    """Make a directory and its parents, for this user alone.
+
+    Raises:
+        FileNotFoundError: another process removed it at the same moment; begin again.
+    """
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except FileExistsError as error:
+        if os.path.lexists(folder):
+            raise NotADirectoryError(error.errno, "not a directory", str(folder)) from error
+        raise FileNotFoundError(error.errno, "removed meanwhile", str(folder)) from error

@@ -1,0 +1,349 @@
+"""Which configs were fastest for such inputs; and, from that, which config a call takes.
+
+    pick(op, problem, device)      # (config, where the choice comes from)
+
+A ranking is one JSON document: what one device measured for one op (its very templates), one set of static facts and one size
+class. Those of this machine lie in the cache; those that come with Vidrial in `sweeps/results/<device key>/<op>.json`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import importlib.util
+import json
+import logging
+import math
+import os
+import threading
+import uuid
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from vidrial.compile import cubin_key
+from vidrial.device import Device
+from vidrial.errors import FrozenError, SweepError, VidrialError
+from vidrial.model import Model, work
+from vidrial.op import Op
+from vidrial.problem import CHOICES, KIND, fields, keyed_fields, size_class
+from vidrial.space import describe
+from vidrial.store import Store
+from vidrial.timing import Timing
+from vidrial.trial import Trial, decode, encode, latest
+
+SCHEMA = 1
+# Configs kept of each measured problem; of those, how many stand by for problems that were not measured, and how many in all.
+KEPT, LEADERS, CANDIDATES = 24, 3, 12
+# From so many measured problems on, the model decides between them; with fewer, the nearest one's order does.
+CALIBRATED = 3
+PICKS = 4096
+
+log = logging.getLogger("vidrial")
+
+
+@dataclass(frozen=True)
+class Ranked:
+    """A measured config; `tied`: within the noise of the one before it or after it, and placed by order of declaration."""
+
+    config: Any
+    timing: Timing
+    tied: bool = False
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One problem's configs, fastest first."""
+
+    problem: Any
+    configs: tuple[Ranked, ...]
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """What one device measured for the problems of one size class. `device` is `Device.key`, `digest` that of the op's templates."""
+
+    op: str
+    digest: str
+    device: str
+    device_name: str
+    versions: str
+    measured: tuple[Measured, ...]
+
+    @classmethod
+    def from_trials(cls, op: Op, device: Device, trials: Iterable[Trial]) -> Ranking | None:
+        """The ranking of one problem's trials; None if none is ok."""
+        good = [t for t in latest(trials).values() if t.ok]
+        if not good:
+            return None
+        configs = rank([(t.config, t.timing) for t in good if t.timing is not None])
+        return cls(op.name, op.digest(), device.key, device.name, good[0].versions, (Measured(good[0].problem, configs[:KEPT]),))
+
+    @classmethod
+    def from_json(cls, op: Op, data: Any) -> Ranking:
+        """The ranking that `to_json` wrote.
+
+        Raises:
+            SweepError: it is of another schema or damaged.
+        """
+        if not isinstance(data, dict) or data.get("schema") != SCHEMA:
+            raise SweepError(f"a ranking of {op.name} is not of schema {SCHEMA}; sweep again to replace it")
+        plain = {**data, "measured": []}
+        del plain["schema"]
+        ranking: Ranking = decode(cls, plain)
+        measured = []
+        for entry in data.get("measured", ()):
+            configs = tuple(decode(Ranked, r, {"config": op.config}) for r in entry["configs"])
+            measured.append(Measured(decode(op.problem, entry["problem"]), configs))
+        return dataclasses.replace(ranking, measured=tuple(measured))
+
+    def to_json(self) -> Any:
+        """The ranking as JSON."""
+        return {"schema": SCHEMA, **encode(self)}
+
+    @property
+    def key(self) -> str:
+        """Name of its document in the cache."""
+        problem = self.measured[0].problem
+        return _family(self.op, self.digest, fields(problem, "static"), self.device) + _sha(size_class(problem))
+
+    def merged(self, other: Ranking) -> Ranking:
+        """Both rankings' problems; where both measured one, `other` counts."""
+        mine = {sizes(m.problem): m for m in self.measured} | {sizes(m.problem): m for m in other.measured}
+        return dataclasses.replace(other, measured=tuple(mine[key] for key in sorted(mine)))
+
+    def save(self, op: Op) -> None:
+        """Put the ranking into the cache, joined with what is there."""
+        before = _load(op, Store.shared().read_json("ranking", self.key), f"ranking {self.key}")
+        Store.shared().write_json("ranking", self.key, (before.merged(self) if before else self).to_json())
+        forget()
+
+    def nearest(self, problem: Any) -> Measured:
+        """The measured problem that is nearest in size, by ratio."""
+        return min(self.measured, key=lambda m: distance(m.problem, problem))
+
+
+class Pick(NamedTuple):
+    """A config, and where the choice comes from: `ranking`, `shipped`, `model` (calibrated) or `predicted` (nothing was measured)."""
+
+    config: Any
+    origin: str
+
+
+def rank(configs: Sequence[tuple[Any, Timing]]) -> tuple[Ranked, ...]:
+    """Fastest first; those that tie with the fastest of their group in order of declaration, and marked."""
+    waiting = sorted(configs, key=lambda c: (c[1].median_ms, config_order(c[0])))
+    ranked: list[Ranked] = []
+    while waiting:
+        leader = waiting[0][1]
+        group = [c for c in waiting if c[1].ties(leader)]
+        waiting = [c for c in waiting if not c[1].ties(leader)]
+        ranked += [Ranked(config, timing, len(group) > 1) for config, timing in sorted(group, key=lambda c: config_order(c[0]))]
+    return tuple(ranked)
+
+
+def config_order(config: Any) -> tuple[int, ...]:
+    """Position of a config in the order of declaration: the index of each of its choices, parts included."""
+    order: tuple[int, ...] = ()
+    for field in dataclasses.fields(config):
+        value, choices = getattr(config, field.name), field.metadata.get(CHOICES, ())
+        if field.metadata.get(KIND) == "part":
+            order += config_order(value)
+        else:
+            order += (choices.index(value) if value in choices else len(choices),)
+    return order
+
+
+def sizes(problem: Any) -> tuple[int, ...]:
+    """Values of the fields that make up the size class: problems that agree in them were measured alike."""
+    return tuple(keyed_fields(problem).values())
+
+
+def distance(a: Any, b: Any) -> float:
+    """How far two problems are apart: the sum of the logarithms of their sizes' ratios."""
+    return sum(abs(math.log(max(1, x) / max(1, y))) for x, y in zip(sizes(a), sizes(b), strict=True))
+
+
+def pick(op: Op, problem: Any, device: Device) -> Pick:
+    """The config that a call takes; compiles nothing, and is remembered per problem.
+
+    In this order: what this machine measured, what came with Vidrial for this very kind of GPU, the calibrated model over their
+    leading configs, the prediction. A ranking of another device or of other templates never counts.
+
+    Raises:
+        ConfigError: no config is legal. FrozenError: compiling is frozen and no legal config is compiled.
+    """
+    return _pick(op, problem, device, _state.generation)
+
+
+def freeze(on: bool = True) -> None:
+    """From now on (`on=False`: no longer) a pick takes a config that is compiled already, and says so in the log where it is not the first choice."""
+    _state.frozen = on
+    forget()
+
+
+def forget() -> None:
+    """Read the rankings again at the next pick."""
+    with _state.lock:
+        _state.generation += 1
+
+
+def shipped_folder() -> Path | None:
+    """Where the rankings that come with Vidrial lie, installed or in the source tree; None if there are none."""
+    spec = importlib.util.find_spec("vidrial.sweeps")
+    for folder in (spec and spec.submodule_search_locations) or ():
+        if Path(folder, "results").is_dir():
+            return Path(folder, "results")
+    return None
+
+
+def shipped_devices() -> list[str]:
+    """Keys of the devices that Vidrial comes with rankings for."""
+    folder = shipped_folder()
+    return sorted(path.name for path in folder.iterdir() if path.is_dir()) if folder else []
+
+
+def local(op: Op, static: Mapping[str, Any], device: Device) -> list[Ranking]:
+    """This machine's rankings of an op for such static facts."""
+    store, start = Store.shared(), _family(op.name, op.digest(), static, device.key)
+    found = (_load(op, store.read_json("ranking", key), f"ranking {key}") for key in store.keys("ranking") if key.startswith(start))
+    return [ranking for ranking in found if ranking is not None]
+
+
+def shipped(op: Op, device_key: str, folder: Path | None = None) -> list[Ranking]:
+    """The rankings in `folder` (by default those that come with Vidrial) of this kind of device and the op's present templates."""
+    folder = folder or shipped_folder()
+    path = Path(folder or "", device_key, f"{op.name}.json")
+    if folder is None or not path.is_file():
+        return []
+    try:
+        entries = json.loads(path.read_text())["rankings"]
+        current = [entry for entry in entries if entry["digest"] == op.digest()]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        log.warning("%s is ignored: %s: %s", path, type(error).__name__, error)
+        return []
+    return [ranking for ranking in (_load(op, entry, str(path)) for entry in current) if ranking is not None]
+
+
+def publish(op: Op, rankings: Sequence[Ranking], folder: Path) -> list[Path]:
+    """Write rankings to `folder/<device key>/<op>.json`, joined with those of the same templates there; the files written.
+
+    Raises:
+        SweepError: the folder cannot be written.
+    """
+    written = []
+    for device in sorted({r.device for r in rankings}):
+        kept = {r.key: r for r in shipped(op, device, folder)}
+        for ranking in (r for r in rankings if r.device == device):
+            kept[ranking.key] = kept[ranking.key].merged(ranking) if ranking.key in kept else ranking
+        path = folder / device / f"{op.name}.json"
+        staged = path.with_suffix(f".{uuid.uuid4().hex}")
+        text = json.dumps({"schema": SCHEMA, "rankings": [kept[k].to_json() for k in sorted(kept)]}, indent=1, allow_nan=False)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            staged.write_text(text + "\n")
+            os.replace(staged, path)
+        except OSError as error:
+            raise SweepError(f"rankings cannot be written to {path} ({error}); name a folder that can. They are in the cache as well") from None
+        written.append(path)
+    forget()
+    return written
+
+
+@dataclass
+class _State:
+    """What the process has asked for; `generation` changes when rankings do."""
+
+    generation: int = 0
+    frozen: bool = False
+    lock: threading.Lock = dataclasses.field(default_factory=threading.Lock)
+
+
+_state = _State()
+
+
+@functools.lru_cache(maxsize=PICKS)
+def _pick(op: Op, problem: Any, device: Device, generation: int) -> Pick:
+    choices = _choices(op, problem, device)
+    if not _state.frozen:
+        return next(choices)
+    first = next(choices)
+    if _compiled(op, problem, first.config, device):
+        return first
+    for choice in choices:
+        if _compiled(op, problem, choice.config, device):
+            log.warning("%s: frozen, so %s in place of %s for %s", op.name, describe(choice.config), describe(first.config), problem)
+            return choice
+    raise FrozenError(f"{op.name}: no legal config for {problem} is compiled, and compiling is frozen; call it once before freeze(), or freeze(False)")
+
+
+def _choices(op: Op, problem: Any, device: Device) -> Iterator[Pick]:
+    """Legal configs, the best choice first; the last one is the prediction."""
+    known = _known(op, tuple(fields(problem, "static").items()), device, _state.generation)
+    for config, origin in _ordered(known, op, problem, device):
+        if op.reject(problem, config, device) is None:
+            yield Pick(config, origin)
+    yield Pick(op.predicted(problem, device), "predicted")
+
+
+@dataclass(frozen=True)
+class _Known:
+    """What is known of an op for one set of static facts on one device."""
+
+    mine: tuple[Ranking, ...]
+    theirs: tuple[Ranking, ...]
+    model: Model
+    candidates: tuple[Any, ...]
+    problems: int
+
+
+def _ordered(known: _Known, op: Op, problem: Any, device: Device) -> Iterator[tuple[Any, str]]:
+    this = size_class(problem)
+    for rankings, origin in ((known.mine, "ranking"), (known.theirs, "shipped")):
+        for measured in (r.nearest(problem) for r in rankings if size_class(r.measured[0].problem) == this):
+            if sizes(measured.problem) == sizes(problem) or known.problems < CALIBRATED:
+                yield from ((r.config, origin) for r in measured.configs)
+    legal = [c for c in known.candidates if op.reject(problem, c, device) is None]
+    predicted = {c: known.model.ms(c, work(op, problem, c, device)) for c in legal}
+    yield from ((c, "model") for c in sorted(legal, key=lambda c: (predicted[c], config_order(c))))
+
+
+@functools.lru_cache(maxsize=256)
+def _known(op: Op, static: tuple[tuple[str, Any], ...], device: Device, generation: int) -> _Known:
+    start = _family(op.name, op.digest(), dict(static), device.key)
+    mine, theirs = local(op, dict(static), device), [r for r in shipped(op, device.key) if r.key.startswith(start)]
+    by_sizes = {sizes(m.problem): m for r in (*theirs, *mine) for m in r.measured}
+    points: dict[Any, list[tuple[Sequence[float], float]]] = {}
+    wins: dict[Any, int] = {}
+    for measured in by_sizes.values():
+        for place, ranked in enumerate(measured.configs):
+            points.setdefault(ranked.config, []).append((work(op, measured.problem, ranked.config, device), ranked.timing.median_ms))
+            wins[ranked.config] = wins.get(ranked.config, 0) + max(0, LEADERS - place)
+    leaders = sorted((c for c in wins if wins[c]), key=lambda c: (-wins[c], config_order(c)))[:CANDIDATES]
+    return _Known(tuple(mine), tuple(theirs), Model.fit(points), tuple(leaders), len(by_sizes))
+
+
+def _compiled(op: Op, problem: Any, config: Any, device: Device) -> bool:
+    sources = (stage.kernel.source(stage.problem, stage.config) for stage in op.stages(problem, config))
+    return all(Store.shared().get(cubin_key(source.text, device.arch)) is not None for source in sources)
+
+
+def _family(op: str, digest: str, static: Mapping[str, Any], device: str) -> str:
+    """What begins the keys of all rankings that differ in size class alone."""
+    return f"{op}-{device}-{_sha([digest, static])}-"
+
+
+def _load(op: Op, data: Any, what: str) -> Ranking | None:
+    if data is None:
+        return None
+    try:
+        return Ranking.from_json(op, data)
+    except (VidrialError, KeyError, TypeError) as error:
+        log.warning("%s is ignored: %s", what, error)
+        return None
+
+
+def _sha(value: Any) -> str:
+    return hashlib.sha256(json.dumps(encode(value), sort_keys=True).encode()).hexdigest()[:16]

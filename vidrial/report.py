@@ -1,0 +1,274 @@
+"""The sweep's page: one HTML file that needs no network, and a PNG, from journals."""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from vidrial.errors import SweepError, ToolchainError
+from vidrial.report_page import Section, chart, page, table, text_of
+from vidrial.timing import Timing
+from vidrial.trial import KIND, SCHEMA, Status, Trial, encode
+
+LISTED = 400          # configs of one problem in the table of all trials
+OK = Status.ok.name
+
+
+@dataclass(frozen=True)
+class Row:
+    """One trial as the page shows it, whatever its op: `problem` by field, `config` flattened, as one line."""
+
+    op: str
+    problem: dict[str, Any]
+    config: str
+    status: str
+    timing: Timing | None
+    error: tuple[float, float] | None
+    sentence: str
+    resources: tuple[dict[str, Any], ...]
+    reference_ms: float
+    device: str
+    versions: str
+    time: str
+
+    @classmethod
+    def of(cls, data: Mapping[str, Any]) -> Row:
+        """The row of a trial as `encode` writes it.
+
+        Raises:
+            KeyError, TypeError, ValueError: it is something else.
+        """
+        timing, check = data["timing"], data["check"]
+        return cls(data["op"], dict(data["problem"]), " ".join(_words(data["config"])), data["status"],
+                   Timing(float(timing["median_ms"]), float(timing["iqr_ms"]), int(timing["samples"])) if timing else None,
+                   (float(check["relative"]), float(check["worst"])) if check else None,
+                   data["sentence"], tuple(data["resources"]), float(data["reference_ms"]), data["device"], data["versions"], data["time"])
+
+    @property
+    def ok(self) -> bool:
+        """Checked and timed."""
+        return self.status == OK and self.timing is not None
+
+    @property
+    def ms(self) -> float:
+        """Median time; infinite if the trial failed."""
+        return self.timing.median_ms if self.timing is not None and self.status == OK else math.inf
+
+
+def rows_of(trials: Iterable[Trial]) -> list[Row]:
+    """The rows of trials in memory."""
+    return [Row.of(encode(trial)) for trial in trials]
+
+
+def read_journals(paths: Sequence[Path]) -> list[Row]:
+    """The rows of journals, of files or of folders of `.jsonl` files; a torn last line, as of a sweep that goes on, is left out.
+
+    Raises:
+        SweepError: a file cannot be read, is no journal, is of another schema, or is damaged before its last line.
+    """
+    rows: list[Row] = []
+    for path in paths:
+        for file in sorted(path.glob("**/*.jsonl")) if path.is_dir() else [path]:
+            rows += _read(file)
+    if not rows:
+        raise SweepError(f"{', '.join(map(str, paths))}: no trial to report; sweep first, or name other journals")
+    return rows
+
+
+def _read(path: Path) -> Iterator[Row]:
+    try:
+        lines = path.read_bytes().split(b"\n")[:-1]
+    except OSError as error:
+        raise SweepError(f"journal {path} cannot be read: {error}") from None
+    try:
+        header = json.loads(lines[0]) if lines else None
+    except ValueError:
+        header = None
+    if not isinstance(header, dict) or header.get("kind") != KIND:
+        raise SweepError(f"{path} is not a journal: its first line is no header; name the file that `vidrial sweep` wrote")
+    if header.get("schema") != SCHEMA:
+        raise SweepError(f"journal {path} has schema {header.get('schema')}, this version reads {SCHEMA}; report it with the version that wrote it")
+    for number, line in enumerate(lines[1:], 2):
+        try:
+            row = Row.of(json.loads(line))
+        except (ValueError, KeyError, TypeError) as error:
+            raise SweepError(f"journal {path}, line {number} is damaged ({type(error).__name__}: {error}); delete that line to report the others") from None
+        yield row
+
+
+def _words(config: Mapping[str, Any]) -> Iterator[str]:
+    for name, value in config.items():
+        if isinstance(value, dict):
+            yield from (f"{name}.{word}" for word in _words(value))
+        else:
+            yield f"{name}={value}"
+
+
+@dataclass(frozen=True)
+class Group:
+    """The trials of one problem on one device, one a config, fastest first; `label` tells it from the others, `length` places it."""
+
+    label: str
+    length: float
+    rows: tuple[Row, ...]
+
+    @property
+    def timed(self) -> tuple[Row, ...]:
+        """Those that were checked and timed."""
+        return tuple(row for row in self.rows if row.ok)
+
+
+def group(rows: Iterable[Row]) -> tuple[str, list[Group]]:
+    """(what the lengths are, the groups by rising length). The axis is the number that differs among the problems."""
+    problems: dict[str, dict[str, Row]] = {}
+    facts: dict[str, dict[str, Any]] = {}
+    for row in rows:
+        key = json.dumps([row.op, row.device, row.problem], sort_keys=True)
+        facts[key] = {"op": row.op, "device": row.device} | {k: v for k, v in row.problem.items() if not isinstance(v, list)}
+        kept = problems.setdefault(key, {})
+        before = kept.get(row.config)
+        # As in the ranking: a failure always counts, else the last one timed.
+        if before is None or (before.ok and (row.timing is not None or not row.ok)):
+            kept[row.config] = row
+    names = list(dict.fromkeys(name for fact in facts.values() for name in fact))
+    differ = [n for n in names if len({str(fact.get(n)) for fact in facts.values()}) > 1]
+    numeric = [n for n in differ if all(type(fact.get(n)) in (int, float) for fact in facts.values())]
+    one = next(iter(facts.values()))
+    axis = numeric[0] if numeric else next((n for n in ("t", "n") if n in one), "problem")
+    groups = []
+    for number, (key, kept) in enumerate(problems.items(), 1):
+        label = ", ".join(f"{n}={facts[key].get(n)}" for n in differ or [axis] if n in facts[key]) or f"problem {number}"
+        ordered = tuple(sorted(kept.values(), key=lambda row: row.ms))
+        groups.append(Group(label, float(facts[key].get(axis, number)), ordered))
+    return axis, sorted(groups, key=lambda g: (g.length, g.label))
+
+
+def write_report(rows: Sequence[Row], out: Path) -> Path:
+    """Write the page and return its path.
+
+    Raises:
+        SweepError: there is nothing to report, or the file cannot be written.
+    """
+    if not rows:
+        raise SweepError("no trial to report; sweep first")
+    axis, groups = group(rows)
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(page(_title(rows), _summary(rows, groups), _sections(axis, groups)))
+    except OSError as error:
+        raise SweepError(f"{out} cannot be written ({error}); give --out a place that can") from None
+    return out
+
+
+def write_png(rows: Sequence[Row], out: Path) -> Path:
+    """Draw the time of every config by length as a PNG, and return its path.
+
+    Raises:
+        ToolchainError: matplotlib is missing. SweepError: nothing was timed, or the file cannot be written.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ToolchainError(f"matplotlib cannot be imported ({error}); install it: pip install matplotlib") from None
+    axis, groups = group(rows)
+    timed = [g for g in groups if g.timed]
+    if not timed:
+        raise SweepError("no config was timed; there is nothing to plot")
+    figure = Figure(figsize=(8, 4.5), dpi=160, layout="constrained")
+    axes = figure.subplots()
+    for g in timed:
+        axes.scatter([g.length] * len(g.timed), [r.ms for r in g.timed], s=10, color="#9aa5b1", linewidths=0, zorder=2)
+    best = [(g.length, g.timed[0].ms) for g in timed]
+    axes.plot([x for x, _ in best], [y for _, y in best], color="#1f6feb", marker="o", markersize=4, zorder=3, label="fastest")
+    axes.set(xscale="log", yscale="log", xlabel=axis, ylabel="milliseconds", title=_title(rows))
+    axes.grid(alpha=0.25, which="both", linewidth=0.5)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False)
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(out)
+    except OSError as error:
+        raise SweepError(f"{out} cannot be written ({error}); give --png a place that can") from None
+    return out
+
+
+def _title(rows: Sequence[Row]) -> str:
+    return f"{', '.join(sorted({r.op for r in rows}))} on {', '.join(sorted({r.device for r in rows}))}"
+
+
+def _summary(rows: Sequence[Row], groups: Sequence[Group]) -> list[str]:
+    counts = {s.name: sum(r.status == s.name for g in groups for r in g.rows) for s in Status}
+    times = sorted(r.time for r in rows if r.time)
+    lines = [f"{len(groups)} problem{'s' * (len(groups) != 1)}, {sum(len(g.rows) for g in groups)} configs: "
+             + ", ".join(f"{count} {name}" for name, count in counts.items() if count)]
+    lines += [f"{times[0]} to {times[-1]}"] if times else []
+    return lines + sorted({r.versions for r in rows if r.versions})
+
+
+def _sections(axis: str, groups: Sequence[Group]) -> list[Section]:
+    return [Section("Winners", _winners(groups)), Section(f"Time of every config by {axis}", chart(axis, _points(groups))),
+            Section("What failed or was rejected, and why", _failures(groups)), Section("Resources of the winners", _resources(groups)),
+            Section("Noise", _noise(groups)), Section("All trials", _trials(groups))]
+
+
+def _points(groups: Sequence[Group]) -> list[list[tuple[float, float, str]]]:
+    return [[(g.length, r.ms, f"{g.label}\n{r.config}\n{r.ms:.4f} ms") for r in g.timed] for g in groups if g.timed]
+
+
+def _winners(groups: Sequence[Group]) -> str:
+    cells = []
+    for g in groups:
+        if not g.timed:
+            cells.append([g.label, "none of its configs could be timed", "", "", "", "", ""])
+            continue
+        best, timing = g.timed[0], g.timed[0].timing
+        ties = [r for r in g.timed[1:] if timing is not None and r.timing is not None and timing.ties(r.timing)]
+        within = f"{len(ties)} more" if ties else "no other"
+        errors = [text_of(e) for e in best.error] if best.error else ["", ""]
+        cells.append([g.label, best.config, f"{best.ms:.4f}", within, f"{g.timed[-1].ms / best.ms:.2f}", *errors])
+    return table(["problem", "fastest config", "#ms", "within noise", "#slowest / fastest", "#error (norm)", "#error (worst)"], cells)
+
+
+def _failures(groups: Sequence[Group]) -> str:
+    reasons: dict[tuple[str, str], list[Row]] = {}
+    for row in (r for g in groups for r in g.rows if r.status != OK):
+        reasons.setdefault((row.status, row.sentence), []).append(row)
+    if not reasons:
+        return "<p>Every config that was tried passed its check and was timed.</p>"
+    ordered = sorted(reasons.items(), key=lambda item: -len(item[1]))
+    return table(["#configs", "status", "because", "for instance"],
+                 [[str(len(found)), f"{status}: {Status[status].value}" if status in Status.__members__ else status, sentence, found[0].config]
+                  for (status, sentence), found in ordered])
+
+
+def _resources(groups: Sequence[Group]) -> str:
+    cells = [[g.label, r["kernel"], str(r["registers"]), str(r["spill_bytes"]), str(r["smem_bytes"])]
+             for g in groups if g.timed for r in g.timed[0].resources]
+    return table(["problem", "kernel", "#registers a thread", "#spilled bytes a thread", "#shared bytes a CTA"], cells) if cells else "<p>None noted.</p>"
+
+
+def _noise(groups: Sequence[Group]) -> str:
+    cells = []
+    for g in groups:
+        spreads = [r.timing.iqr_ms / r.timing.median_ms for r in g.timed if r.timing is not None and r.timing.median_ms > 0]
+        references = [r.reference_ms for r in g.timed if r.reference_ms > 0]
+        if spreads:
+            drift = f"{max(references) / min(references) - 1:.1%}" if references else ""
+            cells.append([g.label, f"{statistics.median(spreads):.2%}", f"{max(spreads):.2%}", drift])
+    note = "<p>Interquartile range of a config's samples, relative to their median; and how far the times of a fixed reference kernel lie apart.</p>"
+    return note + table(["problem", "#typical", "#worst", "#drift of the GPU"], cells)
+
+
+def _trials(groups: Sequence[Group]) -> str:
+    parts = []
+    for g in groups:
+        cells = [[r.config, f"{r.ms:.4f}" if r.ok else "", f"{r.timing.iqr_ms:.4f}" if r.timing else "", r.status, r.sentence] for r in g.rows[:LISTED]]
+        more = f"<p>and {len(g.rows) - LISTED} more</p>" if len(g.rows) > LISTED else ""
+        parts.append(f"<details><summary>{escape(g.label)}: {len(g.rows)} configs</summary>{table(['config', '#ms', '#IQR', 'status', 'because'], cells)}{more}</details>")
+    return "\n".join(parts)
