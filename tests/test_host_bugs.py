@@ -13,46 +13,121 @@ from vidrial.host import SCHEDULES, HostBinary, Schedule, compile_host
 HEAD = """#include <vidrial/prelude.cuh>
 #pragma nv_hdrstop
 #include <vidrial/shared_memory.cuh>
+#define SHARED(s) VIDRIAL_SHARED_MEMORY(raw) float* const s = reinterpret_cast<float*>(raw);
 struct Args { float* x; int n; };
 #line 1 "bug.cu"
 extern "C" __global__ void __launch_bounds__(128) bug(__grid_constant__ Args const args) {
-  int const t = threadIdx.x, n = args.n; float* const x = args.x;
-"""
+  int const t = threadIdx.x, n = args.n; float* const x = args.x;"""
 
-# name -> (body, whose line after the comment BUG must be named; sanitizer; what the message says)
-BUGS = {
-    "missing barrier": ("VIDRIAL_SHARED_MEMORY(raw); float* s = reinterpret_cast<float*>(raw);\ns[t] = x[t]; // BUG\nx[t] = s[127 - t];",
-                        "thread", "data race"),
-    "missing warp barrier": ("__shared__ float s[128];\ns[t] = x[t]; // BUG\nx[t] = s[t ^ 1];", "thread", "data race"),
-    "cp.async overwrites what others read": (
-        "VIDRIAL_SHARED_MEMORY(raw); float* s = reinterpret_cast<float*>(raw);\ns[t] = x[t];\n__syncthreads();\nfloat const y = s[127 - t];\n"
-        "cute::SM80_CP_ASYNC_CACHEALWAYS<float>::copy(x[t], s[t]); // BUG\ncute::cp_async_wait<0>();\n__syncthreads();\nx[t] = y + s[t];",
-        "thread", "data race"),
-    "mask off by one": ("if (t <= n)\n  x[t] += 1; // BUG", "address", "heap-buffer-overflow"),
-    "masked copy off by one": (
-        "VIDRIAL_SHARED_MEMORY(raw); float* s = reinterpret_cast<float*>(raw);\n"
-        "cute::SM80_CP_ASYNC_CACHEALWAYS_ZFILL<float>::copy(x[t], s[t], t <= n); // BUG\ncute::cp_async_wait<0>();\nif (t < n) x[t] = s[t];",
-        "address", "heap-buffer-overflow"),
-    "shared memory too small, checked": ("VIDRIAL_SHARED_MEMORY(raw);\nreinterpret_cast<float*>(raw)[t + 1] = 0; // BUG", "address", "use-after-poison"),
-    "static array too small": ("__shared__ float s[100];\ns[t] = x[0]; // BUG\n__syncthreads(); if (t < n) x[t] = s[t];", "address", "global-buffer-overflow"),
-    "registers too few": ("float r[4];\nfor (int i = 0; i <= n / 25; ++i) r[i] = x[0]; // BUG\nx[0] = r[n & 3];", "address", "stack-buffer-overflow"),
-    "divergent barrier": ("if (t < 96)\n  __syncthreads();\nelse\n  __syncthreads(); // BUG", None, "barrier divergence: threads 0-95 wait"),
-    "early return": ("if (t >= n) return;\n__syncthreads(); // BUG", None, "threads 100-127: have returned"),
-    "half a warp shuffles": ("float v = t;\nif (t < 16) v = __shfl_xor_sync(0xffffffffu, v, 1); // BUG\nx[0] = v;", None, "threads 0-15: wait in a shuffle"),
-    "other collectives": ("if (t % 32 < 16)\n  x[t] = __shfl_xor_sync(0xffffffffu, x[t], 1);\nelse\n  x[t] = __any_sync(0xffffffffu, t > 3); // BUG",
-                          None, "warp divergence"),
-    "misaligned ldmatrix": ("VIDRIAL_SHARED_MEMORY(raw); uint32_t r;\ncute::SM75_U32x1_LDSM_N::copy(*(cute::uint128_t*)(raw + 8), r); // BUG\nx[t] = r;",
-                            None, "is not a multiple of 16"),
-    "ldmatrix past the end": ("VIDRIAL_SHARED_MEMORY(raw); uint32_t r;\ncute::SM75_U32x1_LDSM_N::copy(*(cute::uint128_t*)(raw + 512), r); // BUG\nx[t] = r;",
-                              None, "not in shared memory"),
-    "misaligned cp.async": ("VIDRIAL_SHARED_MEMORY(raw);\ncute::SM80_CP_ASYNC_CACHEALWAYS<double>::copy(*(double*)(x + t), *(double*)(raw + 8 * (t % 64))); // BUG",
-                            None, "the global address .* is not a multiple of its 8 bytes"),
-    "atom without emulation": ("uint32_t d;\ncute::SM75_U32x1_MOVM_T::copy(t, d); // BUG\nx[t] = d;", None, "not emulated on the host: .*movmatrix"),
-    "null pointer": ("float* p = nullptr;\nif (n == 100) p[t] = 1; // BUG", None, "Segmentation fault"),
-    "wild shared address": ("VIDRIAL_SHARED_MEMORY(raw);\nraw[0x7fffffffu & (n * 100000u)] = 1; // BUG", None, "Segmentation fault"),
-    "endless loop": ("volatile int go = 1;\nwhile (go) {} // BUG", None, "ran out of time"),
-    "endless recursion": ("struct F { static float f(float volatile v) { return v + f(v + 1) * v; } }; // BUG\nx[0] = F::f(x[1]);", None, "Segmentation fault"),
-    "misaligned vector": ("VIDRIAL_SHARED_MEMORY(raw);\nfloat4 v = *reinterpret_cast<float4*>(raw + 4); // BUG\nx[t] = v.x;", "undefined", "misaligned address"),
+# name -> (sanitizer, what the message says, body); the line marked BUG must be named.
+BUGS: dict[str, tuple[str | None, str, str]] = {
+    "missing barrier": ("thread", "data race", """
+SHARED(s)
+s[t] = x[t]; // BUG
+x[t] = s[127 - t];
+"""),
+    "missing warp barrier": ("thread", "data race", """
+__shared__ float s[128];
+s[t] = x[t]; // BUG
+x[t] = s[t ^ 1];
+"""),
+    "cp.async overwrites what others read": ("thread", "data race", """
+SHARED(s)
+s[t] = x[t];
+__syncthreads();
+float const y = s[127 - t];
+cute::SM80_CP_ASYNC_CACHEALWAYS<float>::copy(x[t], s[t]); // BUG
+cute::cp_async_wait<0>();
+__syncthreads();
+x[t] = y + s[t];
+"""),
+    "mask off by one": ("address", "heap-buffer-overflow", """
+if (t <= n)
+  x[t] += 1; // BUG
+"""),
+    "masked copy off by one": ("address", "heap-buffer-overflow", """
+SHARED(s)
+cute::SM80_CP_ASYNC_CACHEALWAYS_ZFILL<float>::copy(x[t], s[t], t <= n); // BUG
+cute::cp_async_wait<0>();
+if (t < n) x[t] = s[t];
+"""),
+    "shared memory too small, checked": ("address", "use-after-poison", """
+VIDRIAL_SHARED_MEMORY(raw)
+reinterpret_cast<float*>(raw)[t + 1] = 0; // BUG
+"""),
+    "static array too small": ("address", "global-buffer-overflow", """
+__shared__ float s[100];
+s[t] = x[0]; // BUG
+__syncthreads(); if (t < n) x[t] = s[t];
+"""),
+    "registers too few": ("address", "stack-buffer-overflow", """
+float r[4];
+for (int i = 0; i <= n / 25; ++i) r[i] = x[0]; // BUG
+x[0] = r[n & 3];
+"""),
+    "divergent barrier": (None, "barrier divergence: threads 0-95 wait", """
+if (t < 96)
+  __syncthreads();
+else
+  __syncthreads(); // BUG
+"""),
+    "early return": (None, "threads 100-127: have returned", """
+if (t >= n) return;
+__syncthreads(); // BUG
+"""),
+    "half a warp shuffles": (None, "threads 0-15: wait in a shuffle", """
+float v = t;
+if (t < 16) v = __shfl_xor_sync(0xffffffffu, v, 1); // BUG
+x[0] = v;
+"""),
+    "other collectives": (None, "warp divergence", """
+if (t % 32 < 16)
+  x[t] = __shfl_xor_sync(0xffffffffu, x[t], 1);
+else
+  x[t] = __any_sync(0xffffffffu, t > 3); // BUG
+"""),
+    "misaligned ldmatrix": (None, "is not a multiple of 16", """
+VIDRIAL_SHARED_MEMORY(raw)
+uint32_t r;
+cute::SM75_U32x1_LDSM_N::copy(*(cute::uint128_t*)(raw + 8), r); // BUG
+x[t] = r;
+"""),
+    "ldmatrix past the end": (None, "not in shared memory", """
+VIDRIAL_SHARED_MEMORY(raw)
+uint32_t r;
+cute::SM75_U32x1_LDSM_N::copy(*(cute::uint128_t*)(raw + 512), r); // BUG
+x[t] = r;
+"""),
+    "misaligned cp.async": (None, "the global address .* is not a multiple of its 8 bytes", """
+VIDRIAL_SHARED_MEMORY(raw)
+cute::SM80_CP_ASYNC_CACHEALWAYS<double>::copy(*(double*)(x + t), *(double*)(raw + 8 * (t % 64))); // BUG
+"""),
+    "atom without emulation": (None, "not emulated on the host: .*movmatrix", """
+uint32_t d;
+cute::SM75_U32x1_MOVM_T::copy(t, d); // BUG
+x[t] = d;
+"""),
+    "null pointer": (None, "Segmentation fault", """
+float* p = nullptr;
+if (n == 100) p[t] = 1; // BUG
+"""),
+    "wild shared address": (None, "Segmentation fault", """
+VIDRIAL_SHARED_MEMORY(raw)
+raw[0x7fffffffu & (n * 100000u)] = 1; // BUG
+"""),
+    "endless loop": (None, "ran out of time", """
+volatile int go = 1;
+while (go) {} // BUG
+"""),
+    "endless recursion": (None, "Segmentation fault", """
+struct F { static float f(float volatile v) { return v + f(v + 1) * v; } }; // BUG
+x[0] = F::f(x[1]);
+"""),
+    "misaligned vector": ("undefined", "misaligned address", """
+VIDRIAL_SHARED_MEMORY(raw)
+float4 v = *reinterpret_cast<float4*>(raw + 4); // BUG
+x[t] = v.x;
+"""),
 }
 
 
@@ -67,8 +142,8 @@ def launch(binary: HostBinary, x: np.ndarray, schedule: Schedule = SCHEDULES[0],
 
 @pytest.mark.parametrize("bug", BUGS)
 def test_caught_with_its_line(bug: str) -> None:
-    body, sanitizer, message = BUGS[bug]
-    line = 3 + next(i for i, text in enumerate(body.splitlines()) if "// BUG" in text)
+    sanitizer, message, body = BUGS[bug]
+    line = 2 + next(i for i, text in enumerate(body.splitlines()) if "// BUG" in text)
     x = np.ones(100 if sanitizer == "address" else 128, np.float32)
     with pytest.raises(LaunchError, match=message) as caught:
         launch(build(body, sanitizer), x, Schedule(timeout=0.5 if bug == "endless loop" else 60.0))
@@ -76,7 +151,8 @@ def test_caught_with_its_line(bug: str) -> None:
     assert f"bug.cu:{line}" in summary, summary
 
 
-COPY = """VIDRIAL_SHARED_MEMORY(raw); float* s = reinterpret_cast<float*>(raw);
+COPY = """
+SHARED(s)
 cute::SM80_CP_ASYNC_CACHEALWAYS<float>::copy(x[t], s[127 - t]);
 cute::cp_async_fence();
 {wait}
@@ -102,7 +178,7 @@ def test_a_missing_barrier_shows_in_the_values() -> None:
 
 
 def test_shared_memory_overflow_without_a_sanitizer() -> None:
-    binary = build("VIDRIAL_SHARED_MEMORY(raw);\nreinterpret_cast<float*>(raw)[t] = 1;")
+    binary = build("\nVIDRIAL_SHARED_MEMORY(raw)\nreinterpret_cast<float*>(raw)[t] = 1;")
     launch(binary, np.zeros(128, np.float32))
     with pytest.raises(LaunchError, match=r"written 0 bytes past its end \(the launch asked for 508 bytes\)"):
         launch(binary, np.zeros(128, np.float32), shared_bytes=508)
@@ -110,11 +186,11 @@ def test_shared_memory_overflow_without_a_sanitizer() -> None:
 
 def test_global_overflow_without_a_sanitizer() -> None:
     with pytest.raises(LaunchError, match="offset 0 of the arguments was written 0 bytes past its end"):
-        launch(build("x[t] = 1;"), np.zeros(127, np.float32))
+        launch(build("\nx[t] = 1;"), np.zeros(127, np.float32))
 
 
 def test_unwritten_shared_memory_is_nan_for_each_cta() -> None:
-    binary = build("VIDRIAL_SHARED_MEMORY(raw); __shared__ float fixed[128]; float* s = reinterpret_cast<float*>(raw);\n"
+    binary = build("\nSHARED(s) __shared__ float fixed[128];\n"
                    "float const y = s[t] + fixed[t];\ns[t] = fixed[t] = 1;\nif (blockIdx.x == 1) x[t] = y;")
     x = np.zeros(128, np.float32)
     binary.launch((2,), 128, 512, bytes(16), {0: x})
@@ -134,5 +210,5 @@ def test_a_clean_kernel_passes_every_sanitizer() -> None:
 def test_the_time_limit_is_kept() -> None:
     start = time.monotonic()
     with pytest.raises(LaunchError, match=r"block \(0, 0, 0\), thread \(0, 0, 0\): the launch ran out of time"):
-        launch(build("volatile int go = 1;\nwhile (go) {} // BUG"), np.zeros(128, np.float32), Schedule(timeout=0.3))
+        launch(build("\nvolatile int go = 1;\nwhile (go) {} // BUG"), np.zeros(128, np.float32), Schedule(timeout=0.3))
     assert time.monotonic() - start < 10

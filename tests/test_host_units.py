@@ -15,7 +15,8 @@ def test_unit(case: Case) -> None:
     for schedule in SCHEDULES:
         for array, original in zip(case.arrays, fresh, strict=True):
             array[...] = original
-        stats = binary.launch((1,), case.block, case.shared_bytes, case.packed, {8 * i: array for i, array in enumerate(case.arrays)}, schedule)
+        pointers = {8 * i: array for i, array in enumerate(case.arrays)}
+        stats = binary.launch((1,), case.block, case.shared_bytes, case.packed, pointers, schedule)
         case.check()
         assert stats.mma == ("mma.cu" in case.source)
         assert stats.ldmatrix == ("ldmatrix.cu" in case.source)

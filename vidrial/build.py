@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Iterator, Mapping
 from dataclasses import asdict
+from typing import TypeVar
 
 from vidrial.compile import CompilePool, Cubin, Job, Resources, compile_source, cubin_key
 from vidrial.errors import CompileError
 from vidrial.render import Source
 from vidrial.store import Store
+
+
+Name = TypeVar("Name", bound=Hashable)
 
 
 def _cached(key: str, arch: str) -> Cubin | None:
@@ -31,15 +35,17 @@ def build(source: Source, arch: str, config: str = "") -> Cubin:
         CompileError: the source does not compile. ToolchainError: NVRTC or a header is missing.
     """
     key = cubin_key(source.text, arch)
-    return _cached(key, arch) or _publish(key, compile_source(source.text, source.entry, arch, config=config), source)
+    return _cached(key, arch) or _publish(key, compile_source(source.text, source.entry, arch, config=config, includes=source.include_dirs), source)
 
 
-def build_many(sources: Mapping[Hashable, tuple[Source, str]], arch: str, jobs: int | None = None) -> Iterator[tuple[Hashable, Cubin | CompileError]]:
+def build_many(
+    sources: Mapping[Name, tuple[Source, str]], arch: str, jobs: int | None = None
+) -> Iterator[tuple[Name, Cubin | CompileError]]:
     """The cubins of many (source, config's text), in the order in which they are done; equal texts compile once.
 
     A source that does not compile yields its error in place of a cubin.
     """
-    waiting: dict[str, list[Hashable]] = {}
+    waiting: dict[str, list[Name]] = {}
     for name, (source, _) in sources.items():
         key = cubin_key(source.text, arch)
         if key not in waiting and (cubin := _cached(key, arch)) is not None:
@@ -49,9 +55,9 @@ def build_many(sources: Mapping[Hashable, tuple[Source, str]], arch: str, jobs: 
     if not waiting:
         return
     with CompilePool(jobs) as pool:
-        todo = (Job(key, source.text, source.entry, arch, config) for key, names in waiting.items() for source, config in [sources[names[0]]])
-        for key, result in pool.compile_many(todo):
-            names = waiting[str(key)]
+        todo = (Job(key, source.text, source.entry, arch, config, source.include_dirs) for key, names in waiting.items() for source, config in [sources[names[0]]])
+        for done, result in pool.compile_many(todo):
+            names = waiting[str(done)]
             if isinstance(result, Cubin):
-                _publish(str(key), result, sources[names[0]][0])
+                _publish(str(done), result, sources[names[0]][0])
             yield from ((name, result) for name in names)

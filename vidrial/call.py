@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any
 
@@ -22,25 +21,31 @@ TARGETS = ("cuda", "host")
 _target: list[str] = []
 
 
-@contextlib.contextmanager
-def use_target(target: str) -> Iterator[None]:
-    """Within the block, ops run on `target`: `cuda`, or `host` (the kernels themselves on the CPU, slowly, for correctness).
+class use_target:
+    """From now on ops run on `target`: `cuda`, or `host` (the kernels themselves on the CPU, slowly, for correctness).
+
+    As a context manager, until the end of the block.
 
     Raises:
         ArgumentError: the target is not known.
     """
-    _target.append(_checked(target))
-    try:
-        yield
-    finally:
-        _target.pop()
+
+    def __init__(self, target: str) -> None:
+        self._before = list(_target)
+        _target[:] = [_checked(target)]
+
+    def __enter__(self) -> None:
+        return
+
+    def __exit__(self, *_: object) -> None:
+        _target[:] = self._before
 
 
 def current_target(target: str | None = None) -> str:
     """The target of a call: its argument, else that of `use_target`, else VIDRIAL_TARGET, else `cuda`."""
     if target is not None:
         return _checked(target)
-    return _target[-1] if _target else Settings.read().target
+    return _target[0] if _target else Settings.read().target
 
 
 def _checked(target: str) -> str:
@@ -91,13 +96,15 @@ def run_on_host(op: Op, problem: Any, inputs: Mapping[str, Array], plan: HostPla
 
 def bits(array: Array) -> np.ndarray:
     """A CPU array as NumPy's own, sharing its memory; bfloat16 as uint16."""
-    owner = array.owner
+    owner, half = array.owner, array.dtype is DType.bfloat16
     if array.library == "torch":
         import torch
 
-        owner = owner.detach()
-        return owner.view(torch.uint16).numpy() if array.dtype is DType.bfloat16 else owner.numpy()
-    return owner.view(np.uint16) if array.dtype is DType.bfloat16 else owner
+        tensor = owner.detach()
+        shared: np.ndarray = tensor.view(torch.uint16).numpy() if half else tensor.numpy()
+    else:
+        shared = owner.view(np.uint16) if half else owner
+    return shared
 
 
 def apply(op: Op, problem: Any, inputs: Mapping[str, Array], target: str | None = None) -> dict[str, Array]:

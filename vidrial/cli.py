@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import itertools
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import click
-from rich.text import Text
 
 from vidrial import __version__
 from vidrial.device import Device
@@ -16,6 +16,7 @@ from vidrial.errors import ArgumentError, VidrialError
 from vidrial.op import Op
 from vidrial.registry import KNOWN, find_op, make_problem, parse_keywords
 
+F = TypeVar("F", bound=Callable[..., Any])
 CONTEXT = {"help_option_names": ["-h", "--help"]}
 # The op's own keywords are not known to click: they are parsed by the op's `example`.
 OPEN = CONTEXT | {"ignore_unknown_options": True}
@@ -53,24 +54,27 @@ def vidrial() -> None:
     """
 
 
-def op_command(name: str) -> Any:
+def op_command(name: str) -> Callable[[F], F]:
     """A command on an op: OP, then any of its keywords among the options."""
-    def decorate(function: Any) -> Any:
+    def decorate(function: F) -> F:
         function = click.argument("keywords", nargs=-1, type=click.UNPROCESSED, metavar=KEYWORDS)(function)
         function = click.argument("reference", metavar="OP")(function)
-        return vidrial.command(name, context_settings=OPEN)(function)
+        vidrial.command(name, context_settings=OPEN)(function)
+        return function
     return decorate
 
 
-def target_option(function: Any) -> Any:
+def target_option(function: F) -> F:
     """`--arch`: a GPU that need not be there."""
-    return click.option("--arch", metavar="GPU", help="h200, a100, ..., or sm_90a, sm_80, ...  [default: this machine's GPU, else h200]")(function)
+    text = "h200, a100, ..., or sm_90a, sm_80, ...  [default: this machine's GPU, else h200]"
+    return click.option("--arch", metavar="GPU", help=text)(function)
 
 
 def read(reference: str, keywords: tuple[str, ...]) -> tuple[Op, list[Any]]:
     """The op, and a problem for every combination of the keywords' values."""
     if reference.startswith("-"):
-        raise ArgumentError(f"{reference!r} stands where OP should: give {', '.join(KNOWN)}, module:attribute or path/to/file.py:attribute first")
+        known = ", ".join(KNOWN)
+        raise ArgumentError(f"{reference!r} stands where OP should; give {known}, module:attribute or path/to/file.py:attribute first")
     op = find_op(reference)
     values = parse_keywords(op, keywords)
     return op, [make_problem(op, dict(zip(values, combination, strict=True))) for combination in itertools.product(*values.values())]
@@ -142,6 +146,68 @@ def compile_(reference: str, keywords: tuple[str, ...], arch: str | None, top: i
     failed = sum(not isinstance(b.result, Cubin) for b in built)
     if failed:
         raise click.exceptions.Exit(1)
+
+
+@op_command("sweep")
+@click.option("--seconds", type=click.FloatRange(0, min_open=True), help="Time to take for each problem, about.")
+@click.option("--trials", type=click.IntRange(1), help="Configs to try at most.  [default: 64, or as many as --seconds allows]")
+@click.option("--exhaustive", is_flag=True, help="Try every legal config.")
+@click.option("--resume", is_flag=True, help="Go on with the journals of the same sweeps.")
+@click.option("--gpus", default="1", show_default=True, metavar="N|all|I,J", help="How many GPUs measure, or which CUDA indices (0,2 or 3,).")
+@click.option("--jobs", type=click.IntRange(1), help="Processes that compile.  [default: VIDRIAL_JOBS, else one a core]")
+@click.option("--out", type=click.Path(file_okay=False, path_type=Path), help="Also write the rankings to OUT/<device>/<op>.json.")
+def sweep_(reference: str, keywords: tuple[str, ...], out: Path | None, gpus: str, **options: Any) -> None:
+    """Measure which configs are fastest, and keep the ranking: calls take it from then on. A keyword given twice makes two problems.
+
+    Every trial is on disk before the next one begins: after Ctrl-C, --resume goes on.
+    """
+    from vidrial.problem import fields
+    from vidrial.ranking import publish
+    from vidrial.show import make_console, show_winners
+    from vidrial.sweep import Options, sweep, sweep_lengths
+
+    op, problems = read(reference, keywords)
+    chosen = Options(gpus=gpu_indices(gpus), **options)
+    alike = all(fields(p, "static") == fields(problems[0], "static") for p in problems)
+    results = sweep_lengths(op, problems, chosen) if alike else [sweep(op, p, chosen) for p in problems]
+    show_winners(make_console(), results)
+    for result in results:
+        click.echo(f"{len(result.trials)} trials in {result.journal}")
+    if out is not None:
+        for path in publish(op, [r.ranking for r in results], out):
+            click.echo(f"ranking in {path}")
+
+
+def gpu_indices(text: str) -> int | tuple[int, ...]:
+    """`2`: two GPUs; `all`: all of this machine's; `0,2` or `3,`: those of these CUDA indices.
+
+    Raises:
+        ArgumentError: it is none of these.
+    """
+    if text == "all":
+        from vidrial.device import gpu_count
+
+        return max(1, gpu_count())
+    words = [word for word in text.split(",") if word]
+    if not words or not all(word.isdecimal() for word in words):
+        raise ArgumentError(f"--gpus {text!r}: accepted are a count, all, or CUDA indices with commas")
+    return int(text) if "," not in text else tuple(int(word) for word in words)
+
+
+@vidrial.command()
+@click.argument("journals", nargs=-1, required=True, metavar="JOURNAL...", type=click.Path(path_type=Path))
+@click.option("--out", required=True, type=click.Path(dir_okay=False, path_type=Path), help="The page.")
+@click.option("--png", type=click.Path(dir_okay=False, path_type=Path), help="Also draw the times as a PNG; needs matplotlib.")
+def report(journals: tuple[Path, ...], out: Path, png: Path | None) -> None:
+    """Write one HTML page, which needs no network, from the journals of sweeps (files, or folders of them)."""
+    from vidrial.report import read_journals, rejected_rows, write_png, write_report
+
+    rows = read_journals(journals)
+    for name in {row.op for row in rows} & set(KNOWN):
+        rows += rejected_rows(find_op(name), rows)
+    click.echo(write_report(rows, out))
+    if png is not None:
+        click.echo(write_png(rows, png))
 
 
 @op_command("source")

@@ -103,6 +103,18 @@ class Device:
             return cls.of("h200")
 
 
+def gpu_count() -> int:
+    """How many CUDA GPUs this process can see; 0 without CuPy or a driver."""
+    try:
+        from cupy.cuda import runtime
+    except ImportError:
+        return 0
+    try:
+        return int(runtime.getDeviceCount())
+    except runtime.CUDARuntimeError:
+        return 0
+
+
 def arch_name(arch: str) -> str:
     """The architecture to compile for. NOTE: plain sm_90 accepts wgmma silently and traps in its place, so it is never used."""
     return "sm_90a" if arch == "sm_90" else arch

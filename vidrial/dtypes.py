@@ -18,10 +18,20 @@ class DType(enum.Enum):
     int32 = ("int32", 32, "int32_t")
     uint8 = ("uint8", 8, "uint8_t")
 
-    def __init__(self, label: str, bits: int, cpp: str) -> None:
-        self.label = label
-        self.bits = bits
-        self.cpp = cpp
+    @property
+    def label(self) -> str:
+        """The type's name, as NumPy and torch spell it."""
+        return self.value[0]
+
+    @property
+    def bits(self) -> int:
+        """Size of one element in bits."""
+        return self.value[1]
+
+    @property
+    def cpp(self) -> str:
+        """The type's name in device code."""
+        return self.value[2]
 
     @property
     def bytes(self) -> int:

@@ -19,7 +19,8 @@ from vidrial.toolchain import HostCompiler, Toolchain
 
 # Uninitialised registers get a pattern instead of whatever was there: GCC and Clang have that since these versions.
 OLDEST = {"g++": 12, "clang++": 16}
-FLAGS = ("-std=c++17", "-g1", "-fPIE", "-fno-strict-aliasing", "-ftrivial-auto-var-init=pattern", "-w")
+# NOTE: binutils 2.40 mistakes files in GCC's DWARF 5; -gdwarf-4 alone would mean -g2.
+FLAGS = ("-std=c++17", "-gdwarf-4", "-g1", "-fPIE", "-fno-strict-aliasing", "-ftrivial-auto-var-init=pattern", "-w")
 SANITIZERS: dict[str | None, tuple[str, ...]] = {
     None: (),
     "address": ("-fsanitize=address", "-fno-omit-frame-pointer"),
@@ -86,16 +87,19 @@ class Build:
             CompileError: the compiler rejects the source.
         """
         runtime = self.made("runtime.o", [*self.runtime_flags(), "-c", "-x", "c++"], "launch.h")
-        header = self.made("vidrial/host/pch.h.gch", [*self.flags, *_include_flags(), "-x", "c++-header"], "pch.h") if pch and not self.clang else None
-        first = [f"-I{header.parents[2]}"] if header else []
+        first: list[str] = []
+        if pch and not self.clang:
+            header = self.made("vidrial/host/pch.h.gch", [*self.flags, *_include_flags(), "-x", "c++-header"], "pch.h")
+            first = [f"-I{header.parents[2]}"]
         with tempfile.TemporaryDirectory(prefix="vidrial-host-") as folder:
             # Places are then relative, whatever folder this is.
-            command = [self.compiler.path, *first, *self.flags, *_include_flags(), *(f"-I{d}" for d in self.include_dirs),
-                       f"-fdebug-prefix-map={folder}=.", "-fdiagnostics-color=never", "-pie", "-o", "kernel", "-x", "c++", "-", "-x", "none", str(runtime)]
+            relative = f"-fdebug-prefix-map={folder}=."
+            command = [self.compiler.path, *first, *self.flags, *_include_flags(), *(f"-I{d}" for d in self.include_dirs), relative,
+                       "-fdiagnostics-color=never", "-pie", "-o", "kernel", "-x", "c++", "-", "-x", "none", str(runtime)]
             try:
                 ended = execute(command, text.encode(), COMPILE_SECONDS, cwd=folder)
             except subprocess.TimeoutExpired:
-                raise CompileError(f"{name} did not compile for the host within {COMPILE_SECONDS} s; simplify it, or lower `optimise`") from None
+                raise CompileError(f"{name} did not compile for the host within {COMPILE_SECONDS} s; make it smaller") from None
             if ended.returncode:
                 raise CompileError(_explain(ended.stderr.decode(errors="replace"), name))
             return Path(folder, "kernel").read_bytes()
@@ -103,7 +107,8 @@ class Build:
     def runtime_flags(self) -> list[str]:
         """The runtime is not under test: it calls memcpy and memset, which sanitizers watch, wherever it touches the kernel's memory."""
         macros = [f"-DVIDRIAL_{short}={int(self.sanitizer == long)}" for short, long in (("ASAN", "address"), ("TSAN", "thread"))]
-        return ["-O2", *FLAGS, "-fno-builtin-memcpy", "-fno-builtin-memset", "-fno-tree-loop-distribute-patterns", *macros, *_include_flags()]
+        calls = ["-fno-builtin"] if self.clang else ["-fno-builtin-memcpy", "-fno-builtin-memset", "-fno-tree-loop-distribute-patterns"]
+        return ["-O2", *FLAGS, *calls, *macros, *_include_flags()]
 
     def made(self, product: str, flags: list[str], header: str) -> Path:
         """What the compiler makes of one of the runtime's headers, from the shelf or new; in a temporary folder if that cannot be written.
@@ -112,7 +117,8 @@ class Build:
             ToolchainError: the compiler rejects it.
         """
         original = Toolchain.find().vidrial_include / "vidrial/host" / header
-        key = hashlib.sha256("\0".join((*flags, self.compiler.version, _digest("vidrial/host", "vidrial/prelude.cuh", "vidrial/shared_memory.cuh"))).encode()).hexdigest()[:32]
+        named = "\0".join((*flags, self.compiler.version, _digest("vidrial/host", "vidrial/prelude.cuh")))
+        key = hashlib.sha256(named.encode()).hexdigest()[:32]
         for shelf in (self.shelf, temporary() / "shelf"):
             if (shelf / key / product).is_file():
                 with contextlib.suppress(OSError):
@@ -139,8 +145,10 @@ class Build:
 
 def _prune(shelf: Path) -> None:
     """Remove all but the newest products: each is of one set of flags, and of one state of the headers."""
-    for old in sorted(shelf.glob("[0-9a-f]*"), key=lambda path: path.stat().st_mtime)[:-PRODUCTS_KEPT]:
-        shutil.rmtree(old, ignore_errors=True)
+    # Another process may be at it, too.
+    with contextlib.suppress(OSError):
+        for old in sorted(shelf.glob("[0-9a-f]*"), key=lambda path: path.stat().st_mtime)[:-PRODUCTS_KEPT]:
+            shutil.rmtree(old)
 
 
 def _explain(log: str, name: str) -> str:
@@ -186,8 +194,8 @@ def _new_enough(compiler: HostCompiler) -> HostCompiler:
     answer = subprocess.run([compiler.path, "-dumpversion"], capture_output=True, text=True, check=False, timeout=60).stdout.strip()
     major = answer.partition(".")[0]
     if not major.isdecimal() or int(major) < OLDEST[kind]:
-        raise ToolchainError(f"{compiler.path} is {kind} {answer or 'of an unknown version'}; the host target needs {kind} {OLDEST[kind]} or later: "
-                             f"apt-get install g++ (or g++-{OLDEST['g++']}, and set CXX)")
+        raise ToolchainError(f"{compiler.path} is {kind} {answer or 'of an unknown version'}; the host target needs {kind} {OLDEST[kind]} "
+                             f"or later: apt-get install g++ (or g++-{OLDEST['g++']}, and set CXX)")
     return compiler
 
 

@@ -17,7 +17,8 @@ _PLACE = re.compile(r"<place ([0-9a-f]+)>")
 _FRAME = re.compile(r"^\s*#\d+ .*?(?P<place>[^\s()]+:\d+)(?::\d+)?(?: \(|$)")
 _ACCESS = re.compile(r"^\s*(?P<what>(?:previous |atomic )*(?:read|write) of size \d+).*?(?:thread (?P<thread>T\d+).*)?$", re.IGNORECASE)
 _FIBER = re.compile(r"Thread (T\d+) '(CUDA thread \d+)'")
-_SUMMARY = re.compile(r"(?:ERROR|WARNING): (?P<tool>\w+Sanitizer): (?P<what>.+?)(?: \(pid=\d+\)| on (?:unknown )?address.*)?$", re.MULTILINE)
+_SUMMARY = re.compile(r"(?:ERROR|WARNING): (?P<tool>\w+Sanitizer): (?P<what>.+?)(?: \(pid=\d+\)| on (?:unknown )?address.*)?$",
+                      re.MULTILINE)
 _UNDEFINED = re.compile(r"^(?P<place>\S+?:\d+):\d+: runtime error: (?P<what>.+)$", re.MULTILINE)
 _THREAD = re.compile(r"^VIDRIAL (block .*)$", re.MULTILINE)
 

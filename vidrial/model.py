@@ -97,7 +97,9 @@ class Model:
         if not every:
             return cls({}, PRIOR)
         pooled = fit([x for x, _ in every], [t for _, t in every], PRIOR, POOLED_WEIGHT)
-        own = {config: fit([x for x, _ in points], [t for _, t in points], pooled, OWN_WEIGHT) for config, points in measured.items() if points}
+        own = {}
+        for config, points in measured.items():
+            own[config] = fit([x for x, _ in points], [t for _, t in points], pooled, OWN_WEIGHT)
         return cls(own, pooled)
 
     def ms(self, config: Any, x: Sequence[float]) -> float:

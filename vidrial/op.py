@@ -116,9 +116,9 @@ class Op:
                 return sentence
         for stage in self.stages(problem, config):
             if part is None or stage.part == part:
-                sentence = stage.kernel.reject(stage.problem, stage.config, device)
-                if sentence is not None:
-                    return sentence if stage.kernel.name == self.name else f"{stage.kernel.name}: {sentence}"
+                reason = stage.kernel.reject(stage.problem, stage.config, device)
+                if reason is not None:
+                    return reason if stage.kernel.name == self.name else f"{stage.kernel.name}: {reason}"
         return None
 
     def check_config(self, problem: Any, config: Any, device: Device) -> None:
@@ -170,7 +170,8 @@ class Op:
         `fixed` holds choices of the op's own (not of its parts) at one value: name -> value.
         """
         device = device or Device.default()
-        streams, rejected = [], {}
+        streams: list[Iterator[Candidate]] = []
+        rejected: dict[Any, Rejected] = {}
         for shared in self.shared(fixed):
             sentence = self.reject(problem, shared, device, part="")
             if sentence is not None:

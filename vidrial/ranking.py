@@ -179,7 +179,7 @@ def pick(op: Op, problem: Any, device: Device) -> Pick:
 
 
 def freeze(on: bool = True) -> None:
-    """From now on (`on=False`: no longer) a pick takes a config that is compiled already, and says so in the log where it is not the first choice."""
+    """From now on (`on=False`: no longer) a pick takes a config that is compiled already; the log says where it is not the first."""
     _state.frozen = on
     forget()
 
@@ -246,7 +246,7 @@ def publish(op: Op, rankings: Sequence[Ranking], folder: Path) -> list[Path]:
             staged.write_text(text + "\n")
             os.replace(staged, path)
         except OSError as error:
-            raise SweepError(f"rankings cannot be written to {path} ({error}); name a folder that can. They are in the cache as well") from None
+            raise SweepError(f"rankings cannot be written to {path} ({error}); name another folder. The cache has them as well") from None
         written.append(path)
     forget()
     return written
@@ -276,7 +276,8 @@ def _pick(op: Op, problem: Any, device: Device, generation: int) -> Pick:
         if _compiled(op, problem, choice.config, device):
             log.warning("%s: frozen, so %s in place of %s for %s", op.name, describe(choice.config), describe(first.config), problem)
             return choice
-    raise FrozenError(f"{op.name}: no legal config for {problem} is compiled, and compiling is frozen; call it once before freeze(), or freeze(False)")
+    raise FrozenError(f"{op.name}: no legal config for {problem} is compiled, and compiling is frozen; "
+                      "call it once before freeze(), or freeze(False)")
 
 
 def _choices(op: Op, problem: Any, device: Device) -> Iterator[Pick]:

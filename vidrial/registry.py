@@ -2,26 +2,20 @@
 
 from __future__ import annotations
 
-import hashlib
-import importlib
-import importlib.util
 import inspect
-import sys
 import types
 from collections.abc import Mapping, Sequence
-from functools import lru_cache
-from pathlib import Path
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from vidrial.errors import ArgumentError
 from vidrial.op import Op
 from vidrial.problem import keyed_fields
+from vidrial.worker import resolve
 
 # Name -> where its op lies; imported when asked for.
 KNOWN = {"power_retention": "vidrial.kernels.power_retention.op:op"}
 
 
-@lru_cache(maxsize=64)
 def find_op(reference: str) -> Op:
     """The op of a known name, of `module:attribute`, or of `path/to/file.py:attribute`.
 
@@ -29,44 +23,12 @@ def find_op(reference: str) -> Op:
         ArgumentError: there is no such op.
     """
     target = KNOWN.get(reference, reference)
-    place, colon, attribute = target.rpartition(":")
-    if not colon:
+    if ":" not in target:
         raise ArgumentError(f"op {reference!r} is not known; accepted: {', '.join(KNOWN)}, module:attribute, or path/to/file.py:attribute")
-    module = _load(Path(place), reference) if place.endswith(".py") else _import(place, reference)
-    found = getattr(module, attribute, None)
+    found = resolve(target)
     if not isinstance(found, Op):
-        ops = ", ".join(name for name, value in vars(module).items() if isinstance(value, Op)) or "none"
-        raise ArgumentError(f"{reference}: {attribute!r} in {place} is no Op; its ops: {ops}")
+        raise ArgumentError(f"{reference!r} names a {type(found).__name__}, not an Op; give the Op's own name after the colon")
     return found
-
-
-def _import(name: str, reference: str) -> types.ModuleType:
-    try:
-        return importlib.import_module(name)
-    except ModuleNotFoundError as error:
-        if error.name is None or not (name == error.name or name.startswith(f"{error.name}.")):
-            raise
-        raise ArgumentError(f"{reference}: there is no module {error.name!r}; for a file give path/to/file.py:attribute") from None
-
-
-def _load(path: Path, reference: str) -> types.ModuleType:
-    if not path.is_file():
-        raise ArgumentError(f"{reference}: there is no file {path}")
-    name = f"{path.stem}_{hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:12]}"
-    if name in sys.modules:
-        return sys.modules[name]
-    spec = importlib.util.spec_from_file_location(name, path.resolve())
-    if spec is None or spec.loader is None:
-        raise ArgumentError(f"{reference}: {path} cannot be imported as Python")
-    module = importlib.util.module_from_spec(spec)
-    # NOTE: dataclasses look their module up by name while it is being executed.
-    sys.modules[name] = module
-    try:
-        spec.loader.exec_module(module)
-    except BaseException:
-        del sys.modules[name]
-        raise
-    return module
 
 
 def parse_keywords(op: Op, words: Sequence[str]) -> dict[str, list[Any]]:

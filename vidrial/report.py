@@ -6,15 +6,18 @@ import json
 import math
 import statistics
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from html import escape
 from pathlib import Path
 from typing import Any
 
+from vidrial.device import TABLE, Device
 from vidrial.errors import SweepError, ToolchainError
+from vidrial.op import Op
 from vidrial.report_page import Section, chart, page, table, text_of
+from vidrial.space import describe
 from vidrial.timing import Timing
-from vidrial.trial import KIND, SCHEMA, Status, Trial, encode
+from vidrial.trial import KIND, SCHEMA, Status, Trial, decode, encode
 
 LISTED = 400          # configs of one problem in the table of all trials
 OK = Status.ok.name
@@ -91,15 +94,27 @@ def _read(path: Path) -> Iterator[Row]:
     except ValueError:
         header = None
     if not isinstance(header, dict) or header.get("kind") != KIND:
-        raise SweepError(f"{path} is not a journal: its first line is no header; name the file that `vidrial sweep` wrote")
+        raise SweepError(f"{path} is not a journal: its first line is no header; name the file that a sweep wrote")
     if header.get("schema") != SCHEMA:
-        raise SweepError(f"journal {path} has schema {header.get('schema')}, this version reads {SCHEMA}; report it with the version that wrote it")
+        raise SweepError(f"journal {path} has schema {header.get('schema')}, accepted: {SCHEMA}; report it with the version that wrote it")
     for number, line in enumerate(lines[1:], 2):
         try:
             row = Row.of(json.loads(line))
         except (ValueError, KeyError, TypeError) as error:
-            raise SweepError(f"journal {path}, line {number} is damaged ({type(error).__name__}: {error}); delete that line to report the others") from None
+            why = f"{type(error).__name__}: {error}"
+            raise SweepError(f"journal {path}, line {number} is damaged ({why}); delete that line to report the others") from None
         yield row
+
+
+def rejected_rows(op: Op, rows: Sequence[Row]) -> list[Row]:
+    """What the op's rules forbid for the problems of `rows`, for devices of the table or of this machine: a sweep does not note that."""
+    devices = {device.key: device for device in (Device.default(), *TABLE)}
+    made = []
+    for example in {json.dumps([r.device, r.problem]): r for r in rows if r.op == op.name and r.device in devices}.values():
+        space = op.space(decode(op.problem, example.problem), devices[example.device], limit=1)
+        made += [replace(example, config=describe(r.config), status=Status.rejected.name, timing=None, error=None, sentence=r.sentence,
+                         resources=(), reference_ms=0.0) for r in space.rejected]
+    return made
 
 
 def _words(config: Mapping[str, Any]) -> Iterator[str]:
@@ -242,15 +257,15 @@ def _failures(groups: Sequence[Group]) -> str:
     if not reasons:
         return "<p>Every config that was tried passed its check and was timed.</p>"
     ordered = sorted(reasons.items(), key=lambda item: -len(item[1]))
-    return table(["#configs", "status", "because", "for instance"],
-                 [[str(len(found)), f"{status}: {Status[status].value}" if status in Status.__members__ else status, sentence, found[0].config]
-                  for (status, sentence), found in ordered])
+    cells = [[str(len(found)), status, sentence, found[0].config] for (status, sentence), found in ordered]
+    return table(["#configs", "status", "because", "for instance"], cells)
 
 
 def _resources(groups: Sequence[Group]) -> str:
     cells = [[g.label, r["kernel"], str(r["registers"]), str(r["spill_bytes"]), str(r["smem_bytes"])]
              for g in groups if g.timed for r in g.timed[0].resources]
-    return table(["problem", "kernel", "#registers a thread", "#spilled bytes a thread", "#shared bytes a CTA"], cells) if cells else "<p>None noted.</p>"
+    columns = ["problem", "kernel", "#registers a thread", "#spilled bytes a thread", "#shared bytes a CTA"]
+    return table(columns, cells) if cells else "<p>None noted.</p>"
 
 
 def _noise(groups: Sequence[Group]) -> str:
@@ -261,14 +276,19 @@ def _noise(groups: Sequence[Group]) -> str:
         if spreads:
             drift = f"{max(references) / min(references) - 1:.1%}" if references else ""
             cells.append([g.label, f"{statistics.median(spreads):.2%}", f"{max(spreads):.2%}", drift])
-    note = "<p>Interquartile range of a config's samples, relative to their median; and how far the times of a fixed reference kernel lie apart.</p>"
+    note = ("<p>Interquartile range of a config's samples, relative to their median; "
+            "and how far the times of a fixed reference kernel lie apart.</p>")
     return note + table(["problem", "#typical", "#worst", "#drift of the GPU"], cells)
 
 
 def _trials(groups: Sequence[Group]) -> str:
     parts = []
     for g in groups:
-        cells = [[r.config, f"{r.ms:.4f}" if r.ok else "", f"{r.timing.iqr_ms:.4f}" if r.timing else "", r.status, r.sentence] for r in g.rows[:LISTED]]
+        cells = []
+        for r in g.rows[:LISTED]:
+            times = [f"{r.timing.median_ms:.4f}", f"{r.timing.iqr_ms:.4f}"] if r.timing is not None else ["", ""]
+            cells.append([r.config, *times, r.status, r.sentence])
+        listing = table(["config", "#ms", "#IQR", "status", "because"], cells)
         more = f"<p>and {len(g.rows) - LISTED} more</p>" if len(g.rows) > LISTED else ""
-        parts.append(f"<details><summary>{escape(g.label)}: {len(g.rows)} configs</summary>{table(['config', '#ms', '#IQR', 'status', 'because'], cells)}{more}</details>")
+        parts.append(f"<details><summary>{escape(g.label)}: {len(g.rows)} configs</summary>{listing}{more}</details>")
     return "\n".join(parts)

@@ -11,15 +11,30 @@ WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 960, 420, 64, 20, 16, 44
 Point = tuple[float, float, str]
 
 STYLE = """
-:root { color-scheme: light dark; --ink: #1c2128; --quiet: #667281; --line: #d9dee4; --back: #ffffff; --dot: #9aa5b1; --best: #1f6feb; }
-@media (prefers-color-scheme: dark) { :root { --ink: #e3e8ee; --quiet: #98a4b3; --line: #333b45; --back: #14181d; --dot: #667281; --best: #6ea8fe; } }
-body { margin: 2rem auto; max-width: 72rem; padding: 0 1rem; background: var(--back); color: var(--ink); font: 15px/1.5 system-ui, sans-serif; }
-h1 { font-size: 1.5rem; margin-bottom: .25rem; } h2 { font-size: 1.1rem; margin-top: 2.25rem; } p { color: var(--quiet); margin: .25rem 0; }
-.wide { overflow-x: auto; } table { border-collapse: collapse; font-size: 13px; margin-top: .5rem; }
-th { text-align: left; color: var(--quiet); font-weight: 500; white-space: nowrap; } td, th { padding: .25rem .9rem .25rem 0; border-bottom: 1px solid var(--line); vertical-align: top; }
-td { font-variant-numeric: tabular-nums; } .number { text-align: right; white-space: nowrap; } details { margin: .4rem 0; } summary { cursor: pointer; }
-svg { width: 100%; height: auto; } svg text { fill: var(--quiet); font-size: 12px; } svg .grid { stroke: var(--line); } svg .dot { fill: var(--dot); fill-opacity: .55; }
-svg .dot:hover, svg .best:hover { stroke: var(--ink); stroke-width: 2; } svg .best { fill: var(--best); } svg .line { stroke: var(--best); stroke-width: 2; fill: none; }
+:root { color-scheme: light dark; --ink: #1c2128; --quiet: #667281; --line: #d9dee4; --back: #fff; --dot: #9aa5b1; --best: #1f6feb; }
+@media (prefers-color-scheme: dark) {
+  :root { --ink: #e3e8ee; --quiet: #98a4b3; --line: #333b45; --back: #14181d; --dot: #667281; --best: #6ea8fe; }
+}
+body { margin: 2rem auto; max-width: 72rem; padding: 0 1rem; font: 15px/1.5 system-ui, sans-serif; }
+body { background: var(--back); color: var(--ink); }
+h1 { font-size: 1.5rem; margin-bottom: .25rem; }
+h2 { font-size: 1.1rem; margin-top: 2.25rem; }
+p { color: var(--quiet); margin: .25rem 0; }
+.wide { overflow-x: auto; }
+table { border-collapse: collapse; font-size: 13px; margin-top: .5rem; }
+th { text-align: left; color: var(--quiet); font-weight: 500; white-space: nowrap; }
+td { font-variant-numeric: tabular-nums; }
+td, th { padding: .25rem .9rem .25rem 0; border-bottom: 1px solid var(--line); vertical-align: top; }
+.number { text-align: right; white-space: nowrap; }
+details { margin: .4rem 0; }
+summary { cursor: pointer; }
+svg { width: 100%; height: auto; }
+svg text { fill: var(--quiet); font-size: 12px; }
+svg .grid { stroke: var(--line); }
+svg .dot { fill: var(--dot); fill-opacity: .55; }
+svg .best { fill: var(--best); }
+svg .line { stroke: var(--best); stroke-width: 2; fill: none; }
+svg circle:hover { stroke: var(--ink); stroke-width: 2; }
 """
 
 
@@ -35,7 +50,8 @@ def page(title: str, summary: Sequence[str], sections: Sequence[Section]) -> str
     """A whole HTML document."""
     lines = "".join(f"<p>{escape(line)}</p>" for line in summary)
     body = "\n".join(f"<section><h2>{escape(s.title)}</h2>{s.body}</section>" for s in sections)
-    return (f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
+    return ('<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+            '<meta name="viewport" content="width=device-width, initial-scale=1">'
             f"<title>{escape(title)}</title><style>{STYLE}</style></head>\n<body><h1>{escape(title)}</h1>{lines}\n{body}\n</body></html>\n")
 
 
@@ -43,7 +59,8 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A table of plain text; columns whose name begins with `#` are numbers, aligned to the right."""
     kinds = [' class="number"' if name.startswith("#") else "" for name in columns]
     head = "".join(f"<th{kind}>{escape(name.removeprefix('#'))}</th>" for name, kind in zip(columns, kinds, strict=True))
-    body = "\n".join("<tr>" + "".join(f"<td{kind}>{escape(cell)}</td>" for cell, kind in zip(row, kinds, strict=True)) + "</tr>" for row in rows)
+    lines = ("".join(f"<td{kind}>{escape(cell)}</td>" for cell, kind in zip(row, kinds, strict=True)) for row in rows)
+    body = "\n".join(f"<tr>{line}</tr>" for line in lines)
     return f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>\n{body}\n</tbody></table></div>'
 
 
@@ -61,17 +78,22 @@ def chart(axis: str, groups: Sequence[Sequence[Point]]) -> str:
     parts = []
     for value in y_scale.ticks():
         y = y_scale(value)
-        parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/><text x="{LEFT - 8}" y="{y + 4:.1f}" text-anchor="end">{value:g}</text>')
+        parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
+        parts.append(_label(LEFT - 8, y + 4, "end", f"{value:g}"))
     for value in _labelled(sorted({p[0] for p in points}), x_scale):
-        parts.append(f'<text x="{x_scale(value):.1f}" y="{HEIGHT - BOTTOM + 18}" text-anchor="middle">{value:g}</text>')
-    parts.append(f'<text x="{(LEFT + WIDTH - RIGHT) / 2}" y="{HEIGHT - 6}" text-anchor="middle">{escape(axis)}</text><text x="6" y="12">ms</text>')
+        parts.append(_label(x_scale(value), HEIGHT - BOTTOM + 18, "middle", f"{value:g}"))
+    parts += [_label((LEFT + WIDTH - RIGHT) / 2, HEIGHT - 6, "middle", axis), _label(6, 12, "start", "ms")]
     for g in groups:
         parts += [_circle(x_scale(x), y_scale(ms), 4, "dot", hint) for x, ms, hint in g[1:] if ms > 0]
     best = [g[0] for g in groups if g and g[0][1] > 0]
     parts.append('<polyline class="line" points="' + " ".join(f"{x_scale(x):.1f},{y_scale(ms):.1f}" for x, ms, _ in best) + '"/>')
     parts += [_circle(x_scale(x), y_scale(ms), 5, "best", hint) for x, ms, hint in best]
-    return (f'<p>Blue: the fastest; grey: every other config that passed its check. Both axes are logarithmic; hover for the config.</p>'
+    return ('<p>Blue: the fastest; grey: every other config that passed its check. Both axes are logarithmic; hover for the config.</p>'
             f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="milliseconds by {escape(axis)}">{"".join(parts)}</svg>')
+
+
+def _label(x: float, y: float, anchor: str, text: str) -> str:
+    return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{escape(text)}</text>'
 
 
 def _circle(x: float, y: float, radius: int, kind: str, hint: str) -> str:

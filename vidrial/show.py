@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.metadata
 import itertools
 import platform
 import sys
-from collections.abc import Iterable
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,13 +19,18 @@ from rich.text import Text
 from vidrial import __version__
 from vidrial.build import build_many
 from vidrial.compile import Cubin
-from vidrial.device import Device
+from vidrial.device import Device, gpu_count
 from vidrial.errors import CompileError, ToolchainError
 from vidrial.op import Op, Stage
+from vidrial.ranking import shipped, shipped_devices
+from vidrial.registry import KNOWN, find_op
+from vidrial.render import Source
 from vidrial.settings import Settings
 from vidrial.space import Space, describe
 from vidrial.store import Store
+from vidrial.sweep_result import SweepResult
 from vidrial.toolchain import HostCompiler, Toolchain, missing, nvrtc_version
+from vidrial.trial import latest
 
 WIDTH_WITHOUT_TERMINAL = 160
 PACKAGES = ("numpy", "cupy-cuda13x", "nvidia-cutlass", "jinja2", "rich", "click", "torch", "jax", "matplotlib")
@@ -50,27 +56,44 @@ def duration(seconds: float) -> str:
     return f"{seconds / 1e-6:.3g} us"
 
 
-def table(title: str, *columns: str, rows: Iterable[Iterable[Any]]) -> Table:
-    """A plain table; columns whose name begins with `>` are aligned to the right."""
-    made = Table(title=f"\n{title}", title_justify="left", title_style="bold", box=None, pad_edge=False, header_style="dim", show_header=any(columns))
+def show_table(console: Console, title: str, columns: Sequence[str], rows: Iterable[Iterable[Any]]) -> None:
+    """Print a plain table under its title; columns whose name begins with `>` are aligned to the right."""
+    made = Table(box=None, pad_edge=False, header_style="dim", show_header=any(columns))
     for name in columns:
         made.add_column(name.removeprefix(">"), justify="right" if name.startswith(">") else "left", overflow="fold")
     for row in rows:
         made.add_row(*(cell if isinstance(cell, Text) else Text(str(cell)) for cell in row))
-    return made
+    if title:
+        console.print(Text(f"\n{title}", "bold"))
+    console.print(made)
+
+
+def split_words(texts: Sequence[str]) -> tuple[str, list[str]]:
+    """The words that all texts share, and what is left of each; nothing is shared by fewer than two texts."""
+    words = [text.split() for text in texts]
+    common = set(words[0]).intersection(*words[1:]) if len(words) > 1 else set()
+    return " ".join(w for w in (words[0] if words else ()) if w in common), [" ".join(w for w in own if w not in common) for own in words]
+
+
+def facts(problem: Any) -> str:
+    """A problem on one line, strides and other tuples left out."""
+    values = ((f.name, getattr(problem, f.name)) for f in dataclasses.fields(problem))
+    return " ".join(f"{name}={value}" for name, value in values if not isinstance(value, tuple))
 
 
 def show_space(console: Console, op: Op, problem: Any, device: Device, limit: int) -> Space:
     """Print the legal configs, fastest-predicted first, and the rejected ones grouped by sentence."""
     space = op.space(problem, device, limit=max(limit, 1))
     total = f"the {len(space)} predicted fastest" if len(space) == limit else f"{len(space)} legal configs"
-    console.print(Text(f"{op.name} on {device.name} ({device.arch}): {problem}"))
-    console.print(table(f"{total}", ">", ">predicted", "config",
-                        rows=((i, duration(c.seconds), describe(c.config)) for i, c in enumerate(space.legal, 1))))
+    common, own = split_words([describe(c.config) for c in space.legal])
+    console.print(Text(f"{op.name} on {device.name} ({device.arch}): {facts(problem)}"))
+    ranked = enumerate(zip(space.legal, own, strict=True), 1)
+    show_table(console, total + (f"; all have {common}" if common else ""), (">", ">predicted", "config"),
+               ((i, duration(c.seconds), text) for i, (c, text) in ranked))
     reasons = space.reasons()
     rows = [(len(configs), sentence, describe(configs[0])) for sentence, configs in itertools.islice(reasons.items(), limit)]
     if rows:
-        console.print(table(f"{len(space.rejected)} rejected, for {len(reasons)} reasons", ">configs", "because", "for instance", rows=rows))
+        show_table(console, f"{len(space.rejected)} rejected, for {len(reasons)} reasons", (">configs", "because", "for instance"), rows)
     return space
 
 
@@ -91,8 +114,9 @@ def compile_best(console: Console, op: Op, problem: Any, device: Device, top: in
         ToolchainError: NVRTC or a header is missing.
     """
     stages = {(s.kernel.name, s.config): s for config in op.space(problem, device, limit=top) for s in op.stages(problem, config)}
-    sources = {key: (s.kernel.source(s.problem, s.config), describe(s.config)) for key, s in stages.items()}
-    results = {}
+    sources: Mapping[Hashable, tuple[Source, str]] = {
+        key: (s.kernel.source(s.problem, s.config), describe(s.config)) for key, s in stages.items()}
+    results: dict[Hashable, Cubin | CompileError] = {}
     with progress_bar(console) as bar:
         task = bar.add_task(f"compiling for {device.arch}", total=len(sources))
         for key, result in build_many(sources, device.arch, jobs):
@@ -113,36 +137,48 @@ def show_built(console: Console, built: Iterable[Built], title: str) -> None:
         r = b.result.resources
         took = f"{b.result.seconds:.1f}" if b.result.seconds else "cached"
         rows.append((name, config, took, r.registers, r.spill_stores + r.spill_loads, b.smem + r.static_smem, duration(b.predicted)))
-    console.print(table(title, "stage", "config", ">seconds", ">registers", ">spills B", ">shared B", ">predicted", rows=rows))
+    show_table(console, title, ("stage", "config", ">seconds", ">registers", ">spills B", ">shared B", ">predicted"), rows)
     for b in built:
         if isinstance(b.result, CompileError):
             console.print(Text(str(b.result), "red"))
 
 
 def show_environment(console: Console) -> None:
-    """Print versions, GPUs or what is missing and how to install it, the cache and the settings."""
+    """Print versions, GPUs or what is missing and how to install it, the cache, the rankings in force and the settings."""
     console.print(Text(f"vidrial {__version__}, Python {platform.python_version()}, {platform.system()} {platform.machine()}"))
-    console.print(table("packages", "", "", rows=[(name, _version(name)) for name in PACKAGES]))
-    console.print(table("toolchain", "", "", rows=[("NVRTC", _ask(lambda: ".".join(map(str, nvrtc_version())))),
-                                                     ("headers", _ask(lambda: Toolchain.find().version)),
-                                                     ("host compiler", _ask(lambda: HostCompiler.find().version))]))
+    show_table(console, "packages", ("", ""), [(name, _version(name)) for name in PACKAGES])
+    show_table(console, "toolchain", ("", ""), [("NVRTC", _ask(lambda: ".".join(map(str, nvrtc_version())))),
+                                                ("headers", _ask(lambda: Toolchain.find().version)),
+                                                ("host compiler", _ask(lambda: HostCompiler.find().version))])
     for sentence in missing():
         console.print(Text(f"missing: {sentence}", "red"))
-    console.print(table("GPUs", "", "", "", "", rows=_gpus()))
+    show_table(console, "GPUs", ("", "", "", ""), _gpus())
+    show_table(console, "rankings", ("", "", ""), _rankings())
     store, settings = Store.shared(), Settings.read()
     count, size = store.usage()
-    console.print(table("settings", "", "", rows=[
+    show_table(console, "settings", ("", ""), [
         ("cache", f"{store.root} ({count} binaries, {size / 2**20:.1f} of at most {store.max_bytes >> 20} MB)"),
-        ("target", settings.target), ("compile jobs", settings.jobs)]))
+        ("target", settings.target), ("compile jobs", settings.jobs)])
+
+
+def _rankings() -> Iterator[tuple[str, str, str]]:
+    """For every known op: what was measured for this device, and where a call's config comes from."""
+    device, store = Device.default(), Store.shared()
+    others = [key for key in shipped_devices() if key != device.key]
+    for name in KNOWN:
+        op = find_op(name)
+        mine = sum(key.startswith(f"{op.name}-{device.key}-") for key in store.keys("ranking"))
+        theirs = len(shipped(op, device.key))
+        if mine or theirs:
+            applies = "measured here before shipped; lengths between by the calibrated model"
+        else:
+            applies = "nothing was measured for this GPU: calls take the cost model's prediction; run vidrial sweep"
+            applies += f" (shipped for {', '.join(others)}, which does not count here)" if others else ""
+        yield op.name, f"{mine} from this machine, {theirs} shipped, for {device.name}", applies
 
 
 def _gpus() -> list[tuple[str, ...]]:
-    try:
-        from cupy.cuda import runtime
-
-        count = runtime.getDeviceCount()
-    except (ImportError, RuntimeError):
-        count = 0
+    count = gpu_count()
     if count == 0:
         return [(_ask(lambda: Device.current().name), "", "", "")]
     devices = [Device.current(index) for index in range(count)]
@@ -161,3 +197,19 @@ def _version(package: str) -> str:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return "not installed"
+
+
+def show_winners(console: Console, results: Sequence[SweepResult]) -> None:
+    """Print the winner of each sweep: its time and noise, errors, and how much slower the slowest legal config was."""
+    rows = []
+    for result, sizes in zip(results, split_words([facts(r.problem) for r in results])[1], strict=True):
+        winner, check = result.winner, result.winner.check
+        timed = [t for t in latest(result.trials).values() if t.ok]
+        errors = (f"{check.relative:.1e}", f"{check.worst:.1e}") if check is not None else ("", "")
+        noise = f"{winner.timing.iqr_ms / winner.timing.median_ms:.1%}" if winner.timing is not None else ""
+        rows.append((sizes, describe(winner.config), f"{winner.ms:.4f}", noise, *errors,
+                     f"{max(t.ms for t in timed) / winner.ms:.2f}", len(timed), duration(result.seconds)))
+    columns = ("problem", "fastest config", ">ms", ">IQR", ">error", ">worst", ">slowest/fastest", ">configs", ">took")
+    show_table(console, f"{results[0].op} on {results[0].device.name}", columns, rows)
+    for note in dict.fromkeys(note for result in results for note in result.notes):
+        console.print(Text(note, "yellow"))

@@ -95,11 +95,10 @@ def configs(config: type) -> Iterator[Any]:
     """Every combination of a config's choices, the default first; parts contribute the combinations of their own choices."""
     axes = []
     for field in dataclasses.fields(config):
-        values = field.metadata.get(CHOICES)
         if field.metadata.get(KIND) == "part":
-            axes.append([(field.name, v) for v in configs(values)])
-        elif values is not None:
-            axes.append([(field.name, v) for v in values])
+            axes.append([(field.name, v) for v in configs(field.metadata[CHOICES])])
+        elif CHOICES in field.metadata:
+            axes.append([(field.name, v) for v in field.metadata[CHOICES]])
     for combination in itertools.product(*axes):
         yield config(**dict(combination))
 

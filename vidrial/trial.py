@@ -9,12 +9,14 @@ import fcntl
 import json
 import math
 import os
+import time
 import types
 import typing
+import uuid
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from vidrial import problem as problem_facts
 from vidrial.errors import SweepError
@@ -52,7 +54,7 @@ class KernelResources:
 class Trial:
     """One config tried on one problem.
 
-    `phase`: `screen` for the first few samples, `confirm` where leaders were timed in turn, `final` for the winner's second check.
+    `phase`: `screen` for a few samples, `confirm` and `final` where leaders were timed in turn, `recheck` for a winner's second check.
     `device`: `Device.key`. `sentence`: why, if the status is not ok. `versions`, `time`: of what, and when (UTC).
     """
 
@@ -112,7 +114,8 @@ def encode(value: Any) -> Any:
         return [encode(v) for v in value]
     if isinstance(value, Mapping):
         return {str(k): encode(v) for k, v in value.items()}
-    raise SweepError(f"{value!r} ({type(value).__name__}) cannot be kept; accepted in problems and configs: numbers, bools, enums, dataclasses, tuples of these")
+    raise SweepError(f"{value!r} ({type(value).__name__}) cannot be kept; accepted in problems and configs: "
+                     "numbers, bools, strings, enums, dataclasses, tuples of these")
 
 
 def decode(kind: Any, data: Any, fields: Mapping[str, Any] | None = None) -> Any:
@@ -133,7 +136,8 @@ def decode(kind: Any, data: Any, fields: Mapping[str, Any] | None = None) -> Any
         names = {f.name for f in dataclasses.fields(kind)}
         if names == data.keys():
             return typing.cast(type, kind)(**{name: decode(hints[name], value) for name, value in data.items()})
-        raise SweepError(f"{kind.__name__} has the fields {', '.join(sorted(names))}; found {', '.join(sorted(map(str, data)))}")
+        differing = ", ".join(sorted(names.symmetric_difference(map(str, data))))
+        raise SweepError(f"fields of {getattr(kind, '__name__', kind)} that are missing or unknown: {differing}")
     elif isinstance(kind, type) and issubclass(kind, enum.Enum):
         if data in kind.__members__:
             return kind[data]
@@ -149,7 +153,7 @@ def latest(trials: Iterable[Trial]) -> dict[Any, Trial]:
     found: dict[Any, Trial] = {}
     for trial in trials:
         before = found.get(trial.config)
-        if before is None or (before.ok and (trial.timing is not None or not trial.ok)):
+        if before is None or (before.status is Status.ok and (trial.timing is not None or trial.status is not Status.ok)):
             found[trial.config] = trial
     return found
 
@@ -163,25 +167,23 @@ class Journal:
         path: the file; it is made if it does not exist, its folder too.
         op: whose trials they are.
         header: facts that must agree for trials to be comparable (problem, device, ...), as JSON.
+        fresh: begin a new file; one that is there is renamed, not lost.
 
     Raises:
         SweepError: the file cannot be written, is in use, is damaged before its last line, or is of another sweep or schema.
     """
 
-    def __init__(self, path: Path, op: Op, header: Mapping[str, Any]) -> None:
+    def __init__(self, path: Path, op: Op, header: Mapping[str, Any], fresh: bool = False) -> None:
         self.path = path
+        self.trials: list[Trial] = []
         self._header = {"kind": KIND, "schema": SCHEMA, "op": op.name, **header}
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = open(path, "a+b")  # noqa: SIM115
-        except OSError as error:
-            raise SweepError(f"journal {path} cannot be written ({error}); name another with journal=...") from None
-        try:
-            self._lock()
-            self.trials = self._read(op)
-        except SweepError:
-            self._file.close()
-            raise
+        with contextlib.ExitStack() as undo:
+            self._file = undo.enter_context(self._open())
+            if fresh and self._file.seek(0, os.SEEK_END):
+                os.replace(path, path.with_suffix(f".{time.strftime('%Y%m%dT%H%M%S')}-{uuid.uuid4().hex[:4]}{path.suffix}"))
+                self._file = undo.enter_context(self._open())
+            self._read(op)
+            undo.pop_all()
 
     def append(self, trial: Trial) -> None:
         """Write one trial and wait until the disk has it.
@@ -202,13 +204,25 @@ class Journal:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _lock(self) -> None:
+    def _open(self) -> BinaryIO:
+        """The file, locked."""
         try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise SweepError(f"journal {self.path} is in use by another sweep of the same thing; wait for it, or name another journal") from None
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            file = open(self.path, "a+b")  # noqa: SIM115
         except OSError as error:
+            raise SweepError(f"journal {self.path} cannot be written ({error}); name another with journal=...") from None
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # Whoever held the lock may have renamed the file meanwhile.
+            if os.fstat(file.fileno()).st_ino == os.stat(self.path).st_ino:
+                return file
+        except (BlockingIOError, FileNotFoundError):
+            pass
+        except OSError as error:
+            file.close()
             raise SweepError(f"journal {self.path} cannot be locked ({error}); put it on a local disk with journal=...") from None
+        file.close()
+        raise SweepError(f"journal {self.path} is in use by another sweep of the same thing: wait for it, or name another with journal=...")
 
     def _write(self, value: Any) -> None:
         end = self._file.seek(0, os.SEEK_END)
@@ -229,17 +243,16 @@ class Journal:
         os.ftruncate(descriptor, end)
         os.close(descriptor)
 
-    def _read(self, op: Op) -> list[Trial]:
+    def _read(self, op: Op) -> None:
         self._file.seek(0)
         text = self._file.read()
         whole = text.rfind(b"\n") + 1
         if whole < len(text):
             os.ftruncate(self._file.fileno(), whole)
         lines = text[:whole].splitlines()
-        self.trials: list[Trial] = []
         if not lines:
             self._write(self._header)
-            return self.trials
+            return
         self._check_header(self._parse(lines[0], 1))
         for number, line in enumerate(lines[1:], 2):
             data = self._parse(line, number)
@@ -247,7 +260,6 @@ class Journal:
                 self.trials.append(Trial.from_json(op, data))
             except SweepError as error:
                 raise self._damaged(number, str(error)) from None
-        return self.trials
 
     def _parse(self, line: bytes, number: int) -> Any:
         try:
@@ -256,12 +268,13 @@ class Journal:
             raise self._damaged(number, str(error)) from None
 
     def _damaged(self, number: int, why: str) -> SweepError:
-        return SweepError(f"journal {self.path}, line {number} is damaged ({why}); delete that line to keep the others, or move the file away to begin anew")
+        return SweepError(f"journal {self.path}, line {number} is damaged ({why}); "
+                          "delete that line to keep the others, or move the file away to begin anew")
 
     def _check_header(self, found: Any) -> None:
         if not isinstance(found, dict) or found.get("kind") != KIND:
             raise SweepError(f"{self.path} is not a journal: its first line is no header; name another file with journal=...")
         for name, expected in self._header.items():
             if found.get(name) != expected:
-                raise SweepError(f"journal {self.path} has {name} {found.get(name)!r}, this sweep {expected!r}: their trials do not compare; "
-                                 "name another file with journal=..., or move this one away")
+                raise SweepError(f"journal {self.path} has {name} {found.get(name)!r}, this sweep {expected!r}: "
+                                 "their trials do not compare; name another file with journal=..., or move this one away")

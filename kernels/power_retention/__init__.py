@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 from functools import lru_cache
+from numbers import Integral, Real
 from typing import Any
 
 import numpy as np
@@ -27,6 +28,7 @@ DEGREES = (2, 4)
 NORMALIZE = ("sum", "none")
 MAX_ELEMENTS = 2**31
 MAX_HEADS = 65535        # batch times heads: a dimension of the grid
+MAX_SCALE = 1e9          # its fourth power is a float32
 CHUNKS: tuple[int, ...] = Config.__dataclass_fields__["chunk"].metadata[CHOICES]
 
 
@@ -36,7 +38,7 @@ def power_retention(q: Any, k: Any, v: Any, log_g: Any = None, *, degree: int = 
 
     Args:
         q: [B, T, HQ, D] bfloat16 or float16, D in 32, 64, 128. torch, CuPy or JAX arrays run on their GPU, on its current stream;
-            NumPy arrays and CPU tensors run in NumPy (float32 inside, any float dtype).
+            NumPy arrays and CPU tensors run in NumPy (float32 inside) and may be float32, too.
         k: [B, T, H, D], HQ a multiple of H: query head h reads key head h // (HQ / H).
         v: [B, T, H, E], E in 32, 64, 128.
         log_g: [B, T, H] float32, at most 0; values below -60 count as -60. None: no decay.
@@ -58,6 +60,7 @@ def power_retention(q: Any, k: Any, v: Any, log_g: Any = None, *, degree: int = 
     if log_g is not None:
         arrays["log_g"] = as_array(log_g, "log_g")
     _refuse_gradients(arrays)
+    _check_options(degree, scale, normalize, chunk)
     device, place = arrays["q"].device, current_target(target)
     facts = tuple((a.shape, a.strides, a.dtype, a.device, a.library) for a in arrays.values())
     problem, chunk = _problem(facts, degree, scale, normalize, chunk, place)
@@ -83,6 +86,21 @@ def _refuse_gradients(arrays: dict[str, Array]) -> None:
             raise UnsupportedError(f"{name} requires a gradient, which power_retention does not compute yet; call it under torch.no_grad(), or pass {name}.detach()")
 
 
+def _check_options(degree: Any, scale: Any, normalize: Any, chunk: Any) -> None:
+    if not isinstance(degree, Integral) or degree not in DEGREES:
+        odd = isinstance(degree, Integral) and degree % 2 == 1 and normalize == "sum"
+        why = "an odd power's weights change sign, so their sum is no normaliser" if odd else "no other degree has a kernel"
+        raise UnsupportedError(f"degree={degree!r}: {why}; accepted: {', '.join(map(str, DEGREES))}")
+    if not isinstance(normalize, str) or normalize not in NORMALIZE:
+        raise ArgumentError(f"normalize={normalize!r} is not known; accepted: {', '.join(map(repr, NORMALIZE))}")
+    if chunk is not None and (not isinstance(chunk, Integral) or isinstance(chunk, bool) or chunk not in CHUNKS):
+        raise ArgumentError(f"chunk={chunk!r} is not served; accepted: None, {', '.join(map(str, sorted(CHUNKS)))} (0: no chunks)")
+    if chunk and degree != 2:
+        raise UnsupportedError(f"chunk={chunk} with degree={degree}: only degree 2 has a state small enough; use chunk=None or 0")
+    if scale is not None and not (isinstance(scale, Real) and abs(scale) <= MAX_SCALE):
+        raise ArgumentError(f"scale={scale!r} is not served; accepted: None, or a number of at most {MAX_SCALE:g} in magnitude")
+
+
 @lru_cache(maxsize=4096)
 def _problem(facts: tuple[tuple[Any, ...], ...], degree: int, scale: float | None, normalize: str, chunk: int | None, target: str) -> tuple[Problem, int | None]:
     """The problem that the arrays' shapes, strides, dtypes, devices and libraries state, and the chunk; refuses what is not served."""
@@ -92,18 +110,6 @@ def _problem(facts: tuple[tuple[Any, ...], ...], degree: int, scale: float | Non
     _check_shapes(shapes)
     _check_places(dict(zip(names, facts, strict=True)), target)
     (b, t, hq, d), (h, e) = shapes["q"], shapes["v"][2:]
-    if degree not in DEGREES:
-        odd = isinstance(degree, int) and degree % 2 == 1 and normalize == "sum"
-        why = "an odd power's weights change sign, so their sum is no normaliser" if odd else "no other degree has a kernel"
-        raise UnsupportedError(f"degree={degree!r}: {why}; accepted: {', '.join(map(str, DEGREES))}")
-    if normalize not in NORMALIZE:
-        raise ArgumentError(f"normalize={normalize!r} is not known; accepted: {', '.join(map(repr, NORMALIZE))}")
-    if chunk is not None and (not isinstance(chunk, int) or chunk not in CHUNKS):
-        raise ArgumentError(f"chunk={chunk!r} is not served; accepted: None, {', '.join(map(str, sorted(CHUNKS)))} (0: no chunks)")
-    if chunk and degree != 2:
-        raise UnsupportedError(f"chunk={chunk} with degree={degree}: only degree 2 has a state small enough; use chunk=None or 0")
-    if scale is not None and not np.isfinite(scale):
-        raise ArgumentError(f"scale={scale!r} is not finite")
     if chunk is not None and chunk >= t:
         chunk = 0
     gates = strides["log_g"] if "log_g" in strides else (0, 0, 0)

@@ -94,10 +94,12 @@ def outputs(p: Problem) -> dict[str, Buffer]:
 def workspace(p: Problem, c: Config) -> dict[str, Buffer]:
     chunk = chunk_tokens(p, c)
     chunks, heads, size = -(-p.t // chunk), p.b * p.h, scan.snapshot_elements(p.d, p.e, p.normalized)
-    buffers = {}
+    buffers: dict[str, Buffer] = {}
     if p.gated:
         padded, f32 = chunks * chunk, DType.float32
-        buffers |= {"a": Buffer((heads, padded, 2), f32), "to_end": Buffer((heads, padded), f32), "to_block": Buffer((heads, padded), f32)}
+        buffers |= {"a": Buffer((heads, padded, 2), f32), "to_block": Buffer((heads, padded), f32)}
+        if c.chunk:
+            buffers["to_end"] = Buffer((heads, padded), f32)
     if c.chunk:
         buffers["snapshots"] = Buffer((heads, chunks, size), DType.bfloat16)
         if c.scan.segments > 1:

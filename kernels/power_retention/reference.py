@@ -36,20 +36,19 @@ def _heads(q: Float64, k: Float64, v: Float64, log_g: Float64 | None) -> Iterato
     group = q.shape[2] // k.shape[2]
     for b in range(q.shape[0]):
         for h in range(q.shape[2]):
-            gates = np.zeros(k.shape[1]) if log_g is None else np.maximum(log_g[b, :, h // group], LOWEST_LOG_GATE)
-            yield b, h, q[b, :, h], k[b, :, h // group], v[b, :, h // group], np.cumsum(gates)
+            gates = np.zeros(k.shape[1]) if log_g is None else np.maximum(log_g[b, :, h // group].astype(np.float64), LOWEST_LOG_GATE)
+            yield b, h, q[b, :, h], k[b, :, h // group], v[b, :, h // group], gates
 
 
 def attention_form(q: Float64, k: Float64, v: Float64, log_g: Float64 | None = None, *, degree: int = 2, scale: float | None = None,
                    normalize: str = "sum") -> Reference:
     """The O(T^2) form, in float64."""
     q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
-    log_g = None if log_g is None else np.asarray(log_g, np.float64)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     length = q.shape[1]
     y, conditioning = np.zeros((*q.shape[:3], v.shape[-1])), np.ones(q.shape[:3])
-    for b, h, qh, kh, vh, a in _heads(q, k, v, log_g):
-        key_norms = np.linalg.norm(kh, axis=1)
+    for b, h, qh, kh, vh, gates in _heads(q, k, v, log_g):
+        a, key_norms = np.cumsum(gates), np.linalg.norm(kh, axis=1)
         for m in range(0, length, ROWS):
             rows, keys = slice(m, min(m + ROWS, length)), slice(0, min(m + ROWS, length))
             gap = a[rows, None] - a[None, keys]
@@ -68,9 +67,9 @@ def recurrent_form(q: Float64, k: Float64, v: Float64, log_g: Float64 | None = N
     q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     y = np.zeros((*q.shape[:3], v.shape[-1]))
-    for b, h, qh, kh, vh, a in _heads(q, k, v, log_g):
+    for b, h, qh, kh, vh, gates in _heads(q, k, v, log_g):
         state, norm = np.zeros((qh.shape[1], qh.shape[1], vh.shape[1])), np.zeros((qh.shape[1], qh.shape[1]))
-        for t, gate in enumerate(np.exp(np.diff(a, prepend=0.0))):
+        for t, gate in enumerate(np.exp(gates)):
             outer = np.outer(kh[t], kh[t])
             state, norm = gate * state + outer[..., None] * vh[t], gate * norm + outer
             weights = scale**2 * np.outer(qh[t], qh[t])

@@ -39,17 +39,15 @@ class Case:
         """Compare the arrays with the answer; NaN equals nothing."""
         for index, (expected, tolerance) in self.expected.items():
             got = self.arrays[index]
-            if got.dtype.kind == "f":
-                wrong = ~(np.abs(got.astype(np.float64) - expected) <= tolerance)
-            else:
-                wrong = got != expected
-            assert not wrong.any(), f"{self.name}, array {index}: {np.argwhere(wrong)[:4].tolist()} {got[wrong][:4]} {expected[wrong][:4]}"
+            wrong = ~(np.abs(got.astype(np.float64) - expected) <= tolerance)
+            where = np.argwhere(wrong)[:4].tolist()
+            assert not wrong.any(), f"{self.name}, array {index} at {where}: {got[wrong][:4]}, not {expected[wrong][:4]}"
 
 
 def text(file: str, *definitions: str) -> str:
     """A unit's source: the prelude, the definitions that make it one case, and the file, whose lines errors name."""
-    lines = ["#include <vidrial/prelude.cuh>", "#pragma nv_hdrstop", "#include <vidrial/shared_memory.cuh>", *definitions, f'#line 1 "{file}"']
-    return "\n".join(lines) + "\n" + (FOLDER / file).read_text()
+    head = ["#include <vidrial/prelude.cuh>", "#pragma nv_hdrstop", "#include <vidrial/shared_memory.cuh>"]
+    return "\n".join([*head, *definitions, f'#line 1 "{file}"', (FOLDER / file).read_text()])
 
 
 def bf16_bits(x: Array) -> Array:
@@ -68,15 +66,16 @@ def mma(atom: str, k: int, element: str) -> Case:
     rng = np.random.default_rng(RNG_SEED)
     a, b, c = (rng.integers(-8, 9, shape).astype(np.float32) for shape in ((16, k), (8, k), (16, 8)))
     half = element == "half_t"
-    encoded = [x.T.astype(np.float16) if half else bf16_bits(x.T) for x in (a, b)]
+    encoded = [np.ascontiguousarray(x.T.astype(np.float16) if half else bf16_bits(x.T)) for x in (a, b)]
     source = text("mma.cu", f"using T = cutlass::{element};", f"using Atom = cute::{atom};")
-    return Case(atom, source, 32, 0, [*(np.ascontiguousarray(x) for x in encoded), np.ascontiguousarray(c.T)], (), {2: ((a @ b.T + c).T, 0.0)})
+    return Case(atom, source, 32, 0, [*encoded, np.ascontiguousarray(c.T)], (), {2: ((a @ b.T + c).T, 0.0)})
 
 
 def ldmatrix(atom: str, matrices: int) -> Case:
     """Source and target agree element by element."""
     elements = np.random.default_rng(RNG_SEED).permutation(2**16)[:64 * matrices].astype(np.uint16)
-    return Case(atom, text("ldmatrix.cu", f"using Atom = cute::{atom};"), 32, 512, [elements, np.zeros_like(elements)], (), {1: (elements, 0.0)})
+    source = text("ldmatrix.cu", f"using Atom = cute::{atom};")
+    return Case(atom, source, 32, 512, [elements, np.zeros_like(elements)], (), {1: (elements, 0.0)})
 
 
 def copy_async(atom: str, vector: str, size: int, zero_fill: bool) -> Case:
@@ -85,7 +84,8 @@ def copy_async(atom: str, vector: str, size: int, zero_fill: bool) -> Case:
     expected = source.copy()
     if zero_fill:
         expected[0, 1::3] = expected[1, 2::3] = 0
-    rendered = text("copy_async.cu", f"using Vector = {vector};", f"using Atom = cute::{atom}<Vector>;", f"#define ZERO_FILL {int(zero_fill)}")
+    definitions = f"using Vector = {vector};", f"using Atom = cute::{atom}<Vector>;", f"#define ZERO_FILL {int(zero_fill)}"
+    rendered = text("copy_async.cu", *definitions)
     return Case(f"{atom}-{size}", rendered, 96, 192 * size, [source, np.zeros_like(source)], (), {1: (expected[:, ::-1], 0.0)})
 
 
@@ -105,9 +105,9 @@ def warp() -> Case:
     bits = [int(v) for v in x]
     numbers = [v.bit_count() + 100 * (32 - v.bit_length()) + 10000 * ((v & -v).bit_length()) for v in bits]
     permuted = [((v >> 16 & 0xff) | 0xcd << 8 | (v >> 8 & 0xff) << 16 | 0x89 << 24) - 2**32 for v in bits]
-    rows = [taken(np.full(64, 5)), taken(lane // 8 * 8 + (lane + 3) % 8), taken(lane ^ 17), taken(lane ^ 3, 8), taken(lane + 2), taken(lane + 3, 16),
-            taken(lane - 1), taken(lane - 5, 8), taken(lane ^ 8), ballot, by_warp(lambda w: (w == 7).any()), by_warp(lambda w: (w < 1000).all()),
-            np.array(numbers), np.array(permuted), taken(np.where(lane % 2, lane ^ 2, lane ^ 4))]
+    rows = [taken(np.full(64, 5)), taken(lane // 8 * 8 + (lane + 3) % 8), taken(lane ^ 17), taken(lane ^ 3, 8), taken(lane + 2),
+            taken(lane + 3, 16), taken(lane - 1), taken(lane - 5, 8), taken(lane ^ 8), ballot, by_warp(lambda w: (w == 7).any()),
+            by_warp(lambda w: (w < 1000).all()), np.array(numbers), np.array(permuted), taken(np.where(lane % 2, lane ^ 2, lane ^ 4))]
     last = np.zeros(64)
     last[:3] = x.max(), x[:32].sum(), x[32:].sum()
     expected = np.stack([*rows, last]).astype(np.int32)

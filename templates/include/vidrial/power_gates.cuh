@@ -2,7 +2,7 @@
 //
 //   a_t       sum of log2 gates from the chunk's start to t, inclusive, as an unevaluated sum of two floats: differences of
 //             neighbours stay exact however long the chunk is and however strong the gates are
-//   to_end    2^(a_end - a_t)        what token t still counts at the chunk's end
+//   to_end    2^(a_end - a_t)        what token t still counts at the chunk's end (not asked for without a state)
 //   to_block  2^(a_blockend - a_t)   and at the end of its block of keys
 //
 // Tokens at and beyond T have gate 1.
@@ -11,7 +11,7 @@
 
 namespace vidrial {
 
-constexpr float kLog2E = 1.44269504088896340736f;
+constexpr double kLog2E = 1.44269504088896340736;
 constexpr float kLowestLogGate = -60.f;        // exp(-60): below, a token is forgotten at once
 
 CUTE_DEVICE float2 split(double x) { float const high = float(x); return make_float2(high, float(x - double(high))); }
@@ -21,7 +21,7 @@ CUTE_DEVICE float minus(float2 a, float2 b) { return (a.x - b.x) + (a.y - b.y); 
 
 template <class Tiles, class Args>
 CUTE_DEVICE void power_gates(Args const& p) {
-  constexpr int kThreads = Tiles::threads, kWarps = kThreads / 32;
+  constexpr int kThreads = Tiles::threads, kWarps = kThreads / 32, kTokens = 4;
   __shared__ double sums[kWarps];
   int const thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
   int const first = blockIdx.x * p.chunk, head = blockIdx.y;
@@ -30,35 +30,53 @@ CUTE_DEVICE void power_gates(Args const& p) {
 
   double carry = 0;
   CUTE_NO_UNROLL
-  for (int s = 0; s < p.chunk; s += kThreads) {
-    int const t = first + s + thread;
-    double x = s + thread < p.chunk && t < p.t ? double(fmaxf(log_g[t * p.log_g_stride[1]], kLowestLogGate)) * 1.44269504088896340736 : 0.0;
+  for (int s = 0; s < p.chunk; s += kThreads * kTokens) {
+    int const own = s + thread * kTokens;
+    double x[kTokens], sum = 0;
+    CUTE_UNROLL
+    for (int i = 0; i < kTokens; ++i) {
+      int const t = first + own + i;
+      sum += own + i < p.chunk && t < p.t ? double(fmaxf(log_g[t * p.log_g_stride[1]], kLowestLogGate)) * kLog2E : 0.0;
+      x[i] = sum;
+    }
+    double before = sum;                     // of the warp's threads up to this one, then of all tokens before its own
     CUTE_UNROLL
     for (int d = 1; d < 32; d *= 2) {
-      double const y = __shfl_up_sync(~0u, x, d);
-      if (lane >= d) x += y;
+      double const y = __shfl_up_sync(~0u, before, d);
+      if (lane >= d) before += y;
     }
-    if (lane == 31) sums[warp] = x;
+    if (lane == 31) sums[warp] = before;
     __syncthreads();
-    double total = 0;
+    before += carry - sum;
     CUTE_UNROLL
     for (int w = 0; w < kWarps; ++w) {
-      if (w < warp) x += sums[w];
-      total += sums[w];
+      if (w < warp) before += sums[w];
+      carry += sums[w];
     }
-    if (s + thread < p.chunk) p.a[row + s + thread] = split(carry + x);
-    carry += total;
+    if (own < p.chunk) {
+      float4* a = reinterpret_cast<float4*>(p.a + row + own);
+      CUTE_UNROLL
+      for (int i = 0; i < kTokens; i += 2) {
+        float2 const a0 = split(before + x[i]), a1 = split(before + x[i + 1]);
+        a[i / 2] = make_float4(a0.x, a0.y, a1.x, a1.y);
+      }
+    }
     __syncthreads();
   }
-  // NOTE: the sums of the last token of a block are read by other threads than wrote them.
-  __threadfence_block();
-  __syncthreads();
+  // The last token of a block of keys was another thread's.
   float2 const end = split(carry);
   CUTE_NO_UNROLL
-  for (int s = thread; s < p.chunk; s += kThreads) {
-    float2 const a = p.a[row + s];
-    p.to_end[row + s] = exp2_approx(minus(end, a));
-    p.to_block[row + s] = exp2_approx(minus(p.a[row + (s / p.block + 1) * p.block - 1], a));
+  for (int s = thread * kTokens; s < p.chunk; s += kThreads * kTokens) {
+    float2 const block_end = p.a[row + (s / p.block + 1) * p.block - 1];
+    float to_end[kTokens], to_block[kTokens];
+    CUTE_UNROLL
+    for (int i = 0; i < kTokens; ++i) {
+      float2 const a = p.a[row + s + i];
+      to_end[i] = exp2_approx(minus(end, a));
+      to_block[i] = exp2_approx(minus(block_end, a));
+    }
+    if (p.to_end) *reinterpret_cast<float4*>(p.to_end + row + s) = make_float4(to_end[0], to_end[1], to_end[2], to_end[3]);
+    *reinterpret_cast<float4*>(p.to_block + row + s) = make_float4(to_block[0], to_block[1], to_block[2], to_block[3]);
   }
 }
 

@@ -69,10 +69,10 @@ CUTE_DEVICE void power_scan(Args const& p) {
 
   typename Tiles::Tokens load_i(smem + Smem::K, lane, 0, pair.x * 8), load_j(smem + Smem::K, lane, 0, pair.y * 8);
   typename Tiles::Broadcast load_splat(own, lane, 0, 0);
-  typename Tiles::ZRows load_z(smem + Smem::K, lane, 0, is_z ? tile * kZRows : 0);
+  typename Tiles::Z::A load_z(smem + Smem::K, lane, 0, is_z ? tile * kZRows : 0);
   // V, or for Z the keys themselves, as the B operand. NOTE: the tiles of K and V have the same row length only if D == E.
   typename Mma::B load_v(smem + Smem::V, lane, 0, is_z ? 0 : column);
-  typename Tiles::ZColumns load_k(smem + Smem::K, lane, 0, is_z ? column : 0);
+  typename Tiles::Z::B load_k(smem + Smem::K, lane, 0, is_z ? column : 0);
 
   float acc[4][Mma::N][4] = {};
   auto product = [&](uint32_t stage, int k, uint32_t const (&fa)[4][4], bool z) {

@@ -89,8 +89,8 @@ unsigned vote(unsigned mask, bool mine) {
   return argument.result;
 }
 
-// One cp.async on its way. The source is read when it is issued, so that a bad address is blamed on the right line.
-struct Copy { void* target; int bytes; char data[16]; };
+// One cp.async on its way. The source is read when it is issued, and `place` kept, so that the right line is blamed.
+struct Copy { void* target; void* place; int bytes; char data[16]; };
 struct CopyQueue { std::vector<Copy> copies; std::vector<size_t> groups; };
 // One thread's part of a warp-wide request: equal `place` and `turn` (how often the thread came there) make up one request.
 struct Access { void const* place; unsigned turn; uintptr_t sector; };
@@ -99,21 +99,24 @@ inline bool lazy = true;
 inline std::vector<CopyQueue> queues;
 inline std::vector<std::vector<Access>> accesses;
 
-inline void land(Copy const& copy) { memcpy(copy.target, copy.data, size_t(copy.bytes)); }
+inline void land(Copy const& copy) {
+  OnBehalfOf const kernel(copy.place);
+  memcpy(copy.target, copy.data, size_t(copy.bytes));
+}
 
 void cp_async(void* target, void const* source, int bytes, int valid) {
-  OnBehalfOf const kernel(__builtin_return_address(0));
+  void* const place = __builtin_return_address(0);
   if (uintptr_t(target) % unsigned(bytes)) fatal("cp.async: the shared-memory address %p is not a multiple of its %d bytes", target, bytes);
   if (valid && uintptr_t(source) % unsigned(bytes)) fatal("cp.async: the global address %p is not a multiple of its %d bytes", source, bytes);
 #if !VIDRIAL_ASAN
   if (!in_shared(target, bytes)) fatal("cp.async: its target is not in shared memory (the launch asked for %zu bytes)", shared_bytes);
 #endif
-  Copy copy{target, bytes, {}};
+  Copy copy{target, place, bytes, {}};
+  OnBehalfOf const kernel(place);
   memcpy(copy.data, source, size_t(valid));
   stats.cp_async_bytes += valid;
   if (valid) {
     auto& mine = accesses[size_t(current)];
-    void const* const place = __builtin_return_address(0);
     unsigned turn = 0;
     for (auto a = mine.rbegin(); a != mine.rend(); ++a) if (a->place == place) { turn = a->turn + 1; break; }
     mine.push_back({place, turn, uintptr_t(source) / 32});
@@ -137,7 +140,6 @@ inline void land_first(CopyQueue& q, size_t count) {
 // All but the last `pending` groups have landed when this returns.
 void cp_async_wait_group(int pending) {
   CopyQueue& q = queues[size_t(current)];
-  OnBehalfOf const kernel(__builtin_return_address(0));
   ptrdiff_t const finished = ptrdiff_t(q.groups.size()) - pending;
   if (finished <= 0) return;
   size_t const end = q.groups[size_t(finished - 1)];
@@ -148,7 +150,6 @@ void cp_async_wait_group(int pending) {
 
 // Waits for copies that no group holds, too.
 void cp_async_wait_all() {
-  OnBehalfOf const kernel(__builtin_return_address(0));
   CopyQueue& q = queues[size_t(current)];
   land_first(q, q.copies.size());
   q.groups.clear();

@@ -25,7 +25,6 @@
 #define __host__
 #define __constant__
 #define __forceinline__ inline
-#define __noinline__ __attribute__((noinline))
 #define __launch_bounds__(...)
 #define __grid_constant__
 // A section of its own: the runtime can refill it for each CTA, and give its bytes shared-memory addresses.

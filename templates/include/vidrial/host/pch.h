@@ -7,3 +7,5 @@
 #undef CUTE_INVALID_CONTROL_PATH
 #define CUTE_INVALID_CONTROL_PATH(x) ::vidrial::host::fatal("not emulated on the host: %s", x)
 #include <vidrial/prelude.cuh>
+// Last: the C++ library has attributes of this name.
+#define __noinline__ __attribute__((noinline))

@@ -1,5 +1,6 @@
 // Found before CUTLASS's header of the same name: the atoms in the table mean their emulations from here on; all others stay
-// as they are and stop the launch with their name. To add one: a row in the table, its emulation, its case in tests/units.
+// as they are and stop the launch with their name. To add one: a row in the table below, its emulation in host/warp_ops.h, its
+// case in tests/units.
 #pragma once
 #include_next <cute/arch/mma_sm80.hpp>
 #include <vidrial/host/runtime.h>

@@ -1,0 +1,1 @@
+"""Flash attention on Vidrial: the folder is reserved, no kernel is here yet."""

@@ -1,0 +1,160 @@
+"""An op whose bench computes its times instead of taking them: a sawtooth in the length, with planted failures.
+
+`FAKE_OP_LOG` names a file that gets a line for every config measured; `FAKE_OP_SECONDS` is what one measurement takes;
+`FAKE_OP_FAULTS` plants faults: `width=fault,...`.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from vidrial.device import Device
+from vidrial.dtypes import DType
+from vidrial.errors import LaunchError
+from vidrial.kernel import Kernel
+from vidrial.op import Buffer, Check, Op, Stage
+from vidrial.problem import choice, dynamic, part, static
+from vidrial.render import Arguments, Tiles
+from vidrial.space import Cost
+from vidrial.timing import Timing
+from vidrial.worker import Job, Verdict
+
+TEMPLATE = Path(__file__).parent / "fake_op.cu.j2"
+H200 = Device.of("h200")
+ARGS = Arguments(y="int*", n="int")
+
+
+@dataclass(frozen=True)
+class Problem:
+    dtype: DType = static()
+    n: int = dynamic()
+    scale: float = dynamic(keyed=False)
+
+
+@dataclass(frozen=True)
+class Config:
+    tile: int = choice(128, 64, 96, 32)
+    width: int = choice(1, 2, 3, 4)
+
+
+def rules(p: Problem, c: Config, device: Device) -> list[tuple[bool, str]]:
+    return [(c.tile <= p.n, f"tile={c.tile} is longer than n={p.n}")]
+
+
+def cost(p: Problem, c: Config, device: Device) -> Cost:
+    ctas = -(-p.n // c.tile)
+    return Cost(flops=ctas * c.tile * 1e6, bytes=0, ctas=ctas)
+
+
+def true_ms(n: int, tile: int, width: int) -> float:
+    """What the fake GPU takes: whole waves of CTAs, larger tiles more efficient, `width` 3 best."""
+    waves = -(-n // (tile * H200.sms))
+    return 0.005 + waves * tile * 1e-4 * (1 + 8 / tile) * (1 + 0.1 * abs(width - 3))
+
+
+fake = Kernel("fake", TEMPLATE, Problem, Config, ARGS, lambda p, c: Tiles(threads=128, tile=c.tile, width=c.width),
+              lambda p, c: (-(-p.n // c.tile), 1, 1), rules, cost)
+
+
+def outputs(p: Problem) -> dict[str, Buffer]:
+    return {"y": Buffer((p.n,), DType.int32)}
+
+
+def sample(p: Problem, seed: int) -> dict[str, np.ndarray]:
+    return {"x": np.random.default_rng(seed).standard_normal(p.n)}
+
+
+def reference(p: Problem, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    return {"y": np.full(p.n, p.n)}
+
+
+def check(p: Problem, inputs: Any, results: Mapping[str, np.ndarray], expected: Mapping[str, np.ndarray]) -> Check:
+    return Check(float(np.abs(results["y"] - expected["y"]).max()), 0.0, 1e-3, 1e-3)
+
+
+def example(*, n: int = 10007) -> Problem:
+    return Problem(DType.float16, n, 1.0)
+
+
+FUNCTIONS: dict[str, Any] = dict(outputs=outputs, sample=sample, reference=reference, check=check, small=lambda p: example(n=min(p.n, 300)), example=example)
+op = Op.of(fake, **FUNCTIONS)
+
+
+@dataclass(frozen=True)
+class PartsConfig:
+    """`chunk` 1024 and more is not legal at the small problem, so its parts are checked under another chunk."""
+
+    chunk: int = choice(256, 64, 1024, 0)
+    first: Config = part(Config)
+    second: Config = part(Config)
+
+
+def parts_stages(p: Problem, c: PartsConfig) -> list[Stage]:
+    last = [Stage(fake, p, c.second, "second")]
+    return [Stage(fake, p, c.first, "first"), *last] if c.chunk else last
+
+
+parts_op = Op(name="fake_parts", kernels=(fake,), problem=Problem, config=PartsConfig, stages=parts_stages,
+              rules=lambda p, c: iter([(c.chunk < p.n, f"chunk={c.chunk} holds all of n={p.n}")]), **FUNCTIONS)
+
+
+def parts_ms(n: int, c: PartsConfig) -> float:
+    """Two stages after one another; with chunks the second has less to do."""
+    second = true_ms(n, c.second.tile, c.second.width)
+    return true_ms(n, c.first.tile, c.first.width) + second * (0.2 + abs(c.chunk - 256) / 4096) if c.chunk else 3 * second
+
+
+class FakeBench:
+    """Times from `true_ms`, with a deterministic noise of 0.1 %."""
+
+    needs_cubins = False
+
+    def __init__(self, op: Op, index: int) -> None:
+        self.op = op
+        faults = (entry.split("=") for entry in os.environ.get("FAKE_OP_FAULTS", "").split(",") if entry)
+        self.faults = {int(width): fault for width, fault in faults}
+
+    def prepare(self, problem: Problem, small: Problem, seeds: Sequence[int]) -> None:
+        if self.faults.get(0) == "prepare":
+            raise LaunchError("no such GPU")
+
+    def check(self, problem: Problem, config: Any, seed: int) -> Verdict:
+        widths = [config.first.width, config.second.width] if isinstance(config, PartsConfig) else [config.width]
+        fault = next((self.faults[w] for w in widths if w in self.faults), "")
+        if fault == "crash":
+            os.abort()
+        if fault == "hang":
+            time.sleep(1e6)
+        if fault == "bug":
+            raise ZeroDivisionError("in the op's own check")
+        if fault in ("launch", "sticky"):
+            raise LaunchError(f"{fault} error of {config}")
+        wrong = fault == "wrong" or (fault == "wrong later" and seed == 1)
+        return Verdict(Check(1.0 if wrong else 1e-4, 0.0, 1e-3, 1e-3), "two runs differ" if fault == "unrepeatable" else "")
+
+    def measure(self, problem: Problem, configs: Sequence[Any], job: Job, begin: Callable[[int], None]) -> tuple[list[Timing], float]:
+        timings = []
+        for i, config in enumerate(configs):
+            begin(i)
+            if os.environ.get("FAKE_OP_LOG"):
+                with open(os.environ["FAKE_OP_LOG"], "a") as log:
+                    log.write(f"{job.task} {config}\n")
+            time.sleep(float(os.environ.get("FAKE_OP_SECONDS", "0")))
+            if job.task == "time" and isinstance(config, Config) and self.faults.get(config.width) == "crash later":
+                os.abort()
+            ms = parts_ms(problem.n, config) if isinstance(config, PartsConfig) else true_ms(problem.n, config.tile, config.width)
+            timings.append(Timing(ms, 1e-3 * ms, job.rounds))
+        return timings, 0.05
+
+    def usable(self) -> bool:
+        return "sticky" not in self.faults.values()
+
+    def slowdowns(self) -> list[str]:
+        return []
