@@ -83,8 +83,16 @@ def example(*, n: int = 10007) -> Problem:
     return Problem(DType.float16, n, 1.0)
 
 
-FUNCTIONS: dict[str, Any] = dict(outputs=outputs, sample=sample, reference=reference, check=check, small=lambda p: example(n=min(p.n, 300)), example=example)
+def small(p: Problem) -> Problem:
+    return example(n=min(p.n, 300))
+
+
+FUNCTIONS: dict[str, Any] = {"outputs": outputs, "sample": sample, "reference": reference, "check": check,
+                             "small": small, "example": example}
 op = Op.of(fake, **FUNCTIONS)
+
+
+picky_op = Op.of(fake, **FUNCTIONS | {"small": lambda p: example(n=100)})
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,8 @@ def trial(tile: int = 128, ms: float = 1.0, status: Status = Status.ok, **fields
 
 def test_a_trial_survives_json_field_by_field() -> None:
     config = PartsConfig(64, Config(32, 3), Config(96, 2))
-    full = Trial("fake_parts", Problem(DType.bfloat16, 17, 0.125), config, Status.wrong, "final", Timing(1.25, 0.5, 9), Check(math.inf, 2.0, 1e-3, 1e-3),
+    problem, check = Problem(DType.bfloat16, 17, 0.125), Check(math.inf, 2.0, 1e-3, 1e-3)
+    full = Trial("fake_parts", problem, config, Status.wrong, "final", Timing(1.25, 0.5, 9), check,
                  "why", (KernelResources("fake", 255, 16, 1024),), 0.07, "sm_90a", 3, "vidrial 1", "2025-01-01T00:00:00+00:00")
     text = json.dumps(encode(full), allow_nan=False)
     assert Trial.from_json(parts_op, json.loads(text)) == full
@@ -140,7 +141,8 @@ def test_damage_in_the_middle_is_named_and_nothing_is_lost(tmp_path: Path, damag
         assert [t.config.tile for t in journal.trials] == [128, 32]
 
 
-@pytest.mark.parametrize(("change", "said"), [({"device": "other"}, "device 'd'"), ({"digest": "1"}, "digest"), ({"schema": 99}, "schema 1")])
+@pytest.mark.parametrize(("change", "said"), [
+    ({"device": "other"}, "device 'd'"), ({"digest": "1"}, "digest"), ({"schema": 99}, "schema 1")])
 def test_another_sweeps_journal_is_refused(tmp_path: Path, change: dict[str, Any], said: str) -> None:
     path = tmp_path / "j.jsonl"
     Journal(path, op, HEADER).close()

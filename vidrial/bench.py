@@ -134,12 +134,14 @@ class CudaBench:
         pointers = {name: x.data.ptr for name, x in inputs.items()} | {name: x.data.ptr + GUARD for name, x in outputs.items()}
         plan.run(pointers, scratch.data.ptr + GUARD, self._stream.ptr)
         self._stream.synchronize()
-        guards = [part for x in (*outputs.values(), scratch) for part in (x[:GUARD], x[-GUARD:])]
+        guards = [part.get() for x in (*outputs.values(), scratch) for part in (x[:GUARD], x[-GUARD:])]
         outside = any(bool((guard != POISON).any()) for guard in guards)
         return {name: _typed(x[GUARD:-GUARD].get(), buffers[name]) for name, x in outputs.items()}, outside
 
     def _guarded(self, size: int) -> Any:
-        return self._cupy.full(size + 2 * GUARD, POISON, self._cupy.uint8)
+        x = self._cupy.empty(size + 2 * GUARD, self._cupy.uint8)
+        x.data.memset(POISON, x.nbytes)
+        return x
 
 
 class HostBench:

@@ -153,7 +153,7 @@ def compile_(reference: str, keywords: tuple[str, ...], arch: str | None, top: i
 @click.option("--trials", type=click.IntRange(1), help="Configs to try at most.  [default: 64, or as many as --seconds allows]")
 @click.option("--exhaustive", is_flag=True, help="Try every legal config.")
 @click.option("--resume", is_flag=True, help="Go on with the journals of the same sweeps.")
-@click.option("--gpus", default="1", show_default=True, metavar="N|all|I,J", help="How many GPUs measure, or which CUDA indices (0,2 or 3,).")
+@click.option("--gpus", default="1", show_default=True, metavar="N|all|I,J", help="How many measure, or which CUDA indices (0,2 or 3,).")
 @click.option("--jobs", type=click.IntRange(1), help="Processes that compile.  [default: VIDRIAL_JOBS, else one a core]")
 @click.option("--out", type=click.Path(file_okay=False, path_type=Path), help="Also write the rankings to OUT/<device>/<op>.json.")
 def sweep_(reference: str, keywords: tuple[str, ...], out: Path | None, gpus: str, **options: Any) -> None:
@@ -163,16 +163,17 @@ def sweep_(reference: str, keywords: tuple[str, ...], out: Path | None, gpus: st
     """
     from vidrial.problem import fields
     from vidrial.ranking import publish
-    from vidrial.show import make_console, show_winners
+    from vidrial.show import facts, make_console, show_winners
     from vidrial.sweep import Options, sweep, sweep_lengths
 
     op, problems = read(reference, keywords)
     chosen = Options(gpus=gpu_indices(gpus), **options)
     alike = all(fields(p, "static") == fields(problems[0], "static") for p in problems)
     results = sweep_lengths(op, problems, chosen) if alike else [sweep(op, p, chosen) for p in problems]
-    show_winners(make_console(), results)
     for result in results:
-        click.echo(f"{len(result.trials)} trials in {result.journal}")
+        click.echo(f"\n{facts(result.problem)}\n{result.table()}\n{len(result.trials)} trials in {result.journal}")
+    if len(results) > 1:
+        show_winners(make_console(), results)
     if out is not None:
         for path in publish(op, [r.ranking for r in results], out):
             click.echo(f"ranking in {path}")

@@ -44,7 +44,7 @@ def parse_keywords(op: Op, words: Sequence[str]) -> dict[str, list[Any]]:
         name, equals, text = word.removeprefix("--").partition("=")
         name = name.replace("-", "_")
         if not word.startswith("--") or name not in accepted:
-            raise ArgumentError(f"{word!r} is not an option of this command or a keyword of {op.name}; its keywords: {usage(op)}")
+            raise ArgumentError(f"{word!r} is not an option of this command or a keyword of its op {op.name}: {usage(op)}")
         if not equals:
             if not waiting:
                 raise ArgumentError(f"--{name} needs a value: {usage(op)}")

@@ -148,8 +148,8 @@ def group(rows: Iterable[Row]) -> tuple[str, list[Group]]:
         facts[key] = {"op": row.op, "device": row.device} | {k: v for k, v in row.problem.items() if not isinstance(v, list)}
         kept = problems.setdefault(key, {})
         before = kept.get(row.config)
-        # As in the ranking: a failure always counts, else the last one timed.
-        if before is None or (before.ok and (row.timing is not None or not row.ok)):
+        # As vidrial.trial.latest has it: a failure always counts, else the last one timed.
+        if before is None or (before.status == OK and (row.timing is not None or row.status != OK)):
             kept[row.config] = row
     names = list(dict.fromkeys(name for fact in facts.values() for name in fact))
     differ = [n for n in names if len({str(fact.get(n)) for fact in facts.values()}) > 1]
@@ -202,7 +202,10 @@ def write_png(rows: Sequence[Row], out: Path) -> Path:
     best = [(g.length, g.timed[0].ms) for g in timed]
     axes.plot([x for x, _ in best], [y for _, y in best], color="#1f6feb", marker="o", markersize=4, zorder=3, label="fastest")
     axes.set(xscale="log", yscale="log", xlabel=axis, ylabel="milliseconds", title=_title(rows))
-    axes.grid(alpha=0.25, which="both", linewidth=0.5)
+    axes.set_xticks([x for x, _ in best], [f"{x:g}" for x, _ in best], rotation=45 if len(best) > 8 else 0)
+    axes.minorticks_off()
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.grid(alpha=0.25, linewidth=0.5)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)
     try:
@@ -247,7 +250,9 @@ def _winners(groups: Sequence[Group]) -> str:
         within = f"{len(ties)} more" if ties else "no other"
         errors = [text_of(e) for e in best.error] if best.error else ["", ""]
         cells.append([g.label, best.config, f"{best.ms:.4f}", within, f"{g.timed[-1].ms / best.ms:.2f}", *errors])
-    return table(["problem", "fastest config", "#ms", "within noise", "#slowest / fastest", "#error (norm)", "#error (worst)"], cells)
+    note = "<p>Where others are within the noise of the fastest, calls take the first of them in order of declaration.</p>"
+    columns = ["problem", "fastest config", "#ms", "within noise", "#slowest / fastest", "#error (norm)", "#error (worst)"]
+    return note + table(columns, cells)
 
 
 def _failures(groups: Sequence[Group]) -> str:

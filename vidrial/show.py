@@ -30,7 +30,6 @@ from vidrial.space import Space, describe
 from vidrial.store import Store
 from vidrial.sweep_result import SweepResult
 from vidrial.toolchain import HostCompiler, Toolchain, missing, nvrtc_version
-from vidrial.trial import latest
 
 WIDTH_WITHOUT_TERMINAL = 160
 PACKAGES = ("numpy", "cupy-cuda13x", "nvidia-cutlass", "jinja2", "rich", "click", "torch", "jax", "matplotlib")
@@ -204,12 +203,11 @@ def show_winners(console: Console, results: Sequence[SweepResult]) -> None:
     rows = []
     for result, sizes in zip(results, split_words([facts(r.problem) for r in results])[1], strict=True):
         winner, check = result.winner, result.winner.check
-        timed = [t for t in latest(result.trials).values() if t.ok]
         errors = (f"{check.relative:.1e}", f"{check.worst:.1e}") if check is not None else ("", "")
         noise = f"{winner.timing.iqr_ms / winner.timing.median_ms:.1%}" if winner.timing is not None else ""
         rows.append((sizes, describe(winner.config), f"{winner.ms:.4f}", noise, *errors,
-                     f"{max(t.ms for t in timed) / winner.ms:.2f}", len(timed), duration(result.seconds)))
-    columns = ("problem", "fastest config", ">ms", ">IQR", ">error", ">worst", ">slowest/fastest", ">configs", ">took")
+                     f"{result.worst_ms / winner.ms:.2f}", len(result.trials), duration(result.seconds)))
+    columns = ("problem", "fastest config", ">ms", ">IQR", ">error", ">worst", ">slowest/fastest", ">trials", ">took")
     show_table(console, f"{results[0].op} on {results[0].device.name}", columns, rows)
     for note in dict.fromkeys(note for result in results for note in result.notes):
         console.print(Text(note, "yellow"))

@@ -28,10 +28,10 @@ from vidrial.compile import Cubin
 from vidrial.device import Device
 from vidrial.errors import ArgumentError, ArgumentTypeError, NoValidConfig, TemplateError, ToolchainError
 from vidrial.op import Op, Stage
-from vidrial.render import Source
 from vidrial.problem import StaticView, keyed_fields
 from vidrial.progress import Progress, reporting
 from vidrial.ranking import Ranking
+from vidrial.render import Source
 from vidrial.search import Search
 from vidrial.space import describe
 from vidrial.store import Store
@@ -230,7 +230,8 @@ class _Sweep:
         """Those of `configs` that compile; the others end as trials."""
         stages = {config: self.op.stages(self.problem, config) for config in configs}
         # What stands in for a config when it is checked may need binaries of its own.
-        wanted = [(c, s) for c in configs for s in (*stages[c], *(s for proxy in self._proxies(c) for s in self.op.stages(self.small, proxy)))]
+        wanted = [(c, s) for c in configs for s in stages[c]]
+        wanted += [(c, s) for c in configs for proxy in self._proxies(c) for s in self.op.stages(self.small, proxy)]
         sources: dict[Hashable, tuple[Source, str]] = {}
         for config, stage in wanted:
             key = _binary(stage)

@@ -68,7 +68,8 @@ class SweepResult:
         text = _columns(lines)
         failed = ", ".join(f"{count} {status.name}" for status, count in self.failures.items()) or "none failed"
         slowest = f"the worst legal one takes {self.worst_ms / best:.1f} times as long"
-        return "\n".join([text, f"{len(known)} configs tried in {self.seconds:.0f} s; {failed}; {slowest}", *(f"note: {note}" for note in self.notes)])
+        summary = f"{len(known)} configs tried in {self.seconds:.0f} s; {failed}; {slowest}"
+        return "\n".join([text, summary, *(f"note: {note}" for note in self.notes)])
 
 
 def no_valid_config(op: Op, problem: Any, device: Device, trials: Sequence[Trial]) -> str:

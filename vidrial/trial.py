@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import enum
 import fcntl
+import functools
 import json
 import math
 import os
@@ -132,11 +133,11 @@ def decode(kind: Any, data: Any, fields: Mapping[str, Any] | None = None) -> Any
         if len(each) == len(data):
             return tuple(decode(k, v) for k, v in zip(each, data, strict=True))
     elif dataclasses.is_dataclass(kind) and isinstance(data, dict):
-        hints = problem_facts.types(typing.cast(type, kind)) | dict(fields or {})
-        names = {f.name for f in dataclasses.fields(kind)}
-        if names == data.keys():
-            return typing.cast(type, kind)(**{name: decode(hints[name], value) for name, value in data.items()})
-        differing = ", ".join(sorted(names.symmetric_difference(map(str, data))))
+        hints = _hints(typing.cast(type, kind))
+        if hints.keys() == data.keys():
+            known = {**hints, **fields} if fields else hints
+            return typing.cast(type, kind)(**{name: decode(known[name], value) for name, value in data.items()})
+        differing = ", ".join(sorted(set(hints).symmetric_difference(map(str, data))))
         raise SweepError(f"fields of {getattr(kind, '__name__', kind)} that are missing or unknown: {differing}")
     elif isinstance(kind, type) and issubclass(kind, enum.Enum):
         if data in kind.__members__:
@@ -146,6 +147,13 @@ def decode(kind: Any, data: Any, fields: Mapping[str, Any] | None = None) -> Any
     elif kind is Any or (kind in (bool, int, str) and type(data) is kind):
         return data
     raise SweepError(f"{data!r} is not of type {getattr(kind, '__name__', kind)}")
+
+
+@functools.lru_cache(maxsize=256)
+def _hints(kind: type) -> Mapping[str, Any]:
+    """The types of a dataclass's fields."""
+    every = problem_facts.types(kind)
+    return {field.name: every[field.name] for field in dataclasses.fields(kind)}
 
 
 def latest(trials: Iterable[Trial]) -> dict[Any, Trial]:

@@ -165,6 +165,7 @@ class Workers:
         self._op: Op = resolve(op)
         self._prepare, self._limit = prepare, limit
         self._idle = deque(self._make(index) for index in indices)
+        self._busy: dict[multiprocessing.connection.Connection, _Worker] = {}
         self.replaced = 0
 
     def run(self, jobs: Iterable[Job]) -> Iterator[tuple[Job, Reply]]:
@@ -173,7 +174,7 @@ class Workers:
         Raises:
             SweepError: a process cannot even prepare.
         """
-        waiting, busy = iter(jobs), dict[multiprocessing.connection.Connection, _Worker]()
+        waiting, busy = iter(jobs), self._busy
         job = next(waiting, None)
         try:
             while job is not None or busy:
@@ -194,7 +195,8 @@ class Workers:
                     self._idle.append(self._keep(worker))
                     yield done, reply
         finally:
-            for worker in busy.values():
+            while busy:
+                _, worker = busy.popitem()
                 worker.stop()
                 self._idle.append(self._make(worker.index))
 
@@ -207,8 +209,8 @@ class Workers:
 
     def close(self) -> None:
         """End the processes."""
-        while self._idle:
-            self._idle.pop().stop()
+        for worker in (*self._idle, *self._busy.values()):
+            worker.stop()
 
     def __enter__(self) -> Workers:
         return self

@@ -113,7 +113,7 @@ def _problem(facts: tuple[tuple[Any, ...], ...], degree: int, scale: float | Non
     if chunk is not None and chunk >= t:
         chunk = 0
     gates = strides["log_g"] if "log_g" in strides else (0, 0, 0)
-    return Problem(facts[0][2], d, e, degree, "log_g" in shapes, normalize == "sum", b, t, hq, h, float(d**-0.5 if scale is None else scale),
+    return Problem(facts[0][2], d, e, int(degree), "log_g" in shapes, normalize == "sum", b, t, hq, h, float(d**-0.5 if scale is None else scale),
                    strides["q"][:3], strides["k"][:3], strides["v"][:3], (t * hq * e, hq * e, e), gates), chunk
 
 

@@ -1,0 +1,291 @@
+from __future__ import annotations
+
+import collections
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import fake_op
+import pytest
+from fake_op import H200, Config, PartsConfig, example, op, parts_ms, parts_op, picky_op, true_ms
+
+from vidrial.errors import ArgumentError, ArgumentTypeError, ConfigError, NoValidConfig, SweepError
+from vidrial.ranking import local, pick
+from vidrial.search import Search, neighbours
+from vidrial.space import configs
+from vidrial.sweep import Options, proxies, sweep, sweep_lengths
+from vidrial.trial import Status
+
+FAKE = Options(device=H200, bench="fake_op:FakeBench", limit=1.0)
+N = 10007
+BEST = min(true_ms(N, c.tile, c.width) for c in configs(Config))
+
+
+@pytest.fixture(autouse=True)
+def _fresh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setenv("VIDRIAL_CACHE_DIR", str(tmp_path / "cache"))
+    yield
+
+
+def test_a_sweep_finds_the_fastest_and_the_call_takes_it() -> None:
+    result = sweep(op, example(), FAKE)
+    assert result.winner.ms == BEST and len(result.ranked) == 16 and not result.failures
+    assert [r.timing.median_ms for r in result.ranked][0] == BEST
+    assert result.worst_ms == max(true_ms(N, c.tile, c.width) for c in configs(Config))
+    assert pick(op, example(), H200) == (result.winner.config, "ranking")
+    assert {t.phase for t in result.trials} >= {"screen", "confirm", "final", "recheck"}
+    assert all(t.device == H200.key and t.versions.startswith("vidrial ") and t.time.endswith("+00:00") for t in result.trials)
+
+
+def test_the_table_shows_winners_errors_and_the_worst() -> None:
+    result = sweep(op, example(), FAKE)
+    lines = result.table(rows=3).splitlines()
+    assert len([line for line in lines if "tile=" in line]) == 3
+    assert f"{BEST:.4f}" in lines[1] and "1.00" in lines[1] and "1.0e-04" in lines[1]
+    assert f"takes {result.worst_ms / BEST:.1f} times as long" in result.table()
+
+
+def test_faults_are_recorded_by_cause_and_the_sweep_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FAKE_OP_FAULTS", "1=wrong,2=crash,4=launch")
+    result = sweep(op, example(), FAKE)
+    assert result.failures == {Status.wrong: 4, Status.crash: 4, Status.launch: 4}
+    assert result.winner.ms == BEST and result.winner.config.width == 3
+    assert any("replaced 4 times" in note for note in result.notes)
+
+
+def test_a_hang_is_stopped_and_never_tried_again(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("FAKE_OP_FAULTS", "2=hang")
+    monkeypatch.setenv("FAKE_OP_LOG", str(tmp_path / "log"))
+    only = [Config(64, 1), Config(64, 2), Config(64, 3)]
+    first = sweep(op, example(), FAKE, configs=only)
+    assert first.failures == {Status.timeout: 1} and first.winner.config == Config(64, 3)
+    again = sweep(op, example(), FAKE, configs=only, resume=True)
+    assert again.failures == {Status.timeout: 1} and again.seconds < first.seconds
+
+
+def test_all_failed_counts_the_causes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FAKE_OP_FAULTS", "1=wrong,2=wrong,3=launch,4=wrong")
+    with pytest.raises(NoValidConfig, match=r"all 16 configs failed.*12 wrong, 4 launch.*Most often \(12\): relative error 1.00e\+00"):
+        sweep(op, example(), FAKE)
+    with pytest.raises(NoValidConfig, match=r"no config is legal.*tile="):
+        sweep(op, example(n=31), FAKE)
+
+
+def test_a_winner_that_fails_on_other_inputs_does_not_win(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FAKE_OP_FAULTS", "3=wrong later")
+    result = sweep(op, example(), FAKE)
+    assert result.winner.config.width in (2, 4) and Status.wrong in result.failures
+    assert any("did not pass on other inputs" in note for note in result.notes)
+
+
+def test_ties_are_said() -> None:
+    result = sweep(op, example(), FAKE, configs=[Config(64, 4), Config(64, 2)])
+    assert result.tied and result.winner.config == Config(64, 2)
+    assert any("2 configs tie for the first place" in note for note in result.notes)
+
+
+def test_parts_are_varied_one_at_a_time() -> None:
+    every = [PartsConfig(c, a, b) for c in (256, 64, 1024, 0) for a in configs(Config) for b in configs(Config)]
+    best = min(parts_ms(N, c) for c in every)
+    result = sweep(parts_op, example(), FAKE, trials=48)
+    assert len({t.config for t in result.trials}) <= 48
+    assert result.winner.ms <= 1.03 * best
+    # With no chunks the first part is not used: its variants are one config.
+    assert sum(c.chunk == 0 for c in {t.config for t in result.trials}) <= 16
+    thorough = sweep(parts_op, example(), FAKE, exhaustive=True)
+    assert thorough.winner.ms == best and len({t.config for t in thorough.trials}) < len(every) / 4
+
+
+def test_budgets_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert len({t.config for t in sweep(op, example(), FAKE, trials=5).trials}) == 5
+    monkeypatch.setenv("FAKE_OP_SECONDS", "0.2")
+    begin = time.monotonic()
+    result = sweep(op, example(), FAKE, seconds=1.5)
+    assert time.monotonic() - begin < 4.5 and 1 <= len({t.config for t in result.trials}) < 12
+
+
+def test_neighbours_differ_in_one_choice() -> None:
+    found = list(neighbours(PartsConfig()))
+    assert len(found) == len(set(found)) == 3 + 2 * (3 + 3)
+    assert PartsConfig(256, Config(64), Config()) in found and PartsConfig() not in found
+
+
+def test_the_search_leaves_failures_behind() -> None:
+    search = Search(parts_op, example(), H200, 40)
+    seen: dict[Any, float] = {}
+    while batch := search.propose(seen)[:40 - len(seen)]:
+        seen |= {c: float("inf") if c.first.width == 1 and c.chunk else parts_ms(N, c) for c in batch}
+    assert min(seen.values()) < 1.1 * min(parts_ms(N, c) for c in configs(PartsConfig) if c.first.width != 1)
+
+
+def test_proxies_cover_the_binaries_of_a_config_too_large_for_the_small_problem() -> None:
+    small = parts_op.small(example())
+    config = PartsConfig(1024, Config(64, 3), Config(32, 2))
+    legal = dataclasses.replace(config, chunk=64)
+    assert proxies(parts_op, small, example(), legal, H200) == (legal,)
+    found = proxies(parts_op, small, example(), config, H200)
+    assert found == (dataclasses.replace(config, chunk=256),)
+    assert proxies(op, example(n=40), example(), Config(64), H200) == ()
+
+
+def test_what_cannot_be_checked_is_not_timed() -> None:
+    result = sweep(picky_op, example(), FAKE)
+    assert result.failures == {Status.rejected: 4} and result.winner.config.tile != 128
+
+
+PROGRAM = """
+import sys
+from fake_op import *
+from vidrial.sweep import Options, sweep
+result = sweep(op, example(), Options(device=H200, bench="fake_op:FakeBench", journal=sys.argv[1], resume=sys.argv[2] == "resume"))
+print(result.winner.ms)
+"""
+
+
+def spawn(journal: Path, how: str) -> subprocess.Popen[str]:
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])}
+    arguments = [sys.executable, "-c", PROGRAM, str(journal), how]
+    return subprocess.Popen(arguments, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL], ids=lambda n: n.name)
+def test_stopped_at_any_moment_and_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals) -> None:
+    log, journal = tmp_path / "log", tmp_path / "j.jsonl"
+    monkeypatch.setenv("FAKE_OP_LOG", str(log))
+    monkeypatch.setenv("FAKE_OP_SECONDS", "0.1")
+    with spawn(journal, "fresh") as stopped:
+        until = time.monotonic() + 30
+        while time.monotonic() < until and (not journal.exists() or journal.read_bytes().count(b"\n") < 6):
+            time.sleep(0.01)
+        stopped.send_signal(number)
+        _, errors = stopped.communicate(timeout=20)
+    assert stopped.returncode != 0
+    if number != signal.SIGKILL:
+        assert "resume=True" in errors and str(journal) in errors
+        assert local(op, {"dtype": example().dtype}, H200), "what was measured is ranked"
+    kept = journal.read_bytes().count(b"\n")
+    time.sleep(0.5)    # the measuring process ends by itself
+    with spawn(journal, "resume") as resumed:
+        output, errors = resumed.communicate(timeout=40)
+    assert resumed.returncode == 0, errors
+    assert float(output) == BEST and kept >= 6
+    measured = collections.Counter(line for line in log.read_text().splitlines() if line.startswith("trial"))
+    assert len(measured) == 16 and sum(measured.values()) <= 17, measured
+
+
+def test_two_sweeps_of_the_same_thing_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FAKE_OP_SECONDS", "0.2")
+    journal = tmp_path / "j.jsonl"
+    with spawn(journal, "fresh") as first:
+        until = time.monotonic() + 30
+        while time.monotonic() < until and not (journal.exists() and journal.stat().st_size):
+            time.sleep(0.01)
+        with pytest.raises(SweepError, match="in use by another sweep"):
+            sweep(op, example(), FAKE, journal=journal)
+        monkeypatch.setenv("FAKE_OP_SECONDS", "0")
+        assert sweep(op, example(n=5003), FAKE, journal=tmp_path / "other.jsonl").winner.ok
+        first.kill()
+        first.communicate()
+
+
+def test_resuming_a_finished_sweep_measures_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = sweep(op, example(), FAKE)
+    log = tmp_path / "log"
+    monkeypatch.setenv("FAKE_OP_LOG", str(log))
+    again = sweep(op, example(), FAKE, resume=True)
+    assert again.trials == first.trials and again.ranked == first.ranked and not log.exists()
+    fresh = sweep(op, example(), FAKE)
+    assert fresh.journal == first.journal and log.exists()
+    assert len(list(first.journal.parent.glob("fake-*.jsonl"))) == 2, "the first journal is set aside, not lost"
+
+
+def test_a_journal_with_damage_in_the_middle_is_refused() -> None:
+    result = sweep(op, example(), FAKE)
+    lines = result.journal.read_text().splitlines()
+    lines[3] = lines[3][:40]
+    result.journal.write_text("\n".join(lines) + "\n")
+    with pytest.raises(SweepError, match="line 4 is damaged"):
+        sweep(op, example(), FAKE, resume=True)
+    assert result.journal.read_text().splitlines() == lines
+
+
+def test_lengths_share_their_leaders() -> None:
+    lengths = (4001, 16001, 40001)
+    found = sweep_lengths(op, [example(n=n) for n in lengths], FAKE, trials=5)
+    leaders = {r.config for result in found for r in result.ranked[:2]}
+    for result in found:
+        assert leaders <= {r.config for r in result.ranked}
+    assert pick(op, example(n=9999), H200).origin == "model"
+    assert pick(op, example(n=16001), H200).origin == "ranking"
+
+
+def test_it_compiles_what_it_needs_and_records_what_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fake_op.FakeBench, "needs_cubins", True)
+    result = sweep(op, example(), FAKE, configs=[Config(64, 3), Config(96, 3), Config(32, 3)], jobs=1)
+    assert result.failures == {Status.compile: 1}
+    failed, = (t for t in result.trials if t.status is Status.compile)
+    assert failed.config == Config(96, 3) and "a tile of 96 does not compile" in failed.sentence and "fake_op.cu.j2" in failed.sentence
+    resources, = result.winner.resources
+    assert resources.kernel == "fake" and 0 < resources.registers <= 32 and resources.spill_bytes == 0
+
+
+def test_progress_is_told() -> None:
+    class Listener:
+        def __init__(self) -> None:
+            self.phases: dict[str, int] = {}
+            self.lines: list[str] = []
+
+        def begin(self, phase: str, total: int) -> None:
+            self.phases[phase] = total
+
+        def advance(self, text: str) -> None:
+            self.lines.append(text)
+
+    listener = Listener()
+    sweep(op, example(), FAKE, progress=listener)
+    assert listener.phases["measure"] == 16 and {"confirm", "final"} <= listener.phases.keys()
+    assert any(line.startswith("tile=64 width=3: 0.0") and line.endswith("ms +- 0.0000") for line in listener.lines)
+
+
+@pytest.mark.parametrize(("problem", "changes", "error", "said"), [
+    (example(n=0), {}, ArgumentError, "n=0"),
+    (example(n=-5), {}, ArgumentError, "n=-5"),
+    ("10007", {}, ArgumentTypeError, "Problem, not str"),
+    (example(), {"gpus": 0}, ArgumentError, "gpus=0"),
+    (example(), {"gpus": (1, 1)}, ArgumentError, "different CUDA indices"),
+    (example(), {"trials": 0}, ArgumentError, "trials=0"),
+    (example(), {"trails": 3}, ArgumentTypeError, "trails.*accepted: device, gpus, trials"),
+    (example(), {"bench": "fake_op:Nothing"}, ArgumentError, "names nothing"),
+    (example(n=100), {"configs": [Config(128)]}, ConfigError, "longer than n=100"),
+    (example(), {"journal": "/dev/null/j.jsonl"}, SweepError, "cannot be written"),
+])
+def test_bad_input(problem: Any, changes: dict[str, Any], error: type[Exception], said: str) -> None:
+    with pytest.raises(error, match=said):
+        sweep(op, problem, FAKE, **changes)
+
+
+def test_a_gpu_that_does_not_exist() -> None:
+    with pytest.raises(ArgumentError, match=r"gpus=\(77,\).*nvidia-smi"):
+        sweep(op, example(), bench="fake_op:FakeBench", gpus=(77,))
+
+
+def test_a_read_only_folder_is_said_before_anything_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("FAKE_OP_LOG", str(tmp_path / "log"))
+    with pytest.raises(SweepError, match=r"journal=\.\.\."):
+        sweep(op, example(), FAKE, journal=tmp_path / "file" / "j.jsonl")
+    assert not (tmp_path / "log").exists()
+
+
+def test_trials_are_readable_json() -> None:
+    result = sweep(op, example(), FAKE, configs=[Config(64, 3)])
+    header, first, *_ = (json.loads(line) for line in result.journal.read_text().splitlines())
+    assert header["op"] == "fake" and header["device"] == H200.key and header["schema"] == 1
+    assert first["config"] == {"tile": 64, "width": 3} and first["status"] == "ok" and first["timing"]["median_ms"] == true_ms(N, 64, 3)
