@@ -119,7 +119,9 @@ def geometric_mean(values: Sequence[float]) -> float:
 def table(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
     """Columns aligned, the first one to the left."""
     widths = [max(len(row[i]) for row in (head, *lines)) for i in range(len(head))]
-    return "\n".join("  ".join(x.rjust(w) if i else x.ljust(w) for i, (x, w) in enumerate(zip(row, widths, strict=True))) for row in (head, *lines))
+    return "\n".join(
+        "  ".join(x.rjust(w) if i else x.ljust(w) for i, (x, w) in enumerate(zip(row, widths, strict=True))) for row in (head, *lines)
+    )
 
 
 def command_line() -> str:
@@ -136,7 +138,7 @@ def short(error: BaseException | str, length: int = 100) -> str:
     """An exception as one short line."""
     text = error if isinstance(error, str) else f"{type(error).__name__}: {error}"
     line = re.sub(r"\s+", " ", text).strip()
-    return line if len(line) <= length else line[:length - 3] + "..."
+    return line if len(line) <= length else line[: length - 3] + "..."
 
 
 def package_versions() -> dict[str, str]:

@@ -24,6 +24,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from vidrial.templates import TEMPLATES
+
 from benchmarks.common import RESULTS, command_line, date, table
 from benchmarks.styles import pairs
 from vidrial.compile import compile_source
@@ -32,7 +34,6 @@ from vidrial.kernel import Kernel
 from vidrial.registry import find_op
 from vidrial.render import Source
 from vidrial.space import describe
-from vidrial.templates import TEMPLATES
 from vidrial.toolchain import Toolchain
 
 ROOT = Path(__file__).parent.parent
@@ -40,7 +41,7 @@ DEVICES = {"sm_90a": "h200", "sm_80": "a100"}
 # Seconds a config, of processor time; see design rule "static resolution": without and with a precompiled header.
 BUDGET, BUDGET_PCH = 2.0, 0.8
 LENGTH = 16384
-WARM_UP = "extern \"C\" __global__ void nothing() {}\n"
+WARM_UP = 'extern "C" __global__ void nothing() {}\n'
 
 
 @dataclass(frozen=True)
@@ -99,16 +100,19 @@ def kernel_unit(kernel: Kernel, problem: Any, config: Any, arch: str, label: str
 
 def units(archs: tuple[str, ...], dims: tuple[int, ...], cute: bool) -> list[Unit]:
     """Every template in its default configs, softmax, and the tiles in both styles; equal texts once an architecture."""
-    op, softmax, found = find_op("power_retention"), find_op(f"{ROOT / 'examples/softmax/softmax.py'}:op"), []
+    op, softmax = find_op("power_retention"), find_op(f"{ROOT / 'examples/softmax/softmax.py'}:op")
+    found: list[Unit] = []
     for arch in archs:
+        device = Device.of(DEVICES[arch])
         for d in dims:
             problem = op.example(t=LENGTH, d=d)
+            chunked = op.predicted(problem, device, {"chunk": 1024})
+            joined = replace(chunked, scan=replace(chunked.scan, segments=2))
             found += op_units(op, problem, arch, f"d={d}")
-            chosen = op.predicted(problem, Device.of(DEVICES[arch]), {"chunk": 1024})
-            found += op_units(op, problem, arch, f"d={d}", replace(chosen, scan=replace(chosen.scan, segments=2)))
-            found += op_units(op, problem, arch, f"d={d} one chunk", op.predicted(problem, Device.of(DEVICES[arch]), {"chunk": 0}))
+            found += (unit for unit in op_units(op, problem, arch, f"d={d}", joined) if unit.source.entry == "power_carry")
+            found += op_units(op, problem, arch, f"d={d} one chunk", op.predicted(problem, device, {"chunk": 0}))
         found += op_units(softmax, softmax.example(n=1000), arch, "")
-        for pair in pairs()[:None if cute else 2]:
+        for pair in pairs() if cute else pairs()[:2]:
             found.append(Unit(pair.name, "ours", arch, "", pair.ours, pair.smem))
             if cute:
                 found.append(Unit(pair.name, "cute", arch, "", pair.cute, pair.smem))
@@ -123,10 +127,23 @@ def missing_templates(done: list[Unit]) -> list[str]:
 
 def measure(unit: Unit, repeats: int) -> Row:
     """Compile a unit in a process of its own."""
-    job = {"text": unit.source.text, "entry": unit.source.entry, "arch": unit.arch, "includes": unit.source.include_dirs,
-           "repeats": repeats if unit.style == "ours" else 1, "pch": unit.style == "ours"}
-    done = subprocess.run([sys.executable, __file__, "--worker"], input=json.dumps(job), capture_output=True, text=True, check=False, cwd=ROOT,
-                          env=os.environ | {"PYTHONPATH": str(ROOT)})
+    job = {
+        "text": unit.source.text,
+        "entry": unit.source.entry,
+        "arch": unit.arch,
+        "includes": unit.source.include_dirs,
+        "repeats": repeats if unit.style == "ours" else 1,
+        "pch": unit.style == "ours",
+    }
+    done = subprocess.run(
+        [sys.executable, __file__, "--worker"],
+        input=json.dumps(job),
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+    )
     if done.returncode:
         raise SystemExit(f"{unit.name} ({unit.style}, {unit.arch}) failed:\n{done.stderr[-2000:]}")
     return Row(unit.name, unit.style, unit.arch, unit.config, smem=unit.smem, **json.loads(done.stdout))
@@ -151,12 +168,20 @@ def work() -> None:
             fast = [compile_once(folder) for _ in range(job["repeats"])]
     cubin = plain[0][2]
     taken = cubin.resources
-    json.dump({
-        "seconds": statistics.median(x[0] for x in plain), "cpu": statistics.median(x[1] for x in plain),
-        "seconds_pch": statistics.median(x[0] for x in fast) if fast else None, "cpu_pch": statistics.median(x[1] for x in fast) if fast else None,
-        "seconds_making_pch": first[0] if first else None, "registers": taken.registers,
-        "spills": taken.spill_stores + taken.spill_loads, "stack": taken.stack, "sass": instructions(cubin.image),
-    }, sys.stdout)
+    json.dump(
+        {
+            "seconds": statistics.median(x[0] for x in plain),
+            "cpu": statistics.median(x[1] for x in plain),
+            "seconds_pch": statistics.median(x[0] for x in fast) if fast else None,
+            "cpu_pch": statistics.median(x[1] for x in fast) if fast else None,
+            "seconds_making_pch": first[0] if first else None,
+            "registers": taken.registers,
+            "spills": taken.spill_stores + taken.spill_loads,
+            "stack": taken.stack,
+            "sass": instructions(cubin.image),
+        },
+        sys.stdout,
+    )
 
 
 def instructions(image: bytes) -> int | None:
@@ -184,11 +209,14 @@ def verdicts(rows: list[Row], missing: list[str]) -> list[str]:
     for row in rows:
         twin = next((r for r in ours if row.style == "cute" and (r.name, r.arch) == (row.name, row.arch)), None)
         if twin:
-            said.append(f"{'ok  ' if twin.registers <= row.registers else 'MISS'} {row.name} {row.arch}: {twin.registers} registers, CuTe {row.registers}; "
-                        f"{twin.cpu:.2f} s, CuTe {row.cpu:.1f} s ({row.cpu / twin.cpu:.0f} times)")
+            verdict = "ok  " if twin.registers <= row.registers else "MISS"
+            times = f"{twin.cpu:.2f} s, CuTe {row.cpu:.1f} s ({row.cpu / twin.cpu:.0f} times)"
+            said.append(f"{verdict} {row.name} {row.arch}: {twin.registers} registers, CuTe {row.registers}; {times}")
     slow, spilled = [r for r in ours if not r.in_budget], [r for r in ours if r.spills]
-    said.append(f"{'MISS' if slow else 'ok  '} at most {BUDGET:g} s a config, {BUDGET_PCH:g} s with precompiled headers (processor time)"
-                + "".join(f"; {r.name} {r.arch} {r.cpu:.2f} / {r.cpu_pch or 0:.2f}" for r in slow))
+    said.append(
+        f"{'MISS' if slow else 'ok  '} at most {BUDGET:g} s a config, {BUDGET_PCH:g} s with precompiled headers (processor time)"
+        + "".join(f"; {r.name} {r.arch} {r.cpu:.2f} / {r.cpu_pch or 0:.2f}" for r in slow)
+    )
     said.append(f"{'MISS' if spilled else 'ok  '} no spills" + "".join(f"; {r.name} {r.arch} {r.spills} bytes" for r in spilled))
     said.append(f"{'MISS' if missing else 'ok  '} every template is covered" + "".join(f"; not {name}" for name in missing))
     return said
@@ -196,21 +224,48 @@ def verdicts(rows: list[Row], missing: list[str]) -> list[str]:
 
 def show(rows: list[Row]) -> str:
     """The table."""
+
     def number(x: float | None) -> str:
         return "-" if x is None else f"{x:.2f}"
 
-    lines = [(r.name, r.style, r.arch, number(r.seconds), number(r.cpu), number(r.seconds_pch), number(r.cpu_pch), number(r.seconds_making_pch),
-              str(r.registers), str(r.spills), str(r.smem), str(r.sass or "-")) for r in rows]
-    return table(("kernel", "style", "arch", "s", "cpu s", "s pch", "cpu s pch", "s making pch", "regs", "spill B", "smem B", "sass"), lines)
+    lines = [
+        (
+            r.name,
+            r.style,
+            r.arch,
+            number(r.seconds),
+            number(r.cpu),
+            number(r.seconds_pch),
+            number(r.cpu_pch),
+            number(r.seconds_making_pch),
+            str(r.registers),
+            str(r.spills),
+            str(r.smem),
+            str(r.sass or "-"),
+        )
+        for r in rows
+    ]
+    return table(
+        ("kernel", "style", "arch", "s", "cpu s", "s pch", "cpu s pch", "s making pch", "regs", "spill B", "smem B", "sass"), lines
+    )
 
 
 def document(rows: list[Row], said: list[str], repeats: int) -> dict[str, Any]:
     """What compile.json holds."""
     toolchain = Toolchain.find()
     return {
-        "schema": 1, "command": command_line(), "date": date(), "toolchain": str(toolchain.version), "python": sys.version.split()[0],
-        "cores": os.cpu_count(), "load": round(os.getloadavg()[0], 2), "note": "other work may have shared the cores; cpu is what counts",
-        "repeats": {"ours": repeats, "cute": 1}, "budget": {"seconds": BUDGET, "seconds_pch": BUDGET_PCH}, "checked": said, "rows": [asdict(row) for row in rows],
+        "schema": 1,
+        "command": command_line(),
+        "date": date(),
+        "toolchain": str(toolchain.version),
+        "python": sys.version.split()[0],
+        "cores": os.cpu_count(),
+        "load": round(os.getloadavg()[0], 2),
+        "note": "other work may have shared the cores; cpu is what counts",
+        "repeats": {"ours": repeats, "cute": 1},
+        "budget": {"seconds": BUDGET, "seconds_pch": BUDGET_PCH},
+        "checked": said,
+        "rows": [asdict(row) for row in rows],
     }
 
 

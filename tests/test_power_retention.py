@@ -11,16 +11,16 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
-from vidrial.dtypes import DType
-from vidrial.errors import ArgumentError, ArgumentTypeError, UnsupportedError, VidrialError
 from vidrial.kernels.power_retention import power_retention
 from vidrial.kernels.power_retention.op import round_to, widen
 from vidrial.kernels.power_retention.reference import attention_form, recurrent_form
 
+from vidrial.dtypes import DType
+from vidrial.errors import ArgumentError, ArgumentTypeError, UnsupportedError, VidrialError
+
 ROOT = Path(__file__).parent.parent
 LENGTHS = (0, 1, 7, 63, 65, 129, 257, 1000)
-# Scores of D = 32 to 128 float32 products are off by about 2^-22 |q||k|, which the weighted error divides out: at most a few 2^-24 are left.
+# Scores are sums of float32 products, off by about 2^-22 |q||k|, which the weighted error divides out: a few 2^-24 are left.
 WEIGHTED = 2e-7
 # Relative to the norm nothing is divided out: rows whose few weights nearly cancel lose up to their conditioning, ~1e-4 at worst here.
 RELATIVE = 1e-5
@@ -28,7 +28,9 @@ RELATIVE = 1e-5
 Inputs = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray | None]
 
 
-def sample(seed: int, t: int, *, b: int = 2, hq: int = 2, h: int = 2, d: int = 32, e: int | None = None, gates: float | None = 1.0) -> Inputs:
+def sample(
+    seed: int, t: int, *, b: int = 2, hq: int = 2, h: int = 2, d: int = 32, e: int | None = None, gates: float | None = 1.0
+) -> Inputs:
     """Normal float32 q, k, v; log_g = gates * logsigmoid(normal + 4), or None."""
     rng = np.random.default_rng(seed)
     q, k, v = (rng.standard_normal((b, t, *heads), np.float32) for heads in ((hq, d), (h, d), (h, e or d)))
@@ -78,8 +80,11 @@ def test_cpu(t: int, gates: float | None) -> None:
     assert_close(y, inputs)
 
 
-@pytest.mark.parametrize("options", [{"degree": 4}, {"normalize": "none"}, {"degree": 4, "normalize": "none"}, {"scale": 0.01}, {"scale": -3.0}, {"scale": 7}],
-                         ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [{"degree": 4}, {"normalize": "none"}, {"degree": 4, "normalize": "none"}, {"scale": 0.01}, {"scale": -3.0}, {"scale": 7}],
+    ids=str,
+)
 @pytest.mark.parametrize("t", [65, 301])
 def test_cpu_options(t: int, options: dict[str, Any]) -> None:
     inputs = sample(t, t, hq=3, h=1)
@@ -134,12 +139,21 @@ def test_cpu_half_precision_is_rounded_once() -> None:
     y = power_retention(q, k, v, inputs[3])
     exact = attention_form(q, k, v, inputs[3])
     assert y.dtype == np.float16
-    assert np.linalg.norm(y - exact.y) <= 4e-4 * np.linalg.norm(exact.y)      # half an ulp of float16 is 2^-11 = 4.9e-4
+    assert np.linalg.norm(y - exact.y) <= 4e-4 * np.linalg.norm(exact.y)  # half an ulp of float16 is 2^-11 = 4.9e-4
 
 
 @settings(max_examples=25, deadline=None)
-@given(b=st.integers(0, 3), t=st.integers(0, 150), group=st.integers(1, 3), h=st.integers(1, 3), d=st.sampled_from([32, 64]), e=st.sampled_from([32, 64]),
-       gates=st.sampled_from([None, 1.0, 50.0]), degree=st.sampled_from([2, 4]), normalize=st.sampled_from(["sum", "none"]))
+@given(
+    b=st.integers(0, 3),
+    t=st.integers(0, 150),
+    group=st.integers(1, 3),
+    h=st.integers(1, 3),
+    d=st.sampled_from([32, 64]),
+    e=st.sampled_from([32, 64]),
+    gates=st.sampled_from([None, 1.0, 50.0]),
+    degree=st.sampled_from([2, 4]),
+    normalize=st.sampled_from(["sum", "none"]),
+)
 def test_cpu_any_shape(b: int, t: int, group: int, h: int, d: int, e: int, gates: float | None, degree: int, normalize: str) -> None:
     inputs = sample(t, t, b=b, hq=group * h, h=h, d=d, e=e, gates=gates)
     y = power_retention(*inputs, degree=degree, normalize=normalize, chunk=128 if degree == 2 else None)
@@ -182,7 +196,12 @@ BAD: dict[str, tuple[tuple[Any, ...], dict[str, Any], type[VidrialError], str]] 
     "q of rank 3": ((zeros(2, 5, 32), KV, KV), {}, ArgumentError, r"q has shape \[2, 5, 32\]; accepted: \[B, T, HQ, D\]"),
     "k of rank 5": ((Q, zeros(2, 5, 2, 32, 1), KV), {}, ArgumentError, r"k has shape \[2, 5, 2, 32, 1\]; accepted: \[B, T, H, D\]"),
     "v of rank 0": ((Q, KV, zeros()), {}, ArgumentError, r"v has shape \[\]; accepted: \[B, T, H, E\]"),
-    "log_g of rank 4": ((Q, KV, KV, zeros(2, 5, 2, 1, dtype=np.float32)), {}, ArgumentError, r"log_g has shape \[2, 5, 2, 1\]; accepted: \[B, T, H\]"),
+    "log_g of rank 4": (
+        (Q, KV, KV, zeros(2, 5, 2, 1, dtype=np.float32)),
+        {},
+        ArgumentError,
+        r"log_g has shape \[2, 5, 2, 1\]; accepted: \[B, T, H\]",
+    ),
     "q is a list": (([1.0], KV, KV), {}, ArgumentTypeError, r"q: .*list is not an array; accepted: torch.Tensor"),
     "log_g is a number": ((Q, KV, KV, 0.5), {}, ArgumentTypeError, r"log_g: .*float is not an array"),
     "q of integers": ((zeros(2, 5, 4, 32, dtype=np.int32), KV, KV), {}, ArgumentTypeError, r"q.*int32.*accepted"),
@@ -190,16 +209,31 @@ BAD: dict[str, tuple[tuple[Any, ...], dict[str, Any], type[VidrialError], str]] 
     "k of another dtype": ((Q, KV.astype(np.float32), KV), {}, ArgumentTypeError, r"k is float32 and q is float16; accepted: one dtype"),
     "v of another dtype": ((Q, KV, KV.astype(np.float32)), {}, ArgumentTypeError, r"v is float32 and q is float16; accepted: one dtype"),
     "log_g of float16": ((Q, KV, KV, G.astype(np.float16)), {}, ArgumentTypeError, r"log_g is float16; accepted: float32"),
-    "float32 on the host target": ((Q.astype(np.float32), KV, KV), {"target": "host"}, ArgumentTypeError, r"q is float32; accepted: bfloat16, float16"),
+    "float32 on the host target": (
+        (Q.astype(np.float32), KV, KV),
+        {"target": "host"},
+        ArgumentTypeError,
+        r"q is float32; accepted: bfloat16, float16",
+    ),
     "k of another length": ((Q, zeros(2, 6, 2, 32), KV), {}, ArgumentError, r"k has shape \[2, 6, 2, 32\].*accepted: \[2, 5, 2, 32\]"),
     "k of another batch": ((Q, zeros(1, 5, 2, 32), KV), {}, ArgumentError, r"k has shape \[1, 5, 2, 32\].*accepted: \[2, 5, 2, 32\]"),
     "k of another D": ((Q, zeros(2, 5, 2, 64), KV), {}, ArgumentError, r"k has shape \[2, 5, 2, 64\].*accepted: \[2, 5, 2, 32\]"),
     "v of other heads": ((Q, KV, zeros(2, 5, 4, 32)), {}, ArgumentError, r"v has shape \[2, 5, 4, 32\].*accepted: \[2, 5, 2, 32\]"),
-    "log_g of q's heads": ((Q, KV, KV, zeros(2, 5, 4, dtype=np.float32)), {}, ArgumentError, r"log_g has shape \[2, 5, 4\].*accepted: \[2, 5, 2\]"),
+    "log_g of q's heads": (
+        (Q, KV, KV, zeros(2, 5, 4, dtype=np.float32)),
+        {},
+        ArgumentError,
+        r"log_g has shape \[2, 5, 4\].*accepted: \[2, 5, 2\]",
+    ),
     "heads do not divide": ((zeros(2, 5, 3, 32), KV, KV), {}, ArgumentError, r"q has 3 heads and k has 2; accepted: a multiple"),
     "no heads": ((zeros(2, 5, 3, 32), zeros(2, 5, 0, 32), zeros(2, 5, 0, 32)), {}, ArgumentError, r"q has 3 heads and k has 0"),
     "D": ((zeros(1, 5, 1, 48), zeros(1, 5, 1, 48), zeros(1, 5, 1, 32)), {}, UnsupportedError, r"D=48 is not served; accepted: 32, 64, 128"),
-    "E": ((zeros(1, 5, 1, 32), zeros(1, 5, 1, 32), zeros(1, 5, 1, 256)), {}, UnsupportedError, r"E=256 is not served; accepted: 32, 64, 128"),
+    "E": (
+        (zeros(1, 5, 1, 32), zeros(1, 5, 1, 32), zeros(1, 5, 1, 256)),
+        {},
+        UnsupportedError,
+        r"E=256 is not served; accepted: 32, 64, 128",
+    ),
     "too many elements": ((zeros(1, LONG, 1, 32),) * 3, {}, UnsupportedError, rf"q has {LONG * 32} elements; accepted: at most 2\^31"),
     "too many heads": ((zeros(300, 1, 300, 32),) * 3, {}, UnsupportedError, r"q has B x HQ = 90000 heads; accepted: at most 65535"),
     "odd degree": ((Q, KV, KV), {"degree": 3}, UnsupportedError, r"degree=3: an odd power's weights change sign.*accepted: 2, 4"),
@@ -231,7 +265,9 @@ def test_refused_before_anything_runs(case: str, monkeypatch: pytest.MonkeyPatch
 
 def test_mixed_libraries() -> None:
     torch = pytest.importorskip("torch")
-    with pytest.raises(ArgumentTypeError, match=r"k is a torch array on the CPU, q a numpy array on the CPU; accepted: one library and one device"):
+    with pytest.raises(
+        ArgumentTypeError, match=r"k is a torch array on the CPU, q a numpy array on the CPU; accepted: one library and one device"
+    ):
         power_retention(Q, torch.zeros(2, 5, 2, 32, dtype=torch.float16), KV)
 
 
@@ -244,7 +280,7 @@ def test_the_largest_sizes_are_accepted(monkeypatch: pytest.MonkeyPatch) -> None
 @pytest.mark.parametrize("dtype", [DType.bfloat16, DType.float16])
 def test_rounding_to_16_bits(dtype: DType) -> None:
     bits = np.arange(1 << 16, dtype=np.uint16)
-    with np.errstate(invalid="ignore"):      # signalling NaN
+    with np.errstate(invalid="ignore"):  # signalling NaN
         values = widen(bits if dtype is DType.bfloat16 else bits.view(np.float16), dtype)
     finite = np.isfinite(values)
     again = round_to(values[finite].astype(np.float32), dtype).view(np.uint16)
@@ -267,7 +303,9 @@ sys.meta_path.insert(0, Block())
 
 
 def isolated(program: str, *blocked: str) -> str:
-    ended = subprocess.run([sys.executable, "-c", BLOCKED.format(blocked=set(blocked)) + program], capture_output=True, text=True, check=False, cwd=ROOT)
+    ended = subprocess.run(
+        [sys.executable, "-c", BLOCKED.format(blocked=set(blocked)) + program], capture_output=True, text=True, check=False, cwd=ROOT
+    )
     assert ended.returncode == 0, ended.stderr
     return ended.stdout
 

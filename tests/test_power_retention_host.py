@@ -9,11 +9,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-
-import vidrial
-from vidrial import plan as plans
-from vidrial.analysis import Finding, analyse
-from vidrial.host import SCHEDULES, HostStats, Schedule
 from vidrial.kernels.power_retention import power_retention
 from vidrial.kernels.power_retention.attend import Config as Attend
 from vidrial.kernels.power_retention.op import (
@@ -31,9 +26,14 @@ from vidrial.kernels.power_retention.op import (
 )
 from vidrial.kernels.power_retention.scan import Config as Scan
 from vidrial.kernels.power_retention.scan import snapshot_elements, units
+from vidrial.templates import TEMPLATES
+
+import vidrial
+from vidrial import plan as plans
+from vidrial.analysis import Finding, analyse
+from vidrial.host import SCHEDULES, HostStats, Schedule
 from vidrial.op import Stage
 from vidrial.plan import HostPlan, poison
-from vidrial.templates import TEMPLATES
 from vidrial.tiled import LoadMatrix, Operand, TiledCopy, TiledMma
 
 Arrays = dict[str, np.ndarray]
@@ -46,7 +46,9 @@ WIDE = Config(128, Scan(tokens=32, stages=4, warps=8, columns=64, segments=2), A
 TALL = Config(256, Scan(tokens=128, stages=3, warps=4, columns=32, segments=1), Attend(keys=32, m=4, warps=4, stages=2, blocks=1))
 
 
-def run(p: Problem, config: Config, inputs: Arrays, schedule: Schedule = SCHEDULES[0], sanitizer: str | None = None) -> tuple[Arrays, dict[str, HostStats]]:
+def run(
+    p: Problem, config: Config, inputs: Arrays, schedule: Schedule = SCHEDULES[0], sanitizer: str | None = None
+) -> tuple[Arrays, dict[str, HostStats]]:
     """Outputs, poisoned before (as is the workspace), and what the kernels did."""
     results = {name: poison(buffer.shape, buffer.dtype) for name, buffer in op.outputs(p).items()}
     stats = HostPlan(op, p, config, sanitizer).run({**inputs, **results}, schedule)
@@ -68,23 +70,32 @@ def assert_right(p: Problem, config: Config, inputs: Arrays, results: Arrays) ->
 
 
 CASES: dict[str, tuple[dict[str, Any], Config]] = {
-    "one token": (dict(t=1, h=2, d=32), replace(NARROW, chunk=0)),
-    "attention form": (dict(t=193, h=2, d=64), replace(NARROW, chunk=0)),
-    "attention form, fp16, grouped": (dict(t=257, h=2, hq=6, d=64, e=32, dtype="float16"), replace(WIDE, chunk=0, scan=NARROW.scan)),
-    "degree 4": (dict(t=131, h=1, hq=2, d=64, degree=4), replace(NARROW, chunk=0)),
-    "degree 4, no sum, fp16": (dict(t=131, h=1, d=32, degree=4, normalize="none", gated=False, dtype="float16"), replace(NARROW, chunk=0)),
-    "one token past a chunk": (dict(t=129, h=1, d=64), NARROW),
-    "D = 32": (dict(t=515, b=2, h=1, hq=2, d=32), SEGMENTED),
-    "D = 32, no gates": (dict(t=515, h=1, d=32, gated=False), SEGMENTED),
-    "D = 32, no sum": (dict(t=515, h=1, d=32, normalize="none"), SEGMENTED),
-    "D = 64, grouped by 3": (dict(t=389, h=1, hq=3, d=64), WIDE),
-    "D = 64, fp16": (dict(t=389, h=1, d=64, dtype="float16"), WIDE),
-    "D = 128": (dict(t=263, h=1, d=128), replace(WIDE, attend=replace(WIDE.attend, blocks=1, keys=32))),
-    "E > D": (dict(t=300, h=1, d=32, e=128), replace(NARROW, attend=Attend(keys=32, m=2, warps=4, stages=2, blocks=2))),
-    "E < D": (dict(t=400, h=1, hq=2, d=64, e=32), replace(SEGMENTED, attend=Attend(keys=32, m=4, warps=2, stages=2, blocks=2))),
-    "E < D = 128, fp16": (dict(t=150, h=1, d=128, e=64, dtype="float16"), replace(NARROW, attend=Attend(keys=32, m=2, warps=4, stages=2, blocks=1))),
-    "chunk 256": (dict(t=777, h=1, d=32), TALL),
-    "chunk 512": (dict(t=1025, h=1, d=32), replace(TALL, chunk=512)),
+    "one token": ({"t": 1, "h": 2, "d": 32}, replace(NARROW, chunk=0)),
+    "attention form": ({"t": 193, "h": 2, "d": 64}, replace(NARROW, chunk=0)),
+    "attention form, fp16, grouped": (
+        {"t": 257, "h": 2, "hq": 6, "d": 64, "e": 32, "dtype": "float16"},
+        replace(WIDE, chunk=0, scan=NARROW.scan),
+    ),
+    "degree 4": ({"t": 131, "h": 1, "hq": 2, "d": 64, "degree": 4}, replace(NARROW, chunk=0)),
+    "degree 4, no sum, fp16": (
+        {"t": 131, "h": 1, "d": 32, "degree": 4, "normalize": "none", "gated": False, "dtype": "float16"},
+        replace(NARROW, chunk=0),
+    ),
+    "one token past a chunk": ({"t": 129, "h": 1, "d": 64}, NARROW),
+    "D = 32": ({"t": 515, "b": 2, "h": 1, "hq": 2, "d": 32}, SEGMENTED),
+    "D = 32, no gates": ({"t": 515, "h": 1, "d": 32, "gated": False}, SEGMENTED),
+    "D = 32, no sum": ({"t": 515, "h": 1, "d": 32, "normalize": "none"}, SEGMENTED),
+    "D = 64, grouped by 3": ({"t": 389, "h": 1, "hq": 3, "d": 64}, WIDE),
+    "D = 64, fp16": ({"t": 389, "h": 1, "d": 64, "dtype": "float16"}, WIDE),
+    "D = 128": ({"t": 263, "h": 1, "d": 128}, replace(WIDE, attend=replace(WIDE.attend, blocks=1, keys=32))),
+    "E > D": ({"t": 300, "h": 1, "d": 32, "e": 128}, replace(NARROW, attend=Attend(keys=32, m=2, warps=4, stages=2, blocks=2))),
+    "E < D": ({"t": 400, "h": 1, "hq": 2, "d": 64, "e": 32}, replace(SEGMENTED, attend=Attend(keys=32, m=4, warps=2, stages=2, blocks=2))),
+    "E < D = 128, fp16": (
+        {"t": 150, "h": 1, "d": 128, "e": 64, "dtype": "float16"},
+        replace(NARROW, attend=Attend(keys=32, m=2, warps=4, stages=2, blocks=1)),
+    ),
+    "chunk 256": ({"t": 777, "h": 1, "d": 32}, TALL),
+    "chunk 512": ({"t": 1025, "h": 1, "d": 32}, replace(TALL, chunk=512)),
 }
 
 
@@ -174,7 +185,9 @@ def test_rows_that_must_be_copied() -> None:
     whole = np.zeros((1, 70, 2, 36), np.float16)
     whole[..., 1:33] = inputs["q"]
     features_first = np.ascontiguousarray(inputs["k"].transpose(0, 3, 1, 2)).transpose(0, 2, 3, 1)
-    again = power_retention(whole[..., 1:33], features_first, np.ascontiguousarray(inputs["v"][:, ::-1])[:, ::-1], inputs["log_g"], chunk=0, target="host")
+    again = power_retention(
+        whole[..., 1:33], features_first, np.ascontiguousarray(inputs["v"][:, ::-1])[:, ::-1], inputs["log_g"], chunk=0, target="host"
+    )
     assert (y == again).all()
     assert_right(p, replace(NARROW, chunk=0), inputs, {"y": y})
 
@@ -261,8 +274,11 @@ def test_the_right_kernel_is_not() -> None:
 def findings(stage: Stage, row_bytes: dict[str, int]) -> dict[str, list[Finding]]:
     """What the analysis says of each copy and load of a kernel."""
     members = stage.kernel.resolve(stage.problem, stage.config).members
-    return {name: analyse(member, name, row_bytes.get(name)) for name, member in members.items()
-            if isinstance(member, (TiledCopy, LoadMatrix, Operand)) or (isinstance(member, TiledMma) and (member.a or member.b) is not None)}
+    return {
+        name: analyse(member, name, row_bytes.get(name))
+        for name, member in members.items()
+        if isinstance(member, (TiledCopy, LoadMatrix, Operand)) or (isinstance(member, TiledMma) and (member.a or member.b) is not None)
+    }
 
 
 def copied(found: dict[str, list[Finding]], stage: Stage, name: str, rows: int) -> tuple[int, int]:
@@ -275,10 +291,13 @@ def copied(found: dict[str, list[Finding]], stage: Stage, name: str, rows: int) 
 
 
 PREDICTED = {
-    "narrow": (dict(t=512, h=2, d=32), replace(NARROW, scan=replace(NARROW.scan, segments=2))),
-    "wide, grouped": (dict(t=512, h=1, hq=2, d=64), WIDE),
-    "D = 128, E = 64": (dict(t=256, h=1, d=128, e=64), replace(WIDE, attend=replace(WIDE.attend, keys=32, blocks=1), scan=replace(WIDE.scan, segments=1))),
-    "E > D, no gates": (dict(t=512, h=1, d=32, e=64, gated=False), replace(TALL, attend=WIDE.attend)),
+    "narrow": ({"t": 512, "h": 2, "d": 32}, replace(NARROW, scan=replace(NARROW.scan, segments=2))),
+    "wide, grouped": ({"t": 512, "h": 1, "hq": 2, "d": 64}, WIDE),
+    "D = 128, E = 64": (
+        {"t": 256, "h": 1, "d": 128, "e": 64},
+        replace(WIDE, attend=replace(WIDE.attend, keys=32, blocks=1), scan=replace(WIDE.scan, segments=1)),
+    ),
+    "E > D, no gates": ({"t": 512, "h": 1, "d": 32, "e": 64, "gated": False}, replace(TALL, attend=WIDE.attend)),
 }
 
 
@@ -312,12 +331,22 @@ def test_the_analysis_predicts_what_is_counted(case: str) -> None:
     square = p.hq * chunks * blocks * config.attend.rows // config.attend.keys
     # A block's decay: 8 bytes a key in the CTA's own square, 4 before it.
     per_square, per_block = config.attend.keys * 8, config.attend.keys * 4
-    decay = (gate_sectors * (square * -(-per_square // 512) + (keys - square) * -(-per_block // 512)),
-             gate_sectors * (square * per_square + (keys - square) * per_block) // 32)
+    decay = (
+        gate_sectors * (square * -(-per_square // 512) + (keys - square) * -(-per_block // 512)),
+        gate_sectors * (square * per_square + (keys - square) * per_block) // 32,
+    )
     state = snapshot_elements(p.d, p.e, normalized=False) // p.e
-    expected = np.sum([copied(found, attend, "CopyQ", p.hq * p.t), copied(found, attend, "CopyK", keys * config.attend.keys),
-                       copied(found, attend, "CopyV", keys * config.attend.keys), copied(found, attend, "CopyZ", with_state * p.d),
-                       copied(found, attend, "CopyS", with_state * state), decay], axis=0)
+    expected = np.sum(
+        [
+            copied(found, attend, "CopyQ", p.hq * p.t),
+            copied(found, attend, "CopyK", keys * config.attend.keys),
+            copied(found, attend, "CopyV", keys * config.attend.keys),
+            copied(found, attend, "CopyZ", with_state * p.d),
+            copied(found, attend, "CopyS", with_state * state),
+            decay,
+        ],
+        axis=0,
+    )
     got = stats["power_attend"]
     assert (got.cp_async_requests, got.cp_async_sectors) == tuple(expected)
     assert got.ldmatrix_conflicts == 0 and got.ldmatrix > 0

@@ -1,4 +1,4 @@
-"""What is known of power retention's kernels before anything runs: which configs are legal and why, what they compile to, what they need."""
+"""Power retention's kernels before anything runs: which configs are legal and why, what they compile to, what they need."""
 
 from __future__ import annotations
 
@@ -7,25 +7,25 @@ import time
 from typing import Any
 
 import pytest
+from vidrial.kernels.power_retention import attend, gates, scan
+from vidrial.kernels.power_retention.op import Config, example, op, stages, workspace
 
 from vidrial.build import build_many
 from vidrial.compile import Cubin
 from vidrial.device import Device
 from vidrial.errors import ConfigError, TemplateError
-from vidrial.kernels.power_retention import attend, gates, scan
-from vidrial.kernels.power_retention.op import Config, example, op, stages, workspace
 from vidrial.problem import StaticView, fields
 from vidrial.render import Tiles
 from vidrial.space import describe
 
 H200, A100 = Device.of("h200"), Device.of("a100")
 PROBLEMS: dict[str, dict[str, Any]] = {
-    "short": dict(t=333, d=64),
-    "medium": dict(t=10_007, d=64),
-    "long, D = 128": dict(t=65_537, h=8, d=128),
-    "E != D, fp16": dict(t=10_007, d=128, e=64, dtype="float16"),
-    "D = 32, no gates": dict(t=5_001, d=32, gated=False, normalize="none"),
-    "degree 4": dict(t=2_001, d=64, degree=4),
+    "short": {"t": 333, "d": 64},
+    "medium": {"t": 10_007, "d": 64},
+    "long, D = 128": {"t": 65_537, "h": 8, "d": 128},
+    "E != D, fp16": {"t": 10_007, "d": 128, "e": 64, "dtype": "float16"},
+    "D = 32, no gates": {"t": 5_001, "d": 32, "gated": False, "normalize": "none"},
+    "degree 4": {"t": 2_001, "d": 64, "degree": 4},
 }
 
 
@@ -34,7 +34,7 @@ def test_the_configs_predicted_best_compile_without_spills(device: Device) -> No
     sources = {}
     for name, keywords in PROBLEMS.items():
         p = example(**keywords)
-        for config in list(op.space(p, device, limit=3))[:2 if name == "medium" else 1]:
+        for config in list(op.space(p, device, limit=3))[: 2 if name == "medium" else 1]:
             for stage in stages(p, config):
                 source = stage.kernel.source(stage.problem, stage.config)
                 sources[source.text] = source, f"{name}: {stage.kernel.name} {describe(stage.config)}"
@@ -60,8 +60,13 @@ def test_another_length_compiles_nothing(name: str) -> None:
 def test_static_facts_change_the_source() -> None:
     p = example(t=1000, d=64)
     config = op.predicted(p, H200)
-    texts = {stages(x, config)[-1].kernel.source(stages(x, config)[-1].problem, config.attend).text
-             for x in (p, *(example(**{"t": 1000, "d": 64, **k}) for k in (dict(e=32), dict(dtype="float16"), dict(gated=False), dict(normalize="none"))))}
+    texts = {
+        stages(x, config)[-1].kernel.source(stages(x, config)[-1].problem, config.attend).text
+        for x in (
+            p,
+            *(example(**{"t": 1000, "d": 64, **k}) for k in ({"e": 32}, {"dtype": "float16"}, {"gated": False}, {"normalize": "none"})),
+        )
+    }
     assert len(texts) == 5
 
 
@@ -78,13 +83,35 @@ def test_tiles_may_not_read_what_a_launch_decides(kernel: Any) -> None:
 
 
 SCAN = scan.Problem(*(example(t=1).dtype, 64, 64, True, True), b=1, t=1000, h=1, chunk=256, k_stride=(0, 0, 0), v_stride=(0, 0, 0))
-ATTEND = attend.Problem(SCAN.dtype, 64, 64, 2, True, True, True, b=1, t=1000, hq=1, h=1, chunk=256, weight_scale=1.0,
-                        q_stride=(0, 0, 0), k_stride=(0, 0, 0), v_stride=(0, 0, 0), y_stride=(0, 0, 0))
+ATTEND = attend.Problem(
+    SCAN.dtype,
+    64,
+    64,
+    2,
+    True,
+    True,
+    True,
+    b=1,
+    t=1000,
+    hq=1,
+    h=1,
+    chunk=256,
+    weight_scale=1.0,
+    q_stride=(0, 0, 0),
+    k_stride=(0, 0, 0),
+    v_stride=(0, 0, 0),
+    y_stride=(0, 0, 0),
+)
 BROKEN: dict[str, tuple[Any, Any, Any, str]] = {
     "columns": (scan.power_scan, dataclasses.replace(SCAN, e=32), scan.Config(columns=64), "columns=64 must divide d=64 and e=32"),
     "tokens": (scan.power_scan, dataclasses.replace(SCAN, chunk=64), scan.Config(tokens=128), "tokens=128 must divide chunk=64"),
     "segments": (scan.power_scan, SCAN, scan.Config(segments=4), "segments=4 must be fewer than the 4 chunks"),
-    "scan's shared memory": (scan.power_scan, dataclasses.replace(SCAN, d=128, e=128, chunk=128), scan.Config(tokens=128, stages=5), "bytes of shared memory"),
+    "scan's shared memory": (
+        scan.power_scan,
+        dataclasses.replace(SCAN, d=128, e=128, chunk=128),
+        scan.Config(tokens=128, stages=5),
+        "bytes of shared memory",
+    ),
     "rows": (attend.power_attend, dataclasses.replace(ATTEND, chunk=64), attend.Config(), "the 128 rows of a CTA must divide chunk=64"),
     "keys": (attend.power_attend, ATTEND, attend.Config(keys=128, m=2, warps=2), "keys=128 must divide the 64 rows of a CTA"),
     "registers": (attend.power_attend, ATTEND, attend.Config(m=4, keys=128), "accumulators"),
@@ -112,7 +139,7 @@ def test_the_space(name: str) -> None:
     p = example(**PROBLEMS[name])
     begin = time.perf_counter()
     space = op.space(p, H200)
-    assert time.perf_counter() - begin < 5       # 1 s on a quiet machine
+    assert time.perf_counter() - begin < 5  # 1 s on a quiet machine
     seconds = [candidate.seconds for candidate in space.legal]
     assert len(seconds) == 256 and seconds == sorted(seconds) and seconds[0] > 1e-6
     assert len({candidate.config for candidate in space.legal}) == 256

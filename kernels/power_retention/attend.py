@@ -14,7 +14,7 @@ from vidrial.atoms import MMA_16x8x16, cp_async, ldmatrix
 from vidrial.device import Device
 from vidrial.dtypes import DType
 from vidrial.kernel import Kernel
-from vidrial.kernels.power_retention.scan import snapshot_elements, state_tiles
+from vidrial.kernels.power_retention.scan import pair_tiles, snapshot_elements
 from vidrial.problem import choice, dynamic, static
 from vidrial.render import Arguments, Tiles
 from vidrial.space import Cost
@@ -78,9 +78,9 @@ def tiles(p: Problem, c: Config) -> Tiles:
     Pipeline(c.stages)
     q = SmemLayout(p.dtype, c.rows, p.d)
     k, v = SmemLayout(p.dtype, c.keys, p.d, stages=c.stages), SmemLayout(p.dtype, c.keys, p.e, stages=c.stages)
-    # A stage of the ring holds a block of keys and values, or a few tiles of S, or rows of Z.
-    kv_bytes = k.bytes + v.bytes
-    s_tiles = max(1, kv_bytes // (128 * p.e))
+    # A stage of the ring holds a block of keys and values, or a few pair tiles of S, or rows of Z.
+    kv_bytes, pairs = k.bytes + v.bytes, pair_tiles(p.d)
+    s_tiles = max((n for n in (2, 4) if pairs % n == 0 and n * 128 * p.e <= kv_bytes), default=1)
     s = SmemLayout(bf16, 64 * s_tiles, p.e)
     z = SmemLayout(bf16, max((n for n in (32, 64, 128) if p.d % n == 0 and 2 * n * p.d <= max(kv_bytes, s.bytes)), default=16), p.d)
     stage_bytes = max(kv_bytes, s.bytes, z.bytes)
@@ -92,18 +92,16 @@ def tiles(p: Problem, c: Config) -> Tiles:
     ps = TiledMma(MMA_16x8x16[bf16], warps, (c.rows, p.e, 64 * s_tiles), b=s.transposed, bands=True)
     qz = TiledMma(MMA_16x8x16[bf16], warps, (c.rows, p.d, z.rows), b=z.transposed, bands=True)
     blocks, band = range(0, p.d, 8), 16 * c.m
-    squares = tuple((16 * m, i) for m in range(c.m) for i in range(0, p.d, 32))
     return Tiles(
         threads=threads, min_blocks=c.blocks, smem=SharedMemory(Q=q, Ring=c.stages * stage_bytes, Decay=8 * c.keys * c.stages),
         Elem=p.dtype, d=p.d, e=p.e, degree=p.degree, gated=p.gated, normalized=p.normalized, stateful=p.stateful,
-        rows=c.rows, keys=c.keys, stages=c.stages, stage_bytes=stage_bytes, s_tiles=s_tiles, s_stages=-(-state_tiles(p.d) // s_tiles),
+        rows=c.rows, keys=c.keys, stages=c.stages, stage_bytes=stage_bytes, s_tiles=s_tiles, s_stages=pairs // s_tiles,
         z_rows=z.rows, z_stages=p.d // z.rows if p.normalized else 0, snapshot=snapshot_elements(p.d, p.e, p.normalized),
         Q=q, K=k, V=v, S=s, QK=qk, PV=pv, PS=ps, QZ=qz,
         CopyQ=TiledCopy(copy, q, threads), CopyK=TiledCopy(copy, k, threads), CopyV=TiledCopy(copy, v, threads),
         CopyS=TiledCopy(copy, s, threads), CopyZ=TiledCopy(copy, z, threads),
         # For phi(q): features of block J as fragments, features of block I as the pairs of one row.
         RowsJ=LoadMatrix(q, ldmatrix(4), threads, lambda t: (t // 32 * band + t % 32, 0), tuple((16 * m, j) for m in range(0, c.m, 2) for j in blocks)),
-        RowsSquares=LoadMatrix(q, ldmatrix(4), threads, lambda t: (t // 32 * band + t % 16, t // 16 % 2 * 16), squares, ((0, 8),)),
         RowsI=LoadVector(q, threads, lambda t: (t // 32 * band + t % 32 // 4, 0), tuple((8 * h, i) for h in range(2 * c.m) for i in blocks)),
     )
 
@@ -130,7 +128,7 @@ def cost(p: Problem, c: Config, device: Device) -> Cost:
     intra, state = 2 * p.b * p.hq * p.t * keys * (p.d + p.e), 2 * p.b * p.hq * with_state * size
     # Measured on an H200: the state wants warps to hide behind, the keys' blocks fewer barriers.
     busy = 0.42 * (1.0 if c.keys == 64 else 0.94), 0.55 * (1.0 if c.blocks * c.warps >= 12 else 0.94 if c.blocks * c.warps >= 8 else 0.8)
-    efficiency = (intra + state) / (intra / busy[0] + state / busy[1]) if intra else 1.0
+    efficiency = (intra + state) / (intra / busy[0] + state / busy[1])
     read = p.b * (p.t * 2 * (p.hq + p.h) * (p.d + p.e) + (p.chunks - 1) * p.h * size * 2)
     ctas = grid(p, c)[0] * p.b * p.hq
     return Cost(flops=intra + state, bytes=read, ctas=ctas, ctas_per_sm=c.blocks, efficiency=efficiency)

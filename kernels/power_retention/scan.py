@@ -1,7 +1,7 @@
 """Stage 2: the state before every chunk (`power_scan.cuh`), a state-stationary scan; and stage 3, which joins its segments.
 
-A warp owns 64 rows x `columns` columns of the state in registers over all chunks: 33 tiles of phi and one block of Z for D = 64,
-129 and 2 for D = 128. Few heads do not fill a GPU with such warps, so the sequence may be cut into `segments` that are
+A warp owns 64 rows x `columns` columns of the state in registers over all chunks: 36 pair tiles of phi and one block of Z for
+D = 64, 136 and 2 for D = 128. Few heads do not fill a GPU with such warps, so the sequence may be cut into `segments` that are
 scanned side by side from zero; `power_carry` then adds to each later segment what the earlier ones leave behind.
 """
 
@@ -23,15 +23,14 @@ from vidrial.templates import TEMPLATES
 from vidrial.tiled import LoadMatrix, Pipeline, SharedMemory, SmemLayout, TiledCopy, TiledMma
 
 
-def state_tiles(d: int) -> int:
-    """Tiles of 64 products that hold the symmetric square of d features (`power_tiles.cuh`): pairs of blocks, merged diagonals, squares."""
-    blocks = d // 8
-    return blocks * (blocks - 1) // 2 + blocks // 2 + 1
+def pair_tiles(d: int) -> int:
+    """8 x 8 tiles of the symmetric square of d features: one a pair of blocks I <= J."""
+    return d // 8 * (d // 8 + 1) // 2
 
 
 def snapshot_elements(d: int, e: int, normalized: bool) -> int:
-    """Elements of one head's state: Z [d, d] if there is a normaliser, then 64 rows of e a tile."""
-    return (d * d if normalized else 0) + state_tiles(d) * 64 * e
+    """Elements of one head's state: Z [d, d] if there is a normaliser, then 64 rows of e a pair tile."""
+    return (d * d if normalized else 0) + pair_tiles(d) * 64 * e
 
 
 @dataclass(frozen=True)
@@ -73,7 +72,7 @@ ARGS = Arguments(k="Elem const*", v="Elem const*", a="float2 const*", to_end="fl
 def units(p: Problem, c: Config) -> int:
     """Warps of work a head."""
     z = max(1, p.d // 64) * (p.d // c.columns) if p.normalized else 0
-    return state_tiles(p.d) * (p.e // c.columns) + z
+    return pair_tiles(p.d) * (p.e // c.columns) + z
 
 
 def tiles(p: Problem, c: Config) -> Tiles:
@@ -87,7 +86,6 @@ def tiles(p: Problem, c: Config) -> Tiles:
     trans, plain = ldmatrix(4, transposed=True), ldmatrix(4)
     blocks = tuple((0, 8 * i) for i in range(p.d // 8))
     splats = tuple((2 * m, t) for m in range(4) for t in range(0, c.tokens, 16))
-    squares = tuple((t, 32 * m) for t in range(0, c.tokens, 16) for m in range(p.d // 32))
     z_rows, atom = min(64, p.d), MMA_16x8x16[bf16]
     state = TiledMma(atom, warps=(1, 1), tile=(64, c.columns, c.tokens), b=v16.transposed)
     z = TiledMma(atom, warps=(1, 1), tile=(z_rows, c.columns, c.tokens), a=k16.transposed, b=k16.transposed)
@@ -99,9 +97,6 @@ def tiles(p: Problem, c: Config) -> Tiles:
         K=k, V=v, Products=products, products_bytes=2 * products.bytes, State=state, Z=z,
         CopyK=TiledCopy(copy, k, threads), CopyV=TiledCopy(copy, v, threads),
         Tokens=LoadMatrix(k, trans, 32, lambda lane: (lane, 0), tuple((t, 0) for t in range(0, c.tokens, 32)), blocks),
-        Diagonal=LoadMatrix(k, trans, 32, lambda lane: (lane % 16, lane // 16 * 8), tuple((t, 0) for t in range(0, c.tokens, 16)), blocks[::2]),
-        # Rows are features 8 to 15 and 24 to 31 of each 32: those of the odd blocks.
-        Squares=LoadMatrix(k, trans, 32, lambda lane: (lane % 8 + lane // 16 * 8, lane // 8 % 2 * 16), squares, ((0, 8),)),
         Broadcast=LoadMatrix(products, plain, 32, lambda lane: (lane // 8 % 2, lane // 16 * 8), splats),
     )
 

@@ -1,7 +1,7 @@
 // The output of power retention: y = (phi(q) S + causal power attention inside the chunk) / normaliser, in one kernel.
 //
 // A CTA owns `Tiles::rows` queries of one head. Through one ring of shared memory it streams the state before its chunk (Z, then the
-// tiles of S, power_tiles.cuh) and then the keys and values of the chunk up to its own rows. phi(q) is made in registers; the scores' accumulator
+// pair tiles of S) and then the keys and values of the chunk up to its own rows. phi(q) is made in registers; the scores' accumulator
 // becomes the A operand of the second product without leaving them. The weights carry no scale: it meets them in the epilogue.
 //
 // Decay is exact and never overflows. With r = a just before the query tile, every factor is at most 1:
@@ -11,7 +11,6 @@
 // so the row factor 2^(a_i - r) is applied once, between the second kind and the third.
 #pragma once
 #include <vidrial/power_gates.cuh>
-#include <vidrial/power_tiles.cuh>
 #include <vidrial/shared_memory.cuh>
 #include <vidrial/tiled.cuh>
 
@@ -34,8 +33,7 @@ CUTE_DEVICE void power_attend(Args const& p) {
   using PV = typename Tiles::PV;
   using Smem = typename Tiles::Smem;
   constexpr int D = Tiles::d, kRows = Tiles::rows, kKeys = Tiles::keys, kStages = Tiles::stages, kDegree = Tiles::degree;
-  using State = StateTiles<D>;
-  constexpr int M = PV::M;
+  constexpr int M = PV::M, kBlocks = D / 8, kPairs = kBlocks * (kBlocks + 1) / 2;
   constexpr bool kGated = Tiles::gated, kNormalized = Tiles::normalized;
   VIDRIAL_SHARED_MEMORY(raw);
 
@@ -62,7 +60,7 @@ CUTE_DEVICE void power_attend(Args const& p) {
     uint32_t const at = stage * Tiles::stage_bytes;
     if (fetched < state_stages) {
       if (fetched < Tiles::z_stages) { copy_z.full(at); copy_z.source += Tiles::z_rows * D; }
-      else { copy_s(at, (State::kAll - (fetched - Tiles::z_stages) * Tiles::s_tiles) * 64); copy_s.source += Tiles::s_tiles * 64 * Tiles::e; }
+      else { copy_s.full(at); copy_s.source += Tiles::s_tiles * 64 * Tiles::e; }
     } else if (int const j = fetched - state_stages; j < key_blocks) {
       int const j0 = c0 + j * kKeys;
       copy_k(at, p.t - j0); copy_k.source += kKeys * p.k_stride[1];
@@ -145,92 +143,46 @@ CUTE_DEVICE void power_attend(Args const& p) {
       typename Tiles::RowsJ load_j(smem + Smem::Q, thread, 0, 0);
       typename Tiles::RowsI load_i(smem + Smem::Q, thread, 0, 0);
       uint32_t qi[M][2][4];
-      int i = 0, j = 1;
-      auto product = [&](uint32_t const (&phi)[M][4], int stage, int tile, int k) {
-        uint32_t fs[PV::N][2];
-        load_s.load(stage * Tiles::stage_bytes, tile * 4 + k, fs);
-        PS::multiply(o, phi, fs);
-      };
-      auto load_rows_j = [&](int block, uint32_t (&x)[M][2]) {
-        CUTE_UNROLL
-        for (int m = 0; m < M; m += 2) load_j(0, m * 16, block * 8, x[m][0], x[m][1], x[m + 1][0], x[m + 1][1]);
-        CUTE_UNROLL
-        for (int m = 0; m < M; ++m) { x[m][0] = Pair::to_bf16(x[m][0]); x[m][1] = Pair::to_bf16(x[m][1]); }
-      };
-      auto pair = [&](int stage, int tile) {
-        if (j == i + 1) {                              // a new block I: its features, as pairs, for every row
-          CUTE_UNROLL
-          for (int m = 0; m < M; ++m) {
-            CUTE_UNROLL
-            for (int h = 0; h < 2; ++h) {
-              load_i(m * 16 + h * 8, i * 8, qi[m][h]);
-              CUTE_UNROLL
-              for (int x = 0; x < 4; ++x) qi[m][h][x] = Pair::to_bf16(qi[m][h][x]);
-            }
-          }
-        }
-        uint32_t qj[M][2];
-        load_rows_j(j, qj);
-        CUTE_UNROLL
-        for (int k = 0; k < 4; ++k) {
-          uint32_t phi[M][4];
-          CUTE_UNROLL
-          for (int m = 0; m < M; ++m) {
-            CUTE_UNROLL
-            for (int r = 0; r < 4; ++r) {
-              uint32_t const x = qi[m][r % 2][k];
-              phi[m][r] = multiply_bf16(r / 2 ? splat_high(x) : splat_low(x), qj[m][r % 2]);
-            }
-          }
-          product(phi, stage, tile, k);
-        }
-        if (++j == State::kBlocks) { ++i; j = i + 1; }
-      };
-      // Products of the first block where j >= i, of the second where j < i; of the pair j = 2t, 2t + 1 that i splits, one of each.
-      auto merged = [&](int stage, int tile, int first) {
-        uint32_t qa[M][2], qb[M][2];
-        load_rows_j(first, qa);
-        load_rows_j(first + 1, qb);
-        int const t = lane % 4;
-        CUTE_NO_UNROLL
-        for (int k = 0; k < 4; ++k) {
-          uint32_t phi[M][4];
-          CUTE_UNROLL
-          for (int m = 0; m < M; ++m) {
-            CUTE_UNROLL
-            for (int h = 0; h < 2; ++h) {
-              uint32_t const xa = Pair::to_bf16(load_i.word(m * 16 + h * 8, first * 8, k)), xb = Pair::to_bf16(load_i.word(m * 16 + h * 8, first * 8 + 8, k));
-              phi[m][h] = t >= k ? multiply_bf16(splat_low(xa), qa[m][h]) : multiply_bf16(splat_low(xb), qb[m][h]);
-              uint32_t const ya = multiply_bf16(splat_high(xa), qa[m][h]), yb = multiply_bf16(splat_high(xb), qb[m][h]);
-              phi[m][2 + h] = t > k ? ya : t < k ? yb : (ya & 0xffff0000u) | (yb & 0xffffu);
-            }
-          }
-          product(phi, stage, tile, k);
-        }
-      };
-      auto squares = [&](int stage, int tile) {
-        typename Tiles::RowsSquares load_squares(smem + Smem::Q, thread, 0, 8);
-        CUTE_NO_UNROLL
-        for (int k = 0; k < State::kSquareAtoms; ++k) {
-          uint32_t phi[M][4];
-          CUTE_UNROLL
-          for (int m = 0; m < M; ++m) {
-            load_squares(0, m * 16, k * 32, phi[m][0], phi[m][1], phi[m][2], phi[m][3]);
-            CUTE_UNROLL
-            for (int r = 0; r < 4; ++r) { phi[m][r] = Pair::to_bf16(phi[m][r]); phi[m][r] = multiply_bf16(phi[m][r], phi[m][r]); }
-          }
-          product(phi, stage, tile, k);
-        }
-      };
+      int i = 0, j = 0;
       CUTE_NO_UNROLL
       for (int s = 0; s < Tiles::s_stages; ++s) {
         int const stage = next();
         CUTE_NO_UNROLL
         for (int tile = 0; tile < Tiles::s_tiles; ++tile) {
-          int const index = s * Tiles::s_tiles + tile;
-          if (index < State::kPairs) pair(stage, tile);
-          else if (State::is_merged(index)) merged(stage, tile, 2 * (index - State::kPairs));
-          else if (State::is_squares(index)) squares(stage, tile);
+          if (i == j) {                                // a new block I: its features, as pairs, for every row
+            CUTE_UNROLL
+            for (int m = 0; m < M; ++m) {
+              CUTE_UNROLL
+              for (int h = 0; h < 2; ++h) {
+                load_i(m * 16 + h * 8, i * 8, qi[m][h]);
+                CUTE_UNROLL
+                for (int x = 0; x < 4; ++x) qi[m][h][x] = Pair::to_bf16(qi[m][h][x]);
+              }
+            }
+          }
+          uint32_t qj[M][2];
+          CUTE_UNROLL
+          for (int m = 0; m < M; m += 2) load_j(0, m * 16, j * 8, qj[m][0], qj[m][1], qj[m + 1][0], qj[m + 1][1]);
+          CUTE_UNROLL
+          for (int m = 0; m < M; ++m) {
+            CUTE_UNROLL
+            for (int h = 0; h < 2; ++h) qj[m][h] = Pair::to_bf16(qj[m][h]);
+          }
+          CUTE_UNROLL
+          for (int k = 0; k < 4; ++k) {
+            uint32_t phi[M][4], fs[PV::N][2];
+            CUTE_UNROLL
+            for (int m = 0; m < M; ++m) {
+              CUTE_UNROLL
+              for (int r = 0; r < 4; ++r) {
+                uint32_t const x = qi[m][r % 2][k];
+                phi[m][r] = multiply_bf16(r / 2 ? splat_high(x) : splat_low(x), qj[m][r % 2]);
+              }
+            }
+            load_s.load(stage * Tiles::stage_bytes, tile * 4 + k, fs);
+            PS::multiply(o, phi, fs);
+          }
+          if (++j == kBlocks) j = ++i;
         }
       }
     }

@@ -2,18 +2,26 @@
 //
 //   S_{n+1} = 2^(a_end) S_n + sum_t to_end_t phi(k_t) v_t^T        Z_{n+1} = 2^(a_end) Z_n + sum_t to_end_t k_t k_t^T
 //
-// A warp owns one 64-row tile of the state (power_tiles.cuh), or 64 rows of Z, times `columns` columns of V, in float over all chunks
-// of its segment; before each chunk it writes a bf16 snapshot. phi is made in registers: k_j^T comes by ldmatrix.trans, k_i by a
-// *broadcast* ldmatrix of a warp-private copy of k^T, so that one load is the k_i of a whole fragment.
+// phi(k) has one 8 x 8 tile of products k_i k_j a pair of blocks (I <= J) of 8 features. A warp owns 64 rows of the state, one pair
+// tile (or 64 rows of Z), times `columns` columns of V, in float over all chunks of its segment; before each chunk it writes a bf16
+// snapshot. phi is made in registers: k_j^T comes by ldmatrix.trans, k_i by a *broadcast* ldmatrix of a warp-private copy of k^T, so
+// that one load is the k_i of a whole fragment.
 //
-// Snapshot of (head, chunk): Z [D][D] (if normalised), then the tiles, [64][E] each, times how often their products count.
+// Snapshot of (head, chunk): Z [D][D] (if normalised), then pair tiles [64][E], (I, J) lexicographic, row 8 (i % 8) + j % 8, those with
+// I < J times 2: each of their products stands for two of the square.
 #pragma once
 #include <vidrial/power_gates.cuh>
-#include <vidrial/power_tiles.cuh>
 #include <vidrial/shared_memory.cuh>
 #include <vidrial/tiled.cuh>
 
 namespace vidrial {
+
+// Pair p of the lexicographic list of (I <= J) over n blocks.
+CUTE_DEVICE int2 block_pair(int p, int n) {
+  int i = 0;
+  while (p >= n - i) { p -= n - i; ++i; }
+  return make_int2(i, i + p);
+}
 
 template <class Tiles, class Args>
 CUTE_DEVICE void power_scan(Args const& p) {
@@ -21,21 +29,19 @@ CUTE_DEVICE void power_scan(Args const& p) {
   using Mma = typename Tiles::State;
   using Smem = typename Tiles::Smem;
   constexpr int D = Tiles::d, E = Tiles::e, kTokens = Tiles::tokens, kStages = Tiles::stages, kColumns = Tiles::columns;
-  using State = StateTiles<D>;
-  constexpr int kStateUnits = State::kAll * (E / kColumns);
+  constexpr int kBlocks = D / 8, kPairs = kBlocks * (kBlocks + 1) / 2, kStateUnits = kPairs * (E / kColumns);
   constexpr int kZRows = D < 64 ? D : 64, kZUnits = Tiles::normalized ? (D / kZRows) * (D / kColumns) : 0;
-  constexpr int kZSize = Tiles::normalized ? D * D : 0, kSnapshot = kZSize + State::kAll * 64 * E;
+  constexpr int kZSize = Tiles::normalized ? D * D : 0, kSnapshot = kZSize + kPairs * 64 * E;
   constexpr int kWarps = Tiles::threads / 32;
   VIDRIAL_SHARED_MEMORY(raw);
 
   // NOTE: through a shuffle, so that the compiler knows the warp's index to be uniform.
   int const thread = threadIdx.x, lane = thread % 32, warp = __shfl_sync(~0u, thread / 32, 0), head = blockIdx.z;
-  int const unit = blockIdx.x * kWarps + warp, z_unit = unit - kStateUnits;
-  int const column = (z_unit < 0 ? unit % (E / kColumns) : z_unit % (D / kColumns)) * kColumns;
-  int const tile = z_unit < 0 ? unit / (E / kColumns) : z_unit / (D / kColumns);
-  enum { kPair, kMerged, kSquares, kZ, kIdle };
-  int const kind = z_unit >= 0 ? (z_unit < kZUnits ? kZ : kIdle) : State::is_squares(tile) ? kSquares : State::is_merged(tile) ? kMerged : kPair;
-  int2 const pair = State::blocks(kind < kSquares ? tile : 0);
+  int const unit = blockIdx.x * kWarps + warp;
+  bool const is_z = unit >= kStateUnits, active = unit < kStateUnits + kZUnits;
+  int const in_kind = is_z ? (active ? unit - kStateUnits : 0) : unit;
+  int const width = is_z ? D : E, column = in_kind % (width / kColumns) * kColumns, tile = in_kind / (width / kColumns);
+  int2 const pair = is_z ? make_int2(0, 0) : block_pair(tile, kBlocks);
 
   int const chunks = (p.t + p.chunk - 1) / p.chunk, per_segment = (chunks + gridDim.y - 1) / gridDim.y;
   int const first = blockIdx.y * per_segment, last = min(first + per_segment, chunks);
@@ -63,13 +69,15 @@ CUTE_DEVICE void power_scan(Args const& p) {
 
   typename Tiles::Tokens load_i(smem + Smem::K, lane, 0, pair.x * 8), load_j(smem + Smem::K, lane, 0, pair.y * 8);
   typename Tiles::Broadcast load_splat(own, lane, 0, 0);
-  typename Mma::B load_v(smem + Smem::V, lane, 0, z_unit < 0 ? column : 0);
+  typename Tiles::Z::A load_z(smem + Smem::K, lane, 0, is_z ? tile * kZRows : 0);
+  // V, or for Z the keys themselves, as the B operand. NOTE: the tiles of K and V have the same row length only if D == E.
+  typename Mma::B load_v(smem + Smem::V, lane, 0, is_z ? 0 : column);
+  typename Tiles::Z::B load_k(smem + Smem::K, lane, 0, is_z ? column : 0);
 
   float acc[4][Mma::N][4] = {};
-  // The B operand is V, or for Z the keys themselves.
   auto product = [&](uint32_t stage, int k, uint32_t const (&fa)[4][4], bool z) {
     uint32_t fb[Mma::N][2];
-    if (z) typename Tiles::Z::B(smem + Smem::K, lane, 0, column).load(stage * Tiles::K::kBytes, k, fb);
+    if (z) load_k.load(stage * Tiles::K::kBytes, k, fb);
     else load_v.load(stage * Tiles::V::kBytes, k, fb);
     CUTE_UNROLL
     for (int n = 0; n < Mma::N; ++n) { fb[n][0] = Pair::to_bf16(fb[n][0]); fb[n][1] = Pair::to_bf16(fb[n][1]); }
@@ -110,39 +118,8 @@ CUTE_DEVICE void power_scan(Args const& p) {
       product(stage, k, fa, false);
     }
   };
-  // Two diagonal blocks in one tile: where j < i the factors are the second block's, for ldmatrix a matter of addresses.
-  auto update_merged = [&](int stage) {
-    typename Tiles::Diagonal load(smem + Smem::K, lane, 0, pair.x * 8);
-    uint32_t x[4];                           // k^T of 16 tokens: two registers of the first block, two of the second
-    CUTE_NO_UNROLL
-    for (int k = 0; k < kTokens / 16; ++k) {
-      load(stage * Tiles::K::kBytes, k * 16, 0, x[0], x[1], x[2], x[3]);
-      CUTE_UNROLL
-      for (int r = 0; r < 4; ++r) {
-        float2 g = make_float2(1.f, 1.f);
-        if (Tiles::gated) g = load_shared_float2(smem + Smem::Decay + stage * (kTokens * 4) + k * 64 + r % 2 * 32 + lane % 4 * 8);
-        uint32_t const at = own + r / 2 * Tiles::Products::kBytes + Tiles::Products::offset(lane / 4, k * 16 + r % 2 * 8 + lane % 4 * 2);
-        store_shared(at, scale_bf16(Pair::to_bf16(x[r]), g.x, g.y));
-      }
-    }
-    __syncwarp();
-    CUTE_NO_UNROLL
-    for (int k = 0; k < kTokens / 16; ++k) {
-      uint32_t fa[4][4];
-      load(stage * Tiles::K::kBytes, k * 16, 0, x[0], x[1], x[2], x[3]);
-      CUTE_UNROLL
-      for (int r = 0; r < 4; ++r) x[r] = Pair::to_bf16(x[r]);
-      CUTE_UNROLL
-      for (int m = 0; m < 4; ++m) {
-        load_splat(lane % 8 < 2 * m + lane / 8 % 2 ? Tiles::Products::kBytes : 0, 2 * m, k * 16, fa[m][0], fa[m][1], fa[m][2], fa[m][3]);
-        CUTE_UNROLL
-        for (int r = 0; r < 4; ++r) fa[m][r] = multiply_bf16(fa[m][r], lane / 4 < 2 * m + r % 2 ? x[2 + r / 2] : x[r / 2]);
-      }
-      product(stage, k, fa, false);
-    }
-  };
-  // 64 rows of Z, or the squares of the odd blocks' features: the A operand is k^T itself, discounted.
-  auto update_rows = [&](int stage, auto const& load, int atoms, int step, bool z) {
+  // And into 64 rows of Z: the A operand is k^T itself, discounted.
+  auto update_z = [&](int stage) {
     CUTE_NO_UNROLL
     for (int k = 0; k < kTokens / 16; ++k) {
       uint32_t fa[4][4] = {};
@@ -152,35 +129,33 @@ CUTE_DEVICE void power_scan(Args const& p) {
         g[1] = load_shared_float2(smem + Smem::Decay + stage * (kTokens * 4) + k * 64 + 32 + lane % 4 * 8);
       }
       CUTE_UNROLL
-      for (int m = 0; m < 4; ++m) {
-        if (m >= atoms) break;
-        load(stage * Tiles::K::kBytes, k * 16, m * step, fa[m][0], fa[m][1], fa[m][2], fa[m][3]);
+      for (int m = 0; m < kZRows / 16; ++m) {
+        load_z(stage * Tiles::K::kBytes, k * 16, m * 16, fa[m][0], fa[m][1], fa[m][2], fa[m][3]);
         CUTE_UNROLL
         for (int r = 0; r < 4; ++r) {
-          uint32_t const x = Pair::to_bf16(fa[m][r]);
-          fa[m][r] = Tiles::gated ? scale_bf16(x, g[r / 2].x, g[r / 2].y) : x;
-          if (!z) fa[m][r] = multiply_bf16(fa[m][r], x);
+          fa[m][r] = Pair::to_bf16(fa[m][r]);
+          if (Tiles::gated) fa[m][r] = scale_bf16(fa[m][r], g[r / 2].x, g[r / 2].y);
         }
       }
-      product(stage, k, fa, z);
+      product(stage, k, fa, true);
     }
   };
 
   CUTE_UNROLL
   for (int s = 0; s < kStages - 1; ++s) fetch(s, s);
   int block = 0, read = 0, write = kStages - 1;
+  bool const is_state = active && !is_z;
   cute::cp_async_wait<kStages - 2>();
   __syncthreads();
-  if (kind == kPair) {
+  if (is_state) {
     load_factors(0, 0);
   }
-  int const row0 = Mma::row(lane), column0 = column + Mma::column(lane), rows = kind == kZ ? kZRows : 64, width = kind == kZ ? D : E;
-  int const place = kind == kZ ? (tile * kZRows + row0) * D + column0 : kZSize + (tile * 64 + row0) * E + column0;
-  // How often the product of a row counts in the square of a sum: once on the diagonal.
-  auto count = [&](int m, int h) { return kind == kPair || (kind == kMerged && lane / 4 != 2 * m + h) ? 2.f : 1.f; };
+  int const row0 = Mma::row(lane), column0 = column + Mma::column(lane), rows = is_z ? kZRows : 64;
+  int const place = is_z ? (tile * kZRows + row0) * D + column0 : kZSize + (tile * 64 + row0) * E + column0;
+  float const count = is_z || pair.x == pair.y ? 1.f : 2.f;
   CUTE_NO_UNROLL
   for (int n = first; n < last; ++n) {
-    if (n > first && kind != kIdle) {
+    if (n > first && active) {
       cutlass::bfloat16_t* out = p.snapshots + int64_t(head * chunks + n) * kSnapshot + place;
       CUTE_UNROLL
       for (int m = 0; m < 4; ++m) {
@@ -189,8 +164,7 @@ CUTE_DEVICE void power_scan(Args const& p) {
         for (int j = 0; j < Mma::N; ++j) {
           CUTE_UNROLL
           for (int h = 0; h < 2; ++h) {
-            float const c = count(m, h);
-            *reinterpret_cast<uint32_t*>(out + Mma::row_of(m, 2 * h) * width + Mma::column_of(j, 0)) = pack_bf16(c * acc[m][j][2 * h], c * acc[m][j][2 * h + 1]);
+            *reinterpret_cast<uint32_t*>(out + Mma::row_of(m, 2 * h) * width + Mma::column_of(j, 0)) = pack_bf16(count * acc[m][j][2 * h], count * acc[m][j][2 * h + 1]);
           }
         }
       }
@@ -215,22 +189,18 @@ CUTE_DEVICE void power_scan(Args const& p) {
       __syncthreads();
       fetch(block + kStages - 1, write);
       int const after = read + 1 == kStages ? 0 : read + 1;
-      if (kind == kPair) {
+      if (is_state) {
         update_state(read, block % 2);
         load_factors(after, (block + 1) % 2);
-      } else if (kind == kMerged) {
-        update_merged(read);
-      } else if (kind == kSquares) {
-        update_rows(read, typename Tiles::Squares(smem + Smem::K, lane, 0, 8), State::kSquareAtoms, 32, false);
-      } else if (kind == kZ) {
-        update_rows(read, typename Tiles::Z::A(smem + Smem::K, lane, 0, tile * kZRows), kZRows / 16, 16, true);
+      } else if (active) {
+        update_z(read);
       }
       read = after;
       write = write + 1 == kStages ? 0 : write + 1;
     }
   }
   // What this segment adds to the states of the next ones (power_carry).
-  if (kind != kIdle && last < chunks) {
+  if (active && last < chunks) {
     float* out = p.ends + (int64_t(head) * (gridDim.y - 1) + blockIdx.y) * kSnapshot + place;
     CUTE_UNROLL
     for (int m = 0; m < 4; ++m) {
@@ -239,8 +209,7 @@ CUTE_DEVICE void power_scan(Args const& p) {
       for (int j = 0; j < Mma::N; ++j) {
         CUTE_UNROLL
         for (int h = 0; h < 2; ++h) {
-          float const c = count(m, h);
-          *reinterpret_cast<float2*>(out + Mma::row_of(m, 2 * h) * width + Mma::column_of(j, 0)) = make_float2(c * acc[m][j][2 * h], c * acc[m][j][2 * h + 1]);
+          *reinterpret_cast<float2*>(out + Mma::row_of(m, 2 * h) * width + Mma::column_of(j, 0)) = make_float2(count * acc[m][j][2 * h], count * acc[m][j][2 * h + 1]);
         }
       }
     }

@@ -45,7 +45,6 @@ CUTE_DEVICE void load_shared(uint32_t address, uint32_t (&r)[4]) {
   uint4 const v = *static_cast<uint4 const*>(shared_pointer(address));
   r[0] = v.x; r[1] = v.y; r[2] = v.z; r[3] = v.w;
 }
-CUTE_DEVICE uint32_t load_shared(uint32_t address) { return *static_cast<uint32_t const*>(shared_pointer(address)); }
 CUTE_DEVICE float2 load_shared_float2(uint32_t address) { return *static_cast<float2 const*>(shared_pointer(address)); }
 CUTE_DEVICE float4 load_shared_float4(uint32_t address) { return *static_cast<float4 const*>(shared_pointer(address)); }
 CUTE_DEVICE void store_shared(uint32_t address, uint32_t x) { *static_cast<uint32_t*>(shared_pointer(address)) = x; }

@@ -91,8 +91,6 @@ struct LoadVector {
   CUTE_DEVICE LoadVector(uint32_t tile, int thread, int row = 0, int column = 0)
       : base(tile + Tile::offset(row + Row{}(thread), column + Column{}(thread))) {}
   CUTE_DEVICE void operator()(int row, int column, uint32_t (&r)[4]) const { load_shared(Tile::at(base, row, column), r); }
-  // One of the four.
-  CUTE_DEVICE uint32_t word(int row, int column, int i) const { return load_shared(Tile::at(base, row, column) + 4 * i); }
 };
 
 }  // namespace vidrial
