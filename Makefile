@@ -21,7 +21,7 @@ help:
 	@echo "make demo      what Vidrial does, in a minute; needs no GPU"
 	@echo "make test      all tests; those that need a GPU are skipped without one"
 	@echo "make gpu-test  the tests that need a GPU"
-	@echo "make bench     the benchmarks, on a GPU (BENCH=... passes arguments)"
+	@echo "make bench     the benchmarks beside the peers, on a GPU (BENCH=... passes arguments)"
 	@echo "make lint      ruff and mypy"
 	@echo "make format    ruff's formatter, in place"
 	@echo "make clean     remove .venv, build and tool caches"
@@ -37,7 +37,7 @@ gpu-test: $(TEST)
 	@$(RUN) -m pytest tests/gpu
 
 bench: $(PLOT)
-	@for script in benchmarks/flash_attention.py benchmarks/power_retention.py; do $(RUN) $$script $(BENCH) || exit 1; done
+	@for script in benchmarks/compile.py benchmarks/power_retention.py; do $(RUN) $$script $(BENCH) || exit 1; done
 
 lint: $(LINT)
 	@$(RUN) -m ruff check .

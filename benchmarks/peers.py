@@ -98,14 +98,14 @@ def sdpa(x: Mapping[str, Any], name: str) -> Callable[[], Any]:
     return run
 
 
-def inputs(case: Case, seed: int = 0, t: int | None = None, device: str = "cuda") -> dict[str, Any]:
+def inputs(case: Case, seed: int = 0, device: str = "cuda") -> dict[str, Any]:
     """Normal q, k, v in bf16 and log_g = logsigmoid(normal + 4) in float32, on the current GPU or another device."""
     import torch
 
     generator = torch.Generator(device).manual_seed(seed)
 
     def normal(heads: int, *width: int, dtype: Any = torch.bfloat16) -> Any:
-        return torch.randn((case.b, t or case.t, heads, *width), generator=generator, device=device, dtype=dtype)
+        return torch.randn((case.b, case.t, heads, *width), generator=generator, device=device, dtype=dtype)
 
     gates = torch.nn.functional.logsigmoid(normal(case.h, dtype=torch.float32) + 4)
     return {"q": normal(case.query_heads, case.d), "k": normal(case.h, case.d), "v": normal(case.h, case.d), "log_g": gates}
@@ -113,12 +113,15 @@ def inputs(case: Case, seed: int = 0, t: int | None = None, device: str = "cuda"
 
 def compile_ahead(cases: Sequence[Case], jobs: int, seconds: float = TIMEOUT_SECONDS) -> str:
     """Fill Triton's cache with the peer's kernels for the families of these cases, in `jobs` processes; what came of it, as a sentence."""
-    families = {(case.d, case.query_heads // case.h, case.h) for case in cases}
-    attention = {(case.d, case.query_heads // case.h, case.h) for case in cases if 0 in case.peer_chunks or case.t <= min(case.peer_chunks)}
-    # Families that differ in nothing but the number of heads are tuned once.
-    kept = {family[:2]: (*family, family in attention or any(a[:2] == family[:2] for a in attention)) for family in sorted(families)}
+    families: dict[tuple[int, int, bool], tuple[int, int, int, bool]] = {}
+    for case in cases:
+        group = case.query_heads // case.h
+        for chunk in case.peer_chunks:
+            whole = chunk == 0 or case.t <= chunk
+            # The first case of a family is the one that the peer tunes itself on.
+            families.setdefault((case.d, group, whole), (case.d, group, case.h, whole))
     begin = time.perf_counter()
-    job = json.dumps(sorted(kept.values()))
+    job = json.dumps(list(families.values()))
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
     running = [
         subprocess.Popen(
@@ -146,7 +149,10 @@ def compile_ahead(cases: Sequence[Case], jobs: int, seconds: float = TIMEOUT_SEC
 
 
 def share(index: int, jobs: int, families: Sequence[tuple[int, int, int, bool]]) -> None:
-    """Compile every `jobs`-th config of each of the peer's kernels, by running it once."""
+    """Compile every `jobs`-th config of each of the peer's kernels, by running it once.
+
+    `families`: head size, query heads a key head, key heads, and whether it is the attention form.
+    """
     import importlib
 
     import torch
@@ -158,11 +164,9 @@ def share(index: int, jobs: int, families: Sequence[tuple[int, int, int, bool]])
             if isinstance(tuner, Autotuner):
                 _take_share(tuner, index, jobs)
     with torch.no_grad():
-        for d, group, h, attention in families:
-            case = Case("ahead", 1, h, AHEAD_LENGTH, d, hq=h * group)
+        for d, group, h, whole in families:
+            case = Case("ahead", 1, h, CHUNK if whole else AHEAD_LENGTH, d, hq=h * group)
             retention(inputs(case), CHUNK)()
-            if attention:
-                retention(inputs(case, t=CHUNK), CHUNK)()
             torch.cuda.synchronize()
 
 

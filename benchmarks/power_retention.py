@@ -234,7 +234,7 @@ def main() -> None:
             print(f"    {done[-1].config} ({done[-1].origin}); {time.perf_counter() - begin:.0f} s", flush=True)
         print(show(book.rows))
         trouble = drift([row.entries[CUBLAS].ms or 0.0 for row in done])
-        print(*filter(None, (trouble, *slowdowns(torch.cuda.get_device_properties(0).name and _bus_id()))), sep="\n")
+        print(*filter(None, (trouble, *slowdowns(_bus_id()))), sep="\n")
         plotted = plot(book.rows, gpu, path.with_suffix(".png"))
         print(f"written to {path}{' and .png' if plotted else ''}")
 

@@ -45,16 +45,27 @@ def test_flops_by_hand() -> None:
 
 def test_flops_of_cases() -> None:
     by_name = {case.name: case.work for case in CASES}
-    assert by_name["S B1 H16 T65536 d64"].flops == 16 * 4 * 64 * 64 * 1024 * 1025 / 2 + 2 * 2080 * 64 * 16 * 2 * 64512 == 686_999_142_400
+    assert by_name["S B1 H16 T65536 d64"].flops == 16 * 4 * 64 * 64 * 1024 * 1025 / 2 + 2 * 2080 * 64 * 16 * 2 * 64512 == 687_194_767_360
     assert by_name["P2 B1 H8 T65536 d64"].flops * 2 == by_name["S B1 H16 T65536 d64"].flops
     assert by_name["P8 B1 HQ24 H2 T16384 d128"].state == 2 * 8256 * 128 * (2 + 24) * 15360
 
 
-@pytest.mark.parametrize(("case", "us"), [((1, 16, 4096, 64), 48), ((1, 16, 16384, 64), 227), ((1, 16, 65536, 64), 945), ((1, 64, 65536, 64), 3778),
-                                          ((1, 16, 16384, 128), 1473), ((1, 16, 65536, 128), 6171), ((1, 16, 4096, 128), 87)])
-def test_floor(case: tuple[int, int, int, int], us: int) -> None:
+# From 8 x 8 pair tiles at 790 TFLOP/s; short sequences without chunks, which is less there.
+FLOORS = {
+    (1, 16, 4096, 64): 43.5,
+    (1, 16, 16384, 64): 227,
+    (1, 16, 65536, 64): 945,
+    (1, 64, 65536, 64): 3779,
+    (1, 16, 16384, 128): 1392,
+    (1, 16, 65536, 128): 6171,
+    (1, 16, 4096, 128): 87,
+}
+
+
+@pytest.mark.parametrize("case", FLOORS)
+def test_floor(case: tuple[int, int, int, int]) -> None:
     b, h, t, d = case
-    assert Case("x", b, h, t, d).work.floor_ms * 1e3 == pytest.approx(us, abs=0.6)
+    assert Case("x", b, h, t, d).work.floor_ms * 1e3 == pytest.approx(FLOORS[case], abs=0.6)
 
 
 def test_cases() -> None:
@@ -136,9 +147,10 @@ def test_small_things() -> None:
 
 def test_exact_rows_agree_with_the_reference() -> None:
     torch = pytest.importorskip("torch")
+    from vidrial.kernels.power_retention.op import check, example, reference
+
     from benchmarks.accuracy import Exact
     from benchmarks.peers import inputs
-    from vidrial.kernels.power_retention.op import check, example, reference
 
     case = Case("x", 2, 1, 67, d=32, hq=3)
     x = inputs(case, device="cpu")
@@ -187,6 +199,7 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> Iterator[bench.Bench]:
         if chunk == 512:
             raise RuntimeError("no kernel")
         return lambda: bench.power_retention(x["q"], x["k"], x["v"], x["log_g"])
+
     monkeypatch.setattr(bench, "retention", peer)
     monkeypatch.setattr(bench, "sdpa", lambda x, name: lambda: None)
     with torch.no_grad():
@@ -206,7 +219,14 @@ def test_case_from_end_to_end(fake: bench.Bench) -> None:
 
 def test_warm_path_report() -> None:
     calls = {"us_a_launch": 12.0, "call_us": 48.0, "launches": 4, "bare_us_a_launch": 7.0, "us_between_calls_on_gpu": 49.0}
-    first = {"first_ms": 130.0, "imports_ms": 900.0, "cuda_ms": 200.0, "first_with_its_imports_ms": 140.0, "second_ms": 0.2, "cold_first_ms": 6000.0}
+    first = {
+        "first_ms": 130.0,
+        "imports_ms": 900.0,
+        "cuda_ms": 200.0,
+        "first_with_its_imports_ms": 140.0,
+        "second_ms": 0.2,
+        "cold_first_ms": 6000.0,
+    }
     lines = warm_path.report({"calls": calls, "processes": first})
     assert [line[:4] for line in lines] == ["ok  ", "    ", "    ", "MISS", "    "]
     assert "kept up" in lines[2] and "(at most 100)" in lines[3]

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from functools import lru_cache
 from numbers import Integral, Real

@@ -69,10 +69,16 @@ ARGS = Arguments(k="Elem const*", v="Elem const*", a="float2 const*", to_end="fl
                  k_stride="int64_t[3]", v_stride="int64_t[3]", t="int", h="int", chunk="int")
 
 
-def units(p: Problem, c: Config) -> int:
-    """Warps of work a head."""
-    z = max(1, p.d // 64) * (p.d // c.columns) if p.normalized else 0
+def units(p: Problem, c: Config, z_rows: int | None = None) -> int:
+    """Warps of work a head: the pair tiles', and those of Z in bands of `z_rows`."""
+    z = p.d // (z_rows or band_of_z(p, c)) * (p.d // c.columns) if p.normalized else 0
     return pair_tiles(p.d) * (p.e // c.columns) + z
+
+
+def band_of_z(p: Problem, c: Config) -> int:
+    """Rows of Z a warp: 16, so that four warps share what is left for the last CTA, unless that takes another CTA."""
+    wide = min(64, p.d)
+    return 16 if -(-units(p, c, 16) // c.warps) == -(-units(p, c, wide) // c.warps) else wide
 
 
 def tiles(p: Problem, c: Config) -> Tiles:
@@ -86,14 +92,14 @@ def tiles(p: Problem, c: Config) -> Tiles:
     trans, plain = ldmatrix(4, transposed=True), ldmatrix(4)
     blocks = tuple((0, 8 * i) for i in range(p.d // 8))
     splats = tuple((2 * m, t) for m in range(4) for t in range(0, c.tokens, 16))
-    z_rows, atom = min(64, p.d), MMA_16x8x16[bf16]
+    z_rows, atom = band_of_z(p, c), MMA_16x8x16[bf16]
     state = TiledMma(atom, warps=(1, 1), tile=(64, c.columns, c.tokens), b=v16.transposed)
     z = TiledMma(atom, warps=(1, 1), tile=(z_rows, c.columns, c.tokens), a=k16.transposed, b=k16.transposed)
     copy = cp_async(16, zero_fill=True)
     smem = SharedMemory(K=k, V=v, Decay=4 * c.tokens * c.stages, Products=2 * c.warps * products.bytes)
     return Tiles(
         threads=threads, min_blocks=8 // c.warps, smem=smem,
-        Elem=p.dtype, d=p.d, e=p.e, gated=p.gated, normalized=p.normalized, tokens=c.tokens, stages=c.stages, columns=c.columns,
+        Elem=p.dtype, d=p.d, e=p.e, gated=p.gated, normalized=p.normalized, tokens=c.tokens, stages=c.stages, columns=c.columns, z_rows=z_rows,
         K=k, V=v, Products=products, products_bytes=2 * products.bytes, State=state, Z=z,
         CopyK=TiledCopy(copy, k, threads), CopyV=TiledCopy(copy, v, threads),
         Tokens=LoadMatrix(k, trans, 32, lambda lane: (lane, 0), tuple((t, 0) for t in range(0, c.tokens, 32)), blocks),
@@ -117,7 +123,7 @@ def cost(p: Problem, c: Config, device: Device) -> Cost:
     ctas = -(-units(p, c) // c.warps) * p.b * p.h * c.segments
     # Measured on an H200, which holds two CTAs of 4 such warps an SM; narrow slices make phi twice as often.
     efficiency = (0.42 if c.columns == 64 else 0.37) * (1.0 if c.tokens == 64 else 0.95) * (1.0 if c.warps == 4 else 0.9)
-    return Cost(flops=2 * p.b * p.h * scanned * units(p, c) * 64 * c.columns, bytes=2 * p.b * p.h * (scanned * (p.d + p.e) + (p.chunks - 1) * size),
+    return Cost(flops=2 * p.b * p.h * scanned * size, bytes=2 * p.b * p.h * (scanned * (p.d + p.e) + (p.chunks - 1) * size),
                 ctas=ctas, ctas_per_sm=8 // c.warps, efficiency=efficiency)
 
 

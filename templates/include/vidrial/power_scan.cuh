@@ -3,7 +3,7 @@
 //   S_{n+1} = 2^(a_end) S_n + sum_t to_end_t phi(k_t) v_t^T        Z_{n+1} = 2^(a_end) Z_n + sum_t to_end_t k_t k_t^T
 //
 // phi(k) has one 8 x 8 tile of products k_i k_j a pair of blocks (I <= J) of 8 features. A warp owns 64 rows of the state, one pair
-// tile (or 64 rows of Z), times `columns` columns of V, in float over all chunks of its segment; before each chunk it writes a bf16
+// tile (or some rows of Z), times `columns` columns of V, in float over all chunks of its segment; before each chunk it writes a bf16
 // snapshot. phi is made in registers: k_j^T comes by ldmatrix.trans, k_i by a *broadcast* ldmatrix of a warp-private copy of k^T, so
 // that one load is the k_i of a whole fragment.
 //
@@ -30,7 +30,7 @@ CUTE_DEVICE void power_scan(Args const& p) {
   using Smem = typename Tiles::Smem;
   constexpr int D = Tiles::d, E = Tiles::e, kTokens = Tiles::tokens, kStages = Tiles::stages, kColumns = Tiles::columns;
   constexpr int kBlocks = D / 8, kPairs = kBlocks * (kBlocks + 1) / 2, kStateUnits = kPairs * (E / kColumns);
-  constexpr int kZRows = D < 64 ? D : 64, kZUnits = Tiles::normalized ? (D / kZRows) * (D / kColumns) : 0;
+  constexpr int kZRows = Tiles::z_rows, kZUnits = Tiles::normalized ? (D / kZRows) * (D / kColumns) : 0;
   constexpr int kZSize = Tiles::normalized ? D * D : 0, kSnapshot = kZSize + kPairs * 64 * E;
   constexpr int kWarps = Tiles::threads / 32;
   VIDRIAL_SHARED_MEMORY(raw);
@@ -69,19 +69,12 @@ CUTE_DEVICE void power_scan(Args const& p) {
 
   typename Tiles::Tokens load_i(smem + Smem::K, lane, 0, pair.x * 8), load_j(smem + Smem::K, lane, 0, pair.y * 8);
   typename Tiles::Broadcast load_splat(own, lane, 0, 0);
-  typename Tiles::Z::A load_z(smem + Smem::K, lane, 0, is_z ? tile * kZRows : 0);
-  // V, or for Z the keys themselves, as the B operand. NOTE: the tiles of K and V have the same row length only if D == E.
   typename Mma::B load_v(smem + Smem::V, lane, 0, is_z ? 0 : column);
-  typename Tiles::Z::B load_k(smem + Smem::K, lane, 0, is_z ? column : 0);
 
   float acc[4][Mma::N][4] = {};
-  auto product = [&](uint32_t stage, int k, uint32_t const (&fa)[4][4], bool z) {
-    uint32_t fb[Mma::N][2];
-    if (z) load_k.load(stage * Tiles::K::kBytes, k, fb);
-    else load_v.load(stage * Tiles::V::kBytes, k, fb);
+  auto to_bf16 = [](uint32_t (&fb)[Mma::N][2]) {
     CUTE_UNROLL
     for (int n = 0; n < Mma::N; ++n) { fb[n][0] = Pair::to_bf16(fb[n][0]); fb[n][1] = Pair::to_bf16(fb[n][1]); }
-    Mma::multiply(acc, fa, fb);
   };
   // A pair tile's factors for one block of tokens: k_j stays in registers, k_i goes to the warp's own copy of k^T. They are fetched
   // one block ahead, so that nothing waits for them.
@@ -108,36 +101,41 @@ CUTE_DEVICE void power_scan(Args const& p) {
   auto update_state = [&](int stage, int half) {
     CUTE_UNROLL
     for (int k = 0; k < kTokens / 16; ++k) {
-      uint32_t fa[4][4];
+      uint32_t fa[4][4], fb[Mma::N][2];
       CUTE_UNROLL
       for (int m = 0; m < 4; ++m) {
         load_splat(half * Tiles::Products::kBytes, 2 * m, k * 16, fa[m][0], fa[m][1], fa[m][2], fa[m][3]);
         CUTE_UNROLL
         for (int r = 0; r < 4; ++r) fa[m][r] = multiply_bf16(fa[m][r], kj[2 * k + r / 2]);
       }
-      product(stage, k, fa, false);
+      load_v.load(stage * Tiles::V::kBytes, k, fb);
+      to_bf16(fb);
+      Mma::multiply(acc, fa, fb);
     }
   };
-  // And into 64 rows of Z: the A operand is k^T itself, discounted.
+  // And into rows of Z: the A operand is k^T itself, discounted, the B operand the keys.
   auto update_z = [&](int stage) {
+    using Z = typename Tiles::Z;
+    typename Z::A load_rows(smem + Smem::K, lane, 0, tile * kZRows);
+    typename Z::B load_columns(smem + Smem::K, lane, 0, column);
     CUTE_NO_UNROLL
     for (int k = 0; k < kTokens / 16; ++k) {
-      uint32_t fa[4][4] = {};
-      float2 g[2] = {{1.f, 1.f}, {1.f, 1.f}};
-      if (Tiles::gated) {
-        g[0] = load_shared_float2(smem + Smem::Decay + stage * (kTokens * 4) + k * 64 + lane % 4 * 8);
-        g[1] = load_shared_float2(smem + Smem::Decay + stage * (kTokens * 4) + k * 64 + 32 + lane % 4 * 8);
-      }
+      uint32_t fa[Z::M][4], fb[Z::N][2];
+      load_rows.load(stage * Tiles::K::kBytes, k, fa);
+      load_columns.load(stage * Tiles::K::kBytes, k, fb);
+      to_bf16(fb);
       CUTE_UNROLL
-      for (int m = 0; m < kZRows / 16; ++m) {
-        load_z(stage * Tiles::K::kBytes, k * 16, m * 16, fa[m][0], fa[m][1], fa[m][2], fa[m][3]);
+      for (int m = 0; m < Z::M; ++m) {
         CUTE_UNROLL
         for (int r = 0; r < 4; ++r) {
           fa[m][r] = Pair::to_bf16(fa[m][r]);
-          if (Tiles::gated) fa[m][r] = scale_bf16(fa[m][r], g[r / 2].x, g[r / 2].y);
+          if (Tiles::gated) {
+            float2 const g = load_shared_float2(smem + Smem::Decay + stage * (kTokens * 4) + k * 64 + r / 2 * 32 + lane % 4 * 8);
+            fa[m][r] = scale_bf16(fa[m][r], g.x, g.y);
+          }
         }
       }
-      product(stage, k, fa, true);
+      Z::multiply(reinterpret_cast<float (&)[Z::M][Z::N][4]>(acc), fa, fb);
     }
   };
 
