@@ -112,7 +112,7 @@ def units(archs: tuple[str, ...], dims: tuple[int, ...], cute: bool) -> list[Uni
             found += (unit for unit in op_units(op, problem, arch, f"d={d}", joined) if unit.source.entry == "power_carry")
             found += op_units(op, problem, arch, f"d={d} one chunk", op.predicted(problem, device, {"chunk": 0}))
         found += op_units(softmax, softmax.example(n=1000), arch, "")
-        for pair in pairs() if cute else pairs()[:2]:
+        for pair in pairs():
             found.append(Unit(pair.name, "ours", arch, "", pair.ours, pair.smem))
             if cute:
                 found.append(Unit(pair.name, "cute", arch, "", pair.cute, pair.smem))

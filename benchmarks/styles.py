@@ -60,4 +60,4 @@ def attention(d: int, rows: int = 64, keys: int = 64, warps: int = 4) -> Pair:
 
 def pairs() -> list[Pair]:
     """Every tile that stands in both styles."""
-    return [gemm(), attention(64), attention(128)]
+    return [gemm(), attention(128)]

@@ -222,16 +222,15 @@ def test_sanitizers(sanitizer: str, t: int) -> None:
 
 # One change of the device code each, which the measures must see: file, what stands there, what stands there instead.
 WRONG = {
-    "multiplicity": ("power_scan", "? 2.f : 1.f", "? 1.f : 1.f"),
-    "diagonal counted twice": ("power_scan", "lane / 4 != 2 * m + h", "true"),
+    "multiplicity": ("power_scan", "pair.x == pair.y ? 1.f : 2.f", "true ? 1.f : 2.f"),
+    "diagonal counted twice": ("power_scan", "is_z || pair.x == pair.y ?", "is_z ?"),
     "state not discounted to the row": ("power_attend", "float const f = exp2_approx(r0.x + r0.y);", "float const f = 1.f;"),
     "own token left out": ("power_attend", "QK::column_of(n, v) <= row", "QK::column_of(n, v) < row"),
     "one key too many": ("power_attend", "QK::column_of(n, v) <= row", "QK::column_of(n, v) <= 1 + row"),
     "keys not discounted to the tile": ("power_attend", "kGated ? exp2_approx(minus(r0, a[j0 + kKeys - 1])) : 1.f", "1.f"),
     "state not discounted over a chunk": ("power_scan", "float const f = exp2_approx(total.x + total.y);", "float const f = 1.f;"),
     "keys not discounted in the state": ("power_scan", "ki[m] = scale_bf16(ki[m], g.x, g.y);", ""),
-    "squares left out": ("power_scan", "State::kSquareAtoms, 32, false", "0, 32, false"),
-    "no normaliser of the state": ("power_scan", "kZRows / 16, 16, true", "0, 16, true"),
+    "no normaliser of the state": ("power_scan", "update_z(read);", ""),
     "segments not joined over two": ("power_carry", "add[i] + decay * carry[i]", "add[i]"),
     "half the scale": ("power_attend", "norm * p.weight_scale, kLowestNormaliser", "2 * norm * p.weight_scale, kLowestNormaliser"),
 }

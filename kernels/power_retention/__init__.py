@@ -98,7 +98,7 @@ def _check_options(degree: Any, scale: Any, normalize: Any, chunk: Any) -> None:
         raise ArgumentError(f"chunk={chunk!r} is not served; accepted: None, {', '.join(map(str, sorted(CHUNKS)))} (0: no chunks)")
     if chunk and degree != 2:
         raise UnsupportedError(f"chunk={chunk} with degree={degree}: only degree 2 has a state small enough; use chunk=None or 0")
-    if scale is not None and not (isinstance(scale, Real) and abs(scale) <= MAX_SCALE):
+    if scale is not None and not (isinstance(scale, Real) and abs(float(scale)) <= MAX_SCALE):
         raise ArgumentError(f"scale={scale!r} is not served; accepted: None, or a number of at most {MAX_SCALE:g} in magnitude")
 
 

@@ -128,7 +128,7 @@ def cost(p: Problem, c: Config, device: Device) -> Cost:
     intra, state = 2 * p.b * p.hq * p.t * keys * (p.d + p.e), 2 * p.b * p.hq * with_state * size
     # Measured on an H200: the state wants warps to hide behind, the keys' blocks fewer barriers.
     busy = 0.42 * (1.0 if c.keys == 64 else 0.94), 0.55 * (1.0 if c.blocks * c.warps >= 12 else 0.94 if c.blocks * c.warps >= 8 else 0.8)
-    efficiency = (intra + state) / (intra / busy[0] + state / busy[1])
+    efficiency = (intra + state) / (intra / busy[0] + state / busy[1]) if intra else 1.0
     read = p.b * (p.t * 2 * (p.hq + p.h) * (p.d + p.e) + (p.chunks - 1) * p.h * size * 2)
     ctas = grid(p, c)[0] * p.b * p.hq
     return Cost(flops=intra + state, bytes=read, ctas=ctas, ctas_per_sm=c.blocks, efficiency=efficiency)

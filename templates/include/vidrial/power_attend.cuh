@@ -25,6 +25,32 @@ CUTE_DEVICE float power(float x) {
   return Degree == 2 ? square : square * square;
 }
 
+// From the snapshot's order of columns to that of V: a transposition of 4 x 4 among the four threads of a row.
+template <int M, int N>
+CUTE_DEVICE void restore_columns(float (&o)[M][N][4]) {
+  int const t = threadIdx.x % 4;
+  CUTE_UNROLL
+  for (int m = 0; m < M; ++m) {
+    CUTE_UNROLL
+    for (int n = 0; n < N; n += 4) {
+      CUTE_UNROLL
+      for (int v = 0; v < 4; ++v) {
+        CUTE_UNROLL
+        for (int d = 1; d < 4; d *= 2) {
+          CUTE_UNROLL
+          for (int i = 0; i < 4; ++i) {
+            if (i & d) continue;
+            float &low = o[m][n + i][v], &high = o[m][n + i + d][v];
+            float const got = __shfl_xor_sync(~0u, t & d ? low : high, d);
+            if (t & d) low = got;
+            else high = got;
+          }
+        }
+      }
+    }
+  }
+}
+
 template <class Tiles, class Args>
 CUTE_DEVICE void power_attend(Args const& p) {
   using Elem = typename Tiles::Elem;
@@ -104,6 +130,7 @@ CUTE_DEVICE void power_attend(Args const& p) {
 
   if constexpr (Tiles::stateful) {
     if (has_state) {
+      typename Tiles::RowsI load_i(smem + Smem::Q, thread, 0, 0);
       if constexpr (kNormalized) {                     // l = q^T Z q
         using QZ = typename Tiles::QZ;
         typename QZ::B load_z(ring, thread);
@@ -125,15 +152,15 @@ CUTE_DEVICE void power_attend(Args const& p) {
           }
         }
         CUTE_UNROLL
-        for (int k = 0; k < D / 16; ++k) {
-          uint32_t fq[M][4];
-          load_q.load(0, k, fq);
+        for (int n = 0; n < QZ::N; n += 4) {
           CUTE_UNROLL
           for (int m = 0; m < M; ++m) {
             CUTE_UNROLL
-            for (int r = 0; r < 4; ++r) {
-              float const (&x)[4] = z[m][2 * k + r / 2];
-              l[m][r % 2] += x[2 * (r % 2)] * Pair::low(fq[m][r]) + x[2 * (r % 2) + 1] * Pair::high(fq[m][r]);
+            for (int h = 0; h < 2; ++h) {
+              uint32_t x[4];                           // the features that the snapshot's order gives to this thread's columns
+              load_i(m * 16 + h * 8, n * 8 + lane % 4 * 8, x);
+              CUTE_UNROLL
+              for (int i = 0; i < 4; ++i) l[m][h] += z[m][n + i][2 * h] * Pair::low(x[i]) + z[m][n + i][2 * h + 1] * Pair::high(x[i]);
             }
           }
         }
@@ -141,7 +168,6 @@ CUTE_DEVICE void power_attend(Args const& p) {
       using PS = typename Tiles::PS;
       typename PS::B load_s(ring, thread);
       typename Tiles::RowsJ load_j(smem + Smem::Q, thread, 0, 0);
-      typename Tiles::RowsI load_i(smem + Smem::Q, thread, 0, 0);
       uint32_t qi[M][2][4];
       int i = 0, j = 0;
       CUTE_NO_UNROLL
@@ -185,6 +211,7 @@ CUTE_DEVICE void power_attend(Args const& p) {
           if (++j == kBlocks) j = ++i;
         }
       }
+      restore_columns(o);
     }
   }
 

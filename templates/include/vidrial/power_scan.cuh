@@ -8,7 +8,8 @@
 // that one load is the k_i of a whole fragment.
 //
 // Snapshot of (head, chunk): Z [D][D] (if normalised), then pair tiles [64][E], (I, J) lexicographic, row 8 (i % 8) + j % 8, those with
-// I < J times 2: each of their products stands for two of the square.
+// I < J times 2: each of their products stands for two of the square. Of every 32 columns, column 8 j + 2 t + b lies at 8 t + 2 j + b:
+// the order in which a thread holds them.
 #pragma once
 #include <vidrial/power_gates.cuh>
 #include <vidrial/shared_memory.cuh>
@@ -148,8 +149,9 @@ CUTE_DEVICE void power_scan(Args const& p) {
   if (is_state) {
     load_factors(0, 0);
   }
-  int const row0 = Mma::row(lane), column0 = column + Mma::column(lane), rows = is_z ? kZRows : 64;
-  int const place = is_z ? (tile * kZRows + row0) * D + column0 : kZSize + (tile * 64 + row0) * E + column0;
+  // Where this thread's share of a row lies: 8 elements of every 32, so that it is stored in whole vectors.
+  int const rows = is_z ? kZRows : 64, own_row = Mma::row(lane), own_column = column + lane % 4 * 8;
+  int const place = is_z ? (tile * kZRows + own_row) * D + own_column : kZSize + (tile * 64 + own_row) * E + own_column;
   float const count = is_z || pair.x == pair.y ? 1.f : 2.f;
   CUTE_NO_UNROLL
   for (int n = first; n < last; ++n) {
@@ -159,10 +161,11 @@ CUTE_DEVICE void power_scan(Args const& p) {
       for (int m = 0; m < 4; ++m) {
         if (m * 16 >= rows) break;
         CUTE_UNROLL
-        for (int j = 0; j < Mma::N; ++j) {
+        for (int j = 0; j < Mma::N; j += 4) {
           CUTE_UNROLL
           for (int h = 0; h < 2; ++h) {
-            *reinterpret_cast<uint32_t*>(out + Mma::row_of(m, 2 * h) * width + Mma::column_of(j, 0)) = pack_bf16(count * acc[m][j][2 * h], count * acc[m][j][2 * h + 1]);
+            auto pair_of = [&](int i) { return pack_bf16(count * acc[m][j + i][2 * h], count * acc[m][j + i][2 * h + 1]); };
+            *reinterpret_cast<uint4*>(out + Mma::row_of(m, 2 * h) * width + j * 8) = make_uint4(pair_of(0), pair_of(1), pair_of(2), pair_of(3));
           }
         }
       }
@@ -207,7 +210,7 @@ CUTE_DEVICE void power_scan(Args const& p) {
       for (int j = 0; j < Mma::N; ++j) {
         CUTE_UNROLL
         for (int h = 0; h < 2; ++h) {
-          *reinterpret_cast<float2*>(out + Mma::row_of(m, 2 * h) * width + Mma::column_of(j, 0)) = make_float2(count * acc[m][j][2 * h], count * acc[m][j][2 * h + 1]);
+          *reinterpret_cast<float2*>(out + Mma::row_of(m, 2 * h) * width + j / 4 * 32 + j % 4 * 2) = make_float2(count * acc[m][j][2 * h], count * acc[m][j][2 * h + 1]);
         }
       }
     }
