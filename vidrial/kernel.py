@@ -17,12 +17,14 @@ from typing import Any
 from vidrial.analysis import Occupancy
 from vidrial.build import build
 from vidrial.compile import Cubin
+from vidrial.counts import Counts
 from vidrial.device import Device
 from vidrial.errors import ArgumentError, ConfigError, LayoutError
 from vidrial.launch import Geometry
 from vidrial.problem import StaticView, fields
 from vidrial.render import Arguments, Source, Tiles, closure_digest, render
 from vidrial.space import Cost, Space, check_choices, configs
+from vidrial.tiled import LoadMatrix, TiledCopy, TiledMma
 from vidrial.toolchain import vidrial_include
 
 SMEM_RESERVED = 1024   # bytes of shared memory that the system takes of every CTA
@@ -49,6 +51,8 @@ class Kernel:
         grid: (problem, config) -> CTAs along x, y, z.
         rules: (problem, config, device) -> (holds, sentence) pairs beyond what the tiles themselves demand.
         cost: (problem, config, device) -> Cost; without it configs keep their order of declaration.
+        traffic: (problem, config, tiles) -> name of a tiled member -> what it does in one launch, built by `vidrial.counts`; not needed
+            by a kernel whose tiles have no copy, load or MMA.
     """
 
     name: str
@@ -61,6 +65,7 @@ class Kernel:
     rules: Callable[[Any, Any, Device], Iterable[tuple[bool, str]]] = _no_rules
     cost: Callable[[Any, Any, Device], Cost] | None = None
     values: Callable[[Any, Any], Mapping[str, Any]] = _no_values
+    traffic: Callable[[Any, Any, Tiles], Mapping[str, Counts]] | None = None
 
     def resolve(self, problem: Any, config: Any) -> Tiles:
         """Everything that is known before the launch.
@@ -70,10 +75,10 @@ class Kernel:
         """
         return _resolve(self, problem if isinstance(problem, StaticView) else StaticView(problem), config)
 
-    def source(self, problem: Any, config: Any) -> Source:
-        """The rendered C++ of a config; depends on the static fields of `problem` alone."""
+    def source(self, problem: Any, config: Any, guard: int = 0) -> Source:
+        """The rendered C++ of a config; depends on the static fields of `problem` alone. `guard`: unused bytes between regions of shared memory."""
         view = StaticView(problem)
-        names = {"tiles": self.resolve(view, config), "args": self.args, "p": view, "c": config}
+        names = {"tiles": self.resolve(view, config).guarded(guard), "args": self.args, "p": view, "c": config}
         return render(self.template, self.name, names)
 
     def cubin(self, problem: Any, config: Any, arch: str | None = None) -> Cubin:
@@ -129,6 +134,18 @@ class Kernel:
         """Grid, threads and dynamic shared memory of the launch."""
         tiles = self.resolve(problem, config)
         return Geometry(self.grid(problem, config), tiles.threads, tiles.smem_bytes)
+
+    def counts(self, problem: Any, config: Any) -> dict[str, Counts]:
+        """What each tiled member does in one launch: the host target counts the same.
+
+        Raises:
+            ArgumentError: the tiles have copies, loads or MMAs, and no `traffic` says how often they are at work.
+        """
+        tiles = self.resolve(problem, config)
+        tiled = [name for name, member in tiles.members.items() if isinstance(member, (LoadMatrix, TiledCopy, TiledMma))]
+        if self.traffic is None and tiled:
+            raise ArgumentError(f"kernel {self.name}: nothing says how often {', '.join(tiled)} are at work; give the kernel a traffic function")
+        return dict(self.traffic(problem, config, tiles)) if self.traffic is not None else {}
 
     def pack(self, problem: Any, config: Any) -> bytearray:
         """The packed parameter struct, pointers null.

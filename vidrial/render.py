@@ -113,6 +113,12 @@ class Tiles:
         except KeyError:
             raise AttributeError(name) from None
 
+    def guarded(self, guard: int) -> Tiles:
+        """The same with `guard` unused bytes between the regions of shared memory: an overflow from one meets them, not the next."""
+        if self.smem is None or not guard:
+            return self
+        return Tiles(threads=self.threads, smem=self.smem.guarded(guard), min_blocks=self.min_blocks, **self.members)
+
     @property
     def smem_bytes(self) -> int:
         """Dynamic shared memory of a CTA, in bytes."""

@@ -171,6 +171,7 @@ class SharedMemory:
         self.guard = guard
         self.alignment = 128
         self.bytes = 0
+        self._declared = regions
         self._regions: dict[str, tuple[int, int]] = {}
         for name, region in regions.items():
             size, alignment = _region(name, region)
@@ -186,6 +187,16 @@ class SharedMemory:
     def size(self, name: str) -> int:
         """Bytes of a region, all stages."""
         return self._regions[name][1]
+
+    def guarded(self, guard: int) -> SharedMemory:
+        """The same regions, `guard` unused bytes or more between them."""
+        return SharedMemory(guard=guard, **self._declared)
+
+    def gaps(self) -> tuple[tuple[int, int], ...]:
+        """(offset, bytes) of what lies unused between the regions."""
+        places = sorted(self._regions.values())
+        return tuple((start + size, after - start - size) for (start, size), (after, _) in zip(places, places[1:], strict=False)
+                     if after > start + size)
 
     def members(self) -> dict[str, int]:
         """Name -> byte offset: the constants that device code sees."""

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from vidrial.atoms import MMA_16x8x16, cp_async, ldmatrix
+from vidrial.counts import Counts, copies, loads, products, vectors
 from vidrial.device import Device
 from vidrial.dtypes import DType
 from vidrial.kernel import Kernel
@@ -22,8 +23,8 @@ from vidrial.templates import TEMPLATES
 from vidrial.tiled import LoadMatrix, LoadVector, Pipeline, SharedMemory, SmemLayout, TiledCopy, TiledMma
 
 
-# Fragments, addresses and loop state, beside the accumulators; seen in ptxas's reports.
-REGISTERS_BESIDE = 64
+# Fragments, addresses and loop state, beside the accumulators, before and from sm_90 on; seen in ptxas's reports.
+REGISTERS_BESIDE = 80, 64
 
 
 @dataclass(frozen=True)
@@ -115,8 +116,9 @@ def rules(p: Problem, c: Config, device: Device) -> Iterator[tuple[bool, str]]:
     yield c.rows % c.keys == 0, f"keys={c.keys} must divide the {c.rows} rows of a CTA"
     registers = min(255, device.registers_per_sm // (32 * c.warps * c.blocks) // 8 * 8)
     accumulators = c.m * max(p.e + c.keys, p.d if p.stateful and p.normalized else 0) // 2
-    yield accumulators + REGISTERS_BESIDE <= registers, (
-        f"{accumulators} accumulators and some {REGISTERS_BESIDE} other registers a thread: {c.blocks} CTAs of {c.warps} warps an SM leave {registers}"
+    beside = REGISTERS_BESIDE[device.capability >= 90]
+    yield accumulators + beside <= registers, (
+        f"{accumulators} accumulators and some {beside} other registers a thread: {c.blocks} CTAs of {c.warps} warps an SM leave {registers}"
     )
 
 
@@ -134,4 +136,32 @@ def cost(p: Problem, c: Config, device: Device) -> Cost:
     return Cost(flops=intra + state, bytes=read, ctas=ctas, ctas_per_sm=c.blocks, efficiency=efficiency)
 
 
-power_attend = Kernel("power_attend", Path(TEMPLATES, "power_attend.cu.j2"), Problem, Config, ARGS, tiles, grid, rules, cost)
+def traffic(p: Problem, c: Config, tiles: Tiles) -> dict[str, Counts]:
+    q_stride, k_stride, v_stride = (stride[1] * p.dtype.bytes for stride in (p.q_stride, p.k_stride, p.v_stride))
+    names = "CopyQ", "CopyK", "CopyV", "Decay", "QK", "PV"
+    total = dict.fromkeys(names, Counts())
+    stateful = 0      # CTAs that read a state
+    for m0 in range(0, p.t, c.rows):
+        c0 = m0 // p.chunk * p.chunk
+        stateful += p.stateful and c0 > 0
+        total["CopyQ"] += copies(tiles.CopyQ, min(c.rows, p.t - m0), q_stride)
+        for j0 in range(c0, min(m0 + c.rows, p.t), c.keys):
+            rows = min(c.keys, p.t - j0)
+            # A warp skips a block that begins above its last row.
+            warps = sum(j0 < m0 + 16 * c.m * (warp + 1) for warp in range(c.warps))
+            work = (copies(tiles.CopyK, rows, k_stride), copies(tiles.CopyV, rows, v_stride), vectors(c.keys // (2 if j0 >= m0 else 4)) * p.gated,
+                    products(tiles.QK) * warps, products(tiles.PV) * warps)
+            total.update((name, total[name] + one) for name, one in zip(names[1:], work, strict=True))
+    warps, z_steps = stateful * c.warps, tiles.z_stages * tiles.z_rows // 16
+    pairs = tiles.s_stages * tiles.s_tiles
+    total |= {
+        "CopyZ": copies(tiles.CopyZ, tiles.z_rows, 2 * p.d) * (stateful * tiles.z_stages),
+        "CopyS": copies(tiles.CopyS, 64 * tiles.s_tiles, 2 * p.e) * (stateful * tiles.s_stages),
+        "QZ": (products(tiles.QZ, z_steps) + loads(tiles.QK.A.load, tiles.QK.A.loads * z_steps)) * warps,
+        "RowsJ": loads(tiles.RowsJ, c.m // 2 * pairs) * warps,
+        "PS": products(tiles.PS, 4 * pairs) * warps,
+    }
+    return {name: counts * (p.b * p.hq) for name, counts in total.items()}
+
+
+power_attend = Kernel("power_attend", Path(TEMPLATES, "power_attend.cu.j2"), Problem, Config, ARGS, tiles, grid, rules, cost, traffic=traffic)

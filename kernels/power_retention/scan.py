@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from vidrial.atoms import MMA_16x8x16, cp_async, ldmatrix
+from vidrial.counts import Counts, copies, loads, products, vectors
 from vidrial.device import Device
 from vidrial.dtypes import DType
 from vidrial.kernel import Kernel
@@ -127,7 +128,26 @@ def cost(p: Problem, c: Config, device: Device) -> Cost:
                 ctas=ctas, ctas_per_sm=8 // c.warps, efficiency=efficiency)
 
 
-power_scan = Kernel("power_scan", Path(TEMPLATES, "power_scan.cu.j2"), Problem, Config, ARGS, tiles, grid, rules, cost)
+def traffic(p: Problem, c: Config, tiles: Tiles) -> dict[str, Counts]:
+    heads, per_segment = p.b * p.h, -(-p.chunks // c.segments)
+    starts = range(0, p.chunks, per_segment)
+    blocks = sum(min(s + per_segment, p.chunks - 1) - s for s in starts) * (p.chunk // c.tokens) * heads
+    copied = grid(p, c)[0] * blocks
+    pairs = pair_tiles(p.d) * (p.e // c.columns)
+    # The factors of a segment's first block are loaded before its loop, those of the block after the last one in vain.
+    factors = pairs * (blocks + len(starts) * heads)
+    return {
+        "CopyK": copies(tiles.CopyK, c.tokens, p.k_stride[1] * p.dtype.bytes) * copied,
+        "CopyV": copies(tiles.CopyV, c.tokens, p.v_stride[1] * p.dtype.bytes) * copied,
+        "Decay": vectors(c.tokens // 4) * (copied * p.gated),
+        "Tokens": loads(tiles.Tokens, 2 * c.tokens // 32) * factors,
+        "Broadcast": loads(tiles.Broadcast, 4 * c.tokens // 16) * (pairs * blocks),
+        "State": products(tiles.State) * (pairs * blocks),
+        "Z": products(tiles.Z) * ((units(p, c) - pairs) * blocks),
+    }
+
+
+power_scan = Kernel("power_scan", Path(TEMPLATES, "power_scan.cu.j2"), Problem, Config, ARGS, tiles, grid, rules, cost, traffic=traffic)
 
 
 @dataclass(frozen=True)

@@ -66,20 +66,31 @@ CUTE_DEVICE void power_attend(Args const& p) {
   int const thread = threadIdx.x, lane = thread % 32, warp = __shfl_sync(~0u, thread / 32, 0);
   int const group = p.hq / p.h, batch = blockIdx.y / p.hq, q_head = blockIdx.y % p.hq, kv_head = q_head / group, head = batch * p.h + kv_head;
   int const m0 = blockIdx.x * kRows, chunk = m0 / p.chunk, c0 = chunk * p.chunk, chunks = (p.t + p.chunk - 1) / p.chunk;
-  bool const has_state = Tiles::stateful && chunk > 0;
   int const before = (m0 - c0) / kKeys, key_blocks = (min(m0 + kRows, p.t) - c0 + kKeys - 1) / kKeys;
+  int64_t const gates = int64_t(head) * chunks * p.chunk;
+  float2 const* a = p.a + gates;
+  float const* to_block = p.to_block + gates;
+  // What the gates have forgotten altogether by the first query, the state or the first blocks of keys, weighs 0: it is not read.
+  float2 const r0 = kGated && m0 > c0 ? a[m0 - 1] : make_float2(0.f, 0.f);
+  float const state_decay = kGated ? exp2_approx(r0.x + r0.y) : 1.f;
+  bool const has_state = Tiles::stateful && chunk > 0 && state_decay > 0.f;
+  int forgotten = 0;
+  if (kGated) {
+    for (unsigned zeros = ~0u; forgotten < before && zeros == ~0u;) {
+      int const j = forgotten + lane;
+      zeros = __ballot_sync(~0u, j < before && exp2_approx(minus(r0, a[c0 + (j + 1) * kKeys - 1])) == 0.f);
+      forgotten += zeros == ~0u ? 32 : __ffs(~zeros) - 1;
+    }
+  }
   int const state_stages = has_state ? Tiles::z_stages + Tiles::s_stages : 0;
 
   uint32_t const smem = shared_address(raw), ring = smem + Smem::Ring, decay = smem + Smem::Decay;
   typename Tiles::CopyQ copy_q(p.q + batch * p.q_stride[0] + m0 * p.q_stride[1] + q_head * p.q_stride[2], p.q_stride[1], smem + Smem::Q, thread);
-  typename Tiles::CopyK copy_k(p.k + batch * p.k_stride[0] + c0 * p.k_stride[1] + kv_head * p.k_stride[2], p.k_stride[1], ring, thread);
-  typename Tiles::CopyV copy_v(p.v + batch * p.v_stride[0] + c0 * p.v_stride[1] + kv_head * p.v_stride[2], p.v_stride[1], ring + Tiles::K::kBytes, thread);
+  typename Tiles::CopyK copy_k(p.k + batch * p.k_stride[0] + (c0 + forgotten * kKeys) * p.k_stride[1] + kv_head * p.k_stride[2], p.k_stride[1], ring, thread);
+  typename Tiles::CopyV copy_v(p.v + batch * p.v_stride[0] + (c0 + forgotten * kKeys) * p.v_stride[1] + kv_head * p.v_stride[2], p.v_stride[1], ring + Tiles::K::kBytes, thread);
   cutlass::bfloat16_t const* snapshot = p.snapshots + (int64_t(head) * chunks + chunk) * Tiles::snapshot;
   typename Tiles::CopyZ copy_z(snapshot, D, ring, thread);
   typename Tiles::CopyS copy_s(snapshot + (kNormalized ? D * D : 0), Tiles::e, ring, thread);
-  int64_t const gates = int64_t(head) * chunks * p.chunk;
-  float2 const* a = p.a + gates;
-  float const* to_block = p.to_block + gates;
 
   int fetched = 0, read = 0, write = kStages - 1;
   auto fetch = [&](int stage) {
@@ -87,7 +98,7 @@ CUTE_DEVICE void power_attend(Args const& p) {
     if (fetched < state_stages) {
       if (fetched < Tiles::z_stages) { copy_z.full(at); copy_z.source += Tiles::z_rows * D; }
       else { copy_s.full(at); copy_s.source += Tiles::s_tiles * 64 * Tiles::e; }
-    } else if (int const j = fetched - state_stages; j < key_blocks) {
+    } else if (int const j = forgotten + fetched - state_stages; j < key_blocks) {
       int const j0 = c0 + j * kKeys;
       copy_k(at, p.t - j0); copy_k.source += kKeys * p.k_stride[1];
       copy_v(at, p.t - j0); copy_v.source += kKeys * p.v_stride[1];
@@ -215,18 +226,16 @@ CUTE_DEVICE void power_attend(Args const& p) {
     }
   }
 
-  float2 const r0 = kGated && m0 > c0 ? a[m0 - 1] : make_float2(0.f, 0.f);
   if (kGated && has_state) {
-    float const f = exp2_approx(r0.x + r0.y);
     CUTE_UNROLL
-    for (int m = 0; m < M; ++m) { rescale(m, 0, f); rescale(m, 1, f); }
+    for (int m = 0; m < M; ++m) { rescale(m, 0, state_decay); rescale(m, 1, state_decay); }
   }
 
   typename QK::B load_k(ring, thread);
   typename PV::B load_v(ring + Tiles::K::kBytes, thread);
   float2 ai[M][2];
   CUTE_NO_UNROLL
-  for (int j = 0; j < key_blocks; ++j) {
+  for (int j = forgotten; j < key_blocks; ++j) {
     int const stage = next(), j0 = c0 + j * kKeys;
     uint32_t const at = stage * Tiles::stage_bytes, gate = decay + stage * (kKeys * 8);
     bool const diagonal = j >= before;

@@ -35,7 +35,8 @@ CUTE_DEVICE void power_carry(Args const& p) {
   }
   auto snapshot = [&](int n) { return reinterpret_cast<uint4*>(p.snapshots + (int64_t(head) * chunks + n) * Tiles::snapshot + element); };
   float decay = 1.f;
-  for (int n = first; n < last; n += kInFlight) {
+  // NOTE: once the gates have forgotten a segment's past altogether, its later snapshots stay as they are: x + 0 is x.
+  for (int n = first; n < last && decay > 0.f; n += kInFlight) {
     // NOTE: all loads before any store: the compiler cannot know that they do not meet.
     uint4 old[kInFlight];
     CUTE_UNROLL
