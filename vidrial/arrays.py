@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from functools import lru_cache
+from typing import Any, NamedTuple
 
 from vidrial.dtypes import DType
 from vidrial.errors import ArgumentTypeError, ToolchainError
@@ -14,8 +14,7 @@ CPU = -1
 VECTOR_BYTES = 16
 
 
-@dataclass(frozen=True, slots=True)
-class Array:
+class Array(NamedTuple):
     """What a launch needs of an array. `strides` in elements; `device` a CUDA index, or CPU; `owner` keeps the memory alive."""
 
     pointer: int
@@ -27,11 +26,20 @@ class Array:
     owner: Any
 
     @property
+    def facts(self) -> tuple[Any, ...]:
+        """What another array must agree in to be served by the same launches: (shape, strides, dtype, device, library, aligned)."""
+        return self.shape, self.strides, self.dtype, self.device, self.library, self.pointer % VECTOR_BYTES == 0
+
+    @property
     def vectorised(self) -> bool:
         """Rows are contiguous and begin at multiples of 16 bytes, as 16-byte copies need."""
-        size = self.dtype.bytes
-        return (self.strides[-1] == 1 or self.shape[-1] <= 1) and self.pointer % VECTOR_BYTES == 0 and all(
-            s * size % VECTOR_BYTES == 0 for s, n in zip(self.strides[:-1], self.shape[:-1], strict=True) if n > 1)
+        return vectorised(*self.facts)
+
+
+def vectorised(shape: tuple[int, ...], strides: tuple[int, ...], dtype: DType, device: int, library: str, aligned: bool) -> bool:
+    """`Array.vectorised`, of an array's facts."""
+    return aligned and (strides[-1] == 1 or shape[-1] <= 1) and all(
+        s * dtype.bytes % VECTOR_BYTES == 0 for s, n in zip(strides[:-1], shape[:-1], strict=True) if n > 1)
 
 
 def library_of(x: Any) -> str:
@@ -40,12 +48,17 @@ def library_of(x: Any) -> str:
     Raises:
         ArgumentTypeError: x is none of their arrays.
     """
-    root = type(x).__module__.partition(".")[0]
+    return _library_of(type(x))
+
+
+@lru_cache(maxsize=64)
+def _library_of(kind: type) -> str:
+    root = kind.__module__.partition(".")[0]
     name = {"jaxlib": "jax"}.get(root, root)
-    if name not in _READERS and "torch" in sys.modules and isinstance(x, sys.modules["torch"].Tensor):
+    if name not in _READERS and "torch" in sys.modules and issubclass(kind, sys.modules["torch"].Tensor):
         name = "torch"
     if name not in _READERS:
-        raise ArgumentTypeError(f"{type(x).__module__}.{type(x).__name__} is not an array; accepted: torch.Tensor, cupy.ndarray, jax.Array, numpy.ndarray")
+        raise ArgumentTypeError(f"{kind.__module__}.{kind.__name__} is not an array; accepted: torch.Tensor, cupy.ndarray, jax.Array, numpy.ndarray")
     return name
 
 
@@ -62,11 +75,9 @@ def as_array(x: Any, name: str) -> Array:
 
 
 def _read_torch(x: Any) -> Array:
-    device = x.device
-    if device.type not in ("cuda", "cpu"):
-        raise ArgumentTypeError(f"device {device} is not served; accepted: cuda, cpu")
-    index = device.index if device.type == "cuda" else CPU
-    return Array(x.data_ptr(), tuple(x.shape), x.stride(), DType.of(x.dtype), index, "torch", x)
+    if not x.is_cuda and x.device.type != "cpu":
+        raise ArgumentTypeError(f"device {x.device} is not served; accepted: cuda, cpu")
+    return Array(x.data_ptr(), x.shape, x.stride(), DType.of(x.dtype), x.get_device() if x.is_cuda else CPU, "torch", x)
 
 
 def _read_numpy(x: Any) -> Array:
@@ -88,11 +99,18 @@ def _read_jax(x: Any) -> Array:
         return Array(array.pointer, array.shape, array.strides, array.dtype, CPU, "jax", array.owner)
     # NOTE: JAX computes on streams of its own; what this array waits for must be done before another stream reads it.
     x.block_until_ready()
-    shape, strides, count = tuple(x.shape), [], 1
+    shape = tuple(x.shape)
+    return Array(x.unsafe_buffer_pointer(), shape, contiguous_strides(shape), DType.of(x.dtype), device.local_hardware_id, "jax", x)
+
+
+@lru_cache(maxsize=4096)
+def contiguous_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Strides, in elements, of a contiguous array."""
+    strides, count = [], 1
     for n in reversed(shape):
         strides.append(count)
         count *= n
-    return Array(x.unsafe_buffer_pointer(), shape, tuple(reversed(strides)), DType.of(x.dtype), device.local_hardware_id, "jax", x)
+    return tuple(reversed(strides))
 
 
 _READERS: dict[str, Callable[[Any], Array]] = {"torch": _read_torch, "cupy": _read_cupy, "jax": _read_jax, "numpy": _read_numpy}
@@ -101,7 +119,8 @@ _READERS: dict[str, Callable[[Any], Array]] = {"torch": _read_torch, "cupy": _re
 def current_stream(like: Array) -> int:
     """The CUDA stream (its handle) that the array's library works on now, on the array's device."""
     if like.library == "torch":
-        stream: int = sys.modules["torch"].cuda.current_stream(like.device).cuda_stream
+        # NOTE: torch.cuda.current_stream makes an object of its own each time, and takes as long as a launch.
+        stream: int = sys.modules["torch"]._C._cuda_getCurrentRawStream(like.device)
         return stream
     import cupy
 
@@ -110,11 +129,21 @@ def current_stream(like: Array) -> int:
         return pointer
 
 
+def capturing() -> bool:
+    """Whether torch's or CuPy's current stream is being captured into a CUDA graph: nothing may be compiled or loaded then."""
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+        return True
+    cupy = sys.modules.get("cupy")
+    return cupy is not None and bool(cupy.cuda.get_current_stream().is_capturing())
+
+
 def empty(shape: tuple[int, ...], dtype: DType, like: Array) -> Array:
     """A new array of `like`'s library and device, contents undefined. For JAX memory comes from CuPy; see `give_back`."""
     if like.library == "torch":
-        torch = sys.modules["torch"]
-        return _read_torch(torch.empty(shape, dtype=getattr(torch, dtype.label), device=like.owner.device))
+        x = sys.modules["torch"].empty(shape, dtype=_torch_dtype(dtype), device=like.owner.device)
+        # Its strides are known; asking for them again takes as long as a launch does.
+        return Array(x.data_ptr(), shape, contiguous_strides(shape), dtype, like.device, "torch", x)
     if like.device == CPU:
         import numpy as np
 
@@ -139,6 +168,11 @@ def give_back(x: Array) -> Any:
     if x.library == "cupy" and x.dtype is DType.bfloat16:
         return x.owner.view(_numpy_dtype(x.dtype))
     return x.owner
+
+
+@lru_cache
+def _torch_dtype(dtype: DType) -> Any:
+    return getattr(sys.modules["torch"], dtype.label)
 
 
 def _numpy_dtype(dtype: DType) -> Any:

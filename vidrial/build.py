@@ -2,17 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator, Mapping
+import contextlib
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from dataclasses import asdict
 from typing import TypeVar
 
 from vidrial.compile import CompilePool, Cubin, Job, Resources, compile_source, cubin_key
-from vidrial.errors import CompileError
+from vidrial.errors import CompileError, FrozenError
 from vidrial.render import Source
 from vidrial.store import Store
 
-
 Name = TypeVar("Name", bound=Hashable)
+Compiler = Callable[[Iterable[Job]], Iterator[tuple[Hashable, Cubin | CompileError]]]
+_frozen: list[bool] = []
+
+
+def freeze(on: bool) -> None:
+    """Whether `build` refuses to compile from now on."""
+    _frozen[:] = [True] if on else []
+
+
+def frozen() -> bool:
+    """Whether `build` refuses to compile."""
+    return bool(_frozen)
 
 
 def _cached(key: str, arch: str) -> Cubin | None:
@@ -33,17 +45,22 @@ def build(source: Source, arch: str, config: str = "") -> Cubin:
 
     Raises:
         CompileError: the source does not compile. ToolchainError: NVRTC or a header is missing.
+        FrozenError: it is not compiled yet, and compiling is frozen.
     """
     key = cubin_key(source.text, arch)
-    return _cached(key, arch) or _publish(key, compile_source(source.text, source.entry, arch, config=config, includes=source.include_dirs), source)
+    cubin = _cached(key, arch)
+    if cubin is None and frozen():
+        raise FrozenError(f"kernel {source.entry} for {arch} is not compiled, and compiling is frozen: {config}; "
+                          "prepare it before freeze(), or freeze(False)")
+    return cubin or _publish(key, compile_source(source.text, source.entry, arch, config=config, includes=source.include_dirs), source)
 
 
 def build_many(
-    sources: Mapping[Name, tuple[Source, str]], arch: str, jobs: int | None = None
+    sources: Mapping[Name, tuple[Source, str]], arch: str, jobs: int | None = None, compiler: Compiler | None = None
 ) -> Iterator[tuple[Name, Cubin | CompileError]]:
     """The cubins of many (source, config's text), in the order in which they are done; equal texts compile once.
 
-    A source that does not compile yields its error in place of a cubin.
+    A source that does not compile yields its error in place of a cubin. `compiler`: what compiles, in place of `jobs` processes here.
     """
     waiting: dict[str, list[Name]] = {}
     for name, (source, _) in sources.items():
@@ -54,9 +71,10 @@ def build_many(
             waiting.setdefault(key, []).append(name)
     if not waiting:
         return
-    with CompilePool(jobs) as pool:
-        todo = (Job(key, source.text, source.entry, arch, config, source.include_dirs) for key, names in waiting.items() for source, config in [sources[names[0]]])
-        for done, result in pool.compile_many(todo):
+    todo = (Job(key, source.text, source.entry, arch, config, source.include_dirs) for key, names in waiting.items() for source, config in [sources[names[0]]])
+    with contextlib.ExitStack() as stack:
+        compile_many = compiler or stack.enter_context(CompilePool(jobs)).compile_many
+        for done, result in compile_many(todo):
             names = waiting[str(done)]
             if isinstance(result, Cubin):
                 _publish(str(done), result, sources[names[0]][0])

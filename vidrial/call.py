@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any
@@ -14,7 +15,7 @@ from vidrial.dtypes import DType
 from vidrial.errors import ArgumentError, ArgumentTypeError
 from vidrial.op import Op
 from vidrial.plan import CudaPlan, HostPlan
-from vidrial.ranking import pick
+from vidrial.ranking import generation, pick
 from vidrial.settings import Settings
 
 TARGETS = ("cuda", "host")
@@ -45,7 +46,7 @@ def current_target(target: str | None = None) -> str:
     """The target of a call: its argument, else that of `use_target`, else VIDRIAL_TARGET, else `cuda`."""
     if target is not None:
         return _checked(target)
-    return _target[0] if _target else Settings.read().target
+    return _target[0] if _target else Settings.read_target()
 
 
 def _checked(target: str) -> str:
@@ -54,12 +55,43 @@ def _checked(target: str) -> str:
     return target
 
 
-@lru_cache(maxsize=4096)
 def cuda_plan(op: Op, problem: Any, index: int, fixed: tuple[tuple[str, Any], ...] = ()) -> CudaPlan:
-    """The plan of the config that an untold call takes, on CUDA device `index`; `fixed` (name, value) choices are kept."""
-    device = Device.current(index)
-    config = op.predicted(problem, device, dict(fixed)) if fixed else pick(op, problem, device)[0]
-    return CudaPlan(op, problem, config, index)
+    """The plan of the config that an untold call takes, on CUDA device `index`; `fixed` (name, value) choices are kept.
+
+    It is remembered until the rankings change or compiling is frozen; binaries stay loaded.
+
+    Raises:
+        FrozenError: it needs a binary that may not be compiled (`freeze`) or loaded (in a CUDA-graph capture) now.
+    """
+    return _cuda_plan(op, problem, index, fixed, generation())
+
+
+@lru_cache(maxsize=4096)
+def _cuda_plan(op: Op, problem: Any, index: int, fixed: tuple[tuple[str, Any], ...], generation: int) -> CudaPlan:
+    return CudaPlan(op, problem, pick(op, problem, Device.current(index), fixed).config, index)
+
+
+def prepare(op: Op, problem: Any, index: int | None = None, **fixed: Any) -> Any:
+    """Compile and load now what calls of this problem on CUDA device `index` (by default the current one) will run.
+
+    A call of it, also inside a CUDA-graph capture or after `freeze`, then compiles and loads nothing. `fixed`: choices of the op's own
+    that the calls will name (`chunk=512`).
+
+    Returns:
+        The config that such calls take.
+
+    Raises:
+        ArgumentError: a name in `fixed` is no choice of the op's. ToolchainError, CompileError, LaunchError: it cannot be built.
+    """
+    own = [field.name for field in dataclasses.fields(op.config) if field.name not in op.parts]
+    unknown = [name for name in fixed if name not in own]
+    if unknown:
+        raise ArgumentError(f"{op.name} has no choice of its own named {', '.join(unknown)}; accepted: {', '.join(own) or 'none'}")
+    if index is None:
+        from cupy.cuda import runtime
+
+        index = int(runtime.getDevice())
+    return cuda_plan(op, problem, index, tuple(fixed.items())).config
 
 
 @lru_cache(maxsize=64)
@@ -68,12 +100,11 @@ def host_plan(op: Op, problem: Any, fixed: tuple[tuple[str, Any], ...] = ()) -> 
     return HostPlan(op, problem, op.predicted(problem, Device.of("h200"), dict(fixed)))
 
 
-def run(op: Op, problem: Any, inputs: Mapping[str, Array], plan: CudaPlan) -> dict[str, Array]:
+def run(inputs: Mapping[str, Array], plan: CudaPlan) -> dict[str, Array]:
     """Run an op on GPU arrays, on their library's current stream; its outputs, newly made."""
     like = next(iter(inputs.values()))
-    outputs = {name: empty(buffer.shape, buffer.dtype, like) for name, buffer in op.outputs(problem).items()}
-    pointers = {name: array.pointer for name, array in inputs.items()}
-    pointers.update((name, array.pointer) for name, array in outputs.items())
+    outputs = {name: empty(buffer.shape, buffer.dtype, like) for name, buffer in plan.outputs.items()}
+    pointers = {name: array.pointer for arrays in (inputs, outputs) for name, array in arrays.items()}
     scratch = empty((plan.workspace.bytes,), DType.uint8, like) if plan.workspace.bytes else None
     plan.run(pointers, scratch.pointer if scratch is not None else 0, current_stream(like))
     return outputs
@@ -116,4 +147,4 @@ def apply(op: Op, problem: Any, inputs: Mapping[str, Array], target: str | None 
     device = next(iter(inputs.values())).device
     if device == CPU or current_target(target) == "host":
         return run_on_host(op, problem, inputs, host_plan(op, problem))
-    return run(op, problem, inputs, cuda_plan(op, problem, device))
+    return run(inputs, cuda_plan(op, problem, device))

@@ -224,6 +224,41 @@ def source(reference: str, keywords: tuple[str, ...], arch: str | None, stage: s
         click.echo(s.kernel.source(s.problem, s.config).text)
 
 
+@op_command("analyse")
+@target_option
+def analyse(reference: str, keywords: tuple[str, ...], arch: str | None) -> None:
+    """Show what the config predicted fastest will do: its accesses, bank conflicts, sectors, occupancy and waves."""
+    from vidrial.show import make_console
+    from vidrial.show_check import show_analysis
+
+    op, problem = read_one(reference, keywords)
+    show_analysis(make_console(), op, problem, device_of(arch))
+
+
+@op_command("check")
+@click.option("--configs", default=2, show_default=True, type=click.IntRange(1), help="How many unlike configs, the best first.")
+@click.option("--quick", is_flag=True, help="Values only, no sanitizers.")
+def check_(reference: str, keywords: tuple[str, ...], configs: int, quick: bool) -> None:
+    """Run the kernels on the CPU at odd lengths: values, races, memory errors. No GPU is needed.
+
+    Lengths that no keyword gives are odd ones; a keyword given twice makes two problems. Large problems are cut to what is quick to check.
+    """
+    from vidrial.check import SANITIZERS, check, odd_problems
+    from vidrial.progress import reporting
+    from vidrial.show import make_console
+    from vidrial.show_check import show_report
+
+    op = find_op(reference)
+    values = parse_keywords(op, keywords)
+    combinations = [dict(zip(values, combination, strict=True)) for combination in itertools.product(*values.values())]
+    problems = list(dict.fromkeys(p for combination in combinations for p in odd_problems(op, combination)))
+    with reporting(None) as progress:
+        report = check(op, problems, configs, SANITIZERS[:1] if quick else SANITIZERS, progress)
+    show_report(make_console(), report)
+    if not report.ok:
+        raise click.exceptions.Exit(1)
+
+
 @op_command("draw")
 @target_option
 @click.option("--out", required=True, type=click.Path(file_okay=False, path_type=Path), help="Folder for the SVG files.")

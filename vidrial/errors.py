@@ -57,3 +57,7 @@ class SweepError(VidrialError, RuntimeError):
 
 class FrozenError(VidrialError, RuntimeError):
     """A call would have had to compile while compiling is frozen or impossible (a CUDA-graph capture)."""
+
+
+class CheckError(VidrialError, AssertionError):
+    """An op whose kernels are not right on the host target; names the config, what was found and the kernel's line."""

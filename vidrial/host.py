@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 from vidrial.errors import ArgumentError, LaunchError
 from vidrial.host_build import TEXT, Build, execute, temporary
 from vidrial.host_report import crash, resolve
+from vidrial.smem import SharedMemory
 from vidrial.store import Store, binary_key
 
 if TYPE_CHECKING:
@@ -85,7 +86,7 @@ class HostStats:
     seconds: float
 
 
-STATS, REQUEST, LENGTH = struct.Struct("=8qd"), struct.Struct("=3I3IIId4Q"), struct.Struct("=q")
+STATS, REQUEST, LENGTH = struct.Struct("=8qd"), struct.Struct("=3I3IIId5Q"), struct.Struct("=q")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,14 +96,14 @@ class HostBinary:
     name: str
     executable: Path
 
-    def launch(self, grid: Sequence[int], block: int | Sequence[int], shared_bytes: int, packed: bytes | bytearray,
+    def launch(self, grid: Sequence[int], block: int | Sequence[int], shared: int | SharedMemory, packed: bytes | bytearray,
                pointers: Mapping[int, np.ndarray[Any, Any]], schedule: Schedule = SCHEDULES[0]) -> HostStats:
         """Run every CTA of `grid` and write what the kernel changed back into the arrays.
 
         Args:
             grid: CTAs along x, y, z.
             block: threads of a CTA, or threads along x, y, z.
-            shared_bytes: dynamic shared memory of a CTA.
+            shared: dynamic shared memory of a CTA, in bytes or by its regions: nothing may touch what lies between them.
             packed: the parameters' bytes, laid out as a struct of them; pointers are filled in.
             pointers: offset in `packed` -> the array whose address goes there. Any strides; the address modulo 256 is that of the
                 array's first element in the array that owns the memory, as if that had come from the GPU's allocator.
@@ -116,14 +117,17 @@ class HostBinary:
         blocks = _three("grid", grid)
         if not 1 <= threads[0] * threads[1] * threads[2] <= MAX_THREADS:
             raise ArgumentError(f"block {threads} has {threads[0] * threads[1] * threads[2]} threads; accepted are 1 to {MAX_THREADS}")
-        if not 0 <= shared_bytes <= MAX_SHARED_BYTES:
-            raise ArgumentError(f"{shared_bytes} bytes of shared memory; accepted are 0 to {MAX_SHARED_BYTES}")
+        shared_bytes, gaps = (shared.bytes, shared.gaps()) if isinstance(shared, SharedMemory) else (shared, ())
+        used = shared_bytes - sum(size for _, size in gaps)
+        if not 0 <= used <= MAX_SHARED_BYTES:
+            raise ArgumentError(f"{used} bytes of shared memory; accepted are 0 to {MAX_SHARED_BYTES}")
         if len(packed) > MAX_PACKED_BYTES:
             raise ArgumentError(f"{len(packed)} bytes of arguments; accepted are up to {MAX_PACKED_BYTES}")
         memory = Memory(pointers, len(packed))
         head = REQUEST.pack(*blocks, *threads, schedule.lazy, schedule.code, schedule.timeout,
-                            shared_bytes, len(packed), len(memory.views), len(pointers))
-        return self._run(b"".join((head, packed, memory.tables, *memory.views)), memory, schedule.timeout)
+                            shared_bytes, len(packed), len(memory.views), len(pointers), len(gaps))
+        places = b"".join(struct.pack("=2Q", *gap) for gap in gaps)
+        return self._run(b"".join((head, packed, memory.tables, places, *memory.views)), memory, schedule.timeout)
 
     def _run(self, request: bytes, memory: Memory, timeout: float) -> HostStats:
         try:

@@ -77,7 +77,7 @@ class Kernel:
 
     def source(self, problem: Any, config: Any, guard: int = 0) -> Source:
         """The rendered C++ of a config; depends on the static fields of `problem` alone. `guard`: unused bytes between regions of shared memory."""
-        view = StaticView(problem)
+        view = problem if isinstance(problem, StaticView) else StaticView(problem)
         names = {"tiles": self.resolve(view, config).guarded(guard), "args": self.args, "p": view, "c": config}
         return render(self.template, self.name, names)
 

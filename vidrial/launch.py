@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import dataclasses
 from typing import Any
@@ -56,9 +57,10 @@ class Binary:
         self.device = device
         self.smem_limit = smem_limit
         self._module = module  # owns the code: its end unloads it
-        self._function = function
+        self.function = function
+        self.driver = driver
         self._smem_asked = SMEM_UNASKED
-        self._driver, self._runtime = driver, runtime
+        self._runtime = runtime
 
     @classmethod
     def load(cls, cubin: Cubin, entry: str, device: int | None = None) -> Binary:
@@ -91,37 +93,79 @@ class Binary:
             LaunchError: the driver refuses the launch, or an earlier error of this context comes to light.
             ArgumentError: the parameter struct is empty or too large.
         """
-        if geometry.empty:
+        with self.on_device():
+            Launch(self, geometry, packed).run(stream)
+
+    def on_device(self) -> contextlib.AbstractContextManager[object]:
+        """This kernel's device as the current one, until the end of the block."""
+        if self._runtime.getDevice() == self.device:
+            return _HERE
+        from cupy.cuda import Device
+
+        device: contextlib.AbstractContextManager[object] = Device(self.device)
+        return device
+
+    def allow(self, smem: int) -> None:
+        """Ask for so many bytes of dynamic shared memory a CTA, if need be.
+
+        Raises:
+            LaunchError: there is not so much.
+        """
+        if smem <= self._smem_asked:
             return
-        parameters = pointer_to(packed)
-        if self._runtime.getDevice() != self.device:
-            from cupy.cuda import Device
-
-            with Device(self.device):
-                self._launch(geometry, parameters, stream)
-        else:
-            self._launch(geometry, parameters, stream)
-
-    def _launch(self, geometry: Geometry, parameters: ctypes.Array[ctypes.c_void_p], stream: int) -> None:
-        (x, y, z), smem = geometry.grid, geometry.smem
-        try:
-            if smem > self._smem_asked:
-                self._ask_for(smem)
-            self._driver.launchKernel(self._function, x, y, z, geometry.block, 1, 1, smem, stream, ctypes.addressof(parameters), 0)
-        except self._driver.CUDADriverError as error:
-            raise LaunchError(
-                f"kernel {self.name} with {geometry} failed to launch: {error}; an illegal access of an earlier kernel "
-                "also shows here: run under compute-sanitizer, or with VIDRIAL_TARGET=host"
-            ) from error
-
-    def _ask_for(self, smem: int) -> None:
         if smem > self.smem_limit:
             raise LaunchError(
                 f"kernel {self.name} asks for {smem} bytes of dynamic shared memory; "
                 f"device {self.device} has {self.smem_limit} a CTA: choose a smaller tile or fewer stages"
             )
-        self._driver.funcSetAttribute(self._function, MAX_DYNAMIC_SHARED_SIZE_BYTES, smem)
+        try:
+            self.driver.funcSetAttribute(self.function, MAX_DYNAMIC_SHARED_SIZE_BYTES, smem)
+        except self.driver.CUDADriverError as error:
+            raise LaunchError(f"kernel {self.name} cannot have {smem} bytes of dynamic shared memory: {error}") from error
         self._smem_asked = smem
+
+    def refused(self, geometry: Geometry, error: Exception) -> LaunchError:
+        """A driver's error in words."""
+        return LaunchError(
+            f"kernel {self.name} with {geometry} failed to launch: {error}; an illegal access of an earlier kernel "
+            "also shows here: run under compute-sanitizer, or with VIDRIAL_TARGET=host"
+        )
+
+
+_HERE: contextlib.AbstractContextManager[object] = contextlib.nullcontext()
+
+
+class Launch:
+    """A kernel with its geometry and its parameter struct: all that is left to give is the stream, and pointers in `packed`.
+
+    `packed` stays where it is for as long as this lives; its bytes are read while `run` lasts. The kernel's device must be current.
+
+    Raises (when made):
+        ArgumentError: the parameter struct is empty or too large. LaunchError: the device has not so much shared memory.
+    """
+
+    def __init__(self, binary: Binary, geometry: Geometry, packed: bytearray) -> None:
+        self.binary, self.geometry = binary, geometry
+        self._parameters = pointer_to(packed)  # kept: the driver is given its address
+        self._empty, self._error = geometry.empty, binary.driver.CUDADriverError
+        if not self._empty:
+            binary.allow(geometry.smem)
+        self._launch = binary.driver.launchKernel
+        self._arguments = (binary.function, *geometry.grid, geometry.block, 1, 1, geometry.smem)
+        self._address = ctypes.addressof(self._parameters)
+
+    def run(self, stream: int) -> None:
+        """Enqueue on `stream`; an empty grid launches nothing.
+
+        Raises:
+            LaunchError: the driver refuses the launch, or an earlier error of this context comes to light.
+        """
+        if self._empty:
+            return
+        try:
+            self._launch(*self._arguments, stream, self._address, 0)
+        except self._error as error:
+            raise self.binary.refused(self.geometry, error) from error
 
 
 def pointer_to(packed: bytearray) -> ctypes.Array[ctypes.c_void_p]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import threading
 from collections.abc import Mapping
 from functools import lru_cache
@@ -9,17 +10,22 @@ from typing import Any
 
 import numpy as np
 
+from vidrial.arrays import capturing
 from vidrial.build import build
 from vidrial.compile import Cubin
 from vidrial.device import Device
 from vidrial.dtypes import DType
+from vidrial.errors import FrozenError, UnsupportedError
 from vidrial.host import SCHEDULES, HostBinary, HostStats, Schedule, compile_host
-from vidrial.launch import Binary, Geometry
+from vidrial.launch import Binary, Launch
 from vidrial.op import Op, Stage
-from vidrial.render import Source
+from vidrial.render import Source, Tiles
 from vidrial.space import describe
+from vidrial.tiled import atoms_of
 
-POINTER = np.dtype(np.uintp).itemsize
+POINTER = ctypes.sizeof(ctypes.c_size_t)
+# The newest architecture (80 for sm_80) whose instructions the host target has.
+NEWEST_EMULATED = 80
 
 
 class Workspace:
@@ -38,20 +44,21 @@ class CudaPlan:
 
     Raises (when made):
         ConfigError: the config is not legal for the problem. CompileError, ToolchainError, LaunchError: it does not compile or load.
+        FrozenError: it would have to be compiled while that is frozen, or loaded while the current stream is being captured.
     """
 
     def __init__(self, op: Op, problem: Any, config: Any, index: int) -> None:
         device = Device.current(index)
         op.check_config(problem, config, device)
-        self.config = config
+        self.config, self.index = config, index
+        self.outputs = op.outputs(problem)
         self.workspace = Workspace(op, problem, config)
         self._lock = threading.Lock()
-        self._launches = []
+        self._launches: list[_Launch] = []
         for stage in op.stages(problem, config):
             binary = _binary(stage.kernel.source(stage.problem, stage.config), device.arch, index, describe(stage.config))
-            packed = stage.kernel.pack(stage.problem, stage.config)
-            slots = [(offset, name) for name, offset in stage.kernel.args.pointers.items()]
-            self._launches.append((binary, stage.kernel.geometry(stage.problem, stage.config), packed, slots))
+            with binary.on_device():
+                self._launches.append(_Launch(binary, stage, self.workspace))
 
     @property
     def stages(self) -> int:
@@ -65,31 +72,53 @@ class CudaPlan:
             pointers: addresses of the op's inputs and outputs by name.
             workspace: address of `self.workspace.bytes` bytes, aligned to 256.
         """
-        offsets = self.workspace.offsets
-        with self._lock:
-            for binary, geometry, packed, slots in self._launches if stage is None else self._launches[stage:stage + 1]:
-                for offset, name in slots:
-                    address = pointers.get(name, 0) or (workspace + offsets[name] if name in offsets else 0)
-                    packed[offset:offset + POINTER] = address.to_bytes(POINTER, "little")
-                binary.launch(geometry, packed, stream)
+        launches = self._launches if stage is None else self._launches[stage:stage + 1]
+        # The structs are this plan's own: one thread at a time writes them, and the driver copies them at each launch.
+        with self._lock, self._launches[0].binary.on_device():
+            for launch in launches:
+                words = launch.words
+                for word, name in launch.named:
+                    words[word] = pointers.get(name, 0)
+                for word, offset in launch.scratch:
+                    words[word] = workspace + offset
+                launch.run(stream)
+
+
+class _Launch(Launch):
+    """One stage: where its struct takes the op's arrays (word, name), and where the workspace (word, offset in bytes)."""
+
+    def __init__(self, binary: Binary, stage: Stage, workspace: Workspace) -> None:
+        packed, offsets = stage.kernel.pack(stage.problem, stage.config), workspace.offsets
+        super().__init__(binary, stage.kernel.geometry(stage.problem, stage.config), packed)
+        self.words = (ctypes.c_size_t * (len(packed) // POINTER)).from_buffer(packed)
+        slots = [(offset // POINTER, name) for name, offset in stage.kernel.args.pointers.items()]
+        self.named = tuple((word, name) for word, name in slots if name not in offsets)
+        self.scratch = tuple((word, offsets[name]) for word, name in slots if name in offsets)
 
 
 class HostPlan:
     """The launches of an op on the CPU: the same sources, compiled by g++.
 
+    Args:
+        sanitizer: that of `compile_host`.
+        guard: bytes between regions of shared memory, which nothing may touch; 0 leaves shared memory as it is on the GPU.
+
     Raises (when made):
-        ConfigError: the config is not legal. CompileError, ToolchainError: it does not compile.
+        ConfigError: the config is not legal. UnsupportedError: it uses an instruction that the host target does not emulate.
+        CompileError, ToolchainError: it does not compile.
     """
 
-    def __init__(self, op: Op, problem: Any, config: Any, sanitizer: str | None = None) -> None:
+    def __init__(self, op: Op, problem: Any, config: Any, sanitizer: str | None = None, guard: int = 0) -> None:
         op.check_config(problem, config, Device.of("h200"))
         self.config = config
         self._buffers = op.workspace(problem, config)
-        self._launches: list[tuple[HostBinary, Geometry, Stage, bytearray]] = []
+        self._launches: list[tuple[HostBinary, Tiles, Stage, bytearray]] = []
         for stage in op.stages(problem, config):
-            source = stage.kernel.source(stage.problem, stage.config)
+            tiles = stage.kernel.resolve(stage.problem, stage.config).guarded(guard)
+            _refuse_what_has_no_emulation(stage.kernel.name, tiles)
+            source = stage.kernel.source(stage.problem, stage.config, guard)
             binary = compile_host(source.text, stage.kernel.name, sanitizer=sanitizer, include_dirs=source.include_dirs)
-            self._launches.append((binary, stage.kernel.geometry(stage.problem, stage.config), stage, stage.kernel.pack(stage.problem, stage.config)))
+            self._launches.append((binary, tiles, stage, stage.kernel.pack(stage.problem, stage.config)))
 
     def run(self, arrays: Mapping[str, np.ndarray], schedule: Schedule = SCHEDULES[0]) -> dict[str, HostStats]:
         """Run all launches on NumPy arrays (bfloat16 as uint16 bits), outputs in place; what each kernel did, by its name."""
@@ -97,11 +126,21 @@ class HostPlan:
         for name, buffer in self._buffers.items():
             every[name] = poison(buffer.shape, buffer.dtype)
         stats = {}
-        for binary, geometry, stage, packed in self._launches:
-            if not geometry.empty:
+        for binary, tiles, stage, packed in self._launches:
+            grid = stage.kernel.grid(stage.problem, stage.config)
+            if 0 not in grid:
                 pointers = {offset: every[name] for name, offset in stage.kernel.args.pointers.items() if name in every}
-                stats[stage.kernel.name] = binary.launch(geometry.grid, geometry.block, geometry.smem, packed, pointers, schedule)
+                stats[stage.kernel.name] = binary.launch(grid, tiles.threads, tiles.smem or 0, packed, pointers, schedule)
         return stats
+
+
+def _refuse_what_has_no_emulation(kernel: str, tiles: Tiles) -> None:
+    for name, member in tiles.members.items():
+        for atom in atoms_of(member):
+            if atom.arch > NEWEST_EMULATED:
+                raise UnsupportedError(
+                    f"{kernel}: {name} is made of {atom.name}, which begins with sm_{atom.arch}; the host target emulates instructions up to "
+                    f"sm_{NEWEST_EMULATED}: mma.sync, ldmatrix, cp.async. Take a config without it, or run this one on a GPU")
 
 
 def poison(shape: tuple[int, ...], dtype: DType) -> np.ndarray:
@@ -112,5 +151,8 @@ def poison(shape: tuple[int, ...], dtype: DType) -> np.ndarray:
 
 @lru_cache(maxsize=1024)
 def _binary(source: Source, arch: str, index: int, config: str) -> Binary:
+    if capturing():
+        raise FrozenError(f"kernel {source.entry} is not loaded, and the current stream is being captured into a CUDA graph: "
+                          "call once before the capture, or vidrial.prepare(op, problem)")
     cubin: Cubin = build(source, arch, config)
     return Binary.load(cubin, source.entry, index)

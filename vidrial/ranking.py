@@ -12,6 +12,7 @@ import dataclasses
 import functools
 import hashlib
 import importlib.util
+import itertools
 import json
 import logging
 import math
@@ -23,12 +24,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from vidrial import build
 from vidrial.compile import cubin_key
 from vidrial.device import Device
 from vidrial.errors import FrozenError, SweepError, VidrialError
+from vidrial.kernel import Kernel
 from vidrial.model import Model, work
 from vidrial.op import Op
-from vidrial.problem import CHOICES, KIND, fields, keyed_fields, size_class
+from vidrial.problem import CHOICES, KIND, StaticView, fields, keyed_fields, size_class
 from vidrial.space import describe
 from vidrial.store import Store
 from vidrial.timing import Timing
@@ -40,6 +43,8 @@ KEPT, LEADERS, CANDIDATES = 16, 3, 12
 # From so many measured problems on, the model decides between them; with fewer, the nearest one's order does.
 CALIBRATED = 3
 PICKS = 4096
+# While compiling is frozen: how far down the predicted order one that is compiled is looked for.
+FROZEN_DEPTH = 128
 
 log = logging.getLogger("vidrial")
 
@@ -166,8 +171,8 @@ def distance(a: Any, b: Any) -> float:
     return sum(abs(math.log(max(1, x) / max(1, y))) for x, y in zip(sizes(a), sizes(b), strict=True))
 
 
-def pick(op: Op, problem: Any, device: Device) -> Pick:
-    """The config that a call takes; compiles nothing, and is remembered per problem.
+def pick(op: Op, problem: Any, device: Device, fixed: tuple[tuple[str, Any], ...] = ()) -> Pick:
+    """The config that a call takes, its choices of the names in `fixed` (name, value) kept; compiles nothing, and is remembered.
 
     In this order: what this machine measured, what came with Vidrial for this very kind of GPU, the calibrated model over their
     leading configs, the prediction. A ranking of another device or of other templates never counts.
@@ -175,19 +180,25 @@ def pick(op: Op, problem: Any, device: Device) -> Pick:
     Raises:
         ConfigError: no config is legal. FrozenError: compiling is frozen and no legal config is compiled.
     """
-    return _pick(op, problem, device, _state.generation)
+    return _pick(op, problem, device, fixed, _state.generation)
 
 
 def freeze(on: bool = True) -> None:
-    """From now on (`on=False`: no longer) a pick takes a config that is compiled already; the log says where it is not the first."""
-    _state.frozen = on
+    """From now on (`on=False`: no longer) calls compile nothing: they take a config that is compiled already, and the log says
+    where that is not the first choice. Calls made before are decided again, too."""
+    build.freeze(on)
     forget()
 
 
 def forget() -> None:
-    """Read the rankings again at the next pick."""
+    """Read the rankings again at the next pick, and decide again what was picked."""
     with _state.lock:
         _state.generation += 1
+
+
+def generation() -> int:
+    """A number that changes when picks may: with new rankings, `freeze` and `forget`."""
+    return _state.generation
 
 
 def shipped_folder() -> Path | None:
@@ -254,10 +265,9 @@ def publish(op: Op, rankings: Sequence[Ranking], folder: Path) -> list[Path]:
 
 @dataclass
 class _State:
-    """What the process has asked for; `generation` changes when rankings do."""
+    """`generation` changes when picks may."""
 
     generation: int = 0
-    frozen: bool = False
     lock: threading.Lock = dataclasses.field(default_factory=threading.Lock)
 
 
@@ -265,31 +275,27 @@ _state = _State()
 
 
 @functools.lru_cache(maxsize=PICKS)
-def _pick(op: Op, problem: Any, device: Device, generation: int) -> Pick:
-    choices = _choices(op, problem, device)
-    if not _state.frozen:
-        return next(choices)
-    first = next(choices)
-    if _compiled(op, problem, first.config, device):
+def _pick(op: Op, problem: Any, device: Device, fixed: tuple[tuple[str, Any], ...], generation: int) -> Pick:
+    asked = dict(fixed)
+    choices = (pick for pick in _choices(op, problem, device)
+               if all(getattr(pick.config, name) == value for name, value in fixed) and op.reject(problem, pick.config, device) is None)
+    first = next(choices, None) or Pick(op.predicted(problem, device, asked), "predicted")
+    if not build.frozen() or _compiled(op, problem, first.config, device):
         return first
-    for choice in choices:
+    predicted = (Pick(config, "predicted") for config in op.space(problem, device, FROZEN_DEPTH, asked))
+    for choice in itertools.chain(choices, predicted):
         if _compiled(op, problem, choice.config, device):
             log.warning("%s: frozen, so %s in place of %s for %s", op.name, describe(choice.config), describe(first.config), problem)
             return choice
     raise FrozenError(f"{op.name}: no legal config for {problem} is compiled, and compiling is frozen; "
-                      "call it once before freeze(), or freeze(False)")
+                      "call it once or vidrial.prepare it before freeze(), or freeze(False)")
 
 
 def _choices(op: Op, problem: Any, device: Device) -> Iterator[Pick]:
-    """Legal configs, the best choice first; the last one is the prediction."""
-    for ranked in _measured(op, problem, device):
-        if op.reject(problem, ranked.config, device) is None:
-            yield Pick(ranked.config, "ranking")
+    """Measured configs, the best choice first, legal or not."""
+    yield from (Pick(ranked.config, "ranking") for ranked in _measured(op, problem, device))
     known = _known(op, tuple(fields(problem, "static").items()), device, _state.generation)
-    for config, origin in _ordered(known, op, problem, device):
-        if op.reject(problem, config, device) is None:
-            yield Pick(config, origin)
-    yield Pick(op.predicted(problem, device), "predicted")
+    yield from (Pick(config, origin) for config, origin in _ordered(known, op, problem, device))
 
 
 def _measured(op: Op, problem: Any, device: Device) -> tuple[Ranked, ...]:
@@ -337,8 +343,12 @@ def _known(op: Op, static: tuple[tuple[str, Any], ...], device: Device, generati
 
 
 def _compiled(op: Op, problem: Any, config: Any, device: Device) -> bool:
-    sources = (stage.kernel.source(stage.problem, stage.config) for stage in op.stages(problem, config))
-    return all(Store.shared().get(cubin_key(source.text, device.arch)) is not None for source in sources)
+    return all(_built(s.kernel, StaticView(s.problem), s.config, device.arch, _state.generation) for s in op.stages(problem, config))
+
+
+@functools.lru_cache(maxsize=PICKS)
+def _built(kernel: Kernel, view: StaticView, config: Any, arch: str, generation: int) -> bool:
+    return Store.shared().get(cubin_key(kernel.source(view, config).text, arch)) is not None
 
 
 def _family(op: str, digest: str, static: Mapping[str, Any], device: str) -> str:

@@ -33,6 +33,18 @@ class Settings:
     cxx: str | None
     """CXX: host compiler of the `host` target."""
 
+    @staticmethod
+    def read_target(environment: Mapping[str, str] | None = None) -> str:
+        """The target alone, which every call asks for.
+
+        Raises:
+            ArgumentError: it is not accepted.
+        """
+        target = (os.environ if environment is None else environment).get("VIDRIAL_TARGET") or TARGETS[0]
+        if target not in TARGETS:
+            raise ArgumentError(f"VIDRIAL_TARGET={target!r} is not a target; accepted: {', '.join(TARGETS)}. Correct or unset it")
+        return target
+
     @classmethod
     def read(cls, environment: Mapping[str, str] | None = None) -> Settings:
         """The settings of `environment`, by default that of the process.
@@ -41,12 +53,9 @@ class Settings:
             ArgumentError: a variable has a value that is not accepted.
         """
         env = os.environ if environment is None else environment
-        target = env.get("VIDRIAL_TARGET") or TARGETS[0]
-        if target not in TARGETS:
-            raise ArgumentError(f"VIDRIAL_TARGET={target!r} is not a target; accepted: {', '.join(TARGETS)}. Correct or unset it")
         home = env.get("CUDA_HOME") or env.get("CUDA_PATH")
         return cls(
-            target=target,
+            target=cls.read_target(env),
             jobs=_positive(env, "VIDRIAL_JOBS", len(os.sched_getaffinity(0))),
             cache_dirs=_cache_dirs(env),
             cache_max_bytes=_positive(env, "VIDRIAL_CACHE_MAX_MB", 2048) << 20,

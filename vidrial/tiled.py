@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
 from functools import cache, cached_property
 from typing import Any
 
@@ -382,3 +383,12 @@ class TiledCopy:
         """The C++ type."""
         return (f"vidrial::TiledCopy<{self.atom.cpp}, {self.tile.cpp}, {self.row.cpp}, {self.column.cpp}, "
                 f"{self.row_step}, {len(self.steps)}>")
+
+
+def atoms_of(member: object) -> Iterator[MmaAtom | CopyAtom]:
+    """The instructions that an object is made of; none of a plain tile or number."""
+    if isinstance(member, TiledMma):
+        yield member.atom
+        yield from (operand.load.atom for operand in (member.A, member.B) if operand is not None)
+    elif isinstance(member, (LoadMatrix, TiledCopy)):
+        yield member.atom

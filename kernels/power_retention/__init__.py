@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from vidrial.arrays import CPU, Array, as_array, contiguous, give_back
+from vidrial.arrays import CPU, Array, as_array, contiguous, give_back, vectorised
 from vidrial.call import cuda_plan, current_target, host_plan, run, run_on_host
 from vidrial.dtypes import DType
 from vidrial.errors import ArgumentError, ArgumentTypeError, UnsupportedError
@@ -63,18 +63,17 @@ def power_retention(q: Any, k: Any, v: Any, log_g: Any = None, *, degree: int = 
     _refuse_gradients(arrays)
     _check_options(degree, scale, normalize, chunk)
     device, place = arrays["q"].device, current_target(target)
-    facts = tuple((a.shape, a.strides, a.dtype, a.device, a.library) for a in arrays.values())
-    problem, chunk = _problem(facts, degree, scale, normalize, chunk, place)
+    problem, chunk, ready = _problem(tuple([a.facts for a in arrays.values()]), degree, scale, normalize, chunk, place)
     if device == CPU and place == "cuda":
         return _on_cpu(arrays, problem, normalize, chunk)
-    arrays = {name: a if name == "log_g" or a.vectorised else contiguous(a) for name, a in arrays.items()}
-    if any(a.strides != f[1] for a, f in zip(arrays.values(), facts, strict=True)):
-        problem, _ = _problem(tuple((a.shape, a.strides, a.dtype, a.device, a.library) for a in arrays.values()), degree, scale, normalize, chunk, place)
+    if not ready:
+        arrays = {name: a if name == "log_g" or a.vectorised else contiguous(a) for name, a in arrays.items()}
+        problem, _, _ = _problem(tuple([a.facts for a in arrays.values()]), degree, scale, normalize, chunk, place)
     fixed = () if chunk is None else (("chunk", chunk),)
     if place == "host":
         outputs = run_on_host(op, problem, arrays, host_plan(op, problem, fixed))
     else:
-        outputs = run(op, problem, arrays, cuda_plan(op, problem, device, fixed))
+        outputs = run(arrays, cuda_plan(op, problem, device, fixed))
     return give_back(outputs["y"])
 
 
@@ -103,8 +102,8 @@ def _check_options(degree: Any, scale: Any, normalize: Any, chunk: Any) -> None:
 
 
 @lru_cache(maxsize=4096)
-def _problem(facts: tuple[tuple[Any, ...], ...], degree: int, scale: float | None, normalize: str, chunk: int | None, target: str) -> tuple[Problem, int | None]:
-    """The problem that the arrays' shapes, strides, dtypes, devices and libraries state, and the chunk; refuses what is not served."""
+def _problem(facts: tuple[tuple[Any, ...], ...], degree: int, scale: float | None, normalize: str, chunk: int | None, target: str) -> tuple[Problem, int | None, bool]:
+    """The problem that the arrays' facts state, the chunk, and whether all rows can be copied 16 bytes at a time; refuses what is not served."""
     names = ("q", "k", "v", "log_g")[:len(facts)]
     shapes = {name: fact[0] for name, fact in zip(names, facts, strict=True)}
     strides = {name: tuple(fact[1]) for name, fact in zip(names, facts, strict=True)}
@@ -115,7 +114,7 @@ def _problem(facts: tuple[tuple[Any, ...], ...], degree: int, scale: float | Non
         chunk = 0
     gates = strides["log_g"] if "log_g" in strides else (0, 0, 0)
     return Problem(facts[0][2], d, e, int(degree), "log_g" in shapes, normalize == "sum", b, t, hq, h, float(d**-0.5 if scale is None else scale),
-                   strides["q"][:3], strides["k"][:3], strides["v"][:3], (t * hq * e, hq * e, e), gates), chunk
+                   strides["q"][:3], strides["k"][:3], strides["v"][:3], (t * hq * e, hq * e, e), gates), chunk, all(vectorised(*fact) for fact in facts[:3])
 
 
 def _check_shapes(shapes: dict[str, tuple[int, ...]]) -> None:
@@ -140,8 +139,8 @@ def _check_shapes(shapes: dict[str, tuple[int, ...]]) -> None:
 
 
 def _check_places(facts: dict[str, tuple[Any, ...]], target: str) -> None:
-    _, _, dtype, device, library = facts["q"]
-    for name, (_, _, other, place, owner) in facts.items():
+    _, _, dtype, device, library, _ = facts["q"]
+    for name, (_, _, other, place, owner, _) in facts.items():
         if (place, owner) != (device, library):
             where = {CPU: "the CPU"}
             raise ArgumentTypeError(f"{name} is a {owner} array on {where.get(place, f'CUDA device {place}')}, q a {library} array on "

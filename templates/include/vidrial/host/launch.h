@@ -8,8 +8,8 @@
 
 namespace vidrial::host {
 
-// NOTE: vidrial.host packs these three in the same order.
-struct Request { uint32_t grid[3], block[3]; uint32_t lazy, order; double timeout; uint64_t shared_bytes, packed_bytes, arrays, pointers; };
+// NOTE: vidrial.host packs these three, and Gap, in the same order.
+struct Request { uint32_t grid[3], block[3]; uint32_t lazy, order; double timeout; uint64_t shared_bytes, packed_bytes, arrays, pointers, gaps; };
 // `shift`: the array's address modulo 256.
 struct ArrayEntry { uint64_t bytes, shift; };
 struct PointerEntry { uint64_t offset, array, delta; };
@@ -99,6 +99,7 @@ int serve(void (*call)(char const* packed), size_t bytes) {
   read_all(packed, request.packed_bytes);
   auto const entries = read_many<ArrayEntry>(request.arrays);
   auto const pointers = read_many<PointerEntry>(request.pointers);
+  gaps = read_many<Gap>(request.gaps);
   std::vector<Array> arrays;
   for (ArrayEntry const& e : entries) arrays.push_back(read_array(e));
   for (PointerEntry const& p : pointers) {
