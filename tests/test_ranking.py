@@ -181,13 +181,25 @@ def test_frozen_takes_what_is_compiled_or_refuses(caplog: pytest.LogCaptureFixtu
     freeze()
     with pytest.raises(FrozenError, match="compiled"):
         pick(op, example(), H200)
+    with pytest.raises(FrozenError, match="fake for sm_90a is not compiled"):
+        build(op.kernels[0].source(example(), Config(32)), H200.arch)
+    freeze(False)
     build(op.kernels[0].source(example(), Config(32)), H200.arch)
-    forget()
+    freeze()
     with caplog.at_level(logging.WARNING, "vidrial"):
         assert pick(op, example(), H200).config == Config(32)
     assert "frozen" in caplog.text and "tile=32" in caplog.text
+    # What was compiled for one length serves another, also where nothing was measured.
+    assert pick(op, example(n=501), H200).config == Config(32)
     freeze(False)
     assert pick(op, example(), H200).config == Config(64)
+
+
+def test_fixed_choices_are_kept() -> None:
+    ranking({Config(64, 3): 1.0, Config(32, 2): 2.0}).save(op)
+    assert pick(op, example(), H200, (("width", 2),)) == (Config(32, 2), "ranking")
+    found = pick(op, example(), H200, (("width", 4),))
+    assert found.config.width == 4 and found.origin == "predicted"
 
 
 def test_a_damaged_local_ranking_is_ignored(caplog: pytest.LogCaptureFixture) -> None:

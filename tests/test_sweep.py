@@ -261,7 +261,7 @@ def test_progress_is_told() -> None:
     (example(), {"gpus": 0}, ArgumentError, "gpus=0"),
     (example(), {"gpus": (1, 1)}, ArgumentError, "different CUDA indices"),
     (example(), {"trials": 0}, ArgumentError, "trials=0"),
-    (example(), {"trails": 3}, ArgumentTypeError, "trails.*accepted: device, gpus, trials"),
+    (example(), {"trails": 3}, ArgumentTypeError, "trails.*accepted: device, gpus, ray, trials"),
     (example(), {"bench": "fake_op:Nothing"}, ArgumentError, "names nothing"),
     (example(n=100), {"configs": [Config(128)]}, ConfigError, "longer than n=100"),
     (example(), {"journal": "/dev/null/j.jsonl"}, SweepError, "cannot be written"),

@@ -12,9 +12,10 @@ import pytest
 from fake_op import Config, example, fake, op, true_ms
 
 from vidrial.errors import ArgumentError, SweepError
+from vidrial.names import reference_of, resolve
 from vidrial.op import Op
 from vidrial.trial import Status
-from vidrial.worker import Job, Reply, Workers, reference_of, resolve
+from vidrial.worker import Job, Reply, Workers
 
 BENCH = "fake_op:FakeBench"
 PREPARE = Job("prepare", example(), example(n=300))

@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -29,8 +29,6 @@ LENGTHS = (1, 129, 257)
 SANITIZERS = (None, "address", "thread")
 # Between regions of shared memory; more than any one vector or row reaches over.
 GUARD_BYTES = 1024
-# Configs looked at for each combination of an op's own choices, when unlike ones are wanted.
-LOOKED_AT = 64
 SEED = 0
 DEVICE = "h200"
 
@@ -150,11 +148,15 @@ def unlike_configs(op: Op, problem: Any, count: int) -> list[Any]:
 
 def _candidates(op: Op, problem: Any) -> Iterator[Candidate]:
     device = Device.of(DEVICE)
-    if not op.parts:
-        yield from op.space(problem, device).legal
-        return
     for shared in op.shared():
-        yield from op.space(problem, device, LOOKED_AT, fields(shared, "choice")).legal
+        if op.reject(problem, shared, device, part="") is not None:
+            continue
+        spaces = op.part_spaces(problem, shared, device)
+        if all(spaces.values()):
+            # Every part's best, then each part in turn at each of its others.
+            best = replace(shared, **{name: space.legal[0].config for name, space in spaces.items()})
+            configs = [best, *(replace(best, **{name: c}) for name, space in spaces.items() for c in tuple(space)[1:])]
+            yield from (Candidate(config, op.seconds(problem, config, device)) for config in configs)
 
 
 def _traits(op: Op, problem: Any, config: Any) -> tuple[set[Any], set[Any], set[Any]]:

@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 
-from vidrial.errors import ArgumentError
 from vidrial.tiled import LoadMatrix, TiledCopy, TiledMma
 
 WARP, BANKS_16_BYTES, VECTOR_BYTES, SECTOR_BYTES = 32, 8, 16, 32
@@ -51,27 +50,19 @@ def products(mma: TiledMma, k_steps: int | None = None) -> Counts:
 
 
 def loads(load: LoadMatrix, instructions: int) -> Counts:
-    """That many ldmatrix of a warp.
-
-    Raises:
-        ArgumentError: its warps or steps meet different bank conflicts, so that the number alone does not say how many.
-    """
+    """That many ldmatrix of a warp."""
     return Counts(ldmatrix=instructions, ldmatrix_conflicts=instructions * _conflicts(load))
 
 
 @cache
 def _conflicts(load: LoadMatrix) -> int:
-    """Passes beyond one a matrix, of all matrices of an instruction together: rows of 16 bytes in the same banks, at other addresses."""
-    tile, thread = load.tile, np.arange(load.threads)
-    found = set()
-    for row, column in load.origins:
-        base = tile.offset(row + load.row(thread), column + load.column(thread)) * tile.dtype.bytes
-        reached = np.stack([tile.at(base, *step) for step in load.steps]).reshape(-1, WARP)[:, :8 * load.atom.matrices] // VECTOR_BYTES
-        found |= {sum(_extra(matrix) for matrix in warp.reshape(-1, 8)) for warp in np.unique(reached, axis=0)}
-    if len(found) != 1:
-        raise ArgumentError(f"{load.atom.name} of {tile}: its warps and steps meet {', '.join(map(str, sorted(found)))} bank conflicts; "
-                            "describe those that differ by a LoadMatrix each")
-    return int(found.pop())
+    """Passes beyond one a matrix, of all matrices of an instruction together: rows of 16 bytes in the same banks, at other addresses.
+
+    Those of the first warp at its first step: elsewhere the rows are others, but their distances, which decide, are the same.
+    """
+    thread = np.arange(8 * load.atom.matrices)
+    vector = load.tile.offset(load.row(thread), load.column(thread)) * load.tile.dtype.bytes // VECTOR_BYTES
+    return sum(_extra(matrix) for matrix in vector.reshape(-1, 8))
 
 
 def _extra(rows: Any) -> int:

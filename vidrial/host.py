@@ -23,11 +23,12 @@ from typing import TYPE_CHECKING, Any
 from vidrial.errors import ArgumentError, LaunchError
 from vidrial.host_build import TEXT, Build, execute, temporary
 from vidrial.host_report import crash, resolve
-from vidrial.smem import SharedMemory
 from vidrial.store import Store, binary_key
 
 if TYPE_CHECKING:
     import numpy as np
+
+    from vidrial.smem import SharedMemory
 
 # The process is killed this long after its own time limit, which tells where it was.
 GRACE_SECONDS = 5.0
@@ -117,7 +118,7 @@ class HostBinary:
         blocks = _three("grid", grid)
         if not 1 <= threads[0] * threads[1] * threads[2] <= MAX_THREADS:
             raise ArgumentError(f"block {threads} has {threads[0] * threads[1] * threads[2]} threads; accepted are 1 to {MAX_THREADS}")
-        shared_bytes, gaps = (shared.bytes, shared.gaps()) if isinstance(shared, SharedMemory) else (shared, ())
+        shared_bytes, gaps = (shared, ()) if isinstance(shared, int) else (shared.bytes, shared.gaps())
         used = shared_bytes - sum(size for _, size in gaps)
         if not 0 <= used <= MAX_SHARED_BYTES:
             raise ArgumentError(f"{used} bytes of shared memory; accepted are 0 to {MAX_SHARED_BYTES}")

@@ -76,8 +76,8 @@ class Kernel:
         return _resolve(self, problem if isinstance(problem, StaticView) else StaticView(problem), config)
 
     def source(self, problem: Any, config: Any, guard: int = 0) -> Source:
-        """The rendered C++ of a config; depends on the static fields of `problem` alone. `guard`: unused bytes between regions of shared memory."""
-        view = problem if isinstance(problem, StaticView) else StaticView(problem)
+        """The rendered C++ of a config; depends on the static fields of `problem`, and those that the config bakes in, alone. `guard`: unused bytes between regions of shared memory."""
+        view = problem if isinstance(problem, StaticView) else StaticView(problem, config)
         names = {"tiles": self.resolve(view, config).guarded(guard), "args": self.args, "p": view, "c": config}
         return render(self.template, self.name, names)
 

@@ -17,7 +17,7 @@ from typing import Any, get_type_hints
 
 from vidrial.errors import TemplateError
 
-KIND, CHOICES, KEYED = "vidrial.kind", "vidrial.choices", "vidrial.keyed"
+KIND, CHOICES, KEYED, SPECIALIZE = "vidrial.kind", "vidrial.choices", "vidrial.keyed", "vidrial.specialize"
 
 
 def static() -> Any:
@@ -38,6 +38,25 @@ def choice(default: Any, *others: Any) -> Any:
 def part(config: type) -> Any:
     """A field of an op's config that is the config of one of its stages."""
     return dataclasses.field(default_factory=config, metadata={KIND: "part", CHOICES: config})
+
+
+def specialize(*names: str) -> Any:
+    """A choice between "" and one of the problem's dynamic fields: that one is then known before the launch, like a static field.
+
+    Its value is baked into the source, so every other value is another binary: such a config is taken for the very sizes that it was
+    measured at, never for others.
+    """
+    return dataclasses.field(default="", metadata={KIND: "choice", CHOICES: ("", *names), SPECIALIZE: True})
+
+
+def baked(config: Any) -> tuple[str, ...]:
+    """Names of the dynamic fields that a kernel's config bakes in."""
+    return tuple(getattr(config, f.name) for f in dataclasses.fields(config) if SPECIALIZE in f.metadata and getattr(config, f.name))
+
+
+def specialized(config: Any) -> bool:
+    """Whether a config, or a part of it, bakes a dynamic field in."""
+    return bool(baked(config)) or any(specialized(part) for part in fields(config, "part").values())
 
 
 def fields(record: Any, kind: str) -> dict[str, Any]:
@@ -65,10 +84,10 @@ def types(record: type) -> dict[str, Any]:
 
 
 class StaticView:
-    """A problem seen before the launch: reading a dynamic field from it is a mistake of the kernel's author, and says so."""
+    """A problem seen before the launch: reading a dynamic field that `config` does not bake in is the kernel author's mistake, and says so."""
 
-    def __init__(self, problem: Any) -> None:
-        self._static = fields(problem, "static")
+    def __init__(self, problem: Any, config: Any = None) -> None:
+        self._static = fields(problem, "static") | {name: getattr(problem, name) for name in (baked(config) if config is not None else ())}
         self._problem = type(problem)
 
     def __getattr__(self, name: str) -> Any:
@@ -80,7 +99,7 @@ class StaticView:
         if isinstance(attribute, property) and attribute.fget is not None:
             return attribute.fget(self)
         raise TemplateError(f"{self._problem.__name__}.{name} is not known before the launch, so tiles() may not depend on it; "
-                            f"known: {', '.join(self._static) or 'nothing'}. Declare it static(), or pass it as an argument")
+                            f"known: {', '.join(self._static) or 'nothing'}. Declare it static(), pass it as an argument, or let the config bake it in: specialize({name!r})")
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, StaticView) and (self._problem, self._static) == (other._problem, other._static)

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 
 class Progress(Protocol):
-    """What a sweep tells: phases (`compile`, `measure`, `confirm`, `final`), and each thing done in them."""
+    """What a sweep tells: phases (`measure`, `confirm`, `final`), and each thing done in them."""
 
     def begin(self, phase: str, total: int) -> None:
         """A phase of `total` things begins."""

@@ -31,7 +31,7 @@ from vidrial.errors import FrozenError, SweepError, VidrialError
 from vidrial.kernel import Kernel
 from vidrial.model import Model, work
 from vidrial.op import Op
-from vidrial.problem import CHOICES, KIND, StaticView, fields, keyed_fields, size_class
+from vidrial.problem import CHOICES, KIND, StaticView, fields, keyed_fields, size_class, specialized
 from vidrial.space import describe
 from vidrial.store import Store
 from vidrial.timing import Timing
@@ -169,6 +169,19 @@ def sizes(problem: Any) -> tuple[int, ...]:
 def distance(a: Any, b: Any) -> float:
     """How far two problems are apart: the sum of the logarithms of their sizes' ratios."""
     return sum(abs(math.log(max(1, x) / max(1, y))) for x, y in zip(sizes(a), sizes(b), strict=True))
+
+
+def leading(measured: Iterable[Measured]) -> tuple[Any, ...]:
+    """The configs that stand by for problems that were not measured: those that lead most of the measured ones.
+
+    What bakes a length in does not: it would have to be compiled for every other one.
+    """
+    wins: dict[Any, int] = {}
+    for one in measured:
+        for place, ranked in enumerate(one.configs[:LEADERS]):
+            if not specialized(ranked.config):
+                wins[ranked.config] = wins.get(ranked.config, 0) + LEADERS - place
+    return tuple(sorted(wins, key=lambda c: (-wins[c], config_order(c)))[:CANDIDATES])
 
 
 def pick(op: Op, problem: Any, device: Device, fixed: tuple[tuple[str, Any], ...] = ()) -> Pick:
@@ -320,8 +333,9 @@ def _ordered(known: _Known, op: Op, problem: Any, device: Device) -> Iterator[tu
     this = size_class(problem)
     for rankings, origin in ((known.mine, "ranking"), (known.theirs, "shipped")):
         for measured in (r.nearest(problem) for r in rankings if size_class(r.measured[0].problem) == this):
-            if sizes(measured.problem) == sizes(problem) or known.problems < CALIBRATED:
-                yield from ((r.config, origin) for r in measured.configs)
+            same = sizes(measured.problem) == sizes(problem)
+            if same or known.problems < CALIBRATED:
+                yield from ((r.config, origin) for r in measured.configs if same or not specialized(r.config))
     legal = [c for c in known.candidates if op.reject(problem, c, device) is None]
     predicted = {c: known.model.ms(c, work(op, problem, c, device)) for c in legal}
     yield from ((c, "model") for c in sorted(legal, key=lambda c: (predicted[c], config_order(c))))
@@ -333,17 +347,14 @@ def _known(op: Op, static: tuple[tuple[str, Any], ...], device: Device, generati
     mine, theirs = local(op, dict(static), device), [r for r in shipped(op, device.key) if r.key.startswith(start)]
     by_sizes = {sizes(m.problem): m for r in (*theirs, *mine) for m in r.measured}
     points: dict[Any, list[tuple[Sequence[float], float]]] = {}
-    wins: dict[Any, int] = {}
     for measured in by_sizes.values():
-        for place, ranked in enumerate(measured.configs):
+        for ranked in measured.configs:
             points.setdefault(ranked.config, []).append((work(op, measured.problem, ranked.config, device), ranked.timing.median_ms))
-            wins[ranked.config] = wins.get(ranked.config, 0) + max(0, LEADERS - place)
-    leaders = sorted((c for c in wins if wins[c]), key=lambda c: (-wins[c], config_order(c)))[:CANDIDATES]
-    return _Known(tuple(mine), tuple(theirs), Model.fit(points), tuple(leaders), len(by_sizes))
+    return _Known(tuple(mine), tuple(theirs), Model.fit(points), leading(by_sizes.values()), len(by_sizes))
 
 
 def _compiled(op: Op, problem: Any, config: Any, device: Device) -> bool:
-    return all(_built(s.kernel, StaticView(s.problem), s.config, device.arch, _state.generation) for s in op.stages(problem, config))
+    return all(_built(s.kernel, StaticView(s.problem, s.config), s.config, device.arch, _state.generation) for s in op.stages(problem, config))
 
 
 @functools.lru_cache(maxsize=PICKS)

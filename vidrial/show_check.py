@@ -19,6 +19,10 @@ from vidrial.show import duration, facts, show_table, split_words
 from vidrial.space import describe
 from vidrial.tiled import LoadMatrix, LoadVector, TiledCopy, TiledMma, atoms_of
 
+ACCESS_COLUMNS = ("", "instruction", ">B a thread", ">MMA", ">ldmatrix", ">bank ways", ">extra passes", ">cp.async", ">sectors each", ">read")
+LAUNCH_COLUMNS = ("kernel", ">CTAs", ">threads", ">registers", ">shared B", ">CTAs an SM", "limited by", ">waves", ">last wave", ">MMA FLOP",
+                  ">cp.async", ">memory", ">predicted")
+
 
 def show_report(console: Console, report: Report) -> None:
     """Print one row a problem, config and sanitizer, then what is wrong."""
@@ -56,10 +60,8 @@ def show_analysis(console: Console, op: Op, problem: Any, device: Device) -> Non
     for stage in stages:
         rows = list(_accesses(stage))
         if rows:
-            columns = ("", "instruction", ">B a thread", ">MMA", ">ldmatrix", ">bank ways", ">extra passes", ">cp.async", ">sectors each", ">read")
-            show_table(console, stage.kernel.name, columns, rows)
-    columns = ("kernel", ">CTAs", ">threads", ">registers", ">shared B", ">CTAs an SM", "limited by", ">waves", ">last wave", ">MMA FLOP", ">cp.async")
-    show_table(console, "launches", (*columns, ">memory", ">predicted"), [_launch(stage, device) for stage in stages])
+            show_table(console, stage.kernel.name, ACCESS_COLUMNS, rows)
+    show_table(console, "launches", LAUNCH_COLUMNS, [_launch(stage, device) for stage in stages])
 
 
 def _accesses(stage: Stage) -> Iterator[tuple[Any, ...]]:

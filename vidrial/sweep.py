@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import datetime
+import functools
 import hashlib
 import json
 import math
@@ -16,30 +17,31 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Hashable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, Protocol
 
 from vidrial import __version__
 from vidrial.build import build_many
-from vidrial.compile import Cubin
+from vidrial.candidates import Builds, proxies
 from vidrial.device import Device
-from vidrial.errors import ArgumentError, ArgumentTypeError, NoValidConfig, TemplateError, ToolchainError
-from vidrial.op import Op, Stage
-from vidrial.problem import StaticView, keyed_fields
+from vidrial.errors import NoValidConfig, ToolchainError
+from vidrial.names import resolve
+from vidrial.op import Op
 from vidrial.progress import Progress, reporting
-from vidrial.ranking import Ranking
-from vidrial.render import Source
+from vidrial.ranking import Ranking, leading
 from vidrial.search import Search
 from vidrial.space import describe
 from vidrial.store import Store
+from vidrial.sweep_options import Options, check_problem, measuring
 from vidrial.sweep_result import SweepResult, no_valid_config
 from vidrial.timing import drift
 from vidrial.toolchain import Toolchain
-from vidrial.trial import Journal, KernelResources, Status, Trial, encode, latest
-from vidrial.worker import CUDA_BENCH, Job, Reply, Workers, reference_of, resolve
+from vidrial.trial import Journal, Status, Trial, encode, latest
+from vidrial.worker import Job, Pool, Reply
+
+__all__ = ["Options", "proxies", "sweep", "sweep_lengths"]
 
 TRIALS = 64
 # Samples of a first look; a config that is this many times behind the best gets the fewest.
@@ -48,109 +50,98 @@ SCREEN_ROUNDS, GIVE_UP = 7, 3.0
 CONFIRM = (("confirm", 1.15, 8, 20), ("final", 1.04, 4, 60))
 # Share of a time budget after which nothing new is tried.
 SEARCH_SHARE = 0.8
+# Of several problems: share of the time for their own sweeps; how many shares the first one gets, which compiles for all; a share's least.
+FIRST_PASS, COMPILING, LEAST_SECONDS = 0.7, 4, 0.5
 
 
-@dataclass(frozen=True)
-class Options:
-    """How to sweep.
+class Strategy(Protocol):
+    """What names the configs to try."""
 
-    Args:
-        device: the GPU's facts; by default asked of the driver.
-        gpus: how many GPUs of this machine measure, or their CUDA indices.
-        trials: configs to try at most; 64 unless `seconds` or `exhaustive` is given.
-        seconds: time to take, about.
-        exhaustive: try every legal config.
-        configs: try these alone.
-        journal: file of the trials; by default one in the cache for this op, problem and device.
-        resume: True to go on with the journal; or the journal to go on with. Else a journal that is there is set aside.
-        jobs: processes that compile; by default `Settings.jobs`.
-        limit: seconds that one config may take to be checked and timed.
-        seed: of the inputs.
-        progress: True for a bar on stderr, None for one if that is a terminal; or what is told instead.
-        bench: what checks and times, as `module:class`.
-    """
-
-    device: Device | None = None
-    gpus: int | Sequence[int] = 1
-    trials: int | None = None
-    seconds: float | None = None
-    exhaustive: bool = False
-    configs: Sequence[Any] | None = None
-    journal: Path | str | None = None
-    resume: bool | Path | str | None = None
-    jobs: int | None = None
-    limit: float = 30.0
-    seed: int = 0
-    progress: bool | Progress | None = None
-    bench: str = CUDA_BENCH
+    def propose(self, seen: dict[Any, float]) -> list[Any]:
+        """Configs to try next, given config -> ms (infinite for a failure) of those tried; none if the search is over."""
 
 
 def sweep(op: Op, problem: Any, options: Options | None = None, **changes: Any) -> SweepResult:
     """Sweep one op for one problem and keep the ranking; `changes` are fields of `Options`.
 
     Ctrl-C and SIGTERM rank what has been measured, then go on to the caller; the same sweep with `resume=True` repeats the config
-    that was being tried, and no other.
+    that was being tried on each GPU, and no other.
 
     Raises:
         ArgumentError: a size that is not positive, a GPU that does not exist, an option's value.
         NoValidConfig: no config is legal, or all failed; the message counts the causes.
-        SweepError: the journal cannot be used or written, or the measuring process cannot begin; what was measured is kept.
+        SweepError: the journal cannot be used or written, or nothing can measure; what was measured is kept.
     """
-    try:
-        chosen = dataclasses.replace(options or Options(), **changes)
-    except TypeError as error:
-        raise ArgumentTypeError(f"sweep: {error}; accepted: {', '.join(f.name for f in dataclasses.fields(Options))}") from None
-    return _Sweep(op, problem, chosen).run()
+    chosen = Options.of(options, changes)
+    check_problem(op, problem)
+    with measuring(op, chosen) as (workers, device):
+        return _Sweep(op, problem, chosen, workers, device).run()
 
 
-def sweep_lengths(op: Op, problems: Sequence[Any], options: Options | None = None, **changes: Any) -> list[SweepResult]:
-    """Sweep several problems of the same static facts, then time the leaders of each on all of them: what the model is calibrated with.
+def sweep_lengths(
+    op: Op, problems: Sequence[Any], options: Options | None = None, within: float | None = None, **changes: Any
+) -> list[SweepResult]:
+    """Sweep several problems of the same static facts, then time the model's candidates on all of them: what it is calibrated with.
+
+    `within`: seconds for all together, about; problems that no time is left for are left out, the last ones first.
 
     Raises:
         as `sweep`.
     """
-    chosen = dataclasses.replace(options or Options(), **changes)
-    found = [sweep(op, problem, chosen) for problem in problems]
-    leaders = dict.fromkeys(r.config for result in found for r in result.ranked[:2])
-    for i, result in enumerate(found):
-        have = latest(result.trials)
-        missing = [c for c in leaders if c not in have and op.reject(result.problem, c, result.device) is None]
-        if missing:
-            found[i] = sweep(op, result.problem, chosen, configs=[r.config for r in result.ranked[:1]] + missing, resume=result.journal)
+    chosen = Options.of(options, changes)
+    for problem in problems:
+        check_problem(op, problem)
+    begun, found = time.monotonic(), list[SweepResult]()
+
+    def share(left: int, until: float, parts: int = 1) -> Options | None:
+        """Options with a fair share of the time that is left; None if it is too little to begin."""
+        if within is None:
+            return chosen
+        rest = until * within - (time.monotonic() - begun)
+        return dataclasses.replace(chosen, seconds=rest * parts / (left + parts - 1)) if rest > LEAST_SECONDS else None
+
+    with measuring(op, chosen) as (workers, device):
+        for i, problem in enumerate(problems):
+            mine = share(len(problems) - i, FIRST_PASS, 1 if i else COMPILING)
+            if mine is not None:
+                found.append(_Sweep(op, problem, mine, workers, device).run())
+        candidates = leading(m for result in found for m in result.ranking.measured)
+        for i, result in enumerate(found):
+            have, mine = latest(result.trials), share(len(found) - i, 1.0)
+            missing = [c for c in candidates if c not in have and op.reject(result.problem, c, device) is None]
+            if missing and mine is not None:
+                mine = dataclasses.replace(mine, configs=[result.ranked[0].config, *missing], resume=result.journal)
+                found[i] = _Sweep(op, result.problem, mine, workers, device).run()
     return found
 
 
 class _Sweep:
     """One sweep while it runs."""
 
-    def __init__(self, op: Op, problem: Any, options: Options) -> None:
-        _check_problem(op, problem)
-        self.op, self.problem, self.options = op, problem, options
+    def __init__(self, op: Op, problem: Any, options: Options, workers: Pool, device: Device) -> None:
+        self.op, self.problem, self.options, self.workers, self.device = op, problem, options, workers, device
         self.needs_cubins = bool(resolve(options.bench).needs_cubins)
-        self.indices = _indices(options.gpus)
-        self.device = options.device or _device(self.indices)
-        if options.trials is not None and options.trials < 1:
-            raise ArgumentError(f"trials={options.trials}: at least 1")
         unlimited = options.exhaustive or options.configs is not None or options.seconds is not None
         self.trials = options.trials or (sys.maxsize if unlimited else TRIALS)
         self.begun = time.monotonic()
         self.small = op.small(problem)
-        self.notes: list[str] = []
-        self.resources: dict[Hashable, KernelResources | str] = {}
+        self.builds = Builds(op, problem, self.small, device, functools.partial(
+            build_many, arch=device.arch, jobs=options.jobs, compiler=workers.compiler))
+        self.notes: list[str] = list(workers.notes)
+        self.replaced = workers.replaced
         self.versions = _versions()
         self.progress: Progress
 
     def run(self) -> SweepResult:
-        prepare = Job("prepare", self.problem, self.small, seed=self.options.seed)
         with contextlib.ExitStack() as stack:
             stack.enter_context(_terminable())
             self.journal = stack.enter_context(self._open_journal())
             self.progress = stack.enter_context(reporting(self.options.progress))
-            workers = Workers(reference_of(self.op), self.options.bench, self.indices, prepare, self.options.limit)
-            self.workers = stack.enter_context(workers)
             try:
-                self._state()
+                # What measures begins while this process compiles.
+                self.workers.turn_to(Job("prepare", self.problem, self.small, seed=self.options.seed))
                 self._search()
+                self._state()
                 self._confirm()
                 self._state()
             except BaseException as error:
@@ -184,7 +175,7 @@ class _Sweep:
         return self.options.seconds is not None and time.monotonic() - self.begun > share * self.options.seconds
 
     def _state(self) -> None:
-        for _, reply in self.workers.run([Job("state")] * len(self.indices)):
+        for _, reply in self.workers.run([Job("state")] * self.workers.count):
             self.notes += [f"the driver slows the GPU down: {note}" for note in reply.notes]
 
     def _search(self) -> None:
@@ -194,71 +185,49 @@ class _Sweep:
                 self.op.check_config(self.problem, config, self.device)
             self._try([c for c in asked if c not in self.latest])
             return
-        search = Search(self.op, self.problem, self.device, self.trials, self.options.exhaustive)
-        while not self._over(SEARCH_SHARE):
+        search = self._strategy()
+        while not (self._over(SEARCH_SHARE) and any(trial.ok for trial in self.latest.values())):
             seen = {config: trial.ms for config, trial in self.latest.items()}
             batch = search.propose(seen)[:max(0, self.trials - len(seen))]
             if not batch:
                 return
             self._try(batch)
 
+    def _strategy(self) -> Strategy:
+        if self.options.strategy == "optuna":
+            from vidrial.optuna_search import OptunaSearch
+
+            return OptunaSearch(self.op, self.problem, self.device, self.options.seed)
+        return Search(self.op, self.problem, self.device, self.trials, self.options.exhaustive)
+
     def _try(self, configs: Sequence[Any]) -> None:
         """Compile, check and time configs; each ends as a trial in the journal."""
-        ready = self._compile(configs) if self.needs_cubins else list(configs)
-        self.progress.begin("measure", len(ready))
-        for job, reply in self.workers.run(self._jobs(ready)):
-            config = job.configs[0]
+        self.progress.begin("measure", len(configs))
+        for job, reply in self.workers.run(self._jobs(configs)):
             timing = reply.timings[0] if reply.timings else None
-            self._add(config, reply.status, reply, timing=timing)
+            self._add(job.configs[0], reply.status, reply, timing=timing)
             self.progress.advance(str(self.journal.trials[-1]))
 
-    def _proxies(self, config: Any) -> tuple[Any, ...]:
-        return proxies(self.op, self.small, self.problem, config, self.device)
-
     def _jobs(self, configs: Sequence[Any]) -> Iterator[Job]:
-        for config in configs:
-            if self._over(SEARCH_SHARE):
-                return
-            checked = self._proxies(config)
-            if not checked:
-                self._add(config, Status.rejected, Reply(Status.rejected, f"it is not legal at {self.small}, so it cannot be checked"))
-                continue
+        """A job for each config that can be measured, as soon as it is compiled; the others end as trials."""
+        ready = self.builds.ready(configs) if self.needs_cubins else ((config, "") for config in configs)
+        for config, fault in ready:
             best = min((t.ms for t in self.latest.values()), default=math.inf)
-            yield Job("trial", self.problem, self.small, (config,), checked, self.options.seed, SCREEN_ROUNDS, GIVE_UP * best)
-
-    def _compile(self, configs: Sequence[Any]) -> list[Any]:
-        """Those of `configs` that compile; the others end as trials."""
-        stages = {config: self.op.stages(self.problem, config) for config in configs}
-        # What stands in for a config when it is checked may need binaries of its own.
-        wanted = [(c, s) for c in configs for s in stages[c]]
-        wanted += [(c, s) for c in configs for proxy in self._proxies(c) for s in self.op.stages(self.small, proxy)]
-        sources: dict[Hashable, tuple[Source, str]] = {}
-        for config, stage in wanted:
-            key = _binary(stage)
-            if key not in self.resources and key not in sources:
-                try:
-                    sources[key] = stage.kernel.source(stage.problem, stage.config), describe(config)
-                except TemplateError as error:
-                    self.resources[key] = str(error)
-        smem: dict[Hashable, int] = {_binary(s): s.kernel.resolve(s.problem, s.config).smem_bytes for _, s in wanted}
-        self.progress.begin("compile", len(sources))
-        for name, built in build_many(sources, self.device.arch, self.options.jobs):
-            self.resources[name] = _resources(sources[name][0].entry, built, smem[name]) if isinstance(built, Cubin) else str(built)
-            self.progress.advance("")
-        ready = []
-        for config, launches in stages.items():
-            broken = [r for r in (self.resources[_binary(s)] for s in launches) if isinstance(r, str)]
-            if broken:
-                self._add(config, Status.compile, Reply(Status.compile, broken[0]))
+            # Whatever the time is, one config at least is measured.
+            if self._over(SEARCH_SHARE) and best < math.inf:
+                return
+            checked = self.builds.proxies(config)
+            if fault:
+                self._add(config, Status.compile, Reply(Status.compile, fault))
+            elif not checked:
+                self._add(config, Status.rejected, Reply(Status.rejected, f"it is not legal at {self.small}, so it cannot be checked"))
             else:
-                ready.append(config)
-        return ready
+                yield Job("trial", self.problem, self.small, (config,), checked, self.options.seed, SCREEN_ROUNDS, GIVE_UP * best)
 
     def _add(self, config: Any, status: Status, reply: Reply, **fields: Any) -> None:
-        found = (self.resources.get(_binary(s)) for s in self.op.stages(self.problem, config))
         self.journal.append(Trial(
             self.op.name, self.problem, config, status, check=reply.check, sentence=reply.sentence, reference_ms=reply.reference_ms,
-            resources=tuple(r for r in found if isinstance(r, KernelResources)), device=self.device.key, seed=self.options.seed,
+            resources=self.builds.resources(config), device=self.device.key, seed=self.options.seed,
             versions=self.versions, time=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"), **fields))
 
     def _confirm(self) -> None:
@@ -294,7 +263,7 @@ class _Sweep:
     def _recheck(self, config: Any) -> bool:
         if any(t.phase == "recheck" and t.config == config for t in self.journal.trials):
             return True
-        checked = self._proxies(config)
+        checked = self.builds.proxies(config)
         for _, reply in self.workers.run([Job("check", self.problem, self.small, (config,), checked, self.options.seed + 1)]):
             self._add(config, reply.status, reply, phase="recheck")
         return self.latest[config].ok
@@ -307,72 +276,15 @@ class _Sweep:
         ranking.save(self.op)
         drifted = drift([t.reference_ms for t in trials if t.reference_ms])
         notes = [*dict.fromkeys(self.notes), *([drifted] if drifted else [])]
-        if self.workers.replaced:
-            notes.append(f"the measuring process was replaced {self.workers.replaced} times")
+        replaced = self.workers.replaced - self.replaced
+        if replaced:
+            notes.append(f"the measuring process was replaced {replaced} times")
         ranked = ranking.measured[0].configs
         if ranked[0].tied:
             tied = sum(r.tied and r.timing.ties(ranked[0].timing) for r in ranked)
             notes.append(f"{tied} configs tie for the first place: the first of them in order of declaration is named the winner")
         seconds = time.monotonic() - self.begun
         return SweepResult(self.op.name, self.problem, self.device, trials, ranking, tuple(notes), self.journal.path, seconds)
-
-
-def proxies(op: Op, small: Any, problem: Any, config: Any, device: Device) -> tuple[Any, ...]:
-    """Configs that are legal at `small` and together run every binary that `config` runs on `problem`; none if there are no such.
-
-    A config that is legal there stands for itself. Else its parts are checked under other shared choices, together or one by one.
-    """
-    wanted = {_binary(stage) for stage in op.stages(problem, config)}
-    parts = {name: getattr(config, name) for name in op.parts}
-    variants = [parts, *({name: value} for name, value in parts.items())]
-    found: list[Any] = []
-    candidates = (dataclasses.replace(shared, **kept) for kept in variants for shared in op.shared())
-    for candidate in (config, *candidates):
-        if op.reject(small, candidate, device) is None:
-            covered = wanted & {_binary(stage) for stage in op.stages(small, candidate)}
-            if covered:
-                found.append(candidate)
-                wanted -= covered
-        if not wanted:
-            return tuple(found)
-    return ()
-
-
-def _binary(stage: Stage) -> tuple[Any, ...]:
-    """What decides a stage's source."""
-    return stage.kernel.name, StaticView(stage.problem), stage.config
-
-
-def _resources(kernel: str, cubin: Cubin, smem: int) -> KernelResources:
-    r = cubin.resources
-    return KernelResources(kernel, r.registers, r.spill_stores + r.spill_loads, smem + r.static_smem)
-
-
-def _check_problem(op: Op, problem: Any) -> None:
-    if not isinstance(problem, op.problem):
-        raise ArgumentTypeError(f"{op.name} sweeps a {op.problem.__name__}, not {type(problem).__name__}; make one with op.example(...)")
-    for name, size in keyed_fields(problem).items():
-        if size < 1:
-            raise ArgumentError(f"{name}={size}: a sweep needs at least 1")
-
-
-def _indices(gpus: int | Sequence[int]) -> tuple[int, ...]:
-    indices = tuple(range(gpus)) if isinstance(gpus, int) else tuple(gpus)
-    if not indices or min(indices) < 0 or len(set(indices)) < len(indices):
-        raise ArgumentError(f"gpus={gpus!r}: accepted are a count from 1 up, or different CUDA indices")
-    return indices
-
-
-def _device(indices: Sequence[int]) -> Device:
-    """The one kind of GPU that all indices are of."""
-    try:
-        devices = [Device.current(index) for index in indices]
-    except ToolchainError as error:
-        raise ArgumentError(f"gpus={tuple(indices)}: {error}") from None
-    if len({device.key for device in devices}) > 1:
-        kinds = ", ".join(f"{index} {device.name}" for index, device in zip(indices, devices, strict=True))
-        raise ArgumentError(f"gpus={tuple(indices)} are unlike ({kinds}): their times do not compare; sweep each kind on its own")
-    return devices[0]
 
 
 def _versions() -> str:

@@ -6,8 +6,6 @@ What travels between the processes is JSON: ops by name (`module:attribute` or `
 from __future__ import annotations
 
 import functools
-import importlib
-import importlib.util
 import json
 import math
 import multiprocessing
@@ -22,10 +20,11 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, Protocol
 
-from vidrial.errors import ArgumentError, CompileError, ConfigError, SweepError, VidrialError
+from vidrial.build import Compiler
+from vidrial.errors import CompileError, ConfigError, SweepError, VidrialError
+from vidrial.names import resolve
 from vidrial.op import Check, Op
 from vidrial.timing import Timing
 from vidrial.trial import Status, decode, encode
@@ -49,6 +48,21 @@ class Verdict:
         if self.fault or c.ok:
             return self.fault
         return f"relative error {c.relative:.2e} (bound {c.relative_bound:.0e}), worst {c.worst:.2e} (bound {c.worst_bound:.0e})"
+
+
+class Pool(Protocol):
+    """What measures for a sweep. `count`: so many at once; `replaced`: so many were lost. `compiler`: what compiles, None: processes here."""
+
+    count: int
+    replaced: int
+    compiler: Compiler | None
+    notes: tuple[str, ...]
+
+    def turn_to(self, prepare: Job) -> None:
+        """From now on jobs are of this problem."""
+
+    def run(self, jobs: Iterable[Job]) -> Iterator[tuple[Job, Reply]]:
+        """Each job with its reply, as they are done."""
 
 
 class Bench(Protocol):
@@ -89,6 +103,12 @@ class Job:
     give_up_ms: float = math.inf
 
 
+def job_fields(op: Op) -> dict[str, Any]:
+    """The types of a job's fields that depend on the op, for `decode`."""
+    problem, configs = op.problem | None, tuple[op.config, ...]  # type: ignore[name-defined]
+    return {"problem": problem, "small": problem, "configs": configs, "proxies": configs}
+
+
 @dataclass(frozen=True)
 class Reply:
     """How a job ended. `at`: the config (its index in the job) that a failure belongs to, None where that is not known."""
@@ -102,53 +122,6 @@ class Reply:
     at: int | None = None
 
 
-def reference_of(op: Op) -> str:
-    """The name under which another process finds an op.
-
-    Raises:
-        ArgumentError: it is not an attribute of the module that its functions or dataclasses are from.
-    """
-    homes = (op.problem, op.stages, op.sample, op.reference, op.config)
-    for module in (sys.modules.get(getattr(home, "__module__", "")) for home in homes):
-        for name, value in vars(module).items() if module else ():
-            if value is op:
-                return f"{_importable(module)}:{name}"
-    raise ArgumentError(f"op {op.name} cannot be found by another process: keep it at the top level of the module of its dataclasses")
-
-
-def resolve(reference: str) -> Any:
-    """What `module:attribute` or `file.py:attribute` names.
-
-    Raises:
-        ArgumentError: there is no such module, file or attribute.
-    """
-    home, _, name = reference.rpartition(":")
-    try:
-        return getattr(_load_file(str(Path(home).resolve())) if home.endswith(".py") else importlib.import_module(home), name)
-    except (ImportError, AttributeError, ValueError, OSError) as error:
-        raise ArgumentError(f"{reference!r} names nothing ({error}); accepted: module:attribute or file.py:attribute") from None
-
-
-@functools.lru_cache
-def _load_file(path: str) -> Any:
-    spec = importlib.util.spec_from_file_location(f"vidrial_user_{Path(path).stem}", path)
-    if spec is None or spec.loader is None:
-        raise ImportError(f"{path} is not a Python file")
-    module = importlib.util.module_from_spec(spec)
-    # Annotations are resolved through sys.modules.
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-def _importable(module: Any) -> str:
-    if module.__name__ != "__main__":
-        file = str(module.__file__ or "")
-        return file if module.__name__.startswith("vidrial_user_") else str(module.__name__)
-    spec = getattr(module, "__spec__", None)
-    return str(spec.name) if spec is not None else str(Path(module.__file__).resolve())
-
-
 class Workers:
     """One measuring process for each CUDA index; use it as a context manager.
 
@@ -156,17 +129,26 @@ class Workers:
         op: name of the op, from `reference_of`.
         bench: name of the class that measures.
         indices: CUDA indices.
-        prepare: what every process does first, a new one too.
+        prepare: what every process does first, a new one too; None: `turn_to` says it.
         limit: seconds for a job.
     """
 
-    def __init__(self, op: str, bench: str, indices: Sequence[int], prepare: Job, limit: float) -> None:
+    compiler: Compiler | None = None
+    notes: tuple[str, ...] = ()
+
+    def __init__(self, op: str, bench: str, indices: Sequence[int], prepare: Job | None, limit: float) -> None:
         self._make = functools.partial(_Worker, op, bench)
-        self._op: Op = resolve(op)
-        self._prepare, self._limit = prepare, limit
+        self._prepare, self._limit = prepare or Job("prepare"), limit
+        self.count = len(indices)
         self._idle = deque(self._make(index) for index in indices)
         self._busy: dict[multiprocessing.connection.Connection, _Worker] = {}
         self.replaced = 0
+
+    def turn_to(self, prepare: Job) -> None:
+        """From now on jobs are of this problem: every process gets ready for it, while the caller goes on."""
+        self._prepare = prepare
+        for worker in self._idle:
+            worker.begin(prepare)
 
     def run(self, jobs: Iterable[Job]) -> Iterator[tuple[Job, Reply]]:
         """Run jobs on whichever process is idle; each comes back with its reply when it is done.
@@ -228,18 +210,29 @@ class _Worker:
         self.index = index
         self._names = (op, bench)
         self._process: subprocess.Popen[bytes] | None = None
-        self._prepared = False
+        # A process is told to prepare, and a job at the earliest when it has answered that.
+        self._told = self._prepared = False
         self._at: int | None = None
         self.alive = True
         self.deadline = math.inf
         self.job = Job("prepare")
 
-    def start(self, job: Job, prepare: Job, limit: float) -> None:
-        """Send a job, after what has to come before the first one."""
+    def begin(self, prepare: Job) -> None:
+        """Send what has to come before the first job, and do not wait for it."""
+        if self._told and not self._prepared:
+            self.stop()
         if self._process is None:
             self._spawn()
+        self._told, self._prepared = True, False
+        self._send(prepare, PREPARE_SECONDS)
+
+    def start(self, job: Job, prepare: Job, limit: float) -> None:
+        """Send a job, after what has to come before the first one."""
         self.job, self._limit, self._at = job, limit, None
-        self._send(job if self._prepared else prepare, limit if self._prepared else PREPARE_SECONDS)
+        if not self._told:
+            self.begin(prepare)
+        if self._prepared:
+            self._send(job, limit)
 
     def receive(self, readable: bool) -> Reply | None:
         """The job's reply, None while there is none yet."""
@@ -272,6 +265,7 @@ class _Worker:
             self.connection.close()
             self._errors.close()
             self._process = None
+            self._told = self._prepared = False
 
     def _spawn(self) -> None:
         self.connection, theirs = multiprocessing.Pipe()
@@ -336,8 +330,7 @@ class _Server:
         self._bench: Bench | None = None
         self._verdicts: dict[tuple[Any, Any, int], Verdict] = {}
         self._tasks = {"prepare": self._prepare, "check": self._check, "trial": self._trial, "time": self._time, "state": self._state}
-        problem, configs = op.problem | None, tuple[op.config, ...]  # type: ignore[name-defined]
-        self._fields = {"problem": problem, "small": problem, "configs": configs, "proxies": configs}
+        self._fields = job_fields(op)
 
     def answer(self, message: Any) -> Reply:
         job: Job = decode(Job, message, self._fields)

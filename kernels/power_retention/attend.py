@@ -91,7 +91,7 @@ def tiles(p: Problem, c: Config) -> Tiles:
     weights = TiledMma(MMA_16x8x16[bf16], warps, (c.rows, c.keys, p.d), bands=True).accumulator
     pv = TiledMma(MMA_16x8x16[bf16], warps, (c.rows, p.e, c.keys), a=weights, b=SmemLayout(bf16, c.keys, p.e, stages=c.stages).transposed, bands=True)
     ps = TiledMma(MMA_16x8x16[bf16], warps, (c.rows, p.e, 64 * s_tiles), b=s.transposed, bands=True)
-    qz = TiledMma(MMA_16x8x16[bf16], warps, (c.rows, p.d, z.rows), b=z.transposed, bands=True)
+    qz = TiledMma(MMA_16x8x16[bf16], warps, (c.rows, 32, z.rows), b=z.transposed, bands=True)
     blocks, band = range(0, p.d, 8), 16 * c.m
     return Tiles(
         threads=threads, min_blocks=c.blocks, smem=SharedMemory(Q=q, Ring=c.stages * stage_bytes, Decay=8 * c.keys * c.stages),
@@ -115,7 +115,7 @@ def rules(p: Problem, c: Config, device: Device) -> Iterator[tuple[bool, str]]:
     yield p.chunk % c.rows == 0, f"the {c.rows} rows of a CTA must divide chunk={p.chunk}"
     yield c.rows % c.keys == 0, f"keys={c.keys} must divide the {c.rows} rows of a CTA"
     registers = min(255, device.registers_per_sm // (32 * c.warps * c.blocks) // 8 * 8)
-    accumulators = c.m * max(p.e + c.keys, p.d if p.stateful and p.normalized else 0) // 2
+    accumulators = c.m * (p.e + c.keys) // 2
     beside = REGISTERS_BESIDE[device.capability >= 90]
     yield accumulators + beside <= registers, (
         f"{accumulators} accumulators and some {beside} other registers a thread: {c.blocks} CTAs of {c.warps} warps an SM leave {registers}"
@@ -137,6 +137,7 @@ def cost(p: Problem, c: Config, device: Device) -> Cost:
 
 
 def traffic(p: Problem, c: Config, tiles: Tiles) -> dict[str, Counts]:
+    """At most: a state and blocks of keys that the gates have forgotten altogether are left out."""
     q_stride, k_stride, v_stride = (stride[1] * p.dtype.bytes for stride in (p.q_stride, p.k_stride, p.v_stride))
     names = "CopyQ", "CopyK", "CopyV", "Decay", "QK", "PV"
     total = dict.fromkeys(names, Counts())

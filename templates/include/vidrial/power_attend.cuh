@@ -144,34 +144,34 @@ CUTE_DEVICE void power_attend(Args const& p) {
       typename Tiles::RowsI load_i(smem + Smem::Q, thread, 0, 0);
       if constexpr (kNormalized) {                     // l = q^T Z q
         using QZ = typename Tiles::QZ;
-        typename QZ::B load_z(ring, thread);
-        float z[M][QZ::N][4] = {};
         CUTE_NO_UNROLL
         for (int s = 0; s < Tiles::z_stages; ++s) {
           int const stage = next();
-          CUTE_UNROLL
-          for (int k = 0; k < Tiles::z_rows / 16; ++k) {
-            uint32_t fq[M][4], fz[QZ::N][2];
-            load_q.load(0, s * (Tiles::z_rows / 16) + k, fq);
-            load_z.load(stage * Tiles::stage_bytes, k, fz);
+          CUTE_NO_UNROLL
+          for (int c = 0; c < D; c += 32) {            // 32 columns of these rows of Z
+            typename QZ::B load_z(ring, thread, 0, c);
+            float z[M][QZ::N][4] = {};
+            CUTE_NO_UNROLL
+            for (int k = 0; k < Tiles::z_rows / 16; ++k) {
+              uint32_t fq[M][4], fz[QZ::N][2];
+              load_q.load(0, s * (Tiles::z_rows / 16) + k, fq);
+              load_z.load(stage * Tiles::stage_bytes, k, fz);
+              CUTE_UNROLL
+              for (int m = 0; m < M; ++m) {
+                CUTE_UNROLL
+                for (int r = 0; r < 4; ++r) fq[m][r] = Pair::to_bf16(fq[m][r]);
+              }
+              QZ::multiply(z, fq, fz);
+            }
             CUTE_UNROLL
             for (int m = 0; m < M; ++m) {
               CUTE_UNROLL
-              for (int r = 0; r < 4; ++r) fq[m][r] = Pair::to_bf16(fq[m][r]);
-            }
-            QZ::multiply(z, fq, fz);
-          }
-        }
-        CUTE_UNROLL
-        for (int n = 0; n < QZ::N; n += 4) {
-          CUTE_UNROLL
-          for (int m = 0; m < M; ++m) {
-            CUTE_UNROLL
-            for (int h = 0; h < 2; ++h) {
-              uint32_t x[4];                           // the features that the snapshot's order gives to this thread's columns
-              load_i(m * 16 + h * 8, n * 8 + lane % 4 * 8, x);
-              CUTE_UNROLL
-              for (int i = 0; i < 4; ++i) l[m][h] += z[m][n + i][2 * h] * Pair::low(x[i]) + z[m][n + i][2 * h + 1] * Pair::high(x[i]);
+              for (int h = 0; h < 2; ++h) {
+                uint32_t x[4];                         // the features that the snapshot's order gives to this thread's columns
+                load_i(m * 16 + h * 8, c + lane % 4 * 8, x);
+                CUTE_UNROLL
+                for (int n = 0; n < 4; ++n) l[m][h] += z[m][n][2 * h] * Pair::low(x[n]) + z[m][n][2 * h + 1] * Pair::high(x[n]);
+              }
             }
           }
         }

@@ -1,6 +1,7 @@
 // Shared memory: 32-bit addresses, and tiles described by CuTe layout types that Python resolved and proved.
 #pragma once
 #include <vidrial/intrinsics.cuh>
+#include <vidrial/layouts.cuh>
 #include <vidrial/shared_memory.cuh>
 
 namespace vidrial {
@@ -11,19 +12,21 @@ template <class T_, class Layout_> struct SmemTile;
 template <class T_, int B, int M, int S, class L>
 struct SmemTile<T_, cute::ComposedLayout<cute::Swizzle<B, M, S>, cute::_0, L>> {
   using T = T_;
-  using Layout = cute::ComposedLayout<cute::Swizzle<B, M, S>, cute::_0, L>;
-  static constexpr int kBytes = cute::cosize_v<L> * int(sizeof(T));
+  static constexpr int kBytes = Plane<L>::size * int(sizeof(T));
   // Bits below the ones that the swizzle reads.
   static constexpr int kLow = (1 << (M + S)) - 1;
 
   // Byte offset of (row, column): the only place where the swizzle is evaluated, once a thread.
-  CUTE_HOST_DEVICE static constexpr uint32_t offset(int row, int column) { return uint32_t(Layout{}(row, column)) * sizeof(T); }
+  CUTE_HOST_DEVICE static constexpr uint32_t offset(int row, int column) {
+    int const y = Plane<L>::at(row, column);
+    return uint32_t(y ^ (y & ((1 << B) - 1) << (M + S)) >> S) * sizeof(T);
+  }
 
   // Byte address of (r + row, c + column), given that of (r, c): low bits by XOR, high bits by addition.
   // NOTE: true only where L(row, column) has no bit among those the swizzle reads and the sum carries into none;
   // vidrial.tiled proves it for every pair that a kernel uses.
   CUTE_HOST_DEVICE static constexpr uint32_t at(uint32_t address, int row, int column) {
-    int const y = L{}(row, column);
+    int const y = Plane<L>::at(row, column);
     return (address ^ uint32_t((y & kLow) * int(sizeof(T)))) + uint32_t((y & ~kLow) * int(sizeof(T)));
   }
 };
@@ -32,9 +35,9 @@ struct SmemTile<T_, cute::ComposedLayout<cute::Swizzle<B, M, S>, cute::_0, L>> {
 template <class T_, class Shape, class Stride>
 struct SmemTile<T_, cute::Layout<Shape, Stride>> {
   using T = T_;
-  using Layout = cute::Layout<Shape, Stride>;
-  static constexpr int kBytes = cute::cosize_v<Layout> * int(sizeof(T));
-  CUTE_HOST_DEVICE static constexpr uint32_t offset(int row, int column) { return uint32_t(Layout{}(row, column)) * sizeof(T); }
+  using Layout = Plane<cute::Layout<Shape, Stride>>;
+  static constexpr int kBytes = Layout::size * int(sizeof(T));
+  CUTE_HOST_DEVICE static constexpr uint32_t offset(int row, int column) { return uint32_t(Layout::at(row, column)) * sizeof(T); }
   CUTE_HOST_DEVICE static constexpr uint32_t at(uint32_t address, int row, int column) { return address + offset(row, column); }
 };
 

@@ -11,7 +11,7 @@ struct LoadMatrix {
   uint32_t base;
   // `row` and `column`: where the part of the tile that is read begins.
   CUTE_DEVICE LoadMatrix(uint32_t tile, int thread, int row = 0, int column = 0)
-      : base(tile + Tile::offset(row + Row{}(thread), column + Column{}(thread))) {}
+      : base(tile + Tile::offset(row + ThreadMap<Row>::at(thread), column + ThreadMap<Column>::at(thread))) {}
   // `stage` (bytes) is added before the swizzle's XOR: the other order keeps more registers alive.
   template <class... R>
   CUTE_DEVICE void operator()(uint32_t stage, int row, int column, R&... r) const {
@@ -41,8 +41,8 @@ template <class Atom, int M_, int N_, int K_, class A_, class B_, class Row, cla
 struct TiledMma {
   static constexpr int M = M_, N = N_, K = K_;
   using A = A_; using B = B_;
-  CUTE_DEVICE static int row(int thread) { return Row{}(thread); }
-  CUTE_DEVICE static int column(int thread) { return Column{}(thread); }
+  CUTE_DEVICE static int row(int thread) { return ThreadMap<Row>::at(thread); }
+  CUTE_DEVICE static int column(int thread) { return ThreadMap<Column>::at(thread); }
   CUTE_HOST_DEVICE static constexpr int row_of(int m, int v) { return m * StepM + v / 2 * 8; }
   CUTE_HOST_DEVICE static constexpr int column_of(int n, int v) { return n * StepN + v % 2; }
   template <int RA, int RB>
@@ -68,8 +68,8 @@ struct TiledCopy {
   using T = typename Tile::T;
   T const* source; int64_t step; uint32_t target; int row;
   CUTE_DEVICE TiledCopy(T const* origin, int64_t row_stride, uint32_t tile, int thread)
-      : source(origin + Row{}(thread) * row_stride + Column{}(thread)), step(RowStep * row_stride),
-        target(tile + Tile::offset(Row{}(thread), Column{}(thread))), row(Row{}(thread)) {}
+      : source(origin + ThreadMap<Row>::at(thread) * row_stride + ThreadMap<Column>::at(thread)), step(RowStep * row_stride),
+        target(tile + Tile::offset(ThreadMap<Row>::at(thread), ThreadMap<Column>::at(thread))), row(ThreadMap<Row>::at(thread)) {}
   CUTE_DEVICE void operator()(uint32_t stage, int rows) const {      // rows at and beyond `rows` become zero and are not read
     CUTE_UNROLL
     for (int i = 0; i < Steps; ++i) {
@@ -89,7 +89,7 @@ template <class Tile, class Row, class Column>
 struct LoadVector {
   uint32_t base;
   CUTE_DEVICE LoadVector(uint32_t tile, int thread, int row = 0, int column = 0)
-      : base(tile + Tile::offset(row + Row{}(thread), column + Column{}(thread))) {}
+      : base(tile + Tile::offset(row + ThreadMap<Row>::at(thread), column + ThreadMap<Column>::at(thread))) {}
   CUTE_DEVICE void operator()(int row, int column, uint32_t (&r)[4]) const { load_shared(Tile::at(base, row, column), r); }
 };
 

@@ -99,6 +99,8 @@ inline int current = 0, thread_count = 0, live = 0;
 inline Order order = Order::Up;
 inline unsigned random_state = 1;
 inline void (*thread_body)() = nullptr;
+// What orders a CTA's threads behind everything before it, and what follows behind them.
+inline char cta_begin, cta_end;
 
 // What a sanitizer knows one barrier of one set of threads by. A thread may leave it after others have come to the next one, so
 // the two must not share a key.
@@ -195,7 +197,9 @@ inline void wait_here(char const* what, void const* place) {
 
 inline void fiber_main() {
   first_entry(main_fiber.stack_info);
+  observe(&cta_begin);
   thread_body();
+  publish(&cta_end);
   Fiber& self = fibers[size_t(current)];
   self.done = true;
   self.wait = {"have returned", nullptr};
@@ -241,11 +245,11 @@ inline void run_threads() {
   for (Warp& w : warps) w.runnable = w.full;
   live = thread_count;
   main_fiber.race_context = race_context();
-  for (Fiber& f : fibers) order_with(main_fiber.race_context, f.race_context);
+  publish(&cta_begin);
   current = order == Order::Down ? thread_count - 1 : 0;
   threadIdx = fibers[size_t(current)].index;
   switch_to(main_fiber, fibers[size_t(current)]);
-  for (Fiber& f : fibers) order_with(main_fiber.race_context, f.race_context);
+  observe(&cta_end);
 }
 
 }  // namespace vidrial::host

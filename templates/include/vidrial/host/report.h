@@ -94,6 +94,6 @@ extern "C" char const* __asan_default_options() { return "detect_leaks=0:detect_
 #endif
 #if VIDRIAL_TSAN
 extern "C" void __tsan_on_report(void*) { vidrial::host::say_thread(); }
-extern "C" char const* __tsan_default_options() { return "halt_on_error=1:exitcode=99:report_signal_unsafe=0"; }
+extern "C" char const* __tsan_default_options() { return "halt_on_error=1:exitcode=99:report_signal_unsafe=0:atexit_sleep_ms=0"; }
 #endif
 extern "C" char const* __ubsan_default_options() { return "print_stacktrace=1:halt_on_error=1:exitcode=99"; }

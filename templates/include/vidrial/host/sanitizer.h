@@ -42,7 +42,6 @@ inline void* race_context() { return __tsan_get_current_fiber(); }
 inline void* new_race_context(char const* name) { void* f = __tsan_create_fiber(0); __tsan_set_fiber_name(f, name); return f; }
 // A switch orders nothing: only barriers do, by `publish` before and `observe` after.
 inline void enter_race_context(void* f) { __tsan_switch_to_fiber(f, __tsan_switch_to_fiber_no_sync); }
-inline void order_with(void* main, void* f) { __tsan_switch_to_fiber(f, 0); __tsan_switch_to_fiber(main, 0); }
 inline void publish(void* key) { __tsan_release(key); }
 inline void observe(void* key) { __tsan_acquire(key); }
 // While it lives, what the runtime reads and writes is reported at `caller`, a place in the kernel.
@@ -54,7 +53,6 @@ struct OnBehalfOf {
 inline void* race_context() { return nullptr; }
 inline void* new_race_context(char const*) { return nullptr; }
 inline void enter_race_context(void*) {}
-inline void order_with(void*, void*) {}
 inline void publish(void*) {}
 inline void observe(void*) {}
 struct OnBehalfOf { explicit OnBehalfOf(void*) {} };
