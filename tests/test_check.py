@@ -60,14 +60,15 @@ def test_power_retention_at_other_facts() -> None:
 def test_softmax(run: Callable[..., tuple[int, str, str]]) -> None:
     code, out, _ = run("check", SOFTMAX, "--m", "5", "--n", "63", "--n", "1000", "--dtype", "bfloat16")
     assert code == 0
-    assert "dtype=bfloat16 m=5" in out and "all 12 right" in out
-    assert [line.split()[0] for line in out.splitlines() if "address" in line] == ["n=63"] * 2 + ["n=1000"] * 2
+    assert "dtype=bfloat16 m=5" in out and "all 9 right" in out
+    # The config of two elements a load is not legal for the odd length.
+    assert [line.split()[0] for line in out.splitlines() if "address" in line] == ["n=63", "n=1000", "n=1000"]
 
 
 # In the example's template: what stands there, what stands there instead; what is said, and a part of the line that is named.
 BUGS = {
     "missing barrier": ("    __syncthreads();\n", "", "data race", "parts[first + w].x"),
-    "mask off by one": ("i < vectors) y[i] = scaled(x[i]", "i <= vectors) y[i] = scaled(x[i]", "heap-buffer-overflow", "i <= vectors"),
+    "mask off by one": ("i < vectors; i += Tiles::row_threads) y[i]", "i <= vectors; i += Tiles::row_threads) y[i]", "heap-buffer-overflow", "i <= vectors"),
     "wrong values": ("1.f / row.sum", "1.001f / row.sum", "wrong values", ""),
     "early return": ("  Part part;\n  if constexpr", "  if (row >= args.m) return;\n  Part part;\n  if constexpr", "have returned", "__syncthreads"),
     "no C++": ("  return v;\n}", "  return w;\n}", "does not compile", "return w;"),
@@ -125,8 +126,8 @@ def test_odd_problems_and_unlike_configs() -> None:
     kernels = [{s.kernel.name for s in op.stages(problems[-1], c)} for c in (first, second)]
     assert kernels[0] | kernels[1] == {k.name for k in op.kernels}
     assert third not in (first, second) and op.reject(problems[-1], third, device) is None
-    only = dataclasses.replace(op, rules=lambda p, c: iter([(c == first, "no")]))
-    assert unlike_configs(only, problems[-1], 3) == [first]
+    only = dataclasses.replace(find_op(SOFTMAX), rules=lambda p, c: iter([(c == type(c)(64, 1, 1, 0) or c == type(c)(), "no")]))
+    assert unlike_configs(only, only.example(n=129), 3) == [only.config()]
     with pytest.raises(ArgumentError, match="0 problems and 2 configs check nothing"):
         check(op, [])
 
@@ -241,5 +242,5 @@ def test_analyse_prints_what_was_counted(run: Callable[..., tuple[int, str, str]
     row = next(line.split() for line in out.splitlines() if line.startswith("QK "))
     assert code == 0 and row[3:] == ["16", str(counts["QK"].mma), str(counts["QK"].ldmatrix), "1", "0"]
     copy = next(line.split() for line in out.splitlines() if line.startswith("CopyK "))
-    assert copy[3:6] == ["1", str(counts["CopyK"].cp_async_requests), "16.0"]
+    assert copy[3:6] == ["1", str(counts["CopyK"].cp_async_requests), "15.9"]
     assert "CTAs an SM" in out and shutil.which("g++")

@@ -128,7 +128,8 @@ class RayWorkers:
         there = int(self._ray.cluster_resources().get("GPU", 0))
         if not there:
             raise SweepError("the Ray cluster has no GPU; start its nodes with `ray start --num-gpus=...`")
-        kind = self._ray.remote(num_gpus=1, max_restarts=0)(_Actor)
+        # NOTE: an actor with a GPU would hold a CPU as well, and on small nodes leave none to compile.
+        kind = self._ray.remote(num_gpus=1, num_cpus=0, max_restarts=0)(_Actor)
         actors = [kind.remote(*self._names, self._limit) for _ in range(there if wanted is None else min(there, gpus or there))]
         self._sent = {actor: set() for actor in actors}
         asked = {actor.describe.remote(): actor for actor in actors}

@@ -153,7 +153,7 @@ def traffic(p: Problem, c: Config, tiles: Tiles) -> dict[str, Counts]:
             work = (copies(tiles.CopyK, rows, k_stride), copies(tiles.CopyV, rows, v_stride), vectors(c.keys // (2 if j0 >= m0 else 4)) * p.gated,
                     products(tiles.QK) * warps, products(tiles.PV) * warps)
             total.update((name, total[name] + one) for name, one in zip(names[1:], work, strict=True))
-    warps, z_steps = stateful * c.warps, tiles.z_stages * tiles.z_rows // 16
+    warps, z_steps = stateful * c.warps, tiles.z_stages * tiles.z_rows // 16 * (p.d // tiles.QZ.tile[1])
     pairs = tiles.s_stages * tiles.s_tiles
     total |= {
         "CopyZ": copies(tiles.CopyZ, tiles.z_rows, 2 * p.d) * (stateful * tiles.z_stages),

@@ -12,6 +12,7 @@ template <class T_, class Layout_> struct SmemTile;
 template <class T_, int B, int M, int S, class L>
 struct SmemTile<T_, cute::ComposedLayout<cute::Swizzle<B, M, S>, cute::_0, L>> {
   using T = T_;
+  using Layout = cute::ComposedLayout<cute::Swizzle<B, M, S>, cute::_0, L>;
   static constexpr int kBytes = Plane<L>::size * int(sizeof(T));
   // Bits below the ones that the swizzle reads.
   static constexpr int kLow = (1 << (M + S)) - 1;
@@ -35,9 +36,9 @@ struct SmemTile<T_, cute::ComposedLayout<cute::Swizzle<B, M, S>, cute::_0, L>> {
 template <class T_, class Shape, class Stride>
 struct SmemTile<T_, cute::Layout<Shape, Stride>> {
   using T = T_;
-  using Layout = Plane<cute::Layout<Shape, Stride>>;
-  static constexpr int kBytes = Layout::size * int(sizeof(T));
-  CUTE_HOST_DEVICE static constexpr uint32_t offset(int row, int column) { return uint32_t(Layout::at(row, column)) * sizeof(T); }
+  using Layout = cute::Layout<Shape, Stride>;
+  static constexpr int kBytes = Plane<Layout>::size * int(sizeof(T));
+  CUTE_HOST_DEVICE static constexpr uint32_t offset(int row, int column) { return uint32_t(Plane<Layout>::at(row, column)) * sizeof(T); }
   CUTE_HOST_DEVICE static constexpr uint32_t at(uint32_t address, int row, int column) { return address + offset(row, column); }
 };
 

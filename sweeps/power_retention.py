@@ -1,0 +1,98 @@
+"""Sweep power retention on this machine's GPU and write the ranking that comes with Vidrial for it.
+
+    python -m vidrial.sweeps.power_retention --seconds 240
+
+Writes results/<device key>/power_retention.json. With $OUT, copies it there, and the trials' journals, compressed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gzip
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+from vidrial.kernels.power_retention.op import example, op
+from vidrial.sweeps.common import RESULTS, copy_out, facts, table, this_device, write_json
+
+from vidrial.ranking import publish
+from vidrial.space import describe
+from vidrial.sweep import Options, sweep_lengths
+from vidrial.sweep_result import SweepResult
+
+JOBS, TRIALS = 16, 48
+# Problems of one head size share their static facts, and so their binaries. In a group the problems that the benchmarks name come first,
+# the most expensive ones foremost: what is left when the time is over is the cheapest to do without.
+GROUPS: dict[str, tuple[dict[str, int], ...]] = {
+    "d=64": (
+        dict(t=10007), dict(t=65536, h=8), dict(t=16384, b=2), dict(t=33333), dict(t=4096, b=8), dict(t=5001), dict(t=1000),
+        dict(t=65536), dict(t=2049), dict(t=257), dict(t=65), dict(t=513), dict(t=129), dict(t=20001),
+    ),
+    "d=128": (
+        dict(t=16384), dict(t=65536), dict(t=16384, h=2, hq=24), dict(t=4099), dict(t=1025), dict(t=33333), dict(t=10007), dict(t=257),
+        dict(t=65), dict(t=4099, h=2, hq=24), dict(t=1025, h=2, hq=24), dict(t=33333, h=2, hq=24), dict(t=2049), dict(t=513),
+    ),
+}  # fmt: skip
+# Share of the time for each group: with d = 128 more is compiled and everything takes longer.
+SHARES = {"d=64": 0.45, "d=128": 1.0}
+# Starting, checks of the last config and writing are not in a sweep's own budget.
+RESERVE = 0.92
+
+
+def sweep_groups(seconds: float, jobs: int, trials: int) -> list[SweepResult]:
+    """Sweep both groups within so many seconds."""
+    begun, found = time.monotonic(), list[SweepResult]()
+    for name, cases in GROUPS.items():
+        left = RESERVE * seconds - (time.monotonic() - begun)
+        problems = [example(d=int(name.partition("=")[2]), **case) for case in cases]
+        options = Options(trials=trials, jobs=jobs, limit=20.0, progress=False)
+        found += sweep_lengths(op, problems, options, within=SHARES[name] * left)
+        print(f"{name}: {len(found)} problems so far, {time.monotonic() - begun:.0f} s", flush=True)
+    return found
+
+
+def winners(found: list[SweepResult]) -> str:
+    """A line a problem: its winner, noise, how many configs tie with it, and how much slower the slowest one was."""
+    rows: list[tuple[Any, ...]] = []
+    for result in sorted(found, key=lambda r: (r.problem.d, r.problem.hq != r.problem.h, r.problem.t, r.problem.b)):
+        p, winner, check = result.problem, result.winner, result.winner.check
+        timing = result.ranked[0].timing
+        tied = sum(r.tied and r.timing.ties(timing) for r in result.ranked) if result.tied else 1
+        failed = ", ".join(f"{count} {status.name}" for status, count in result.failures.items()) or "-"
+        rows.append((p.d, f"{p.b}x{p.hq}/{p.h}", p.t, f"{winner.ms:.4f}", f"{timing.iqr_ms / timing.median_ms:.1%}", tied,
+                     f"{check.relative:.1e}" if check else "-", f"{result.worst_ms / winner.ms:.1f}", len(result.ranked), failed,
+                     describe(winner.config)))  # fmt: skip
+    return table(("d", "BxHQ/H", "T", "ms", "IQR", "tied", "error", "worst/best", "ranked", "failed", "config"), rows)
+
+
+def main() -> None:
+    """The command."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seconds", type=float, default=240.0, help="for everything, about")
+    parser.add_argument("--jobs", type=int, default=JOBS, help="processes that compile")
+    parser.add_argument("--trials", type=int, default=TRIALS, help="configs for each problem at most")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the rankings")
+    options = parser.parse_args()
+    device, begun = this_device(), time.monotonic()
+    found = sweep_groups(options.seconds, options.jobs, options.trials)
+    paths = publish(op, [result.ranking for result in found], options.results)
+    notes = sorted({note for result in found for note in result.notes if "tie for" not in note})
+    record = facts(device, "vidrial.sweeps.power_retention") | {
+        "seconds": round(time.monotonic() - begun, 1), "problems": len(found), "trials": sum(len(r.trials) for r in found), "notes": notes,
+    }  # fmt: skip
+    paths.append(write_json(options.results / device.key / "power_retention_run.json", record))
+    out = os.environ.get("OUT")
+    copy_out(paths, out)
+    if out:
+        for result in found:
+            Path(out, device.key, f"{result.journal.name}.gz").write_bytes(gzip.compress(result.journal.read_bytes()))
+    print(winners(found))
+    print(*(f"note: {note}" for note in notes), sep="\n")
+    left_out = sum(map(len, GROUPS.values())) - len(found)
+    print(f"{len(found)} problems, {left_out} left out for lack of time, {record['trials']} trials in {record['seconds']} s; {paths[0]}")
+
+
+if __name__ == "__main__":
+    main()
