@@ -17,6 +17,7 @@ from typing import Any
 from vidrial.kernels.power_retention.op import example, op
 from vidrial.sweeps.common import RESULTS, copy_out, facts, table, this_device, write_json
 
+from vidrial.errors import VidrialError
 from vidrial.ranking import publish
 from vidrial.space import describe
 from vidrial.sweep import Options, sweep_lengths
@@ -48,7 +49,10 @@ def sweep_groups(seconds: float, jobs: int, trials: int) -> list[SweepResult]:
         left = RESERVE * seconds - (time.monotonic() - begun)
         problems = [example(d=int(name.partition("=")[2]), **case) for case in cases]
         options = Options(trials=trials, jobs=jobs, limit=20.0, progress=False)
-        found += sweep_lengths(op, problems, options, within=SHARES[name] * left)
+        try:
+            found += sweep_lengths(op, problems, options, within=SHARES[name] * left)
+        except VidrialError as error:
+            print(f"{name} is left out: {error}", flush=True)
         print(f"{name}: {len(found)} problems so far, {time.monotonic() - begun:.0f} s", flush=True)
     return found
 
@@ -64,7 +68,8 @@ def winners(found: list[SweepResult]) -> str:
         rows.append((p.d, f"{p.b}x{p.hq}/{p.h}", p.t, f"{winner.ms:.4f}", f"{timing.iqr_ms / timing.median_ms:.1%}", tied,
                      f"{check.relative:.1e}" if check else "-", f"{result.worst_ms / winner.ms:.1f}", len(result.ranked), failed,
                      describe(winner.config)))  # fmt: skip
-    return table(("d", "BxHQ/H", "T", "ms", "IQR", "tied", "error", "worst/best", "ranked", "failed", "config"), rows)
+    text: str = table(("d", "BxHQ/H", "T", "ms", "IQR", "tied", "error", "worst/best", "ranked", "failed", "config"), rows)
+    return text
 
 
 def main() -> None:

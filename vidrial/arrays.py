@@ -48,7 +48,8 @@ def library_of(x: Any) -> str:
     Raises:
         ArgumentTypeError: x is none of their arrays.
     """
-    return _library_of(type(x))
+    kind: type = type(x)
+    return _library_of(kind)
 
 
 @lru_cache(maxsize=64)

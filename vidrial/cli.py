@@ -15,6 +15,7 @@ from vidrial.device import Device
 from vidrial.errors import ArgumentError, VidrialError
 from vidrial.op import Op
 from vidrial.registry import KNOWN, find_op, make_problem, parse_keywords
+from vidrial.search import STRATEGIES
 
 F = TypeVar("F", bound=Callable[..., Any])
 CONTEXT = {"help_option_names": ["-h", "--help"]}
@@ -153,10 +154,13 @@ def compile_(reference: str, keywords: tuple[str, ...], arch: str | None, top: i
 @click.option("--trials", type=click.IntRange(1), help="Configs to try at most.  [default: 64, or as many as --seconds allows]")
 @click.option("--exhaustive", is_flag=True, help="Try every legal config.")
 @click.option("--resume", is_flag=True, help="Go on with the journals of the same sweeps.")
-@click.option("--gpus", default="1", show_default=True, metavar="N|all|I,J", help="How many measure, or which CUDA indices (0,2 or 3,).")
+@click.option("--strategy", type=click.Choice(STRATEGIES), default=STRATEGIES[0], show_default=True,
+              help="optuna: for a space too large to enumerate.")
+@click.option("--gpus", metavar="N|all|I,J", help="How many measure, or which CUDA indices (0,2 or 3,).  [default: 1; all of a Ray cluster]")
+@click.option("--ray", metavar="ADDRESS", help="A Ray cluster whose CPUs compile and whose GPUs measure: host:port, ray://host:port, auto.")
 @click.option("--jobs", type=click.IntRange(1), help="Processes that compile.  [default: VIDRIAL_JOBS, else one a core]")
 @click.option("--out", type=click.Path(file_okay=False, path_type=Path), help="Also write the rankings to OUT/<device>/<op>.json.")
-def sweep_(reference: str, keywords: tuple[str, ...], out: Path | None, gpus: str, **options: Any) -> None:
+def sweep_(reference: str, keywords: tuple[str, ...], out: Path | None, gpus: str | None, **options: Any) -> None:
     """Measure which configs are fastest, and keep the ranking: calls take it from then on. A keyword given twice makes two problems.
 
     Every trial is on disk before the next one begins: after Ctrl-C, --resume goes on.
@@ -167,7 +171,7 @@ def sweep_(reference: str, keywords: tuple[str, ...], out: Path | None, gpus: st
     from vidrial.sweep import Options, sweep, sweep_lengths
 
     op, problems = read(reference, keywords)
-    chosen = Options(gpus=gpu_indices(gpus), **options)
+    chosen = Options(gpus=gpu_count_of(gpus, options["ray"]), **options)
     alike = all(fields(p, "static") == fields(problems[0], "static") for p in problems)
     results = sweep_lengths(op, problems, chosen) if alike else [sweep(op, p, chosen) for p in problems]
     for result in results:
@@ -177,6 +181,11 @@ def sweep_(reference: str, keywords: tuple[str, ...], out: Path | None, gpus: st
     if out is not None:
         for path in publish(op, [r.ranking for r in results], out):
             click.echo(f"ranking in {path}")
+
+
+def gpu_count_of(text: str | None, ray: str | None) -> int | tuple[int, ...] | None:
+    """`--gpus`, None where it leaves the choice: to a Ray cluster that is all of its GPUs."""
+    return None if text is None or (ray is not None and text == "all") else gpu_indices(text)
 
 
 def gpu_indices(text: str) -> int | tuple[int, ...]:

@@ -76,7 +76,10 @@ class Kernel:
         return _resolve(self, problem if isinstance(problem, StaticView) else StaticView(problem), config)
 
     def source(self, problem: Any, config: Any, guard: int = 0) -> Source:
-        """The rendered C++ of a config; depends on the static fields of `problem`, and those that the config bakes in, alone. `guard`: unused bytes between regions of shared memory."""
+        """The rendered C++ of a config; depends on the static fields of `problem`, and those that the config bakes in, alone.
+
+        `guard`: unused bytes between regions of shared memory.
+        """
         view = problem if isinstance(problem, StaticView) else StaticView(problem, config)
         names = {"tiles": self.resolve(view, config).guarded(guard), "args": self.args, "p": view, "c": config}
         return render(self.template, self.name, names)
@@ -144,7 +147,8 @@ class Kernel:
         tiles = self.resolve(problem, config)
         tiled = [name for name, member in tiles.members.items() if isinstance(member, (LoadMatrix, TiledCopy, TiledMma))]
         if self.traffic is None and tiled:
-            raise ArgumentError(f"kernel {self.name}: nothing says how often {', '.join(tiled)} are at work; give the kernel a traffic function")
+            raise ArgumentError(f"kernel {self.name}: nothing says how often {', '.join(tiled)} are at work; "
+                                "give the kernel a traffic function")
         return dict(self.traffic(problem, config, tiles)) if self.traffic is not None else {}
 
     def pack(self, problem: Any, config: Any) -> bytearray:

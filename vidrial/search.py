@@ -28,6 +28,9 @@ BEST_OF_PART, COMBINATIONS, NEIGHBOURS = 3, 4, 8
 # How many bases of a shared choice may fail before it is given up.
 BASES = 4
 
+# What a sweep may be told: `rounds` is this module's, `optuna` that of vidrial.optuna_search.
+STRATEGIES = ("rounds", "optuna")
+
 Times = Mapping[Any, float]
 
 

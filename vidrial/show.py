@@ -161,17 +161,18 @@ def show_environment(console: Console) -> None:
 
 
 def _rankings() -> Iterator[tuple[str, str, str]]:
-    """For every known op: what was measured for this device, and where a call's config comes from."""
+    """For every known op: what was measured for this device, and which of local, shipped, model and predicted a call's config is."""
     device, store = Device.default(), Store.shared()
     others = [key for key in shipped_devices() if key != device.key]
     for name in KNOWN:
         op = find_op(name)
         mine = sum(key.startswith(f"{op.name}-{device.key}-") for key in store.keys("ranking"))
         theirs = len(shipped(op, device.key))
-        if mine or theirs:
-            applies = "measured here before shipped; lengths between by the calibrated model"
+        measured = [name for name, count in (("local", mine), ("shipped", theirs)) if count]
+        if measured:
+            applies = f"{', then '.join(measured)}; model for sizes between them; predicted for other static facts"
         else:
-            applies = "nothing was measured for this GPU: calls take the cost model's prediction; run vidrial sweep"
+            applies = "predicted: nothing was measured for this GPU; run vidrial sweep"
             applies += f" (shipped for {', '.join(others)}, which does not count here)" if others else ""
         yield op.name, f"{mine} from this machine, {theirs} shipped, for {device.name}", applies
 

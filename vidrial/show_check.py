@@ -19,9 +19,10 @@ from vidrial.show import duration, facts, show_table, split_words
 from vidrial.space import describe
 from vidrial.tiled import LoadMatrix, LoadVector, TiledCopy, TiledMma, atoms_of
 
-ACCESS_COLUMNS = ("", "instruction", ">B a thread", ">MMA", ">ldmatrix", ">bank ways", ">extra passes", ">cp.async", ">sectors each", ">read")
-LAUNCH_COLUMNS = ("kernel", ">CTAs", ">threads", ">registers", ">shared B", ">CTAs an SM", "limited by", ">waves", ">last wave", ">MMA FLOP",
-                  ">cp.async", ">memory", ">predicted")
+ACCESS_COLUMNS = ("", "instruction", ">B a thread", ">MMA", ">ldmatrix", ">bank ways", ">extra passes",
+                  ">cp.async", ">sectors each", ">read")
+LAUNCH_COLUMNS = ("kernel", ">CTAs", ">threads", ">registers", ">shared B", ">CTAs an SM", "limited by",
+                  ">waves", ">last wave", ">MMA FLOP", ">cp.async", ">memory", ">predicted")
 
 
 def show_report(console: Console, report: Report) -> None:
@@ -34,7 +35,7 @@ def show_report(console: Console, report: Report) -> None:
     title = " ".join(word for word in (f"{report.op} on the host target;", common, alike) if word)
     show_table(console, title, ("problem", "config", "sanitizer", ">schedules", ">error", ">worst", "", ">took"), rows)
     for o in report.failures:
-        console.print(Text(f"\n{facts(o.problem)}\n{describe(o.config)}, {o.sanitizer or 'plain'}\n{o.failure}", "red"))
+        console.print(Text(f"\n{facts(o.problem)}\n{describe(o.config)}, {o.sanitizer or 'plain'}\n{o.summary}", "red"))
     console.print(Text(f"\n{len(report.failures)} of {len(outcomes)} failed" if report.failures else f"\nall {len(outcomes)} right",
                        "bold red" if report.failures else "green"))
 

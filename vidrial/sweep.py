@@ -94,11 +94,11 @@ def sweep_lengths(
     begun, found = time.monotonic(), list[SweepResult]()
 
     def share(left: int, until: float, parts: int = 1) -> Options | None:
-        """Options with a fair share of the time that is left; None if it is too little to begin."""
+        """Options with a fair share of the time that is left; None if it is too little to begin. The first problem is always swept."""
         if within is None:
             return chosen
-        rest = until * within - (time.monotonic() - begun)
-        return dataclasses.replace(chosen, seconds=rest * parts / (left + parts - 1)) if rest > LEAST_SECONDS else None
+        rest = max(until * within - (time.monotonic() - begun), 0.0 if found else LEAST_SECONDS)
+        return dataclasses.replace(chosen, seconds=rest * parts / (left + parts - 1)) if rest >= LEAST_SECONDS else None
 
     with measuring(op, chosen) as (workers, device):
         for i, problem in enumerate(problems):

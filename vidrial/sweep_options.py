@@ -15,9 +15,8 @@ from vidrial.names import reference_of, resolve
 from vidrial.op import Op
 from vidrial.problem import keyed_fields
 from vidrial.progress import Progress
+from vidrial.search import STRATEGIES
 from vidrial.worker import CUDA_BENCH, Pool, Workers
-
-STRATEGIES = ("rounds", "optuna")
 
 
 @dataclass(frozen=True)

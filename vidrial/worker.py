@@ -51,7 +51,7 @@ class Verdict:
 
 
 class Pool(Protocol):
-    """What measures for a sweep. `count`: so many at once; `replaced`: so many were lost. `compiler`: what compiles, None: processes here."""
+    """What measures for a sweep: `count` at once; `replaced` were lost. `compiler`: what compiles, None: processes here."""
 
     count: int
     replaced: int

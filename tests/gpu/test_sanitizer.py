@@ -102,7 +102,7 @@ def sanitize(check: str, program: str, folder: Path) -> str:
         text=True,
         check=False,
         timeout=250,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))},
         cwd=folder,
     )
     output = ended.stdout + ended.stderr
