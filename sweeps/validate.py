@@ -35,9 +35,9 @@ from vidrial.sweep import sweep
 from vidrial.trial import latest
 from vidrial.worker import Job
 
-JOBS, TRIALS, SEARCH_CASES = 16, 48, (dict(t=10007), dict(t=4096, b=8), dict(t=1000))
+JOBS, TRIALS, SEARCH_CASES = 16, 48, ({"t": 10007}, {"t": 4096, "b": 8}, {"t": 1000})
 LENGTHS, SHORTEST, LONGEST, SEED, ROUNDS = 40, 65, 20000, 4, 20
-COLD_CASE = dict(t=10007)
+COLD_CASE = {"t": 10007}
 # Values of each choice that the exhaustive search tries; its parts are varied one at a time, since their times add.
 REDUCED: Mapping[str, Mapping[str, tuple[int, ...]]] = {
     "": {"chunk": (0, 512, 1024, 2048)},
@@ -63,7 +63,7 @@ def search(seconds: float) -> dict[str, Any]:
     cases: list[dict[str, Any]] = []
     for i, case in enumerate(SEARCH_CASES):
         problem, share = example(**case), seconds / len(SEARCH_CASES)
-        common: dict[str, Any] = dict(jobs=JOBS, limit=20.0, progress=False)
+        common: dict[str, Any] = {"jobs": JOBS, "limit": 20.0, "progress": False}
         budgeted = sweep(reduced_op, problem, trials=TRIALS, **common)
         # The first one compiles for all.
         whole = sweep(reduced_op, problem, exhaustive=True, seconds=share * (1.4 if i == 0 else 0.8), **common)
@@ -93,8 +93,9 @@ def lengths(seconds: float) -> dict[str, Any]:
     origins = Counter(pick(op, m.problem, device).origin for m in measured)
     kept, picks = leading(measured), {p.t: pick(op, p, device) for p in problems}
     legal = {p.t: [c for c in dict.fromkeys([picks[p.t].config, *kept]) if op.reject(p, c, device) is None] for p in problems}
-    # Sources do not depend on the length: those of one problem a config do, and stateful or not is one of their facts.
-    stages = {(s.kernel.name, s.config, getattr(s.problem, "stateful", None)): s for p in problems for c in legal[p.t] for s in op.stages(p, c)}
+    # Sources do not depend on the length; whether there is a state is one of their facts.
+    every = (stage for p in problems for c in legal[p.t] for stage in op.stages(p, c))
+    stages = {(s.kernel.name, s.config, getattr(s.problem, "stateful", None)): s for s in every}
     list(build_many({key: (s.kernel.source(s.problem, s.config), "") for key, s in stages.items()}, device.arch, JOBS))
     bench, rows = CudaBench(op, 0), list[dict[str, Any]]()
     bench.prepare(problems[0], op.small(problems[0]), (0,))
@@ -126,7 +127,8 @@ def cold(seconds: float) -> dict[str, Any]:
             "bound": 30.0}  # fmt: skip
 
 
-PARTS: Mapping[str, tuple[Callable[[float], dict[str, Any]], float]] = {"search": (search, 240.0), "lengths": (lengths, 120.0), "cold": (cold, 90.0)}
+PARTS: Mapping[str, tuple[Callable[[float], dict[str, Any]], float]] = {
+    "search": (search, 240.0), "lengths": (lengths, 120.0), "cold": (cold, 90.0)}  # fmt: skip
 
 
 def run(name: str, seconds: float | None, results: Path, device: Device) -> dict[str, Any]:
@@ -149,15 +151,15 @@ def show(name: str, found: dict[str, Any]) -> str:
     took = f"{found['run']['seconds']:.0f} s"
     if name == "search":
         cases = [(" ".join(f"{k}={v}" for k, v in c["case"].items()), f"{c['ratio']:.3f}", f"{c['ms']:.4f}", c["budgeted_configs"],
-                 c["exhaustive_configs"], c["budgeted_seconds"], c["exhaustive_seconds"], c["budgeted"]) for c in found["cases"]]  # fmt: skip
-        head = ("case", "ratio", "ms", "configs", "of", "s", "of", "budgeted winner")
-        return f"{table(head, cases)}\nworst {found['worst']:.3f} (at most {found['bound']}), {took}"
+                  c["exhaustive_configs"], c["budgeted_seconds"], c["exhaustive_seconds"], c["budgeted"]) for c in found["cases"]]  # fmt: skip
+        text = table(("case", "ratio", "ms", "configs", "of", "s", "of", "budgeted winner"), cases)
+        return f"{text}\nworst {found['worst']:.3f} (at most {found['bound']}), {took}"
     if name == "lengths":
         worst = sorted(found["lengths"], key=lambda row: -row["ratio"])[:5]
-        rows = [(w["t"], w["origin"], f"{w['ratio']:.3f}", f"{w['ms']:.4f}", f"{w['noise']:.1%}", w["picked"], w["best"]) for w in worst]
-        head = ("T", "origin", "ratio", "ms", "noise", "picked", "best")
+        lines = [(w["t"], w["origin"], f"{w['ratio']:.3f}", f"{w['ms']:.4f}", f"{w['noise']:.1%}", w["picked"], w["best"]) for w in worst]
+        text = table(("T", "origin", "ratio", "ms", "noise", "picked", "best"), lines)
         said = f"geometric mean {found['geometric_mean']:.4f} (at most {found['bound']}), worst {found['worst']:.3f}"
-        return (f"{table(head, rows)}\n{said}; {len(found['lengths'])} of {found['asked']} lengths, {len(found['kept'])} candidates, "
+        return (f"{text}\n{said}; {len(found['lengths'])} of {found['asked']} lengths, {len(found['kept'])} candidates, "
                 f"picks at swept lengths in an empty cache: {found['shipped_problems']}; {took}")  # fmt: skip
     return (f"cold sweep: {found['seconds']} s (at most {found['bound']:g}) for {found['configs']} configs on {found['cores']} cores; "
             f"{found['ms']:.4f} ms: {found['winner']}; failures {found['failures']}")  # fmt: skip

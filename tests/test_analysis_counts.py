@@ -107,7 +107,8 @@ def test_rows_that_do_not_exist_and_odd_strides() -> None:
 @pytest.mark.parametrize(("columns", "swizzle", "conflicts"), [(64, "auto", 0), (64, None, 28), (32, None, 12), (24, None, 0)])
 def test_conflicts_of_one_load(columns: int, swizzle: Literal["auto"] | None, conflicts: int) -> None:
     tile = SmemLayout(DType.bfloat16, 32, columns, swizzle=swizzle)
-    assert counts.loads(LoadMatrix(tile, ldmatrix(4), 32, lambda lane: (lane, 0)), 3) == Counts(ldmatrix=3, ldmatrix_conflicts=3 * conflicts)
+    load = LoadMatrix(tile, ldmatrix(4), 32, lambda lane: (lane, 0))
+    assert counts.loads(load, 3) == Counts(ldmatrix=3, ldmatrix_conflicts=3 * conflicts)
 
 
 def test_what_the_gates_have_forgotten_is_not_counted_on() -> None:

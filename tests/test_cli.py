@@ -216,12 +216,17 @@ def test_sweep_passes_its_options_on(run, monkeypatch: pytest.MonkeyPatch) -> No
         raise SweepError("stop here")
 
     monkeypatch.setattr("vidrial.sweep.sweep_lengths", sweep_lengths)
-    code, _, err = run("sweep", "power_retention", "--t", "1000", "--t", "5001", "--seconds", "2.5", "--resume", "--gpus", "0,1")
+    words = ("--seconds", "2.5", "--resume", "--gpus", "0,1", "--strategy", "optuna", "--ray", "auto")
+    code, _, err = run("sweep", "power_retention", "--t", "1000", "--t", "5001", *words)
     (op, problems, options) = asked[0]
     assert (code, err) == (2, "vidrial: stop here\n")
     assert op is power_retention
     assert [p.t for p in problems] == [1000, 5001]
     assert (options.seconds, options.resume, options.gpus, options.trials, options.exhaustive) == (2.5, True, (0, 1), None, False)
+    assert (options.strategy, options.ray) == ("optuna", "auto")
+    run("sweep", "power_retention", "--t", "1000", "--ray", "auto", "--gpus", "all")
+    run("sweep", "power_retention", "--t", "1000")
+    assert [options.gpus for _, _, options in asked[1:]] == [None, None]
 
 
 def test_the_command_line_is_light_and_runs_as_a_module() -> None:

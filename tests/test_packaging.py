@@ -13,12 +13,14 @@ import vidrial
 
 ROOT = Path(__file__).parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+# Folders of the source tree that an installation has inside the package.
+INSIDE = ("kernels", "sweeps", "templates")
 DATA = (".cuh", ".j2", ".h", ".hpp", ".json")
 
 
 def packages() -> dict[str, Path]:
     """Import name and folder of every package in the tree."""
-    roots = {"vidrial": ROOT / "vidrial", "vidrial.kernels": ROOT / "kernels", "vidrial.sweeps": ROOT / "sweeps", "vidrial.templates": ROOT / "templates"}
+    roots = {"vidrial": ROOT / "vidrial"} | {f"vidrial.{name}": ROOT / name for name in INSIDE}
     found = {}
     for name, root in roots.items():
         for init in root.rglob("__init__.py"):
@@ -30,7 +32,7 @@ def packages() -> dict[str, Path]:
 def shipped() -> set[str]:
     """Every file that an installation needs, by its path in the wheel."""
     files = set()
-    for tree, target in (("vidrial", "vidrial"), ("kernels", "vidrial/kernels"), ("sweeps", "vidrial/sweeps"), ("templates", "vidrial/templates")):
+    for tree, target in (("vidrial", "vidrial"), *((name, f"vidrial/{name}") for name in INSIDE)):
         for path in (ROOT / tree).rglob("*"):
             if path.suffix in (".py", *DATA) or path.name == "py.typed":
                 files.add(f"{target}/{path.relative_to(ROOT / tree).as_posix()}")
@@ -50,7 +52,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The wheel, built from a copy so that nothing is written into the tree."""
     folder = tmp_path_factory.mktemp("wheel")
     copy = folder / "source"
-    names = ["pyproject.toml", "README.md", "LICENSE", "NOTICE", "vidrial", "kernels", "sweeps", "templates"]
+    names = ["pyproject.toml", "README.md", "LICENSE", "NOTICE", "vidrial", *INSIDE]
     copy.mkdir()
     subprocess.run(["cp", "-r", *(str(ROOT / name) for name in names if (ROOT / name).exists()), str(copy)], check=True)
     (copy / "README.md").touch()

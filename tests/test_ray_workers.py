@@ -72,7 +72,8 @@ def test_a_lost_node_costs_no_trial() -> None:
             if n == 2:
                 ray.kill(next(iter(set(workers._sent) - set(workers._idle))))
         assert workers.replaced == 1
-        assert {c: r.timings[0].median_ms for c, r in found.items()} == {c: true_ms(10007, c.tile, c.width) for c in configs(Config) if c.width != 2}
+        expected = {c: true_ms(10007, c.tile, c.width) for c in configs(Config) if c.width != 2}
+        assert {c: r.timings[0].median_ms for c, r in found.items()} == expected
         ray.kill(workers._idle[0])
         with pytest.raises(SweepError, match="every measuring node of the Ray cluster is lost"):
             list(workers.run(jobs))

@@ -236,6 +236,18 @@ def test_it_compiles_what_it_needs_and_records_what_does_not(monkeypatch: pytest
     assert resources.kernel == "fake" and 0 < resources.registers <= 32 and resources.spill_bytes == 0
 
 
+def test_several_gpus_share_one_sweep(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    monkeypatch.setenv("FAKE_OP_LOG", str(log))
+    monkeypatch.setenv("FAKE_OP_FAULTS", "2=crash")
+    monkeypatch.setenv("FAKE_OP_SECONDS", "0.1")
+    result = sweep(op, example(), FAKE, gpus=3)
+    assert result.winner.ms == BEST and result.failures == {Status.crash: 4}
+    measured = [line for line in log.read_text().splitlines() if line.startswith("trial")]
+    assert len(measured) == len(set(measured)) == 12, "none is measured twice, none is left out"
+    assert len(result.journal.read_text().splitlines()) == 1 + len(result.trials)
+
+
 def test_progress_is_told() -> None:
     class Listener:
         def __init__(self) -> None:

@@ -68,7 +68,8 @@ def test_they_write_what_calls_find_in_an_empty_cache(
     found = json.loads((folder / "validation.json").read_text())
     assert found["lengths"]["shipped_problems"] == {"shipped": 3}
     assert len(found["lengths"]["lengths"]) == 6 and 1.0 <= found["lengths"]["geometric_mean"] <= found["lengths"]["worst"] < 1.2
-    assert found["cold"]["configs"] == 48 and found["cold"]["run"]["command"].startswith("python -m vidrial.sweeps.validate --lengths --cold")
+    assert found["cold"]["configs"] == 48
+    assert found["cold"]["run"]["command"].startswith("python -m vidrial.sweeps.validate --lengths --cold")
 
 
 def test_the_search_is_compared_with_all_of_the_reduced_space(results: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -59,7 +59,8 @@ def _library_of(kind: type) -> str:
     if name not in _READERS and "torch" in sys.modules and issubclass(kind, sys.modules["torch"].Tensor):
         name = "torch"
     if name not in _READERS:
-        raise ArgumentTypeError(f"{kind.__module__}.{kind.__name__} is not an array; accepted: torch.Tensor, cupy.ndarray, jax.Array, numpy.ndarray")
+        known = "torch.Tensor, cupy.ndarray, jax.Array, numpy.ndarray"
+        raise ArgumentTypeError(f"{kind.__module__}.{kind.__name__} is not an array; accepted: {known}")
     return name
 
 

@@ -71,7 +71,8 @@ def build_many(
             waiting.setdefault(key, []).append(name)
     if not waiting:
         return
-    todo = (Job(key, source.text, source.entry, arch, config, source.include_dirs) for key, names in waiting.items() for source, config in [sources[names[0]]])
+    first = ((key, *sources[names[0]]) for key, names in waiting.items())
+    todo = (Job(key, source.text, source.entry, arch, config, source.include_dirs) for key, source, config in first)
     with contextlib.ExitStack() as stack:
         compile_many = compiler or stack.enter_context(CompilePool(jobs)).compile_many
         for done, result in compile_many(todo):

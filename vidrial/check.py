@@ -10,7 +10,7 @@ import inspect
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 
@@ -30,6 +30,7 @@ SANITIZERS = (None, "address", "thread")
 # Between regions of shared memory; more than any one vector or row reaches over.
 GUARD_BYTES = 1024
 SEED = 0
+Arrays: TypeAlias = Mapping[str, np.ndarray]
 DEVICE = "h200"
 
 
@@ -105,7 +106,9 @@ def check(op: Op, problems: Sequence[Any] | None = None, configs: int = 2, sanit
     return Report(op.name, tuple(outcomes))
 
 
-def assert_op_correct(op: Op, problems: Sequence[Any] | None = None, configs: int = 2, sanitizers: Sequence[str | None] = SANITIZERS) -> None:
+def assert_op_correct(
+    op: Op, problems: Sequence[Any] | None = None, configs: int = 2, sanitizers: Sequence[str | None] = SANITIZERS
+) -> None:
     """A test of an op in one line: `check` with the same arguments.
 
     Raises:
@@ -175,7 +178,7 @@ def _runs(op: Op, problems: Sequence[Any], count: int, sanitizers: Sequence[str 
                 yield problem, config, sanitizer
 
 
-def _outcome(op: Op, problem: Any, config: Any, sanitizer: str | None, known: tuple[Mapping[str, np.ndarray], Mapping[str, np.ndarray]]) -> Outcome:
+def _outcome(op: Op, problem: Any, config: Any, sanitizer: str | None, known: tuple[Arrays, Arrays]) -> Outcome:
     inputs, expected = known
     for array in inputs.values():
         array.flags.writeable = False

@@ -156,7 +156,7 @@ def compile_(reference: str, keywords: tuple[str, ...], arch: str | None, top: i
 @click.option("--resume", is_flag=True, help="Go on with the journals of the same sweeps.")
 @click.option("--strategy", type=click.Choice(STRATEGIES), default=STRATEGIES[0], show_default=True,
               help="optuna: for a space too large to enumerate.")
-@click.option("--gpus", metavar="N|all|I,J", help="How many measure, or which CUDA indices (0,2 or 3,).  [default: 1; all of a Ray cluster]")
+@click.option("--gpus", metavar="N|all|I,J", help="How many measure, or which CUDA indices (0,2 or 3,).  [default: 1; a Ray cluster's]")
 @click.option("--ray", metavar="ADDRESS", help="A Ray cluster whose CPUs compile and whose GPUs measure: host:port, ray://host:port, auto.")
 @click.option("--jobs", type=click.IntRange(1), help="Processes that compile.  [default: VIDRIAL_JOBS, else one a core]")
 @click.option("--out", type=click.Path(file_okay=False, path_type=Path), help="Also write the rankings to OUT/<device>/<op>.json.")

@@ -73,7 +73,7 @@ class Kernel:
         Raises:
             LayoutError: the objects refuse this config.
         """
-        return _resolve(self, problem if isinstance(problem, StaticView) else StaticView(problem), config)
+        return _resolve(self, problem if isinstance(problem, StaticView) else StaticView(problem, config), config)
 
     def source(self, problem: Any, config: Any, guard: int = 0) -> Source:
         """The rendered C++ of a config; depends on the static fields of `problem`, and those that the config bakes in, alone.

@@ -139,8 +139,8 @@ def _refuse_what_has_no_emulation(kernel: str, tiles: Tiles) -> None:
         for atom in atoms_of(member):
             if atom.arch > NEWEST_EMULATED:
                 raise UnsupportedError(
-                    f"{kernel}: {name} is made of {atom.name}, which begins with sm_{atom.arch}; the host target emulates instructions up to "
-                    f"sm_{NEWEST_EMULATED}: mma.sync, ldmatrix, cp.async. Take a config without it, or run this one on a GPU")
+                    f"{kernel}: {name} is made of {atom.name}, which begins with sm_{atom.arch}; the host target emulates instructions "
+                    f"up to sm_{NEWEST_EMULATED}: mma.sync, ldmatrix, cp.async. Take a config without it, or run this one on a GPU")
 
 
 def poison(shape: tuple[int, ...], dtype: DType) -> np.ndarray:

@@ -84,10 +84,12 @@ def types(record: type) -> dict[str, Any]:
 
 
 class StaticView:
-    """A problem seen before the launch: reading a dynamic field that `config` does not bake in is the kernel author's mistake, and says so."""
+    """A problem seen before the launch: to read a dynamic field that `config` does not bake in is the author's mistake, and it says so."""
 
     def __init__(self, problem: Any, config: Any = None) -> None:
-        self._static = fields(problem, "static") | {name: getattr(problem, name) for name in (baked(config) if config is not None else ())}
+        self._static = fields(problem, "static")
+        if config is not None:
+            self._static |= {name: getattr(problem, name) for name in baked(config)}
         self._problem = type(problem)
 
     def __getattr__(self, name: str) -> Any:
@@ -99,7 +101,8 @@ class StaticView:
         if isinstance(attribute, property) and attribute.fget is not None:
             return attribute.fget(self)
         raise TemplateError(f"{self._problem.__name__}.{name} is not known before the launch, so tiles() may not depend on it; "
-                            f"known: {', '.join(self._static) or 'nothing'}. Declare it static(), pass it as an argument, or let the config bake it in: specialize({name!r})")
+                            f"known: {', '.join(self._static) or 'nothing'}. Declare it static(), pass it as an argument, "
+                            f"or let the config bake it in: specialize({name!r})")
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, StaticView) and (self._problem, self._static) == (other._problem, other._static)

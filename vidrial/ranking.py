@@ -354,7 +354,8 @@ def _known(op: Op, static: tuple[tuple[str, Any], ...], device: Device, generati
 
 
 def _compiled(op: Op, problem: Any, config: Any, device: Device) -> bool:
-    return all(_built(s.kernel, StaticView(s.problem, s.config), s.config, device.arch, _state.generation) for s in op.stages(problem, config))
+    stages = ((s.kernel, StaticView(s.problem, s.config), s.config) for s in op.stages(problem, config))
+    return all(_built(*stage, device.arch, _state.generation) for stage in stages)
 
 
 @functools.lru_cache(maxsize=PICKS)

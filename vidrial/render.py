@@ -22,6 +22,7 @@ from vidrial.toolchain import vidrial_include
 
 FORMATS = {"int": "i", "int32_t": "i", "uint32_t": "I", "int64_t": "q", "float": "f"}
 INCLUDE = re.compile(r'^\s*#\s*include\s*[<"]([^>"]+)[>"]', re.MULTILINE)
+HOST_HEADERS = "vidrial/host/"
 # Template lines after which the rendered text may have more or fewer lines than the template.
 RESYNC = re.compile(r"^\s*\{\{\s*\w+\s*\}\}\s*$|\{%-?\s*end(for|if)")
 
@@ -160,13 +161,16 @@ def _includes_of(path: Path, _mtime: int, _size: int) -> tuple[bytes, tuple[str,
 
 
 def closure_digest(text: str, folders: tuple[Path, ...]) -> str:
-    """sha256 over name and content of every file that `text` includes from `folders`, and they in turn; system headers are not ours."""
+    """sha256 over name and content of every file that `text` includes from `folders`, and they in turn.
+
+    System headers are not ours, and those of the host target no part of what a GPU runs.
+    """
     found: dict[str, bytes] = {}
     waiting = list(INCLUDE.findall(text))
     while waiting:
         name = waiting.pop()
         path = next((f / name for f in folders if (f / name).is_file()), None)
-        if path is None or name in found:
+        if path is None or name in found or name.startswith(HOST_HEADERS):
             continue
         stat = path.stat()
         found[name], inner = _includes_of(path, stat.st_mtime_ns, stat.st_size)
