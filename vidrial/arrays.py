@@ -137,7 +137,9 @@ def capturing() -> bool:
     if torch is not None and torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
         return True
     cupy = sys.modules.get("cupy")
-    return cupy is not None and bool(cupy.cuda.get_current_stream().is_capturing())
+    stream = cupy.cuda.get_current_stream() if cupy is not None else None
+    # NOTE: the default stream cannot be captured, and to ask it while another thread captures is an error.
+    return stream is not None and stream.ptr != 0 and bool(stream.is_capturing())
 
 
 def empty(shape: tuple[int, ...], dtype: DType, like: Array) -> Array:
