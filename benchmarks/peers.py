@@ -99,7 +99,7 @@ def sdpa(x: Mapping[str, Any], name: str) -> Callable[[], Any]:
 
 
 def inputs(case: Case, seed: int = 0, device: str = "cuda") -> dict[str, Any]:
-    """Normal q, k, v in bf16 and log_g = logsigmoid(normal + 4) in float32, on the current GPU or another device."""
+    """Normal q, k, v in bf16 and log_g = logsigmoid(normal + case.gates) in float32, on the current GPU or another device."""
     import torch
 
     generator = torch.Generator(device).manual_seed(seed)
@@ -107,7 +107,7 @@ def inputs(case: Case, seed: int = 0, device: str = "cuda") -> dict[str, Any]:
     def normal(heads: int, *width: int, dtype: Any = torch.bfloat16) -> Any:
         return torch.randn((case.b, case.t, heads, *width), generator=generator, device=device, dtype=dtype)
 
-    gates = torch.nn.functional.logsigmoid(normal(case.h, dtype=torch.float32) + 4)
+    gates = torch.nn.functional.logsigmoid(normal(case.h, dtype=torch.float32) + case.gates)
     return {"q": normal(case.query_heads, case.d), "k": normal(case.h, case.d), "v": normal(case.h, case.d), "log_g": gates}
 
 

@@ -51,5 +51,12 @@ def sample(p: Problem, seed: int) -> dict[str, np.ndarray]:
     return {"x": np.random.default_rng(seed).integers(0, 1000, p.n, np.int32)}
 
 
-op = Op.of(bad, outputs=lambda p: {"y": Buffer((p.n,), DType.int32)}, sample=sample,
-           reference=lambda p, inputs: {"y": inputs["x"] + 1}, check=check, small=lambda p: example(n=min(p.n, 1009)), example=example)
+op = Op.of(
+    bad,
+    outputs=lambda p: {"y": Buffer((p.n,), DType.int32)},
+    sample=sample,
+    reference=lambda p, inputs: {"y": inputs["x"] + 1},
+    check=check,
+    small=lambda p: example(n=min(p.n, 1009)),
+    example=example,
+)

@@ -59,8 +59,17 @@ def true_ms(n: int, tile: int, width: int) -> float:
     return 0.005 + waves * tile * 1e-4 * (1 + 8 / tile) * (1 + 0.1 * abs(width - 3))
 
 
-fake = Kernel("fake", TEMPLATE, Problem, Config, ARGS, lambda p, c: Tiles(threads=128, tile=c.tile, width=c.width),
-              lambda p, c: (-(-p.n // c.tile), 1, 1), rules, cost)
+fake = Kernel(
+    "fake",
+    TEMPLATE,
+    Problem,
+    Config,
+    ARGS,
+    lambda p, c: Tiles(threads=128, tile=c.tile, width=c.width),
+    lambda p, c: (-(-p.n // c.tile), 1, 1),
+    rules,
+    cost,
+)
 
 
 def outputs(p: Problem) -> dict[str, Buffer]:
@@ -87,8 +96,14 @@ def small(p: Problem) -> Problem:
     return example(n=min(p.n, 300))
 
 
-FUNCTIONS: dict[str, Any] = {"outputs": outputs, "sample": sample, "reference": reference, "check": check,
-                             "small": small, "example": example}
+FUNCTIONS: dict[str, Any] = {
+    "outputs": outputs,
+    "sample": sample,
+    "reference": reference,
+    "check": check,
+    "small": small,
+    "example": example,
+}
 op = Op.of(fake, **FUNCTIONS)
 
 
@@ -109,8 +124,15 @@ def parts_stages(p: Problem, c: PartsConfig) -> list[Stage]:
     return [Stage(fake, p, c.first, "first"), *last] if c.chunk else last
 
 
-parts_op = Op(name="fake_parts", kernels=(fake,), problem=Problem, config=PartsConfig, stages=parts_stages,
-              rules=lambda p, c: iter([(c.chunk < p.n, f"chunk={c.chunk} holds all of n={p.n}")]), **FUNCTIONS)
+parts_op = Op(
+    name="fake_parts",
+    kernels=(fake,),
+    problem=Problem,
+    config=PartsConfig,
+    stages=parts_stages,
+    rules=lambda p, c: iter([(c.chunk < p.n, f"chunk={c.chunk} holds all of n={p.n}")]),
+    **FUNCTIONS,
+)
 
 
 def parts_ms(n: int, c: PartsConfig) -> float:

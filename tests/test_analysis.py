@@ -15,9 +15,27 @@ from vidrial.tiled import LoadMatrix, LoadVector, SmemLayout, TiledCopy, TiledMm
 BF16 = DType.bfloat16
 
 
-@pytest.mark.parametrize("stride, size, ways", [
-    (4, 4, 1), (8, 4, 2), (128, 4, 32), (132, 4, 1), (0, 4, 1), (12, 4, 1), (8, 8, 1), (16, 8, 2), (16, 16, 1), (32, 16, 2), (128, 16, 8),
-    (144, 16, 1), (0, 16, 1), (2, 2, 1), (128, 2, 32), (1, 1, 1)])
+@pytest.mark.parametrize(
+    "stride, size, ways",
+    [
+        (4, 4, 1),
+        (8, 4, 2),
+        (128, 4, 32),
+        (132, 4, 1),
+        (0, 4, 1),
+        (12, 4, 1),
+        (8, 8, 1),
+        (16, 8, 2),
+        (16, 16, 1),
+        (32, 16, 2),
+        (128, 16, 8),
+        (144, 16, 1),
+        (0, 16, 1),
+        (2, 2, 1),
+        (128, 2, 32),
+        (1, 1, 1),
+    ],
+)
 def test_bank_conflicts_of_strides(stride: int, size: int, ways: int) -> None:
     assert bank_conflicts(Access(tuple(stride * lane for lane in range(32)), size)) == ways
 
@@ -42,9 +60,22 @@ def test_bad_accesses() -> None:
             Access(addresses, size)
 
 
-@pytest.mark.parametrize("columns, swizzle, ways", [
-    (64, None, 8), (64, Swizzle(3, 3, 3), 1), (64, Swizzle(2, 3, 3), 2), (64, Swizzle(1, 3, 3), 4), (32, None, 4),
-    (32, Swizzle(2, 3, 3), 1), (16, "auto", 1), (96, "auto", 1), (128, "auto", 1), (128, None, 8), (72, None, 1)])
+@pytest.mark.parametrize(
+    "columns, swizzle, ways",
+    [
+        (64, None, 8),
+        (64, Swizzle(3, 3, 3), 1),
+        (64, Swizzle(2, 3, 3), 2),
+        (64, Swizzle(1, 3, 3), 4),
+        (32, None, 4),
+        (32, Swizzle(2, 3, 3), 1),
+        (16, "auto", 1),
+        (96, "auto", 1),
+        (128, "auto", 1),
+        (128, None, 8),
+        (72, None, 1),
+    ],
+)
 def test_ldmatrix_on_tiles(columns: int, swizzle: Swizzle | None, ways: int) -> None:
     tile = SmemLayout(BF16, 64, columns, swizzle)
     load = LoadMatrix(tile, ldmatrix(), 32, lambda lane: (lane % 16, lane // 16 * 8), tuple((16 * i, 0) for i in range(4)))
@@ -73,10 +104,20 @@ def test_copy_of_part_of_a_warp() -> None:
         analyse(TiledCopy(cp_async(), SmemLayout(BF16, 32, 72, None), 72))
 
 
-@pytest.mark.parametrize("threads, smem, registers, ctas, limited_by", [
-    (128, 0, 128, 4, ("registers",)), (256, 0, 32, 8, ("registers", "threads")), (128, 48 * 1024, 64, 4, ("shared memory",)),
-    (128, 227 * 1024, 255, 1, ("shared memory",)), (128, 0, 168, 3, ("registers",)), (32, 0, 16, 32, ("CTAs",)),
-    (128, 0, 255, 2, ("registers",)), (1024, 0, 65, 0, ("registers",)), (128, 228 * 1024, 32, 0, ("shared memory",))])
+@pytest.mark.parametrize(
+    "threads, smem, registers, ctas, limited_by",
+    [
+        (128, 0, 128, 4, ("registers",)),
+        (256, 0, 32, 8, ("registers", "threads")),
+        (128, 48 * 1024, 64, 4, ("shared memory",)),
+        (128, 227 * 1024, 255, 1, ("shared memory",)),
+        (128, 0, 168, 3, ("registers",)),
+        (32, 0, 16, 32, ("CTAs",)),
+        (128, 0, 255, 2, ("registers",)),
+        (1024, 0, 65, 0, ("registers",)),
+        (128, 228 * 1024, 32, 0, ("shared memory",)),
+    ],
+)
 def test_occupancy_on_h200(threads: int, smem: int, registers: int, ctas: int, limited_by: tuple[str, ...]) -> None:
     occupancy = Occupancy.of(Device.of("h200"), threads=threads, smem=smem, registers=registers)
     assert (occupancy.ctas, occupancy.limited_by) == (ctas, limited_by)

@@ -70,7 +70,7 @@ def test_floor(case: tuple[int, int, int, int]) -> None:
 
 def test_cases() -> None:
     names = [case.name for case in CASES]
-    assert len(set(names)) == len(CASES) == 13
+    assert len(set(names)) == len(CASES) == 14
     assert sorted(case.t for case in CASES if case.in_series) == [1000, 4096, 5001, 10007, 16384, 33333, 65536]
     assert [case.t for case in bench.select("P7")] == [33333, 10007, 5001, 1000]
     assert bench.select("") == list(CASES)

@@ -181,11 +181,24 @@ class One:
 def regions_op(folder: Path, write: str) -> Op:
     template = folder / "regions.cu.j2"
     template.write_text(REGIONS.replace("WRITE", write))
-    kernel = vd.Kernel("regions", template, Nothing, One, vd.Arguments(y="float*", n="int"),
-                       lambda p, c: vd.Tiles(threads=32, smem=SharedMemory(First=128, Second=1024)), lambda p, c: (1, 1, 1))
-    return vd.Op.of(kernel, example=lambda n: Nothing(n), sample=lambda p, seed: {}, reference=lambda p, x: {},
-                    check=lambda p, x, y, z: vd.Check(float(np.isnan(y["y"][:31]).sum()), 0.0, 0.5, 0.5),
-                    outputs=lambda p: {"y": vd.Buffer((32,), vd.DType.float32)}, small=lambda p: p)
+    kernel = vd.Kernel(
+        "regions",
+        template,
+        Nothing,
+        One,
+        vd.Arguments(y="float*", n="int"),
+        lambda p, c: vd.Tiles(threads=32, smem=SharedMemory(First=128, Second=1024)),
+        lambda p, c: (1, 1, 1),
+    )
+    return vd.Op.of(
+        kernel,
+        example=lambda n: Nothing(n),
+        sample=lambda p, seed: {},
+        reference=lambda p, x: {},
+        check=lambda p, x, y, z: vd.Check(float(np.isnan(y["y"][:31]).sum()), 0.0, 0.5, 0.5),
+        outputs=lambda p: {"y": vd.Buffer((32,), vd.DType.float32)},
+        small=lambda p: p,
+    )
 
 
 @pytest.mark.parametrize("how", WRITES)

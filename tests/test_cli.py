@@ -45,34 +45,40 @@ def test_help_names_the_options(run, command: tuple[str, ...]) -> None:
         assert option in out
 
 
-@pytest.mark.parametrize(("words", "values"), [
-    (["--t", "10007", "--d=32"], {"t": [10007], "d": [32]}),
-    (["--t", "1", "--t", "2"], {"t": [1, 2]}),
-    (["--t", "7", "--gated", "false", "--scale", "-0.5", "--hq", "none"], {"t": [7], "gated": [False], "scale": [-0.5], "hq": [None]}),
-    (["--t", "7", "--dtype", "float16"], {"t": [7], "dtype": ["float16"]}),
-])
+@pytest.mark.parametrize(
+    ("words", "values"),
+    [
+        (["--t", "10007", "--d=32"], {"t": [10007], "d": [32]}),
+        (["--t", "1", "--t", "2"], {"t": [1, 2]}),
+        (["--t", "7", "--gated", "false", "--scale", "-0.5", "--hq", "none"], {"t": [7], "gated": [False], "scale": [-0.5], "hq": [None]}),
+        (["--t", "7", "--dtype", "float16"], {"t": [7], "dtype": ["float16"]}),
+    ],
+)
 def test_keywords_take_the_types_of_example(words: list[str], values: dict[str, list[object]]) -> None:
     assert parse_keywords(power_retention, words) == values
 
 
-@pytest.mark.parametrize(("words", "sentence"), [
-    (["explain", "nonsense"], "op 'nonsense' is not known; accepted: power_retention"),
-    (["explain", "no.such.module:op"], "No module named 'no'"),
-    (["explain", "nowhere.py:op"], "nowhere.py"),
-    (["explain", "vidrial.errors:VidrialError"], "names a type, not an Op"),
-    (["explain", "--t", "3"], "'--t' stands where OP should"),
-    (["explain", "power_retention"], "power_retention needs --t"),
-    (["explain", "power_retention", "--t"], "--t needs a value"),
-    (["explain", "power_retention", "--t", "many"], "--t 'many' is not a value of it; accepted: int"),
-    (["explain", "power_retention", "--t", "0"], "t=0 is not a size; accepted: at least 1"),
-    (["explain", "power_retention", "--t", "-5"], "t=-5 is not a size"),
-    (["explain", "power_retention", "--t", "9", "--t", "8"], "a keyword came twice"),
-    (["explain", "power_retention", "--t", "9", "--banana", "8"], "'--banana' is not an option of this command or a keyword of its op"),
-    (["explain", "power_retention", "--t", "9", "--arch", "sm_12"], "device 'sm_12' is not in the table"),
-    (["source", "power_retention", "--t", "9", "--stage", "power_scam"], "'power_scam' is not launched"),
-    (["sweep", "power_retention", "--t", "9", "--gpus", "two"], "--gpus 'two'"),
-    (["report", "no_such_journal.jsonl", "--out", "page.html"], "no_such_journal.jsonl cannot be read"),
-])
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["explain", "nonsense"], "op 'nonsense' is not known; accepted: power_retention"),
+        (["explain", "no.such.module:op"], "No module named 'no'"),
+        (["explain", "nowhere.py:op"], "nowhere.py"),
+        (["explain", "vidrial.errors:VidrialError"], "names a type, not an Op"),
+        (["explain", "--t", "3"], "'--t' stands where OP should"),
+        (["explain", "power_retention"], "power_retention needs --t"),
+        (["explain", "power_retention", "--t"], "--t needs a value"),
+        (["explain", "power_retention", "--t", "many"], "--t 'many' is not a value of it; accepted: int"),
+        (["explain", "power_retention", "--t", "0"], "t=0 is not a size; accepted: at least 1"),
+        (["explain", "power_retention", "--t", "-5"], "t=-5 is not a size"),
+        (["explain", "power_retention", "--t", "9", "--t", "8"], "a keyword came twice"),
+        (["explain", "power_retention", "--t", "9", "--banana", "8"], "'--banana' is not an option of this command or a keyword of its op"),
+        (["explain", "power_retention", "--t", "9", "--arch", "sm_12"], "device 'sm_12' is not in the table"),
+        (["source", "power_retention", "--t", "9", "--stage", "power_scam"], "'power_scam' is not launched"),
+        (["sweep", "power_retention", "--t", "9", "--gpus", "two"], "--gpus 'two'"),
+        (["report", "no_such_journal.jsonl", "--out", "page.html"], "no_such_journal.jsonl cannot be read"),
+    ],
+)
 def test_a_mistake_is_one_line_and_code_2(run, words: list[str], sentence: str) -> None:
     code, out, err = run(*words)
     assert code == 2

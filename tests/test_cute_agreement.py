@@ -195,17 +195,21 @@ def mma_check(name: str, mma: TiledMma) -> str:
     rows = f"Int<{wm * am * per_load['A']}>"
     if mma.bands:
         rows = f"Layout<Shape<Int<{am}>, Int<{wm}>, Int<{mma.m_atoms}>>, Stride<_1, Int<{am * mma.m_atoms}>, Int<{am}>>>"
-    lines = [f"auto mma = make_tiled_mma(MMA_Atom<{mma.atom.cpp}>{{}}, Layout<Shape<Int<{wm}>, Int<{wn}>, _1>>{{}}, "
-             f"Tile<{rows}, Int<{wn * an * per_load['B']}>, Int<{ak}>>{{}});",
-             f"using Ours = {mma.cpp}; accumulator<Ours>(mma, {m}, {n}, {mma.threads});"]
+    lines = [
+        f"auto mma = make_tiled_mma(MMA_Atom<{mma.atom.cpp}>{{}}, Layout<Shape<Int<{wm}>, Int<{wn}>, _1>>{{}}, "
+        f"Tile<{rows}, Int<{wn * an * per_load['B']}>, Int<{ak}>>{{}});",
+        f"using Ours = {mma.cpp}; accumulator<Ours>(mma, {m}, {n}, {mma.threads});",
+    ]
     for side, source, operand, atoms in (("A", mma.a, mma.A, mma.m_atoms), ("B", mma.b, mma.B, mma.n_atoms)):
         assert operand is not None
         tile = operand.load.tile
         ours = operand.cpp.replace(operand.load.atom.cpp, "Recorder", 1)
         flag = str(isinstance(source, Transposed)).lower()
-        lines.append(f"operand<{ours}, {atoms}, {4 // per_load[side]}>("
-                     f"make_tiled_copy_{side}(Copy_Atom<{operand.load.atom.cpp}, cutlass::bfloat16_t>{{}}, mma), "
-                     f"view<{tile.cpp}, {tile.rows}, {tile.columns}, {flag}>(), {mma.threads}, {mma.k_steps});")
+        lines.append(
+            f"operand<{ours}, {atoms}, {4 // per_load[side]}>("
+            f"make_tiled_copy_{side}(Copy_Atom<{operand.load.atom.cpp}, cutlass::bfloat16_t>{{}}, mma), "
+            f"view<{tile.cpp}, {tile.rows}, {tile.columns}, {flag}>(), {mma.threads}, {mma.k_steps});"
+        )
     return f'report("{name}", [] {{ {" ".join(lines)} }});'
 
 
@@ -223,8 +227,10 @@ def copy_cases() -> dict[str, TiledCopy]:
 def copy_check(name: str, copy: TiledCopy) -> str:
     """The statement that compares one TiledCopy with CuTe's."""
     ours, tile = copy.cpp.replace(copy.atom.cpp, "CopyRecorder"), copy.tile
-    return (f'report("{name}", [] {{ tiled_copy<{ours}, {tile.cpp}, {tile.rows}, {tile.columns}, {copy.row_step}, {copy.row_vectors}>'
-            f'({copy.threads}); }});')
+    return (
+        f'report("{name}", [] {{ tiled_copy<{ours}, {tile.cpp}, {tile.rows}, {tile.columns}, {copy.row_step}, {copy.row_vectors}>'
+        f"({copy.threads}); }});"
+    )
 
 
 def test_objects_agree_with_cute(tmp_path: Path) -> None:
@@ -235,7 +241,7 @@ def test_objects_agree_with_cute(tmp_path: Path) -> None:
     assert len(lines) == len(body)
     for (expression, values), line in zip(layouts, lines, strict=False):
         assert [int(x) for x in line.split()] == values, expression
-    reports = {name: (int(checked), int(wrong)) for name, checked, wrong in map(str.split, lines[len(layouts):])}
+    reports = {name: (int(checked), int(wrong)) for name, checked, wrong in map(str.split, lines[len(layouts) :])}
     for name, mma in mmas.items():
         assert mma.A is not None and mma.B is not None
         registers = 4 * mma.k_steps * (mma.A.loads + mma.B.loads)

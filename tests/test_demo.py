@@ -70,8 +70,10 @@ def test_with_a_gpu_it_sweeps_every_length(console: Console, monkeypatch: pytest
     def sweep(found: object, problem: object, **options: object) -> SweepResult:
         asked.append((problem.t, options))  # type: ignore[attr-defined]
         configs = [c.config for c in op.space(problem, device, limit=2).legal]
-        trials = tuple(Trial(op.name, problem, c, Status.ok, timing=Timing(ms, ms / 200, 20), check=Check(2.5e-3, 1e-4, 5e-3, 2e-3))
-                       for c, ms in zip(configs, (0.5, 0.8), strict=True))
+        trials = tuple(
+            Trial(op.name, problem, c, Status.ok, timing=Timing(ms, ms / 200, 20), check=Check(2.5e-3, 1e-4, 5e-3, 2e-3))
+            for c, ms in zip(configs, (0.5, 0.8), strict=True)
+        )
         ranking = Ranking.from_trials(op, device, trials)
         assert ranking is not None
         return SweepResult(op.name, problem, device, trials, ranking, ("a note",), Path("journal.jsonl"), 3.0)

@@ -32,7 +32,8 @@ def gemm(m: int, n: int, k: int, schedule: Schedule = SCHEDULES[0], sanitizer: s
     c = np.full((m, n), np.nan, np.float32)
     packed = bytes(24) + struct.pack("3i4x", m, n, k)
     stats = compile_host(text("gemm.cu"), "gemm", sanitizer=sanitizer).launch(
-        (-(-m // 64), -(-n // 64)), 128, GEMM_SMEM, packed, {0: a, 8: b, 16: c}, schedule)
+        (-(-m // 64), -(-n // 64)), 128, GEMM_SMEM, packed, {0: a, 8: b, 16: c}, schedule
+    )
     expected = bf16_values(a).astype(np.float64) @ bf16_values(b).T.astype(np.float64)
     magnitude = np.abs(bf16_values(a)).astype(np.float64) @ np.abs(bf16_values(b)).T
     assert (np.abs(c - expected) <= k * 2.0**-24 * magnitude).all()
@@ -125,10 +126,16 @@ extern "C" __global__ void say(__grid_constant__ Args const args) { printf("hell
     assert compile_host(source, "say").launch((1,), 3, 0, bytes(8), {0: np.zeros(0, np.float32)}).mma == 0
 
 
-@pytest.mark.parametrize(("grid", "block", "shared_bytes", "pointers", "message"), [
-    ((0,), 32, 0, {}, "grid"), ((1,), 1025, 0, {}, "1025 threads"), ((1, 1, 1, 1), 32, 0, {}, "grid"),
-    ((1,), 32, 228 << 10, {}, "shared memory"), ((1,), 32, 0, {28: np.zeros(1)}, "offset 28"),
-])
+@pytest.mark.parametrize(
+    ("grid", "block", "shared_bytes", "pointers", "message"),
+    [
+        ((0,), 32, 0, {}, "grid"),
+        ((1,), 1025, 0, {}, "1025 threads"),
+        ((1, 1, 1, 1), 32, 0, {}, "grid"),
+        ((1,), 32, 228 << 10, {}, "shared memory"),
+        ((1,), 32, 0, {28: np.zeros(1)}, "offset 28"),
+    ],
+)
 def test_launches_that_cuda_would_refuse(grid, block, shared_bytes, pointers, message) -> None:  # type: ignore[no-untyped-def]
     with pytest.raises(ArgumentError, match=message):
         compile_host(SCALE, "scale").launch(grid, block, shared_bytes, bytes(32), pointers)
@@ -150,8 +157,11 @@ def test_compile_errors_name_the_template() -> None:
     with pytest.raises(CompileError, match="'other' was not declared"):
         compile_host(SCALE, "other")
     with pytest.raises(CompileError, match=r"twice\n  at shapes\.cuh:1\n  used at scale\.cu\.j2:2\n"):
-        compile_host('#line 1 "shapes.cuh"\ntemplate <int N> struct Even { static_assert(N % 2 == 0, "twice"); };\n#line 1 "scale.cu.j2"\n'
-                     'struct Args {};\nextern "C" __global__ void scale(Args const) { Even<3> e; }', "scale")
+        compile_host(
+            '#line 1 "shapes.cuh"\ntemplate <int N> struct Even { static_assert(N % 2 == 0, "twice"); };\n#line 1 "scale.cu.j2"\n'
+            'struct Args {};\nextern "C" __global__ void scale(Args const) { Even<3> e; }',
+            "scale",
+        )
 
 
 def test_no_compiler_or_an_old_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,17 +21,28 @@ extern "C" __global__ void __launch_bounds__(128) bug(__grid_constant__ Args con
 
 # name -> (sanitizer, what the message says, body); the line marked BUG must be named.
 BUGS: dict[str, tuple[str | None, str, str]] = {
-    "missing barrier": ("thread", "data race", """
+    "missing barrier": (
+        "thread",
+        "data race",
+        """
 SHARED(s)
 s[t] = x[t]; // BUG
 x[t] = s[127 - t];
-"""),
-    "missing warp barrier": ("thread", "data race", """
+""",
+    ),
+    "missing warp barrier": (
+        "thread",
+        "data race",
+        """
 __shared__ float s[128];
 s[t] = x[t]; // BUG
 x[t] = s[t ^ 1];
-"""),
-    "cp.async overwrites what others read": ("thread", "data race", """
+""",
+    ),
+    "cp.async overwrites what others read": (
+        "thread",
+        "data race",
+        """
 SHARED(s)
 s[t] = x[t];
 __syncthreads();
@@ -40,94 +51,167 @@ cute::SM80_CP_ASYNC_CACHEALWAYS<float>::copy(x[t], s[t]); // BUG
 cute::cp_async_wait<0>();
 __syncthreads();
 x[t] = y + s[t];
-"""),
-    "mask off by one": ("address", "heap-buffer-overflow", """
+""",
+    ),
+    "mask off by one": (
+        "address",
+        "heap-buffer-overflow",
+        """
 if (t <= n)
   x[t] += 1; // BUG
-"""),
-    "masked copy off by one": ("address", "heap-buffer-overflow", """
+""",
+    ),
+    "masked copy off by one": (
+        "address",
+        "heap-buffer-overflow",
+        """
 SHARED(s)
 cute::SM80_CP_ASYNC_CACHEALWAYS_ZFILL<float>::copy(x[t], s[t], t <= n); // BUG
 cute::cp_async_wait<0>();
 if (t < n) x[t] = s[t];
-"""),
-    "shared memory too small, checked": ("address", "use-after-poison", """
+""",
+    ),
+    "shared memory too small, checked": (
+        "address",
+        "use-after-poison",
+        """
 VIDRIAL_SHARED_MEMORY(raw)
 reinterpret_cast<float*>(raw)[t + 1] = 0; // BUG
-"""),
-    "static array too small": ("address", "global-buffer-overflow", """
+""",
+    ),
+    "static array too small": (
+        "address",
+        "global-buffer-overflow",
+        """
 __shared__ float s[100];
 s[t] = x[0]; // BUG
 __syncthreads(); if (t < n) x[t] = s[t];
-"""),
-    "registers too few": ("address", "stack-buffer-overflow", """
+""",
+    ),
+    "registers too few": (
+        "address",
+        "stack-buffer-overflow",
+        """
 float r[4];
 for (int i = 0; i <= n / 25; ++i) r[i] = x[0]; // BUG
 x[0] = r[n & 3];
-"""),
-    "divergent barrier": (None, "barrier divergence: threads 0-95 wait", """
+""",
+    ),
+    "divergent barrier": (
+        None,
+        "barrier divergence: threads 0-95 wait",
+        """
 if (t < 96)
   __syncthreads();
 else
   __syncthreads(); // BUG
-"""),
-    "early return": (None, "threads 100-127: have returned", """
+""",
+    ),
+    "early return": (
+        None,
+        "threads 100-127: have returned",
+        """
 if (t >= n) return;
 __syncthreads(); // BUG
-"""),
-    "half a warp shuffles": (None, "threads 0-15: wait in a shuffle", """
+""",
+    ),
+    "half a warp shuffles": (
+        None,
+        "threads 0-15: wait in a shuffle",
+        """
 float v = t;
 if (t < 16) v = __shfl_xor_sync(0xffffffffu, v, 1); // BUG
 x[0] = v;
-"""),
-    "other collectives": (None, "warp divergence", """
+""",
+    ),
+    "other collectives": (
+        None,
+        "warp divergence",
+        """
 if (t % 32 < 16)
   x[t] = __shfl_xor_sync(0xffffffffu, x[t], 1);
 else
   x[t] = __any_sync(0xffffffffu, t > 3); // BUG
-"""),
-    "misaligned ldmatrix": (None, "is not a multiple of 16", """
+""",
+    ),
+    "misaligned ldmatrix": (
+        None,
+        "is not a multiple of 16",
+        """
 VIDRIAL_SHARED_MEMORY(raw)
 uint32_t r;
 cute::SM75_U32x1_LDSM_N::copy(*(cute::uint128_t*)(raw + 8), r); // BUG
 x[t] = r;
-"""),
-    "ldmatrix past the end": (None, "not in shared memory", """
+""",
+    ),
+    "ldmatrix past the end": (
+        None,
+        "not in shared memory",
+        """
 VIDRIAL_SHARED_MEMORY(raw)
 uint32_t r;
 cute::SM75_U32x1_LDSM_N::copy(*(cute::uint128_t*)(raw + 512), r); // BUG
 x[t] = r;
-"""),
-    "misaligned cp.async": (None, "the global address .* is not a multiple of its 8 bytes", """
+""",
+    ),
+    "misaligned cp.async": (
+        None,
+        "the global address .* is not a multiple of its 8 bytes",
+        """
 VIDRIAL_SHARED_MEMORY(raw)
 cute::SM80_CP_ASYNC_CACHEALWAYS<double>::copy(*(double*)(x + t), *(double*)(raw + 8 * (t % 64))); // BUG
-"""),
-    "atom without emulation": (None, "not emulated on the host: .*movmatrix", """
+""",
+    ),
+    "atom without emulation": (
+        None,
+        "not emulated on the host: .*movmatrix",
+        """
 uint32_t d;
 cute::SM75_U32x1_MOVM_T::copy(t, d); // BUG
 x[t] = d;
-"""),
-    "null pointer": (None, "Segmentation fault", """
+""",
+    ),
+    "null pointer": (
+        None,
+        "Segmentation fault",
+        """
 float* p = nullptr;
 if (n == 100) p[t] = 1; // BUG
-"""),
-    "wild shared address": (None, "Segmentation fault", """
+""",
+    ),
+    "wild shared address": (
+        None,
+        "Segmentation fault",
+        """
 VIDRIAL_SHARED_MEMORY(raw)
 raw[0x7fffffffu & (n * 100000u)] = 1; // BUG
-"""),
-    "endless loop": (None, "ran out of time", """
+""",
+    ),
+    "endless loop": (
+        None,
+        "ran out of time",
+        """
 volatile int go = 1;
 while (go) {} // BUG
-"""),
-    "endless recursion": (None, "Segmentation fault", """
+""",
+    ),
+    "endless recursion": (
+        None,
+        "Segmentation fault",
+        """
 struct F { static float f(float volatile v) { return v + f(v + 1) * v; } }; // BUG
 x[0] = F::f(x[1]);
-"""),
-    "misaligned vector": ("undefined", "misaligned address", """
+""",
+    ),
+    "misaligned vector": (
+        "undefined",
+        "misaligned address",
+        """
 VIDRIAL_SHARED_MEMORY(raw)
 float4 v = *reinterpret_cast<float4*>(raw + 4); // BUG
 x[t] = v.x;
-"""),
+""",
+    ),
 }
 
 
@@ -190,8 +274,9 @@ def test_global_overflow_without_a_sanitizer() -> None:
 
 
 def test_unwritten_shared_memory_is_nan_for_each_cta() -> None:
-    binary = build("\nSHARED(s) __shared__ float fixed[128];\n"
-                   "float const y = s[t] + fixed[t];\ns[t] = fixed[t] = 1;\nif (blockIdx.x == 1) x[t] = y;")
+    binary = build(
+        "\nSHARED(s) __shared__ float fixed[128];\nfloat const y = s[t] + fixed[t];\ns[t] = fixed[t] = 1;\nif (blockIdx.x == 1) x[t] = y;"
+    )
     x = np.zeros(128, np.float32)
     binary.launch((2,), 128, 512, bytes(16), {0: x})
     assert np.isnan(x).all()

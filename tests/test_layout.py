@@ -147,7 +147,8 @@ def test_cpp() -> None:
     assert ComposedLayout(Swizzle(3, 3, 3), 0, layout).cpp == (
         "cute::ComposedLayout<cute::Swizzle<3,3,3>, cute::_0, "
         "cute::Layout<cute::Shape<cute::Int<128>,cute::Shape<cute::Int<64>,cute::Int<2>>>, "
-        "cute::Stride<cute::Int<64>,cute::Stride<cute::Int<1>,cute::Int<8192>>>>>")
+        "cute::Stride<cute::Int<64>,cute::Stride<cute::Int<1>,cute::Int<8192>>>>>"
+    )
     assert Layout(37, 3).cpp == "cute::Layout<cute::Int<37>, cute::Int<3>>"
     assert ComposedLayout(Swizzle(1, 0, 1), 5, Layout(2)).cpp.split(", ")[1] == "cute::Int<5>"
 
@@ -157,9 +158,17 @@ def test_default_stride_is_compact() -> None:
     assert make_layout(Layout(3, 7), Layout((2, 2), (1, 9))) == Layout((3, (2, 2)), (7, (1, 9)))
 
 
-@pytest.mark.parametrize("shape, stride, message", [
-    ((3, 0), (1, 3), "0 is not an extent"), ((3, True), (1, 3), "True is not"), (3.0, 1, "3.0 is not"),
-    ((3, 2), (1, -1), "-1 is not a stride"), ((3, 2), (1, (2, 4)), "nested differently"), ((3, 2), 1, "nested differently")])
+@pytest.mark.parametrize(
+    "shape, stride, message",
+    [
+        ((3, 0), (1, 3), "0 is not an extent"),
+        ((3, True), (1, 3), "True is not"),
+        (3.0, 1, "3.0 is not"),
+        ((3, 2), (1, -1), "-1 is not a stride"),
+        ((3, 2), (1, (2, 4)), "nested differently"),
+        ((3, 2), 1, "nested differently"),
+    ],
+)
 def test_bad_layouts(shape: object, stride: object, message: str) -> None:
     with pytest.raises(LayoutError, match=message):
         Layout(shape, stride)  # type: ignore[arg-type]

@@ -24,7 +24,7 @@ def found_by(seed: int, trials: int) -> dict[Any, float]:
     while len(seen) < trials and (batch := search.propose(seen)):
         assert not set(batch) & set(seen) and len(set(batch)) == len(batch) <= 8
         assert all(parts_op.reject(example(), c, H200) is None for c in batch)
-        seen |= {c: math.inf if c.first.width == 1 else parts_ms(N, c) for c in batch[:trials - len(seen)]}
+        seen |= {c: math.inf if c.first.width == 1 else parts_ms(N, c) for c in batch[: trials - len(seen)]}
     return seen
 
 
@@ -57,7 +57,7 @@ def test_a_sweep_with_it_keeps_its_budget_and_resumes() -> None:
     result = sweep(parts_op, example(), FAKE, trials=24)
     assert len({t.config for t in result.trials}) == 24 and result.winner.ok
     again = sweep(parts_op, example(), FAKE, trials=32, resume=True)
-    assert len({t.config for t in again.trials}) == 32 and again.trials[:len(result.trials)] == result.trials
+    assert len({t.config for t in again.trials}) == 32 and again.trials[: len(result.trials)] == result.trials
     whole = sweep(op, example(), FAKE)
     assert len({t.config for t in whole.trials}) == 16, "a space that is exhausted ends the search"
 

@@ -117,7 +117,7 @@ def test_local_before_shipped_before_model(tmp_path: Path) -> None:
 def test_shipped_files_join_and_drop_other_templates(tmp_path: Path) -> None:
     folder = tmp_path / "shipped"
     publish(op, [ranking({Config(64): 1.0}, n=10007), ranking({Config(64): 1.0}, n=501)], folder)
-    path, = publish(op, [ranking({Config(128): 0.5}, n=10007)], folder)
+    (path,) = publish(op, [ranking({Config(128): 0.5}, n=10007)], folder)
     assert path == folder / H200.key / "fake.json"
     found = {r.measured[0].problem.n: r.measured[0].configs[0].config for r in shipped(op, H200.key)}
     assert found == {10007: Config(128), 501: Config(64)}
@@ -126,7 +126,7 @@ def test_shipped_files_join_and_drop_other_templates(tmp_path: Path) -> None:
 
 
 def test_a_damaged_shipped_file_is_said_and_ignored(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    path, = publish(op, [ranking({Config(64): 1.0})], tmp_path / "shipped")
+    (path,) = publish(op, [ranking({Config(64): 1.0})], tmp_path / "shipped")
     path.write_text(path.read_text()[:-30])
     with caplog.at_level(logging.WARNING, "vidrial"):
         assert pick(op, example(), H200).origin == "predicted"
@@ -143,7 +143,7 @@ def test_problems_of_one_class_share_a_document_and_the_nearest_counts() -> None
     ranking({Config(64): 1.0, Config(32): 2.0}, n=10007).save(op)
     ranking({Config(32): 1.0, Config(64): 2.0}, n=15001).save(op)
     ranking({Config(64): 3.0, Config(32): 4.0}, n=10007).save(op)
-    found, = local(op, {"dtype": DType.float16}, H200)
+    (found,) = local(op, {"dtype": DType.float16}, H200)
     assert [(m.problem.n, m.configs[0].timing.median_ms) for m in found.measured] == [(10007, 3.0), (15001, 1.0)]
     assert pick(op, example(n=10009), H200).config == Config(64)
     assert pick(op, example(n=15003), H200).config == Config(32)

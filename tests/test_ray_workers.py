@@ -32,8 +32,12 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A cluster whose nodes have a cache of their own; what the bench is told comes from files, since its environment is fixed."""
     folder = tmp_path_factory.mktemp("node")
     before = {name: os.environ.get(name) for name in ("VIDRIAL_CACHE_DIR", "FAKE_OP_FAULTS", "FAKE_OP_SECONDS", "PYTHONPATH")}
-    os.environ |= {"VIDRIAL_CACHE_DIR": str(folder / "cache"), "FAKE_OP_FAULTS": "2=crash", "FAKE_OP_SECONDS": "0.05",
-                   "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])}
+    os.environ |= {
+        "VIDRIAL_CACHE_DIR": str(folder / "cache"),
+        "FAKE_OP_FAULTS": "2=crash",
+        "FAKE_OP_SECONDS": "0.05",
+        "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path]),
+    }
     ray.init(num_cpus=2, num_gpus=2, include_dashboard=False, logging_level="ERROR", log_to_driver=False)
     yield folder
     ray.shutdown()
@@ -52,7 +56,7 @@ def test_a_sweep_on_two_gpus_compiles_checks_and_ranks(monkeypatch: pytest.Monke
     monkeypatch.setattr(fake_op.FakeBench, "needs_cubins", True)
     result = sweep(op, example(), FAKE, configs=[Config(64, 3), Config(96, 3), Config(32, 3), Config(32, 2)])
     assert result.failures == {Status.compile: 1, Status.crash: 1}
-    failed, = (t for t in result.trials if t.status is Status.compile)
+    (failed,) = (t for t in result.trials if t.status is Status.compile)
     assert failed.config == Config(96, 3) and "a tile of 96 does not compile" in failed.sentence
     assert result.winner.ms == min(true_ms(10007, tile, 3) for tile in (64, 32)) and result.winner.resources[0].registers > 0
     # Cubins were published here and travelled to the nodes.

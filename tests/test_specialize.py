@@ -60,7 +60,7 @@ def op(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Op:
 
 
 def test_it_changes_the_source_and_nothing_else_does(op: Op) -> None:
-    kernel, = op.kernels
+    (kernel,) = op.kernels
     assert kernel.source(example(n=1000), Config()).text == kernel.source(example(n=10007), Config()).text
     one, two = (kernel.source(example(n=n), Config(fixed="n")).text for n in (1000, 10007))
     assert one != two and "n = 1000;" in one and "n = 10007;" in two

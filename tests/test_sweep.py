@@ -120,7 +120,7 @@ def test_neighbours_differ_in_one_choice() -> None:
 def test_the_search_leaves_failures_behind() -> None:
     search = Search(parts_op, example(), H200, 40)
     seen: dict[Any, float] = {}
-    while batch := search.propose(seen)[:40 - len(seen)]:
+    while batch := search.propose(seen)[: 40 - len(seen)]:
         seen |= {c: float("inf") if c.first.width == 1 and c.chunk else parts_ms(N, c) for c in batch}
     assert min(seen.values()) < 1.1 * min(parts_ms(N, c) for c in configs(PartsConfig) if c.first.width != 1)
 
@@ -171,7 +171,7 @@ def test_stopped_at_any_moment_and_resumed(tmp_path: Path, monkeypatch: pytest.M
         assert "resume=True" in errors and str(journal) in errors
         assert local(op, {"dtype": example().dtype}, H200), "what was measured is ranked"
     kept = journal.read_bytes().count(b"\n")
-    time.sleep(0.5)    # the measuring process ends by itself
+    time.sleep(0.5)  # the measuring process ends by itself
     with spawn(journal, "resume") as resumed:
         output, errors = resumed.communicate(timeout=40)
     assert resumed.returncode == 0, errors
@@ -230,9 +230,9 @@ def test_it_compiles_what_it_needs_and_records_what_does_not(monkeypatch: pytest
     monkeypatch.setattr(fake_op.FakeBench, "needs_cubins", True)
     result = sweep(op, example(), FAKE, configs=[Config(64, 3), Config(96, 3), Config(32, 3)], jobs=1)
     assert result.failures == {Status.compile: 1}
-    failed, = (t for t in result.trials if t.status is Status.compile)
+    (failed,) = (t for t in result.trials if t.status is Status.compile)
     assert failed.config == Config(96, 3) and "a tile of 96 does not compile" in failed.sentence and "fake_op.cu.j2" in failed.sentence
-    resources, = result.winner.resources
+    (resources,) = result.winner.resources
     assert resources.kernel == "fake" and 0 < resources.registers <= 32 and resources.spill_bytes == 0
 
 
@@ -266,18 +266,21 @@ def test_progress_is_told() -> None:
     assert any(line.startswith("tile=64 width=3: 0.0") and line.endswith("ms +- 0.0000") for line in listener.lines)
 
 
-@pytest.mark.parametrize(("problem", "changes", "error", "said"), [
-    (example(n=0), {}, ArgumentError, "n=0"),
-    (example(n=-5), {}, ArgumentError, "n=-5"),
-    ("10007", {}, ArgumentTypeError, "Problem, not str"),
-    (example(), {"gpus": 0}, ArgumentError, "gpus=0"),
-    (example(), {"gpus": (1, 1)}, ArgumentError, "different CUDA indices"),
-    (example(), {"trials": 0}, ArgumentError, "trials=0"),
-    (example(), {"trails": 3}, ArgumentTypeError, "trails.*accepted: device, gpus, ray, trials"),
-    (example(), {"bench": "fake_op:Nothing"}, ArgumentError, "names nothing"),
-    (example(n=100), {"configs": [Config(128)]}, ConfigError, "longer than n=100"),
-    (example(), {"journal": "/dev/null/j.jsonl"}, SweepError, "cannot be written"),
-])
+@pytest.mark.parametrize(
+    ("problem", "changes", "error", "said"),
+    [
+        (example(n=0), {}, ArgumentError, "n=0"),
+        (example(n=-5), {}, ArgumentError, "n=-5"),
+        ("10007", {}, ArgumentTypeError, "Problem, not str"),
+        (example(), {"gpus": 0}, ArgumentError, "gpus=0"),
+        (example(), {"gpus": (1, 1)}, ArgumentError, "different CUDA indices"),
+        (example(), {"trials": 0}, ArgumentError, "trials=0"),
+        (example(), {"trails": 3}, ArgumentTypeError, "trails.*accepted: device, gpus, ray, trials"),
+        (example(), {"bench": "fake_op:Nothing"}, ArgumentError, "names nothing"),
+        (example(n=100), {"configs": [Config(128)]}, ConfigError, "longer than n=100"),
+        (example(), {"journal": "/dev/null/j.jsonl"}, SweepError, "cannot be written"),
+    ],
+)
 def test_bad_input(problem: Any, changes: dict[str, Any], error: type[Exception], said: str) -> None:
     with pytest.raises(error, match=said):
         sweep(op, problem, FAKE, **changes)

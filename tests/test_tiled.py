@@ -24,7 +24,7 @@ def fragments(operand: Operand, k_step: int, stage: int = 0, origin: tuple[int, 
     """What `Operand.load` delivers: (threads, registers, 2, 2), the (row, column) in the tile of each element, by ldmatrix's definition."""
     load, tile = operand.load, operand.load.tile
     memory = np.full((tile.stages * tile.bytes // 2, 2), -1)
-    row, column = (x.ravel() for x in np.mgrid[:tile.rows, :tile.columns])
+    row, column = (x.ravel() for x in np.mgrid[: tile.rows, : tile.columns])
     memory[stage * tile.bytes // 2 + tile.offset(row, column)] = np.stack([row, column], 1)
     thread = np.arange(load.threads)
     base = tile.offset(origin[0] + load.row(thread), origin[1] + load.column(thread)) * 2
@@ -61,17 +61,22 @@ def source(extent: int, k: int, transposed: bool) -> SmemLayout | Transposed:
     return SmemLayout(BF16, k, extent, stages=3).transposed if transposed else SmemLayout(BF16, extent, k, stages=3)
 
 
-@pytest.mark.parametrize("warps, tile, bands, transposed", [
-    ((2, 2), (128, 128, 64), False, (False, False)),
-    ((4, 1), (128, 64, 128), False, (False, True)),
-    ((8, 1), (256, 48, 32), True, (False, True)),
-    ((1, 3), (32, 96, 96), False, (False, False)),
-    ((3, 1), (96, 16, 80), True, (False, False)),
-    ((2, 4), (64, 128, 16), False, (True, True)),
-    ((2, 1), (64, 32, 48), True, (True, False))])
+@pytest.mark.parametrize(
+    "warps, tile, bands, transposed",
+    [
+        ((2, 2), (128, 128, 64), False, (False, False)),
+        ((4, 1), (128, 64, 128), False, (False, True)),
+        ((8, 1), (256, 48, 32), True, (False, True)),
+        ((1, 3), (32, 96, 96), False, (False, False)),
+        ((3, 1), (96, 16, 80), True, (False, False)),
+        ((2, 4), (64, 128, 16), False, (True, True)),
+        ((2, 1), (64, 32, 48), True, (True, False)),
+    ],
+)
 @pytest.mark.parametrize("depth", [8, 16])
 def test_loads_deliver_the_fragments(
-        warps: tuple[int, int], tile: tuple[int, int, int], bands: bool, transposed: tuple[bool, bool], depth: int) -> None:
+    warps: tuple[int, int], tile: tuple[int, int, int], bands: bool, transposed: tuple[bool, bool], depth: int
+) -> None:
     atom = (MMA_16x8x8 if depth == 8 else MMA_16x8x16)[BF16]
     (m, n, k), (wm, wn) = tile, warps
     a, b = source(m, k, transposed[0]), source(n, k, transposed[1])
@@ -99,8 +104,9 @@ def test_a_part_of_a_larger_tile(origin: tuple[int, int]) -> None:
     assert np.array_equal(fragments(mma.B, 7), expected(mma, 1, True, 7))
 
 
-@pytest.mark.parametrize("warps, tile, bands", [
-    ((2, 2), (128, 128, 16), False), ((4, 1), (192, 24, 16), True), ((3, 2), (48, 16, 16), False)])
+@pytest.mark.parametrize(
+    "warps, tile, bands", [((2, 2), (128, 128, 16), False), ((4, 1), (192, 24, 16), True), ((3, 2), (48, 16, 16), False)]
+)
 def test_accumulators_cover_the_tile_once(warps: tuple[int, int], tile: tuple[int, int, int], bands: bool) -> None:
     mma = TiledMma(ATOM, warps, tile, bands=bands)
     rows, columns = mma.coordinates()
@@ -123,11 +129,15 @@ def test_accumulator_as_operand() -> None:
     assert TiledMma(MMA_16x8x8[BF16], (4, 1), (128, 96, 64), a=first.accumulator, bands=True).k_steps == 8
 
 
-@pytest.mark.parametrize("change, sentence", [
-    ({"bands": False}, "bands=True of the first must be those of the second"),
-    ({"warps": (2, 1)}, r"warps \(4, 1\), bands=True of the first"),
-    ({"tile": (128, 96, 32)}, "it is 128 x 64, A is 128 x 32"),
-    ({"tile": (64, 96, 64)}, "it is 128 x 64, A is 64 x 64")])
+@pytest.mark.parametrize(
+    "change, sentence",
+    [
+        ({"bands": False}, "bands=True of the first must be those of the second"),
+        ({"warps": (2, 1)}, r"warps \(4, 1\), bands=True of the first"),
+        ({"tile": (128, 96, 32)}, "it is 128 x 64, A is 128 x 32"),
+        ({"tile": (64, 96, 64)}, "it is 128 x 64, A is 64 x 64"),
+    ],
+)
 def test_accumulator_that_does_not_fit(change: dict[str, object], sentence: str) -> None:
     first = TiledMma(ATOM, (4, 1), (128, 64, 128), bands=True)
     second = TiledMma(ATOM, (4, 1), (128, 96, 64), bands=True)
@@ -159,9 +169,19 @@ def test_mma_refusals() -> None:
         TiledMma(ATOM, (1, 3), (16, 192, 64), b=SmemLayout(BF16, 64, 192).transposed)
 
 
-@pytest.mark.parametrize("dtype, columns, swizzle, block", [
-    (BF16, 64, Swizzle(3, 3, 3), 64), (BF16, 32, Swizzle(2, 3, 3), 32), (BF16, 16, Swizzle(1, 3, 3), 16), (BF16, 96, Swizzle(2, 3, 3), 32),
-    (BF16, 128, Swizzle(3, 3, 3), 64), (DType.float32, 64, Swizzle(3, 2, 3), 32), (BF16, 72, None, 72), (BF16, 20, None, 20)])
+@pytest.mark.parametrize(
+    "dtype, columns, swizzle, block",
+    [
+        (BF16, 64, Swizzle(3, 3, 3), 64),
+        (BF16, 32, Swizzle(2, 3, 3), 32),
+        (BF16, 16, Swizzle(1, 3, 3), 16),
+        (BF16, 96, Swizzle(2, 3, 3), 32),
+        (BF16, 128, Swizzle(3, 3, 3), 64),
+        (DType.float32, 64, Swizzle(3, 2, 3), 32),
+        (BF16, 72, None, 72),
+        (BF16, 20, None, 20),
+    ],
+)
 def test_smem_layouts(dtype: DType, columns: int, swizzle: Swizzle | None, block: int) -> None:
     tile = SmemLayout(dtype, 24, columns)
     assert tile.swizzle == swizzle and tile.bytes == 24 * columns * dtype.bytes
@@ -180,9 +200,11 @@ def test_smem_cpp() -> None:
     assert SmemLayout(BF16, 128, 128).cpp == (
         "vidrial::SmemTile<cutlass::bfloat16_t, cute::ComposedLayout<cute::Swizzle<3,3,3>, cute::_0, cute::Layout<"
         "cute::Shape<cute::Int<128>,cute::Shape<cute::Int<64>,cute::Int<2>>>, "
-        "cute::Stride<cute::Int<64>,cute::Stride<cute::Int<1>,cute::Int<8192>>>>>>")
+        "cute::Stride<cute::Int<64>,cute::Stride<cute::Int<1>,cute::Int<8192>>>>>>"
+    )
     assert SmemLayout(DType.float32, 8, 4, None).cpp == (
-        "vidrial::SmemTile<float, cute::Layout<cute::Shape<cute::Int<8>,cute::Int<4>>, cute::Stride<cute::Int<4>,cute::Int<1>>>>")
+        "vidrial::SmemTile<float, cute::Layout<cute::Shape<cute::Int<8>,cute::Int<4>>, cute::Stride<cute::Int<4>,cute::Int<1>>>>"
+    )
 
 
 def test_smem_refusals() -> None:
@@ -258,9 +280,17 @@ def test_fragment_matrices() -> None:
         fragment_matrices(Layout((32, 2), (2, 1)), 8)
 
 
-@pytest.mark.parametrize("tile, threads", [
-    (SmemLayout(BF16, 128, 64), 128), (SmemLayout(BF16, 48, 128), 128), (SmemLayout(BF16, 32, 96), 192), (SmemLayout(BF16, 64, 32), 64),
-    (SmemLayout(BF16, 33, 72, None), 99), (SmemLayout(DType.float32, 16, 32), 64)])
+@pytest.mark.parametrize(
+    "tile, threads",
+    [
+        (SmemLayout(BF16, 128, 64), 128),
+        (SmemLayout(BF16, 48, 128), 128),
+        (SmemLayout(BF16, 32, 96), 192),
+        (SmemLayout(BF16, 64, 32), 64),
+        (SmemLayout(BF16, 33, 72, None), 99),
+        (SmemLayout(DType.float32, 16, 32), 64),
+    ],
+)
 def test_copy_writes_each_element_once(tile: SmemLayout, threads: int) -> None:
     copy = TiledCopy(cp_async(), tile, threads)
     vector = 16 // tile.dtype.bytes
@@ -271,16 +301,23 @@ def test_copy_writes_each_element_once(tile: SmemLayout, threads: int) -> None:
             target = address // tile.dtype.bytes + np.arange(vector)
             assert (written[target] == -1).all()
             written[target] = row * tile.columns + column + np.arange(vector)
-    row, column = np.mgrid[:tile.rows, :tile.columns]
+    row, column = np.mgrid[: tile.rows, : tile.columns]
     assert np.array_equal(written[tile.offset(row, column)], row * tile.columns + column)
     assert copy.cpp.endswith(f", {copy.row_step}, {len(copy.steps)}>")
 
 
-@pytest.mark.parametrize("tile, threads, sentence", [
-    (SmemLayout(BF16, 32, 32), 256, r"256 threads cannot copy 32 x 32 bfloat16 \(128 vectors of 16 bytes\) evenly"),
-    (SmemLayout(BF16, 32, 96), 128, "rows of 12 vectors"), (SmemLayout(BF16, 30, 64), 128, "cannot copy 30 x 64"),
-    (SmemLayout(BF16, 32, 20), 128, "cannot copy 32 x 20"), (SmemLayout(BF16, 32, 4), 128, "cannot copy 32 x 4"),
-    (SmemLayout(BF16, 64, 64), 32, "is not the element's"), (SmemLayout(BF16, 64, 256), 128, "is not the element's")])
+@pytest.mark.parametrize(
+    "tile, threads, sentence",
+    [
+        (SmemLayout(BF16, 32, 32), 256, r"256 threads cannot copy 32 x 32 bfloat16 \(128 vectors of 16 bytes\) evenly"),
+        (SmemLayout(BF16, 32, 96), 128, "rows of 12 vectors"),
+        (SmemLayout(BF16, 30, 64), 128, "cannot copy 30 x 64"),
+        (SmemLayout(BF16, 32, 20), 128, "cannot copy 32 x 20"),
+        (SmemLayout(BF16, 32, 4), 128, "cannot copy 32 x 4"),
+        (SmemLayout(BF16, 64, 64), 32, "is not the element's"),
+        (SmemLayout(BF16, 64, 256), 128, "is not the element's"),
+    ],
+)
 def test_copy_refusals(tile: SmemLayout, threads: int, sentence: str) -> None:
     with pytest.raises(LayoutError, match=sentence):
         TiledCopy(cp_async(), tile, threads)

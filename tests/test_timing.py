@@ -42,8 +42,8 @@ def test_ties_by_least_noise(other: float, tie: bool) -> None:
 
 
 def test_ties_widen_with_the_spread_and_narrow_with_samples() -> None:
-    assert Timing(1.0, 0.1, 9).ties(Timing(1.1, 0.1, 9))            # 2 x 1.57 x 0.1 / 3 = 0.105
-    assert not Timing(1.0, 0.1, 100).ties(Timing(1.1, 0.1, 100))    # 0.031
+    assert Timing(1.0, 0.1, 9).ties(Timing(1.1, 0.1, 9))  # 2 x 1.57 x 0.1 / 3 = 0.105
+    assert not Timing(1.0, 0.1, 100).ties(Timing(1.1, 0.1, 100))  # 0.031
 
 
 def test_candidates_are_timed_in_turn_and_drift_meets_all_alike() -> None:

@@ -32,8 +32,22 @@ def trial(tile: int = 128, ms: float = 1.0, status: Status = Status.ok, **fields
 def test_a_trial_survives_json_field_by_field() -> None:
     config = PartsConfig(64, Config(32, 3), Config(96, 2))
     problem, check = Problem(DType.bfloat16, 17, 0.125), Check(math.inf, 2.0, 1e-3, 1e-3)
-    full = Trial("fake_parts", problem, config, Status.wrong, "final", Timing(1.25, 0.5, 9), check,
-                 "why", (KernelResources("fake", 255, 16, 1024),), 0.07, "sm_90a", 3, "vidrial 1", "2025-01-01T00:00:00+00:00")
+    full = Trial(
+        "fake_parts",
+        problem,
+        config,
+        Status.wrong,
+        "final",
+        Timing(1.25, 0.5, 9),
+        check,
+        "why",
+        (KernelResources("fake", 255, 16, 1024),),
+        0.07,
+        "sm_90a",
+        3,
+        "vidrial 1",
+        "2025-01-01T00:00:00+00:00",
+    )
     text = json.dumps(encode(full), allow_nan=False)
     assert Trial.from_json(parts_op, json.loads(text)) == full
     assert json.loads(text)["problem"] == {"dtype": "bfloat16", "n": 17, "scale": 0.125}
@@ -68,9 +82,22 @@ def test_every_type_survives(value: Everything) -> None:
     assert decode(Everything, json.loads(json.dumps(encode(value), allow_nan=False))) == value
 
 
-@pytest.mark.parametrize(("kind", "data"), [
-    (int, True), (bool, 1), (int, 1.5), (str, 3), (Mode, "left"), (tuple[int, int], [1]), (tuple[int, ...], 3),
-    (Config, {"tile": 128}), (Config, {"tile": 128, "width": 1, "more": 2}), (Config, {"tile": "128", "width": 1}), (Config, [128, 1])])
+@pytest.mark.parametrize(
+    ("kind", "data"),
+    [
+        (int, True),
+        (bool, 1),
+        (int, 1.5),
+        (str, 3),
+        (Mode, "left"),
+        (tuple[int, int], [1]),
+        (tuple[int, ...], 3),
+        (Config, {"tile": 128}),
+        (Config, {"tile": 128, "width": 1, "more": 2}),
+        (Config, {"tile": "128", "width": 1}),
+        (Config, [128, 1]),
+    ],
+)
 def test_what_is_not_of_the_type_is_refused(kind: Any, data: Any) -> None:
     with pytest.raises(SweepError):
         decode(kind, data)
@@ -141,8 +168,9 @@ def test_damage_in_the_middle_is_named_and_nothing_is_lost(tmp_path: Path, damag
         assert [t.config.tile for t in journal.trials] == [128, 32]
 
 
-@pytest.mark.parametrize(("change", "said"), [
-    ({"device": "other"}, "device 'd'"), ({"digest": "1"}, "digest"), ({"schema": 99}, "schema 1")])
+@pytest.mark.parametrize(
+    ("change", "said"), [({"device": "other"}, "device 'd'"), ({"digest": "1"}, "digest"), ({"schema": 99}, "schema 1")]
+)
 def test_another_sweeps_journal_is_refused(tmp_path: Path, change: dict[str, Any], said: str) -> None:
     path = tmp_path / "j.jsonl"
     Journal(path, op, HEADER).close()
@@ -176,7 +204,7 @@ def test_a_fresh_journal_sets_the_old_one_aside(tmp_path: Path) -> None:
         journal.append(trial())
     with Journal(path, op, HEADER, fresh=True) as journal:
         assert journal.trials == []
-    aside, = set(tmp_path.iterdir()) - {path}
+    (aside,) = set(tmp_path.iterdir()) - {path}
     with Journal(aside, op, HEADER) as journal:
         assert journal.trials == [trial()]
 

@@ -45,15 +45,18 @@ def test_trial_and_time_reply_with_figures() -> None:
     assert [t.median_ms for t in both.timings] == [true_ms(10007, 64, 3), true_ms(10007, 32, 1)]
 
 
-@pytest.mark.parametrize(("fault", "status", "sentence"), [
-    ("crash", Status.crash, "signal SIGABRT"),
-    ("bug", Status.crash, "ZeroDivisionError: in the op's own check"),
-    ("sticky", Status.crash, "sticky error"),
-    ("hang", Status.timeout, "no answer within 1 s"),
-    ("launch", Status.launch, "launch error"),
-    ("wrong", Status.wrong, "relative error 1.00e+00 (bound 1e-03)"),
-    ("unrepeatable", Status.wrong, "two runs differ"),
-])
+@pytest.mark.parametrize(
+    ("fault", "status", "sentence"),
+    [
+        ("crash", Status.crash, "signal SIGABRT"),
+        ("bug", Status.crash, "ZeroDivisionError: in the op's own check"),
+        ("sticky", Status.crash, "sticky error"),
+        ("hang", Status.timeout, "no answer within 1 s"),
+        ("launch", Status.launch, "launch error"),
+        ("wrong", Status.wrong, "relative error 1.00e+00 (bound 1e-03)"),
+        ("unrepeatable", Status.wrong, "two runs differ"),
+    ],
+)
 def test_a_bad_config_costs_itself_alone(faults: Any, fault: str, status: Status, sentence: str) -> None:
     faults(f"2={fault}")
     replies = run([trial(1), trial(2), trial(3)])
@@ -72,14 +75,14 @@ def test_a_crash_while_several_are_timed_names_the_config(faults: Any) -> None:
     faults("2=crash later")
     job = Job("time", example(), configs=(Config(64, 1), Config(64, 2), Config(64, 3)), rounds=3)
     with Workers("fake_op:op", BENCH, (0,), PREPARE, 5.0) as workers:
-        (_, reply), = workers.run([job])
+        ((_, reply),) = workers.run([job])
     assert (reply.status, reply.at) == (Status.crash, 1)
 
 
 def test_two_workers_share_the_jobs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FAKE_OP_SECONDS", "0.4")
     with Workers("fake_op:op", BENCH, (0, 1), PREPARE, 5.0) as workers:
-        list(workers.run([trial(1), trial(2)]))    # both processes are up
+        list(workers.run([trial(1), trial(2)]))  # both processes are up
         begin = time.monotonic()
         assert len(list(workers.run([trial(n) for n in (1, 2, 3, 4)]))) == 4
         assert time.monotonic() - begin < 1.4
@@ -95,11 +98,13 @@ def test_a_worker_that_cannot_begin_ends_the_sweep(faults: Any) -> None:
 
 
 def test_workers_die_with_their_parent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    program = ("import os, sys, test_worker as t\n"
-               "w = t.Workers('fake_op:op', t.BENCH, (0,), t.PREPARE, 60.0)\n"
-               "list(w.run([t.trial(1)]))\n"
-               "print(w._idle[0]._process.pid, flush=True)\n"
-               "list(w.run([t.trial(2)]))\n")
+    program = (
+        "import os, sys, test_worker as t\n"
+        "w = t.Workers('fake_op:op', t.BENCH, (0,), t.PREPARE, 60.0)\n"
+        "list(w.run([t.trial(1)]))\n"
+        "print(w._idle[0]._process.pid, flush=True)\n"
+        "list(w.run([t.trial(2)]))\n"
+    )
     monkeypatch.setenv("FAKE_OP_FAULTS", "2=hang")
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(Path(__file__).parent), *sys.path]))
     with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True) as parent:
@@ -121,8 +126,10 @@ def test_ops_are_found_by_name() -> None:
 
 def test_ops_are_found_in_a_file(tmp_path: Path) -> None:
     file = tmp_path / "mine.py"
-    file.write_text("from fake_op import fake, FUNCTIONS, Problem\nimport dataclasses\nfrom vidrial.op import Op\n"
-                    "class Mine(Problem): pass\nkernel = dataclasses.replace(fake, problem=Mine)\nmine = Op.of(kernel, **FUNCTIONS)\n")
+    file.write_text(
+        "from fake_op import fake, FUNCTIONS, Problem\nimport dataclasses\nfrom vidrial.op import Op\n"
+        "class Mine(Problem): pass\nkernel = dataclasses.replace(fake, problem=Mine)\nmine = Op.of(kernel, **FUNCTIONS)\n"
+    )
     found = resolve(f"{file}:mine")
     assert found.name == "fake" and reference_of(found) == f"{file}:mine"
 

@@ -39,8 +39,10 @@ class Access:
 
     def __post_init__(self) -> None:
         if not 1 <= len(self.addresses) <= WARP or self.bytes not in (1, 2, 4, 8, 16):
-            raise ArgumentError(f"{len(self.addresses)} threads of {self.bytes} bytes are not an access of a warp; "
-                                "accepted: 1 to 32 threads of 1, 2, 4, 8 or 16 bytes")
+            raise ArgumentError(
+                f"{len(self.addresses)} threads of {self.bytes} bytes are not an access of a warp; "
+                "accepted: 1 to 32 threads of 1, 2, 4, 8 or 16 bytes"
+            )
         if any(address % self.bytes for address in self.addresses):
             raise ArgumentError(f"an access of {self.bytes} bytes a thread has an address that is not a multiple of {self.bytes}")
 
@@ -144,14 +146,23 @@ class Occupancy:
 
     def __post_init__(self) -> None:
         if self.threads < 1 or self.registers < 1 or self.smem < 0:
-            raise ArgumentError(f"a CTA of {self.threads} threads, {self.registers} registers a thread and {self.smem} bytes cannot be; "
-                                "give positive numbers")
+            raise ArgumentError(
+                f"a CTA of {self.threads} threads, {self.registers} registers a thread and {self.smem} bytes cannot be; "
+                "give positive numbers"
+            )
 
     @classmethod
     def of(cls, device: Device, *, threads: int, smem: int, registers: int) -> Occupancy:
         """The occupancy on a device."""
-        return cls(threads, smem, registers, device.smem_per_sm, device.threads_per_sm, device.registers_per_sm,
-                   CTAS_PER_SM.get(device.capability, 32))
+        return cls(
+            threads,
+            smem,
+            registers,
+            device.smem_per_sm,
+            device.threads_per_sm,
+            device.registers_per_sm,
+            CTAS_PER_SM.get(device.capability, 32),
+        )
 
     @property
     def limits(self) -> dict[str, int]:
@@ -159,10 +170,12 @@ class Occupancy:
         warps = -(-self.threads // WARP)
         warp_registers = -(-self.registers // REGISTER_UNIT) * REGISTER_UNIT * WARP
         resident_warps = self.registers_per_sm // warp_registers // WARP_UNIT * WARP_UNIT
-        return {"registers": resident_warps // warps,
-                "shared memory": self.smem_per_sm // (-(-self.smem // PHASE_BYTES) * PHASE_BYTES + RESERVED_SMEM),
-                "threads": self.threads_per_sm // (warps * WARP),
-                "CTAs": self.ctas_per_sm}
+        return {
+            "registers": resident_warps // warps,
+            "shared memory": self.smem_per_sm // (-(-self.smem // PHASE_BYTES) * PHASE_BYTES + RESERVED_SMEM),
+            "threads": self.threads_per_sm // (warps * WARP),
+            "CTAs": self.ctas_per_sm,
+        }
 
     @property
     def ctas(self) -> int:

@@ -38,8 +38,11 @@ class Array(NamedTuple):
 
 def vectorised(shape: tuple[int, ...], strides: tuple[int, ...], dtype: DType, device: int, library: str, aligned: bool) -> bool:
     """`Array.vectorised`, of an array's facts."""
-    return aligned and (strides[-1] == 1 or shape[-1] <= 1) and all(
-        s * dtype.bytes % VECTOR_BYTES == 0 for s, n in zip(strides[:-1], shape[:-1], strict=True) if n > 1)
+    return (
+        aligned
+        and (strides[-1] == 1 or shape[-1] <= 1)
+        and all(s * dtype.bytes % VECTOR_BYTES == 0 for s, n in zip(strides[:-1], shape[:-1], strict=True) if n > 1)
+    )
 
 
 def library_of(x: Any) -> str:

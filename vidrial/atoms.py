@@ -60,16 +60,25 @@ _ROW_16x8 = Layout(((4, 8), (2, 2)), ((32, 1), (16, 8)))
 
 def _mma_sync(k: int, dtype: DType, a_layout: Layout, b_layout: Layout) -> MmaAtom:
     types = f"F32{_CPP_FRAGMENT[dtype] * 2}F32"
-    return MmaAtom(name=f"mma.sync.m16n8k{k}.{dtype}", cpp=f"cute::SM80_16x8x{k}_{types}_TN", shape=(16, 8, k), a=dtype, b=dtype,
-                   c=DType.float32, a_layout=a_layout, b_layout=b_layout, c_layout=_ROW_16x8)
+    return MmaAtom(
+        name=f"mma.sync.m16n8k{k}.{dtype}",
+        cpp=f"cute::SM80_16x8x{k}_{types}_TN",
+        shape=(16, 8, k),
+        a=dtype,
+        b=dtype,
+        c=DType.float32,
+        a_layout=a_layout,
+        b_layout=b_layout,
+        c_layout=_ROW_16x8,
+    )
 
 
 # mma.sync, float32 accumulators, by the element type of A and B.
 MMA_16x8x16: Mapping[DType, MmaAtom] = {
     dtype: _mma_sync(16, dtype, Layout(((4, 8), (2, 2, 2)), ((32, 1), (16, 8, 128))), Layout(((4, 8), (2, 2)), ((16, 1), (8, 64))))
-    for dtype in _CPP_FRAGMENT}
-MMA_16x8x8: Mapping[DType, MmaAtom] = {
-    dtype: _mma_sync(8, dtype, _ROW_16x8, Layout(((4, 8), 2), ((16, 1), 8))) for dtype in _CPP_FRAGMENT}
+    for dtype in _CPP_FRAGMENT
+}
+MMA_16x8x8: Mapping[DType, MmaAtom] = {dtype: _mma_sync(8, dtype, _ROW_16x8, Layout(((4, 8), 2), ((16, 1), 8))) for dtype in _CPP_FRAGMENT}
 
 _VECTOR_CPP = {4: "uint32_t", 8: "uint64_t", 16: "cute::uint128_t"}
 
@@ -78,21 +87,35 @@ LDMATRIX: Mapping[tuple[int, bool], CopyAtom] = {
     (count, transposed): CopyAtom(
         name=f"ldmatrix.x{count}{'.trans' if transposed else ''}",
         cpp=f"cute::SM75_U16x{2 * count}_LDSM_T" if transposed else f"cute::SM75_U32x{count}_LDSM_N",
-        kind="ldmatrix", bytes=4 * count, arch=75, matrices=count, transposed=transposed)
-    for count in (1, 2, 4) for transposed in (False, True)}
+        kind="ldmatrix",
+        bytes=4 * count,
+        arch=75,
+        matrices=count,
+        transposed=transposed,
+    )
+    for count in (1, 2, 4)
+    for transposed in (False, True)
+}
 
 # By (bytes, zero fill). Only 16 bytes may bypass L1.
 CP_ASYNC: Mapping[tuple[int, bool], CopyAtom] = {
     (size, zero_fill): CopyAtom(
         name=f"cp.async.{'cg' if size == 16 else 'ca'}.{size}{'.zfill' if zero_fill else ''}",
         cpp=f"cute::SM80_CP_ASYNC_CACHE{'GLOBAL' if size == 16 else 'ALWAYS'}{'_ZFILL' if zero_fill else ''}<{_VECTOR_CPP[size]}>",
-        kind="cp.async", bytes=size, arch=80, zero_fill=zero_fill)
-    for size in (4, 8, 16) for zero_fill in (False, True)}
+        kind="cp.async",
+        bytes=size,
+        arch=80,
+        zero_fill=zero_fill,
+    )
+    for size in (4, 8, 16)
+    for zero_fill in (False, True)
+}
 
 # Plain loads and stores, by bytes.
 VECTOR: Mapping[int, CopyAtom] = {
     size: CopyAtom(name=f"vector.{size}", cpp=f"cute::UniversalCopy<{cpp}>", kind="vector", bytes=size, arch=70)
-    for size, cpp in _VECTOR_CPP.items()}
+    for size, cpp in _VECTOR_CPP.items()
+}
 
 
 def ldmatrix(matrices: int = 4, transposed: bool = False) -> CopyAtom:

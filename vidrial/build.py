@@ -50,8 +50,10 @@ def build(source: Source, arch: str, config: str = "") -> Cubin:
     key = cubin_key(source.text, arch)
     cubin = _cached(key, arch)
     if cubin is None and frozen():
-        raise FrozenError(f"kernel {source.entry} for {arch} is not compiled, and compiling is frozen: {config}; "
-                          "prepare it before freeze(), or freeze(False)")
+        raise FrozenError(
+            f"kernel {source.entry} for {arch} is not compiled, and compiling is frozen: {config}; "
+            "prepare it before freeze(), or freeze(False)"
+        )
     return cubin or _publish(key, compile_source(source.text, source.entry, arch, config=config, includes=source.include_dirs), source)
 
 

@@ -118,7 +118,9 @@ def run_on_host(op: Op, problem: Any, inputs: Mapping[str, Array], plan: HostPla
     """
     for name, array in inputs.items():
         if array.device != CPU:
-            raise ArgumentTypeError(f"{name} is on CUDA device {array.device}; the host target takes NumPy arrays and CPU tensors: move it with .cpu()")
+            raise ArgumentTypeError(
+                f"{name} is on CUDA device {array.device}; the host target takes NumPy arrays and CPU tensors: move it with .cpu()"
+            )
     like = next(iter(inputs.values()))
     outputs = {name: empty(buffer.shape, buffer.dtype, like) for name, buffer in op.outputs(problem).items()}
     plan.run({name: bits(array) for name, array in {**inputs, **outputs}.items()})

@@ -1,7 +1,7 @@
 """An op's kernels on the host target: odd lengths, unlike configs, every order of threads and landing of cp.async, sanitizers.
 
-    check(op).ok
-    assert_op_correct(op)      # in a test
+check(op).ok
+assert_op_correct(op)      # in a test
 """
 
 from __future__ import annotations
@@ -77,8 +77,13 @@ class Report:
         return "\n".join((f"{self.op}: {len(self.failures)} of {len(self.outcomes)} runs failed", *map(str, self.failures)))
 
 
-def check(op: Op, problems: Sequence[Any] | None = None, configs: int = 2, sanitizers: Sequence[str | None] = SANITIZERS,
-          progress: Progress | None = None) -> Report:
+def check(
+    op: Op,
+    problems: Sequence[Any] | None = None,
+    configs: int = 2,
+    sanitizers: Sequence[str | None] = SANITIZERS,
+    progress: Progress | None = None,
+) -> Report:
     """Run an op's kernels on the host target and compare with its reference; no GPU is needed.
 
     Outputs and workspace are NaN before, inputs read-only, regions of shared memory apart. Schedules must agree to the bit.
@@ -165,8 +170,11 @@ def _candidates(op: Op, problem: Any) -> Iterator[Candidate]:
 def _traits(op: Op, problem: Any, config: Any) -> tuple[set[Any], set[Any], set[Any]]:
     """The kernels that a config launches, their tiles, and the choices it makes for those."""
     stages = op.stages(problem, config)
-    return ({s.kernel.name for s in stages}, {(s.kernel.name, StaticView(s.problem), s.config) for s in stages},
-            {(s.kernel.name, *item) for s in stages for item in fields(s.config, "choice").items()})
+    return (
+        {s.kernel.name for s in stages},
+        {(s.kernel.name, StaticView(s.problem), s.config) for s in stages},
+        {(s.kernel.name, *item) for s in stages for item in fields(s.config, "choice").items()},
+    )
 
 
 def _runs(op: Op, problems: Sequence[Any], count: int, sanitizers: Sequence[str | None]) -> Iterator[tuple[Any, Any, str | None]]:
@@ -206,8 +214,10 @@ def _results(op: Op, problem: Any, plan: HostPlan, inputs: Mapping[str, np.ndarr
 
 def _wrong(found: Check, results: Sequence[Mapping[str, np.ndarray]], schedules: Sequence[Schedule]) -> str:
     if not found.ok:
-        return (f"wrong values: {found.relative:.1e} relative to the norm (at most {found.relative_bound:.1e}), "
-                f"{found.worst:.1e} in the worst element (at most {found.worst_bound:.1e})")
+        return (
+            f"wrong values: {found.relative:.1e} relative to the norm (at most {found.relative_bound:.1e}), "
+            f"{found.worst:.1e} in the worst element (at most {found.worst_bound:.1e})"
+        )
     for other, schedule in zip(results, schedules, strict=True):
         for name, array in other.items():
             if not np.array_equal(array.view(np.uint8), results[0][name].view(np.uint8)):

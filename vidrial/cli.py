@@ -57,11 +57,13 @@ def vidrial() -> None:
 
 def op_command(name: str) -> Callable[[F], F]:
     """A command on an op: OP, then any of its keywords among the options."""
+
     def decorate(function: F) -> F:
         function = click.argument("keywords", nargs=-1, type=click.UNPROCESSED, metavar=KEYWORDS)(function)
         function = click.argument("reference", metavar="OP")(function)
         vidrial.command(name, context_settings=OPEN)(function)
         return function
+
     return decorate
 
 
@@ -154,8 +156,13 @@ def compile_(reference: str, keywords: tuple[str, ...], arch: str | None, top: i
 @click.option("--trials", type=click.IntRange(1), help="Configs to try at most.  [default: 64, or as many as --seconds allows]")
 @click.option("--exhaustive", is_flag=True, help="Try every legal config.")
 @click.option("--resume", is_flag=True, help="Go on with the journals of the same sweeps.")
-@click.option("--strategy", type=click.Choice(STRATEGIES), default=STRATEGIES[0], show_default=True,
-              help="optuna: for a space too large to enumerate.")
+@click.option(
+    "--strategy",
+    type=click.Choice(STRATEGIES),
+    default=STRATEGIES[0],
+    show_default=True,
+    help="optuna: for a space too large to enumerate.",
+)
 @click.option("--gpus", metavar="N|all|I,J", help="How many measure, or which CUDA indices (0,2 or 3,).  [default: 1; a Ray cluster's]")
 @click.option("--ray", metavar="ADDRESS", help="A Ray cluster whose CPUs compile and whose GPUs measure: host:port, ray://host:port, auto.")
 @click.option("--jobs", type=click.IntRange(1), help="Processes that compile.  [default: VIDRIAL_JOBS, else one a core]")

@@ -78,7 +78,7 @@ def copies(copy: TiledCopy, rows: int, row_stride: int) -> Counts:
         row = step + copy.row(thread)
         sector = (row * row_stride + copy.column(thread) * copy.tile.dtype.bytes) // SECTOR_BYTES
         for first in range(0, copy.threads, WARP):
-            read = sector[first:first + WARP][row[first:first + WARP] < rows]
+            read = sector[first : first + WARP][row[first : first + WARP] < rows]
             total += Counts(0, 0, 0, int(len(read) > 0), len(np.unique(read)), len(read) * vector)
     return total
 

@@ -21,8 +21,8 @@ from vidrial.space import describe
 from vidrial.sweep import sweep
 
 OP, FACTS = "power_retention", {"b": 1, "h": 16, "d": 64}
-LENGTHS = (1000, 5001, 10007, 33333)      # no tile divides the odd ones
-SWEEP_SECONDS = 25.0                      # for each length
+LENGTHS = (1000, 5001, 10007, 33333)  # no tile divides the odd ones
+SWEEP_SECONDS = 25.0  # for each length
 EXPLAINED, COMPILED = 10007, 12
 CPU_LENGTHS, HOST_LENGTHS = (63, 257, 1001), (65, 257, 515)
 

@@ -101,18 +101,22 @@ def _operand_cells(mma: TiledMma, side: int) -> Iterator[Cell]:
 def _svg(title: str, cells: list[Cell]) -> str:
     rows, columns = 1 + max(c.row for c in cells), 1 + max(c.column for c in cells)
     width, height = MARGIN + columns * WIDTH, 2 * MARGIN + rows * HEIGHT
-    lines = [f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" height="{height}" '
-             'font-family="ui-monospace, monospace" font-size="10" text-anchor="middle">',
-             f'<title>{_escape(title)}</title>',
-             f'<rect width="{width}" height="{height}" fill="#fff"/>',
-             f'<text x="{MARGIN}" y="14" text-anchor="start" font-size="11" fill="#333">{_escape(title)}</text>']
+    lines = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" height="{height}" '
+        'font-family="ui-monospace, monospace" font-size="10" text-anchor="middle">',
+        f"<title>{_escape(title)}</title>",
+        f'<rect width="{width}" height="{height}" fill="#fff"/>',
+        f'<text x="{MARGIN}" y="14" text-anchor="start" font-size="11" fill="#333">{_escape(title)}</text>',
+    ]
     lines += [f'<text x="{MARGIN + (c + 0.5) * WIDTH:g}" y="{2 * MARGIN - 5}" fill="#999">{c}</text>' for c in range(columns)]
     lines += [f'<text x="{MARGIN / 2:g}" y="{2 * MARGIN + (r + 0.7) * HEIGHT:g}" fill="#999">{r}</text>' for r in range(rows)]
     for cell in cells:
         x, y = MARGIN + cell.column * WIDTH, 2 * MARGIN + cell.row * HEIGHT
-        lines.append(f'<rect class="cell" x="{x}" y="{y}" width="{WIDTH - 1}" height="{HEIGHT - 1}" rx="2" '
-                     f'fill="hsl({360 * cell.hue:.0f}, 62%, 83%)"/>'
-                     f'<text x="{x + WIDTH / 2:g}" y="{y + 0.7 * HEIGHT:g}" fill="#222">{_escape(cell.text)}</text>')
+        lines.append(
+            f'<rect class="cell" x="{x}" y="{y}" width="{WIDTH - 1}" height="{HEIGHT - 1}" rx="2" '
+            f'fill="hsl({360 * cell.hue:.0f}, 62%, 83%)"/>'
+            f'<text x="{x + WIDTH / 2:g}" y="{y + 0.7 * HEIGHT:g}" fill="#222">{_escape(cell.text)}</text>'
+        )
     return "\n".join([*lines, "</svg>"])
 
 

@@ -97,8 +97,15 @@ class HostBinary:
     name: str
     executable: Path
 
-    def launch(self, grid: Sequence[int], block: int | Sequence[int], shared: int | SharedMemory, packed: bytes | bytearray,
-               pointers: Mapping[int, np.ndarray[Any, Any]], schedule: Schedule = SCHEDULES[0]) -> HostStats:
+    def launch(
+        self,
+        grid: Sequence[int],
+        block: int | Sequence[int],
+        shared: int | SharedMemory,
+        packed: bytes | bytearray,
+        pointers: Mapping[int, np.ndarray[Any, Any]],
+        schedule: Schedule = SCHEDULES[0],
+    ) -> HostStats:
         """Run every CTA of `grid` and write what the kernel changed back into the arrays.
 
         Args:
@@ -125,8 +132,18 @@ class HostBinary:
         if len(packed) > MAX_PACKED_BYTES:
             raise ArgumentError(f"{len(packed)} bytes of arguments; accepted are up to {MAX_PACKED_BYTES}")
         memory = Memory(pointers, len(packed))
-        head = REQUEST.pack(*blocks, *threads, schedule.lazy, schedule.code, schedule.timeout,
-                            shared_bytes, len(packed), len(memory.views), len(pointers), len(gaps))
+        head = REQUEST.pack(
+            *blocks,
+            *threads,
+            schedule.lazy,
+            schedule.code,
+            schedule.timeout,
+            shared_bytes,
+            len(packed),
+            len(memory.views),
+            len(pointers),
+            len(gaps),
+        )
         places = b"".join(struct.pack("=2Q", *gap) for gap in gaps)
         return self._run(b"".join((head, packed, memory.tables, places, *memory.views)), memory, schedule.timeout)
 
@@ -137,18 +154,21 @@ class HostBinary:
             if b"unexpected memory mapping" in ended.stderr and (setarch := shutil.which("setarch")):
                 ended = execute([setarch, "-R", str(self.executable)], request, timeout + GRACE_SECONDS)
         except PermissionError as error:
-            raise LaunchError(f"kernel {self.name}: {self.executable} may not be run ({error}); "
-                              "set TMPDIR to a folder that allows it") from error
+            raise LaunchError(
+                f"kernel {self.name}: {self.executable} may not be run ({error}); set TMPDIR to a folder that allows it"
+            ) from error
         except subprocess.TimeoutExpired as error:
-            raise LaunchError(f"kernel {self.name} did not end within {timeout:g} s and had to be killed: look for an endless loop; "
-                              "or give it a longer Schedule.timeout") from error
+            raise LaunchError(
+                f"kernel {self.name} did not end within {timeout:g} s and had to be killed: look for an endless loop; "
+                "or give it a longer Schedule.timeout"
+            ) from error
         reply, errors = ended.stdout, ended.stderr.decode(errors="replace")
         if ended.returncode or len(reply) < STATS.size + LENGTH.size:
             raise LaunchError(f"kernel {self.name}: {crash(self.executable, ended.returncode, errors)}")
-        length, = LENGTH.unpack_from(reply, STATS.size)
+        (length,) = LENGTH.unpack_from(reply, STATS.size)
         start = STATS.size + LENGTH.size
         if length:
-            raise LaunchError(f"kernel {self.name}: {resolve(self.executable, reply[start:start + length].decode(errors='replace'))}")
+            raise LaunchError(f"kernel {self.name}: {resolve(self.executable, reply[start : start + length].decode(errors='replace'))}")
         memory.write_back(self.name, memoryview(reply)[start:])
         return HostStats(*STATS.unpack_from(reply))
 
@@ -185,16 +205,24 @@ class Memory:
             LaunchError: one of them is read-only.
         """
         while changed:
-            index, = LENGTH.unpack_from(changed)
+            (index,) = LENGTH.unpack_from(changed)
             view, array = self.views[index], self._arrays[index]
             if not array.flags.writeable:
                 raise LaunchError(f"kernel {kernel} wrote to array {index}, {array.dtype}{list(array.shape)}, which is read-only")
-            view[:] = changed[LENGTH.size:LENGTH.size + len(view)]
-            changed = changed[LENGTH.size + len(view):]
+            view[:] = changed[LENGTH.size : LENGTH.size + len(view)]
+            changed = changed[LENGTH.size + len(view) :]
 
 
-def compile_host(source: str, name: str, *, sanitizer: str | None = None, optimise: str = "-O1", pch: bool = True,
-                 include_dirs: Sequence[Path | str] = (), store: Store | None = None) -> HostBinary:
+def compile_host(
+    source: str,
+    name: str,
+    *,
+    sanitizer: str | None = None,
+    optimise: str = "-O1",
+    pch: bool = True,
+    include_dirs: Sequence[Path | str] = (),
+    store: Store | None = None,
+) -> HostBinary:
     """Compile kernel `name` of a rendered source for the CPU.
 
     Args:

@@ -94,8 +94,24 @@ class Build:
         with tempfile.TemporaryDirectory(prefix="vidrial-host-") as folder:
             # Places are then relative, whatever folder this is.
             relative = f"-fdebug-prefix-map={folder}=."
-            command = [self.compiler.path, *first, *self.flags, *_include_flags(), *(f"-I{d}" for d in self.include_dirs), relative,
-                       "-fdiagnostics-color=never", "-pie", "-o", "kernel", "-x", "c++", "-", "-x", "none", str(runtime)]
+            command = [
+                self.compiler.path,
+                *first,
+                *self.flags,
+                *_include_flags(),
+                *(f"-I{d}" for d in self.include_dirs),
+                relative,
+                "-fdiagnostics-color=never",
+                "-pie",
+                "-o",
+                "kernel",
+                "-x",
+                "c++",
+                "-",
+                "-x",
+                "none",
+                str(runtime),
+            ]
             try:
                 ended = execute(command, text.encode(), COMPILE_SECONDS, cwd=folder)
             except subprocess.TimeoutExpired:
@@ -166,8 +182,12 @@ def _explain(log: str, name: str) -> str:
 def _include_flags() -> list[str]:
     toolchain = Toolchain.find()
     host = toolchain.vidrial_include / "vidrial/host"
-    return [f"-I{host}/shadow", f"-I{host}/stubs", f"-I{toolchain.vidrial_include}",
-            *(flag for folder in toolchain.includes[1:] for flag in ("-isystem", str(folder)))]
+    return [
+        f"-I{host}/shadow",
+        f"-I{host}/stubs",
+        f"-I{toolchain.vidrial_include}",
+        *(flag for folder in toolchain.includes[1:] for flag in ("-isystem", str(folder))),
+    ]
 
 
 @lru_cache
@@ -194,8 +214,10 @@ def _new_enough(compiler: HostCompiler) -> HostCompiler:
     answer = subprocess.run([compiler.path, "-dumpversion"], capture_output=True, text=True, check=False, timeout=60).stdout.strip()
     major = answer.partition(".")[0]
     if not major.isdecimal() or int(major) < OLDEST[kind]:
-        raise ToolchainError(f"{compiler.path} is {kind} {answer or 'of an unknown version'}; the host target needs {kind} {OLDEST[kind]} "
-                             f"or later: apt-get install g++ (or g++-{OLDEST['g++']}, and set CXX)")
+        raise ToolchainError(
+            f"{compiler.path} is {kind} {answer or 'of an unknown version'}; the host target needs {kind} {OLDEST[kind]} "
+            f"or later: apt-get install g++ (or g++-{OLDEST['g++']}, and set CXX)"
+        )
     return compiler
 
 

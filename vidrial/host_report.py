@@ -17,8 +17,9 @@ _PLACE = re.compile(r"<place ([0-9a-f]+)>")
 _FRAME = re.compile(r"^\s*#\d+ .*?(?P<place>[^\s()]+:\d+)(?::\d+)?(?: \(|$)")
 _ACCESS = re.compile(r"^\s*(?P<what>(?:previous |atomic )*(?:read|write) of size \d+).*?(?:thread (?P<thread>T\d+).*)?$", re.IGNORECASE)
 _FIBER = re.compile(r"Thread (T\d+) '(CUDA thread \d+)'")
-_SUMMARY = re.compile(r"(?:ERROR|WARNING): (?P<tool>\w+Sanitizer): (?P<what>.+?)(?: \(pid=\d+\)| on (?:unknown )?address.*)?$",
-                      re.MULTILINE)
+_SUMMARY = re.compile(
+    r"(?:ERROR|WARNING): (?P<tool>\w+Sanitizer): (?P<what>.+?)(?: \(pid=\d+\)| on (?:unknown )?address.*)?$", re.MULTILINE
+)
 _UNDEFINED = re.compile(r"^(?P<place>\S+?:\d+):\d+: runtime error: (?P<what>.+)$", re.MULTILINE)
 _THREAD = re.compile(r"^VIDRIAL (block .*)$", re.MULTILINE)
 
@@ -85,8 +86,13 @@ def _lines(executable: Path, addresses: list[str]) -> dict[str, list[str]]:
     tool = shutil.which("addr2line") or shutil.which("llvm-addr2line")
     if tool is None or not addresses:
         return {}
-    answer = subprocess.run([tool, "-a", "-i", "-e", str(executable), *(f"0x{a}" for a in addresses)],
-                            capture_output=True, text=True, check=False, timeout=ADDR2LINE_SECONDS)
+    answer = subprocess.run(
+        [tool, "-a", "-i", "-e", str(executable), *(f"0x{a}" for a in addresses)],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=ADDR2LINE_SECONDS,
+    )
     found: dict[str, list[str]] = {}
     for line in answer.stdout.splitlines():
         if line.startswith("0x"):
@@ -99,4 +105,4 @@ def _lines(executable: Path, addresses: list[str]) -> dict[str, list[str]]:
 def _tidy(place: str) -> str:
     """A place as the author knows it: relative to the folder of compilation, headers from `vidrial/` on."""
     name = re.sub(r"^(\./)+", "", place)
-    return name[name.index("/vidrial/") + 1:] if "/include/vidrial/" in name and "/vidrial/host/" not in name else name
+    return name[name.index("/vidrial/") + 1 :] if "/include/vidrial/" in name and "/vidrial/host/" not in name else name

@@ -1,9 +1,9 @@
 """One kernel: two dataclasses, a few small pure functions and one template.
 
-    softmax = Kernel(name="softmax", template=HERE / "softmax.cu.j2", problem=Problem, config=Config, args=ARGS, tiles=tiles, grid=grid, cost=cost)
-    softmax.space(problem, device)       # the legal configs, and why the others are not
-    softmax.source(problem, config)      # the rendered C++
-    softmax.cubin(problem, config)       # compiled, or out of the cache
+softmax = Kernel(name="softmax", template=HERE / "softmax.cu.j2", problem=Problem, config=Config, args=ARGS, tiles=tiles, grid=grid, cost=cost)
+softmax.space(problem, device)       # the legal configs, and why the others are not
+softmax.source(problem, config)      # the rendered C++
+softmax.cubin(problem, config)       # compiled, or out of the cache
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from vidrial.space import Cost, Space, check_choices, configs
 from vidrial.tiled import LoadMatrix, TiledCopy, TiledMma
 from vidrial.toolchain import vidrial_include
 
-SMEM_RESERVED = 1024   # bytes of shared memory that the system takes of every CTA
+SMEM_RESERVED = 1024  # bytes of shared memory that the system takes of every CTA
 
 
 def _no_rules(problem: Any, config: Any, device: Device) -> Iterable[tuple[bool, str]]:
@@ -147,8 +147,9 @@ class Kernel:
         tiles = self.resolve(problem, config)
         tiled = [name for name, member in tiles.members.items() if isinstance(member, (LoadMatrix, TiledCopy, TiledMma))]
         if self.traffic is None and tiled:
-            raise ArgumentError(f"kernel {self.name}: nothing says how often {', '.join(tiled)} are at work; "
-                                "give the kernel a traffic function")
+            raise ArgumentError(
+                f"kernel {self.name}: nothing says how often {', '.join(tiled)} are at work; give the kernel a traffic function"
+            )
         return dict(self.traffic(problem, config, tiles)) if self.traffic is not None else {}
 
     def pack(self, problem: Any, config: Any) -> bytearray:

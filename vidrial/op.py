@@ -19,7 +19,7 @@ from vidrial.kernel import Kernel
 from vidrial.problem import CHOICES, KIND
 from vidrial.space import Candidate, Rejected, Space, check_choices, configs, describe
 
-ALIGNMENT = 256   # bytes; of every workspace buffer
+ALIGNMENT = 256  # bytes; of every workspace buffer
 
 
 @dataclass(frozen=True)
@@ -103,8 +103,14 @@ class Op:
     @classmethod
     def of(cls, kernel: Kernel, **functions: Any) -> Op:
         """The op that is one launch of one kernel: its problem, config and name; give `outputs`, `sample`, `reference`, `check`, `small`, `example`."""
-        return cls(name=kernel.name, kernels=(kernel,), problem=kernel.problem, config=kernel.config,
-                   stages=lambda problem, config: (Stage(kernel, problem, config),), **functions)
+        return cls(
+            name=kernel.name,
+            kernels=(kernel,),
+            problem=kernel.problem,
+            config=kernel.config,
+            stages=lambda problem, config: (Stage(kernel, problem, config),),
+            **functions,
+        )
 
     def reject(self, problem: Any, config: Any, device: Device, part: str | None = None) -> str | None:
         """The sentence of the first rule that the config breaks, or None: the op's own rules first, then the stages'.
@@ -152,6 +158,7 @@ class Op:
         """For one combination of shared choices: each part's own space. Stages run one after another, so parts rank on their own."""
         spaces = {}
         for name in self.parts:
+
             def put(value: Any, name: str = name) -> Any:
                 return dataclasses.replace(shared, **{name: value})
 
@@ -160,6 +167,7 @@ class Op:
 
             def seconds(value: Any, put: Any = put, name: str = name) -> float:
                 return self.seconds(problem, put(value), device, name)
+
             part = next(f.metadata[CHOICES] for f in dataclasses.fields(self.config) if f.name == name)
             spaces[name] = Space.of(configs(part), reject, seconds)
         return spaces
@@ -212,7 +220,7 @@ def _combinations(shared: Any, base: float, spaces: Mapping[str, Space]) -> Iter
         seconds, index = heapq.heappop(heap)
         yield Candidate(dataclasses.replace(shared, **{n: x[i].config for n, x, i in zip(names, lists, index, strict=True)}), seconds)
         for axis, x in enumerate(lists):
-            after = (*index[:axis], index[axis] + 1, *index[axis + 1:])
+            after = (*index[:axis], index[axis] + 1, *index[axis + 1 :])
             if after[axis] < len(x) and after not in seen:
                 seen.add(after)
                 heapq.heappush(heap, (seconds - x[index[axis]].seconds + x[after[axis]].seconds, after))

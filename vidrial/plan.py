@@ -72,7 +72,7 @@ class CudaPlan:
             pointers: addresses of the op's inputs and outputs by name.
             workspace: address of `self.workspace.bytes` bytes, aligned to 256.
         """
-        launches = self._launches if stage is None else self._launches[stage:stage + 1]
+        launches = self._launches if stage is None else self._launches[stage : stage + 1]
         # The structs are this plan's own: one thread at a time writes them, and the driver copies them at each launch.
         with self._lock, self._launches[0].binary.on_device():
             for launch in launches:
@@ -140,7 +140,8 @@ def _refuse_what_has_no_emulation(kernel: str, tiles: Tiles) -> None:
             if atom.arch > NEWEST_EMULATED:
                 raise UnsupportedError(
                     f"{kernel}: {name} is made of {atom.name}, which begins with sm_{atom.arch}; the host target emulates instructions "
-                    f"up to sm_{NEWEST_EMULATED}: mma.sync, ldmatrix, cp.async. Take a config without it, or run this one on a GPU")
+                    f"up to sm_{NEWEST_EMULATED}: mma.sync, ldmatrix, cp.async. Take a config without it, or run this one on a GPU"
+                )
 
 
 def poison(shape: tuple[int, ...], dtype: DType) -> np.ndarray:
@@ -152,7 +153,9 @@ def poison(shape: tuple[int, ...], dtype: DType) -> np.ndarray:
 @lru_cache(maxsize=1024)
 def _binary(source: Source, arch: str, index: int, config: str) -> Binary:
     if capturing():
-        raise FrozenError(f"kernel {source.entry} is not loaded, and the current stream is being captured into a CUDA graph: "
-                          "call once before the capture, or vidrial.prepare(op, problem)")
+        raise FrozenError(
+            f"kernel {source.entry} is not loaded, and the current stream is being captured into a CUDA graph: "
+            "call once before the capture, or vidrial.prepare(op, problem)"
+        )
     cubin: Cubin = build(source, arch, config)
     return Binary.load(cubin, source.entry, index)

@@ -1,13 +1,13 @@
 """What a kernel is asked (`Problem`) and how it may answer (`Config`): two frozen dataclasses whose fields say what they are.
 
-    @dataclass(frozen=True)
-    class Problem:
-        dtype: DType = static()      # baked into the source
-        t: int = dynamic()           # a kernel argument: another value compiles nothing
+@dataclass(frozen=True)
+class Problem:
+    dtype: DType = static()      # baked into the source
+    t: int = dynamic()           # a kernel argument: another value compiles nothing
 
-    @dataclass(frozen=True)
-    class Config:
-        m: int = choice(128, 64)     # the first value is the default
+@dataclass(frozen=True)
+class Config:
+    m: int = choice(128, 64)     # the first value is the default
 """
 
 from __future__ import annotations
@@ -66,8 +66,11 @@ def fields(record: Any, kind: str) -> dict[str, Any]:
 
 def keyed_fields(problem: Any) -> dict[str, int]:
     """The dynamic fields that make up a problem's size class."""
-    return {f.name: getattr(problem, f.name) for f in dataclasses.fields(problem)
-            if f.metadata.get(KIND) == "dynamic" and f.metadata.get(KEYED, True)}
+    return {
+        f.name: getattr(problem, f.name)
+        for f in dataclasses.fields(problem)
+        if f.metadata.get(KIND) == "dynamic" and f.metadata.get(KEYED, True)
+    }
 
 
 def size_class(problem: Any) -> tuple[tuple[str, int, int], ...]:
@@ -100,9 +103,11 @@ class StaticView:
         attribute = getattr(self._problem, name, None)
         if isinstance(attribute, property) and attribute.fget is not None:
             return attribute.fget(self)
-        raise TemplateError(f"{self._problem.__name__}.{name} is not known before the launch, so tiles() may not depend on it; "
-                            f"known: {', '.join(self._static) or 'nothing'}. Declare it static(), pass it as an argument, "
-                            f"or let the config bake it in: specialize({name!r})")
+        raise TemplateError(
+            f"{self._problem.__name__}.{name} is not known before the launch, so tiles() may not depend on it; "
+            f"known: {', '.join(self._static) or 'nothing'}. Declare it static(), pass it as an argument, "
+            f"or let the config bake it in: specialize({name!r})"
+        )
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, StaticView) and (self._problem, self._static) == (other._problem, other._static)

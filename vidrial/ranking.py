@@ -290,8 +290,11 @@ _state = _State()
 @functools.lru_cache(maxsize=PICKS)
 def _pick(op: Op, problem: Any, device: Device, fixed: tuple[tuple[str, Any], ...], generation: int) -> Pick:
     asked = dict(fixed)
-    choices = (pick for pick in _choices(op, problem, device)
-               if all(getattr(pick.config, name) == value for name, value in fixed) and op.reject(problem, pick.config, device) is None)
+    choices = (
+        pick
+        for pick in _choices(op, problem, device)
+        if all(getattr(pick.config, name) == value for name, value in fixed) and op.reject(problem, pick.config, device) is None
+    )
     first = next(choices, None) or Pick(op.predicted(problem, device, asked), "predicted")
     if not build.frozen() or _compiled(op, problem, first.config, device):
         return first
@@ -300,8 +303,10 @@ def _pick(op: Op, problem: Any, device: Device, fixed: tuple[tuple[str, Any], ..
         if _compiled(op, problem, choice.config, device):
             log.warning("%s: frozen, so %s in place of %s for %s", op.name, describe(choice.config), describe(first.config), problem)
             return choice
-    raise FrozenError(f"{op.name}: no legal config for {problem} is compiled, and compiling is frozen; "
-                      "call it once or vidrial.prepare it before freeze(), or freeze(False)")
+    raise FrozenError(
+        f"{op.name}: no legal config for {problem} is compiled, and compiling is frozen; "
+        "call it once or vidrial.prepare it before freeze(), or freeze(False)"
+    )
 
 
 def _choices(op: Op, problem: Any, device: Device) -> Iterator[Pick]:

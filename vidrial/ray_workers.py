@@ -157,11 +157,15 @@ class RayWorkers:
         try:
             told = json.loads(self._ray.get(answer))
         except self._ray.exceptions.RayError as error:
-            raise SweepError(f"a node of the Ray cluster cannot run {self._names[0]}: {_cause(error)}; install Vidrial {__version__} "
-                             "and the op's module on every node") from None
+            raise SweepError(
+                f"a node of the Ray cluster cannot run {self._names[0]}: {_cause(error)}; install Vidrial {__version__} "
+                "and the op's module on every node"
+            ) from None
         if (told["version"], told["digest"]) != (__version__, self._op.digest()):
-            raise SweepError(f"a node of the Ray cluster has Vidrial {told['version']} with other templates of {self._op.name} than here "
-                             f"({__version__}); install the same on every node")
+            raise SweepError(
+                f"a node of the Ray cluster has Vidrial {told['version']} with other templates of {self._op.name} than here "
+                f"({__version__}); install the same on every node"
+            )
         device: Device | None = decode(Device | None, told["device"])
         return device
 
@@ -302,8 +306,10 @@ def _probe(address: str) -> None:
 
 
 def _silent(address: str, why: str) -> SweepError:
-    return SweepError(f"the Ray cluster at {address} does not answer ({why}); check `ray status` there, or sweep without ray. "
-                      "Trials in journals are kept, and resume=True goes on from them")
+    return SweepError(
+        f"the Ray cluster at {address} does not answer ({why}); check `ray status` there, or sweep without ray. "
+        "Trials in journals are kept, and resume=True goes on from them"
+    )
 
 
 def _cause(error: Exception) -> str:

@@ -8,9 +8,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from vidrial.errors import ArgumentError
+from vidrial.names import resolve
 from vidrial.op import Op
 from vidrial.problem import keyed_fields
-from vidrial.names import resolve
 
 # Name -> where its op lies; imported when asked for.
 KNOWN = {"power_retention": "vidrial.kernels.power_retention.op:op"}

@@ -40,7 +40,9 @@ def cpp(value: Any) -> str:
     spelling = getattr(value, "cpp", None)
     if isinstance(spelling, str):
         return spelling
-    raise TemplateError(f"{value!r} ({type(value).__name__}) may not reach a source: only ints, bools, enums and objects with a .cpp render")
+    raise TemplateError(
+        f"{value!r} ({type(value).__name__}) may not reach a source: only ints, bools, enums and objects with a .cpp render"
+    )
 
 
 class Arguments:
@@ -58,7 +60,9 @@ class Arguments:
             element, count = (m[1].strip(), int(m[2])) if (m := re.fullmatch(r"(.+)\[(\d+)\]", kind)) else (kind, 1)
             code = "P" if element.endswith("*") else FORMATS.get(element)
             if code is None:
-                raise ArgumentError(f"argument {name}: type {kind!r} is not known; accepted: a pointer, {', '.join(FORMATS)}, or an array of these")
+                raise ArgumentError(
+                    f"argument {name}: type {kind!r} is not known; accepted: a pointer, {', '.join(FORMATS)}, or an array of these"
+                )
             layout += f"0{code}"
             offset = struct.calcsize(layout)
             if code == "P":
@@ -71,7 +75,10 @@ class Arguments:
     @property
     def cpp(self) -> str:
         """`struct Args {...};`, laid out as `pack` packs it."""
-        members = (f"  {m[1]} {name}[{m[2]}];" if (m := re.fullmatch(r"(.+)\[(\d+)\]", kind)) else f"  {kind} {name};" for name, kind in self.types.items())
+        members = (
+            f"  {m[1]} {name}[{m[2]}];" if (m := re.fullmatch(r"(.+)\[(\d+)\]", kind)) else f"  {kind} {name};"
+            for name, kind in self.types.items()
+        )
         return "struct alignas(8) Args {\n" + "\n".join(members) + "\n};"
 
     def pack(self, values: Mapping[str, Any]) -> bytearray:

@@ -19,7 +19,7 @@ from vidrial.space import describe
 from vidrial.timing import Timing
 from vidrial.trial import KIND, SCHEMA, Status, Trial, decode, encode
 
-LISTED = 400          # configs of one problem in the table of all trials
+LISTED = 400  # configs of one problem in the table of all trials
 OK = Status.ok.name
 
 
@@ -48,10 +48,20 @@ class Row:
             KeyError, TypeError, ValueError: it is something else.
         """
         timing, check = data["timing"], data["check"]
-        return cls(data["op"], dict(data["problem"]), " ".join(_words(data["config"])), data["status"],
-                   Timing(float(timing["median_ms"]), float(timing["iqr_ms"]), int(timing["samples"])) if timing else None,
-                   (float(check["relative"]), float(check["worst"])) if check else None,
-                   data["sentence"], tuple(data["resources"]), float(data["reference_ms"]), data["device"], data["versions"], data["time"])
+        return cls(
+            data["op"],
+            dict(data["problem"]),
+            " ".join(_words(data["config"])),
+            data["status"],
+            Timing(float(timing["median_ms"]), float(timing["iqr_ms"]), int(timing["samples"])) if timing else None,
+            (float(check["relative"]), float(check["worst"])) if check else None,
+            data["sentence"],
+            tuple(data["resources"]),
+            float(data["reference_ms"]),
+            data["device"],
+            data["versions"],
+            data["time"],
+        )
 
     @property
     def ok(self) -> bool:
@@ -112,8 +122,19 @@ def rejected_rows(op: Op, rows: Sequence[Row]) -> list[Row]:
     made = []
     for example in {json.dumps([r.device, r.problem]): r for r in rows if r.op == op.name and r.device in devices}.values():
         space = op.space(decode(op.problem, example.problem), devices[example.device], limit=1)
-        made += [replace(example, config=describe(r.config), status=Status.rejected.name, timing=None, error=None, sentence=r.sentence,
-                         resources=(), reference_ms=0.0) for r in space.rejected]
+        made += [
+            replace(
+                example,
+                config=describe(r.config),
+                status=Status.rejected.name,
+                timing=None,
+                error=None,
+                sentence=r.sentence,
+                resources=(),
+                reference_ms=0.0,
+            )
+            for r in space.rejected
+        ]
     return made
 
 
@@ -223,16 +244,23 @@ def _title(rows: Sequence[Row]) -> str:
 def _summary(rows: Sequence[Row], groups: Sequence[Group]) -> list[str]:
     counts = {s.name: sum(r.status == s.name for g in groups for r in g.rows) for s in Status}
     times = sorted(r.time for r in rows if r.time)
-    lines = [f"{len(groups)} problem{'s' * (len(groups) != 1)}, {sum(len(g.rows) for g in groups)} configs: "
-             + ", ".join(f"{count} {name}" for name, count in counts.items() if count)]
+    lines = [
+        f"{len(groups)} problem{'s' * (len(groups) != 1)}, {sum(len(g.rows) for g in groups)} configs: "
+        + ", ".join(f"{count} {name}" for name, count in counts.items() if count)
+    ]
     lines += [f"{times[0]} to {times[-1]}"] if times else []
     return lines + sorted({r.versions for r in rows if r.versions})
 
 
 def _sections(axis: str, groups: Sequence[Group]) -> list[Section]:
-    return [Section("Winners", _winners(groups)), Section(f"Time of every config by {axis}", chart(axis, _points(groups))),
-            Section("What failed or was rejected, and why", _failures(groups)), Section("Resources of the winners", _resources(groups)),
-            Section("Noise", _noise(groups)), Section("All trials", _trials(groups))]
+    return [
+        Section("Winners", _winners(groups)),
+        Section(f"Time of every config by {axis}", chart(axis, _points(groups))),
+        Section("What failed or was rejected, and why", _failures(groups)),
+        Section("Resources of the winners", _resources(groups)),
+        Section("Noise", _noise(groups)),
+        Section("All trials", _trials(groups)),
+    ]
 
 
 def _points(groups: Sequence[Group]) -> list[list[tuple[float, float, str]]]:
@@ -267,8 +295,12 @@ def _failures(groups: Sequence[Group]) -> str:
 
 
 def _resources(groups: Sequence[Group]) -> str:
-    cells = [[g.label, r["kernel"], str(r["registers"]), str(r["spill_bytes"]), str(r["smem_bytes"])]
-             for g in groups if g.timed for r in g.timed[0].resources]
+    cells = [
+        [g.label, r["kernel"], str(r["registers"]), str(r["spill_bytes"]), str(r["smem_bytes"])]
+        for g in groups
+        if g.timed
+        for r in g.timed[0].resources
+    ]
     columns = ["problem", "kernel", "#registers a thread", "#spilled bytes a thread", "#shared bytes a CTA"]
     return table(columns, cells) if cells else "<p>None noted.</p>"
 
@@ -281,8 +313,10 @@ def _noise(groups: Sequence[Group]) -> str:
         if spreads:
             drift = f"{max(references) / min(references) - 1:.1%}" if references else ""
             cells.append([g.label, f"{statistics.median(spreads):.2%}", f"{max(spreads):.2%}", drift])
-    note = ("<p>Interquartile range of a config's samples, relative to their median; "
-            "and how far the times of a fixed reference kernel lie apart.</p>")
+    note = (
+        "<p>Interquartile range of a config's samples, relative to their median; "
+        "and how far the times of a fixed reference kernel lie apart.</p>"
+    )
     return note + table(["problem", "#typical", "#worst", "#drift of the GPU"], cells)
 
 

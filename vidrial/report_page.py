@@ -50,9 +50,11 @@ def page(title: str, summary: Sequence[str], sections: Sequence[Section]) -> str
     """A whole HTML document."""
     lines = "".join(f"<p>{escape(line)}</p>" for line in summary)
     body = "\n".join(f"<section><h2>{escape(s.title)}</h2>{s.body}</section>" for s in sections)
-    return ('<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-            '<meta name="viewport" content="width=device-width, initial-scale=1">'
-            f"<title>{escape(title)}</title><style>{STYLE}</style></head>\n<body><h1>{escape(title)}</h1>{lines}\n{body}\n</body></html>\n")
+    return (
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>{escape(title)}</title><style>{STYLE}</style></head>\n<body><h1>{escape(title)}</h1>{lines}\n{body}\n</body></html>\n"
+    )
 
 
 def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -88,8 +90,10 @@ def chart(axis: str, groups: Sequence[Sequence[Point]]) -> str:
     best = [g[0] for g in groups if g and g[0][1] > 0]
     parts.append('<polyline class="line" points="' + " ".join(f"{x_scale(x):.1f},{y_scale(ms):.1f}" for x, ms, _ in best) + '"/>')
     parts += [_circle(x_scale(x), y_scale(ms), 5, "best", hint) for x, ms, hint in best]
-    return ('<p>Blue: the fastest; grey: every other config that passed its check. Both axes are logarithmic; hover for the config.</p>'
-            f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="milliseconds by {escape(axis)}">{"".join(parts)}</svg>')
+    return (
+        "<p>Blue: the fastest; grey: every other config that passed its check. Both axes are logarithmic; hover for the config.</p>"
+        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="milliseconds by {escape(axis)}">{"".join(parts)}</svg>'
+    )
 
 
 def _label(x: float, y: float, anchor: str, text: str) -> str:

@@ -64,7 +64,7 @@ class Search:
                 if launches not in known and launches not in new and self._op.reject(self._problem, config, self._device) is None:
                     new[launches] = config
             if new:
-                return list(new.values())[:NEIGHBOURS if candidates == self._neighbours else None]
+                return list(new.values())[: NEIGHBOURS if candidates == self._neighbours else None]
         return []
 
     def _launches(self, config: Any) -> Any:

@@ -43,8 +43,16 @@ def make_console(*, stderr: bool = False) -> Console:
 
 def progress_bar(console: Console) -> Progress:
     """A bar that counts steps and time; nothing where the output is no terminal."""
-    return Progress(SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
-                    console=console, transient=True, disable=not console.is_terminal)
+    return Progress(
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        console=console,
+        transient=True,
+        disable=not console.is_terminal,
+    )
 
 
 def duration(seconds: float) -> str:
@@ -87,8 +95,12 @@ def show_space(console: Console, op: Op, problem: Any, device: Device, limit: in
     common, own = split_words([describe(c.config) for c in space.legal])
     console.print(Text(f"{op.name} on {device.name} ({device.arch}): {facts(problem)}"))
     ranked = enumerate(zip(space.legal, own, strict=True), 1)
-    show_table(console, total + (f"; all have {common}" if common else ""), (">", ">predicted", "config"),
-               ((i, duration(c.seconds), text) for i, (c, text) in ranked))
+    show_table(
+        console,
+        total + (f"; all have {common}" if common else ""),
+        (">", ">predicted", "config"),
+        ((i, duration(c.seconds), text) for i, (c, text) in ranked),
+    )
     reasons = space.reasons()
     rows = [(len(configs), sentence, describe(configs[0])) for sentence, configs in itertools.islice(reasons.items(), limit)]
     if rows:
@@ -114,15 +126,18 @@ def compile_best(console: Console, op: Op, problem: Any, device: Device, top: in
     """
     stages = {(s.kernel.name, s.config): s for config in op.space(problem, device, limit=top) for s in op.stages(problem, config)}
     sources: Mapping[Hashable, tuple[Source, str]] = {
-        key: (s.kernel.source(s.problem, s.config), describe(s.config)) for key, s in stages.items()}
+        key: (s.kernel.source(s.problem, s.config), describe(s.config)) for key, s in stages.items()
+    }
     results: dict[Hashable, Cubin | CompileError] = {}
     with progress_bar(console) as bar:
         task = bar.add_task(f"compiling for {device.arch}", total=len(sources))
         for key, result in build_many(sources, device.arch, jobs):
             results[key] = result
             bar.advance(task)
-    return [Built(s, results[key], s.kernel.resolve(s.problem, s.config).smem_bytes, s.kernel.seconds(s.problem, s.config, device))
-            for key, s in sorted(stages.items(), key=lambda item: [k.name for k in op.kernels].index(item[0][0]))]
+    return [
+        Built(s, results[key], s.kernel.resolve(s.problem, s.config).smem_bytes, s.kernel.seconds(s.problem, s.config, device))
+        for key, s in sorted(stages.items(), key=lambda item: [k.name for k in op.kernels].index(item[0][0]))
+    ]
 
 
 def show_built(console: Console, built: Iterable[Built], title: str) -> None:
@@ -146,18 +161,32 @@ def show_environment(console: Console) -> None:
     """Print versions, GPUs or what is missing and how to install it, the cache, the rankings in force and the settings."""
     console.print(Text(f"vidrial {__version__}, Python {platform.python_version()}, {platform.system()} {platform.machine()}"))
     show_table(console, "packages", ("", ""), [(name, _version(name)) for name in PACKAGES])
-    show_table(console, "toolchain", ("", ""), [("NVRTC", _ask(lambda: ".".join(map(str, nvrtc_version())))),
-                                                ("headers", _ask(lambda: Toolchain.find().version)),
-                                                ("host compiler", _ask(lambda: HostCompiler.find().version))])
+    show_table(
+        console,
+        "toolchain",
+        ("", ""),
+        [
+            ("NVRTC", _ask(lambda: ".".join(map(str, nvrtc_version())))),
+            ("headers", _ask(lambda: Toolchain.find().version)),
+            ("host compiler", _ask(lambda: HostCompiler.find().version)),
+        ],
+    )
     for sentence in missing():
         console.print(Text(f"missing: {sentence}", "red"))
     show_table(console, "GPUs", ("", "", "", ""), _gpus())
     show_table(console, "rankings", ("", "", ""), _rankings())
     store, settings = Store.shared(), Settings.read()
     count, size = store.usage()
-    show_table(console, "settings", ("", ""), [
-        ("cache", f"{store.root} ({count} binaries, {size / 2**20:.1f} of at most {store.max_bytes >> 20} MB)"),
-        ("target", settings.target), ("compile jobs", settings.jobs)])
+    show_table(
+        console,
+        "settings",
+        ("", ""),
+        [
+            ("cache", f"{store.root} ({count} binaries, {size / 2**20:.1f} of at most {store.max_bytes >> 20} MB)"),
+            ("target", settings.target),
+            ("compile jobs", settings.jobs),
+        ],
+    )
 
 
 def _rankings() -> Iterator[tuple[str, str, str]]:
@@ -206,8 +235,18 @@ def show_winners(console: Console, results: Sequence[SweepResult]) -> None:
         winner, check = result.winner, result.winner.check
         errors = (f"{check.relative:.1e}", f"{check.worst:.1e}") if check is not None else ("", "")
         noise = f"{winner.timing.iqr_ms / winner.timing.median_ms:.1%}" if winner.timing is not None else ""
-        rows.append((sizes, describe(winner.config), f"{winner.ms:.4f}", noise, *errors,
-                     f"{result.worst_ms / winner.ms:.2f}", len(result.trials), duration(result.seconds)))
+        rows.append(
+            (
+                sizes,
+                describe(winner.config),
+                f"{winner.ms:.4f}",
+                noise,
+                *errors,
+                f"{result.worst_ms / winner.ms:.2f}",
+                len(result.trials),
+                duration(result.seconds),
+            )
+        )
     columns = ("problem", "fastest config", ">ms", ">IQR", ">error", ">worst", ">slowest/fastest", ">trials", ">took")
     show_table(console, f"{results[0].op} on {results[0].device.name}", columns, rows)
     for note in dict.fromkeys(note for result in results for note in result.notes):

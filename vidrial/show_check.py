@@ -19,10 +19,33 @@ from vidrial.show import duration, facts, show_table, split_words
 from vidrial.space import describe
 from vidrial.tiled import LoadMatrix, LoadVector, TiledCopy, TiledMma, atoms_of
 
-ACCESS_COLUMNS = ("", "instruction", ">B a thread", ">MMA", ">ldmatrix", ">bank ways", ">extra passes",
-                  ">cp.async", ">sectors each", ">read")
-LAUNCH_COLUMNS = ("kernel", ">CTAs", ">threads", ">registers", ">shared B", ">CTAs an SM", "limited by",
-                  ">waves", ">last wave", ">MMA FLOP", ">cp.async", ">memory", ">predicted")
+ACCESS_COLUMNS = (
+    "",
+    "instruction",
+    ">B a thread",
+    ">MMA",
+    ">ldmatrix",
+    ">bank ways",
+    ">extra passes",
+    ">cp.async",
+    ">sectors each",
+    ">read",
+)
+LAUNCH_COLUMNS = (
+    "kernel",
+    ">CTAs",
+    ">threads",
+    ">registers",
+    ">shared B",
+    ">CTAs an SM",
+    "limited by",
+    ">waves",
+    ">last wave",
+    ">MMA FLOP",
+    ">cp.async",
+    ">memory",
+    ">predicted",
+)
 
 
 def show_report(console: Console, report: Report) -> None:
@@ -30,14 +53,20 @@ def show_report(console: Console, report: Report) -> None:
     outcomes = report.outcomes
     common, problems = split_words([facts(outcome.problem) for outcome in outcomes])
     alike, configs = split_words([describe(outcome.config) for outcome in outcomes])
-    rows = [(problem, config, o.sanitizer or "plain", o.schedules, *_errors(o), _verdict(o), duration(o.seconds))
-            for o, problem, config in zip(outcomes, problems, configs, strict=True)]
+    rows = [
+        (problem, config, o.sanitizer or "plain", o.schedules, *_errors(o), _verdict(o), duration(o.seconds))
+        for o, problem, config in zip(outcomes, problems, configs, strict=True)
+    ]
     title = " ".join(word for word in (f"{report.op} on the host target;", common, alike) if word)
     show_table(console, title, ("problem", "config", "sanitizer", ">schedules", ">error", ">worst", "", ">took"), rows)
     for o in report.failures:
         console.print(Text(f"\n{facts(o.problem)}\n{describe(o.config)}, {o.sanitizer or 'plain'}\n{o.summary}", "red"))
-    console.print(Text(f"\n{len(report.failures)} of {len(outcomes)} failed" if report.failures else f"\nall {len(outcomes)} right",
-                       "bold red" if report.failures else "green"))
+    console.print(
+        Text(
+            f"\n{len(report.failures)} of {len(outcomes)} failed" if report.failures else f"\nall {len(outcomes)} right",
+            "bold red" if report.failures else "green",
+        )
+    )
 
 
 def _errors(outcome: Outcome) -> tuple[str, str]:
@@ -80,8 +109,18 @@ def _accesses(stage: Stage) -> Iterator[tuple[Any, ...]]:
         instructions = ", ".join(dict.fromkeys(atom.name for atom in atoms_of(member))) or ("shared load" if member else "cp.async")
         each = f"{n.cp_async_sectors / n.cp_async_requests:.1f}" if n.cp_async_requests else ""
         passes = n.ldmatrix_conflicts if n.ldmatrix else ""
-        yield (name, instructions, size, n.mma or "", n.ldmatrix or "", ways or "", passes, n.cp_async_requests or "", each,
-               _bytes(n.cp_async_bytes))
+        yield (
+            name,
+            instructions,
+            size,
+            n.mma or "",
+            n.ldmatrix or "",
+            ways or "",
+            passes,
+            n.cp_async_requests or "",
+            each,
+            _bytes(n.cp_async_bytes),
+        )
 
 
 def _launch(stage: Stage, device: Device) -> tuple[Any, ...]:
@@ -95,11 +134,27 @@ def _launch(stage: Stage, device: Device) -> tuple[Any, ...]:
     waves = Waves(ctas, device.sms, occupancy.ctas)
     cost = kernel.cost(stage.problem, stage.config, device) if kernel.cost is not None else None
     counts = kernel.counts(stage.problem, stage.config)
-    flops = sum(2 * math.prod(atom.shape) * n.mma for name, n in counts.items() if isinstance(member := tiles.members.get(name), TiledMma)
-                for atom in [member.atom])
-    return (kernel.name, ctas, tiles.threads, resources.registers, shared, occupancy.ctas, ", ".join(occupancy.limited_by), waves.waves,
-            f"{waves.tail:.0%}", f"{flops:.2e}" if flops else "", _bytes(sum(n.cp_async_bytes for n in counts.values())),
-            _bytes(int(cost.bytes)) if cost else "", duration(cost.seconds(device)) if cost else "")
+    flops = sum(
+        2 * math.prod(atom.shape) * n.mma
+        for name, n in counts.items()
+        if isinstance(member := tiles.members.get(name), TiledMma)
+        for atom in [member.atom]
+    )
+    return (
+        kernel.name,
+        ctas,
+        tiles.threads,
+        resources.registers,
+        shared,
+        occupancy.ctas,
+        ", ".join(occupancy.limited_by),
+        waves.waves,
+        f"{waves.tail:.0%}",
+        f"{flops:.2e}" if flops else "",
+        _bytes(sum(n.cp_async_bytes for n in counts.values())),
+        _bytes(int(cost.bytes)) if cost else "",
+        duration(cost.seconds(device)) if cost else "",
+    )
 
 
 def _bytes(size: int) -> str:

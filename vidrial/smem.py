@@ -45,8 +45,10 @@ class SmemLayout:
             object.__setattr__(self, "swizzle", Swizzle(bits, base, 3) if bits > 0 else None)
         _prove_bijection(self)
         if self.stages > 1 and self.bytes % self.period_bytes:
-            raise LayoutError(f"stages of {self.rows} x {self.columns} {self.dtype} are {self.bytes} bytes apart, which is no multiple of "
-                              f"the swizzle's period of {self.period_bytes} bytes; take a multiple of 8 rows")
+            raise LayoutError(
+                f"stages of {self.rows} x {self.columns} {self.dtype} are {self.bytes} bytes apart, which is no multiple of "
+                f"the swizzle's period of {self.period_bytes} bytes; take a multiple of 8 rows"
+            )
 
     @property
     def _block(self) -> int:
@@ -152,8 +154,11 @@ def _prove_access(tile: SmemLayout, row: Layout, column: Layout, threads: int, s
     base = tile.offset(r0, c0) * size
     for stage in range(tile.stages):
         reached = tile.at(base + stage * stage_bytes, dr, dc)
-        refuse(reached != first * size + stage * stage_bytes, f"its address in stage {stage} plus the step is not the element's: the step "
-               "changes bits that the swizzle reads, or carries into them; take steps of whole swizzle periods (8 rows)")
+        refuse(
+            reached != first * size + stage * stage_bytes,
+            f"its address in stage {stage} plus the step is not the element's: the step "
+            "changes bits that the swizzle reads, or carries into them; take steps of whole swizzle periods (8 rows)",
+        )
 
 
 class SharedMemory:
@@ -195,8 +200,11 @@ class SharedMemory:
     def gaps(self) -> tuple[tuple[int, int], ...]:
         """(offset, bytes) of what lies unused between the regions."""
         places = sorted(self._regions.values())
-        return tuple((start + size, after - start - size) for (start, size), (after, _) in zip(places, places[1:], strict=False)
-                     if after > start + size)
+        return tuple(
+            (start + size, after - start - size)
+            for (start, size), (after, _) in zip(places, places[1:], strict=False)
+            if after > start + size
+        )
 
     def members(self) -> dict[str, int]:
         """Name -> byte offset: the constants that device code sees."""

@@ -1,7 +1,7 @@
 """Find the fastest config of an op for one problem: compile, check, time, rank; every trial is kept, whatever happens.
 
-    result = sweep(op, problem, trials=64)
-    print(result.table())
+result = sweep(op, problem, trials=64)
+print(result.table())
 """
 
 from __future__ import annotations
@@ -125,8 +125,9 @@ class _Sweep:
         self.trials = options.trials or (sys.maxsize if unlimited else TRIALS)
         self.begun = time.monotonic()
         self.small = op.small(problem)
-        self.builds = Builds(op, problem, self.small, device, functools.partial(
-            build_many, arch=device.arch, jobs=options.jobs, compiler=workers.compiler))
+        self.builds = Builds(
+            op, problem, self.small, device, functools.partial(build_many, arch=device.arch, jobs=options.jobs, compiler=workers.compiler)
+        )
         self.notes: list[str] = list(workers.notes)
         self.replaced = workers.replaced
         self.versions = _versions()
@@ -188,7 +189,7 @@ class _Sweep:
         search = self._strategy()
         while not (self._over(SEARCH_SHARE) and any(trial.ok for trial in self.latest.values())):
             seen = {config: trial.ms for config, trial in self.latest.items()}
-            batch = search.propose(seen)[:max(0, self.trials - len(seen))]
+            batch = search.propose(seen)[: max(0, self.trials - len(seen))]
             if not batch:
                 return
             self._try(batch)
@@ -225,10 +226,23 @@ class _Sweep:
                 yield Job("trial", self.problem, self.small, (config,), checked, self.options.seed, SCREEN_ROUNDS, GIVE_UP * best)
 
     def _add(self, config: Any, status: Status, reply: Reply, **fields: Any) -> None:
-        self.journal.append(Trial(
-            self.op.name, self.problem, config, status, check=reply.check, sentence=reply.sentence, reference_ms=reply.reference_ms,
-            resources=self.builds.resources(config), device=self.device.key, seed=self.options.seed,
-            versions=self.versions, time=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"), **fields))
+        self.journal.append(
+            Trial(
+                self.op.name,
+                self.problem,
+                config,
+                status,
+                check=reply.check,
+                sentence=reply.sentence,
+                reference_ms=reply.reference_ms,
+                resources=self.builds.resources(config),
+                device=self.device.key,
+                seed=self.options.seed,
+                versions=self.versions,
+                time=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+                **fields,
+            )
+        )
 
     def _confirm(self) -> None:
         """Time the leaders in turn, longer and longer; check the winner on other inputs."""

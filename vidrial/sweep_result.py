@@ -60,11 +60,19 @@ class SweepResult:
         lines = [("", "ms", "+- ms", "x best", "error", "regs", "spill", "smem", "config")]
         for place, ranked in enumerate(self.ranked[:rows], 1):
             trial, r = known[ranked.config], known[ranked.config].resources
-            lines.append((
-                f"{place}{'=' if ranked.tied else ''}", f"{ranked.timing.median_ms:.4f}", f"{ranked.timing.iqr_ms:.4f}",
-                f"{ranked.timing.median_ms / best:.2f}", f"{trial.check.relative:.1e}" if trial.check else "",
-                str(max((k.registers for k in r), default="")), str(sum(k.spill_bytes for k in r) if r else ""),
-                str(max((k.smem_bytes for k in r), default="")), describe(ranked.config)))
+            lines.append(
+                (
+                    f"{place}{'=' if ranked.tied else ''}",
+                    f"{ranked.timing.median_ms:.4f}",
+                    f"{ranked.timing.iqr_ms:.4f}",
+                    f"{ranked.timing.median_ms / best:.2f}",
+                    f"{trial.check.relative:.1e}" if trial.check else "",
+                    str(max((k.registers for k in r), default="")),
+                    str(sum(k.spill_bytes for k in r) if r else ""),
+                    str(max((k.smem_bytes for k in r), default="")),
+                    describe(ranked.config),
+                )
+            )
         text = _columns(lines)
         failed = ", ".join(f"{count} {status.name}" for status, count in self.failures.items()) or "none failed"
         slowest = f"the worst legal one takes {self.worst_ms / best:.1f} times as long"

@@ -42,8 +42,10 @@ def _as_layout(values: Sequence[int], what: str) -> Layout:
 
 
 def _not_a_layout(values: Sequence[int], what: str) -> LayoutError:
-    return LayoutError(f"thread -> {what} of {len(values)} threads, {', '.join(map(str, values[:9]))}, ..., is not a layout; "
-                       "it must be 0 for thread 0 and a sum over the digits of the thread index")
+    return LayoutError(
+        f"thread -> {what} of {len(values)} threads, {', '.join(map(str, values[:9]))}, ..., is not a layout; "
+        "it must be 0 for thread 0 and a sum over the digits of the thread index"
+    )
 
 
 @cache
@@ -76,4 +78,5 @@ def accumulator_feeds(c_layout: Layout, a_layout: Layout, extent: int) -> bool:
     threads, values = a_layout.mode(0).size, a_layout.mode(1).size
     atom = extent * 8
     return c_layout.mode(0).size == threads and all(
-        c_layout(t, v % per_atom) + v // per_atom * atom == a_layout(t, v) for t in range(threads) for v in range(values))
+        c_layout(t, v % per_atom) + v // per_atom * atom == a_layout(t, v) for t in range(threads) for v in range(values)
+    )

@@ -1,8 +1,8 @@
 """What a kernel is described with. Each object proves itself at construction and prints as its C++ type (`vidrial/tiled.cuh`).
 
-    k = SmemLayout(dtype, 64, 128, stages=2)
-    qk = TiledMma(MMA_16x8x16[dtype], warps=(4, 1), tile=(128, 64, 128), a=q, b=k)
-    pv = TiledMma(MMA_16x8x16[dtype], warps=(4, 1), tile=(128, 128, 64), a=qk.accumulator, b=v.transposed)
+k = SmemLayout(dtype, 64, 128, stages=2)
+qk = TiledMma(MMA_16x8x16[dtype], warps=(4, 1), tile=(128, 64, 128), a=q, b=k)
+pv = TiledMma(MMA_16x8x16[dtype], warps=(4, 1), tile=(128, 128, 64), a=qk.accumulator, b=v.transposed)
 """
 
 from __future__ import annotations
@@ -17,97 +17,24 @@ import numpy as np
 from vidrial.atoms import CopyAtom, MmaAtom, cp_async, ldmatrix
 from vidrial.errors import LayoutError
 from vidrial.layout import Layout
+from vidrial.loads import LoadMatrix, LoadVector
 from vidrial.smem import Pipeline, SharedMemory, SmemLayout, Steps, Transposed, prove_access
-from vidrial.thread_map import Table, accumulator_feeds, fragment_matrices, thread_layouts
+from vidrial.thread_map import accumulator_feeds, fragment_matrices, thread_layouts
 
-__all__ = ["Accumulator", "LoadMatrix", "LoadVector", "Operand", "Pipeline", "SharedMemory", "SmemLayout", "TiledCopy", "TiledMma",
-           "Transposed"]
+__all__ = [
+    "Accumulator",
+    "LoadMatrix",
+    "LoadVector",
+    "Operand",
+    "Pipeline",
+    "SharedMemory",
+    "SmemLayout",
+    "TiledCopy",
+    "TiledMma",
+    "Transposed",
+]
 
 WARP = 32
-
-
-@dataclasses.dataclass(frozen=True)
-class LoadMatrix:
-    """ldmatrix by `threads` threads: each supplies the address of the 16 bytes at origin + `table` + step of the tile.
-
-    `table` is thread -> (row, column), as a function or as the two layouts that it becomes; `steps` are the (rows, columns)
-    that device code adds; `origins` where the part of the tile that is read may begin. For each thread, origin, step and stage it
-    is proved by brute force that the added address is the right one.
-
-    Raises:
-        LayoutError: the table is not a layout, a step leaves the tile, or address arithmetic does not reach it.
-    """
-
-    tile: SmemLayout
-    atom: CopyAtom
-    threads: int
-    table: Table | tuple[Layout, Layout]
-    steps: Steps = ((0, 0),)
-    origins: Steps = ((0, 0),)
-
-    def __post_init__(self) -> None:
-        if self.atom.kind != "ldmatrix" or self.tile.dtype.bits != 16:
-            raise LayoutError(f"LoadMatrix takes ldmatrix and elements of 16 bits; got {self.atom.name} and a tile of {self.tile.dtype}")
-        if not isinstance(self.table, tuple):
-            object.__setattr__(self, "table", thread_layouts(self.table, self.threads))
-        object.__setattr__(self, "steps", tuple(self.steps))
-        object.__setattr__(self, "origins", tuple(self.origins))
-        prove_access(self.tile, self.row, self.column, self.threads, self.steps, self.origins)
-
-    @property
-    def row(self) -> Layout:
-        """thread -> row of its 16 bytes."""
-        return self.table[0]  # type: ignore[index]
-
-    @property
-    def column(self) -> Layout:
-        """thread -> first column of its 16 bytes."""
-        return self.table[1]  # type: ignore[index]
-
-    @property
-    def arguments(self) -> str:
-        """The C++ template arguments."""
-        return f"{self.atom.cpp}, {self.tile.cpp}, {self.row.cpp}, {self.column.cpp}"
-
-    @property
-    def cpp(self) -> str:
-        """The C++ type."""
-        return f"vidrial::LoadMatrix<{self.arguments}>"
-
-
-@dataclasses.dataclass(frozen=True)
-class LoadVector:
-    """16 bytes of a row into four registers: each thread those at `table` + step of the tile; proved like LoadMatrix.
-
-    Raises:
-        LayoutError: the table is not a layout, a step leaves the tile, or address arithmetic does not reach it.
-    """
-
-    tile: SmemLayout
-    threads: int
-    table: Table | tuple[Layout, Layout]
-    steps: Steps = ((0, 0),)
-
-    def __post_init__(self) -> None:
-        if not isinstance(self.table, tuple):
-            object.__setattr__(self, "table", thread_layouts(self.table, self.threads))
-        object.__setattr__(self, "steps", tuple(self.steps))
-        prove_access(self.tile, self.row, self.column, self.threads, self.steps)
-
-    @property
-    def row(self) -> Layout:
-        """thread -> row of its 16 bytes."""
-        return self.table[0]  # type: ignore[index]
-
-    @property
-    def column(self) -> Layout:
-        """thread -> first column of its 16 bytes."""
-        return self.table[1]  # type: ignore[index]
-
-    @property
-    def cpp(self) -> str:
-        """The C++ type."""
-        return f"vidrial::LoadVector<{self.tile.cpp}, {self.row.cpp}, {self.column.cpp}>"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -213,15 +140,17 @@ class TiledMma:
     @cached_property
     def row_column(self) -> tuple[Layout, Layout]:
         """thread -> row, thread -> column of its first accumulator."""
+
         def first(thread: int) -> tuple[int, int]:
             row, column = self.warp_origin(thread // WARP)
             n, m = divmod(self.atom.c_layout(thread % WARP, 0), self.atom.shape[0])
             return row + m, column + n
+
         return thread_layouts(first, self.threads)
 
     def coordinates(self) -> tuple[Any, Any]:
         """Rows and columns of all accumulators: int64 arrays of shape (threads, m_atoms, n_atoms, values)."""
-        thread, i, j, v = np.ogrid[:self.threads, :self.m_atoms, :self.n_atoms, :self.atom.c_layout.mode(1).size]
+        thread, i, j, v = np.ogrid[: self.threads, : self.m_atoms, : self.n_atoms, : self.atom.c_layout.mode(1).size]
         row = self.row_column[0](thread) + i * self.step_m + v // 2 * 8
         column = self.row_column[1](thread) + j * self.step_n + v % 2
         rows, columns = np.broadcast_arrays(row + 0 * column, column + 0 * row)
@@ -242,8 +171,10 @@ class TiledMma:
         """The C++ type."""
         a, b = (operand.cpp if operand else "void" for operand in (self.A, self.B))
         row, column = self.row_column
-        return (f"vidrial::TiledMma<{self.atom.cpp}, {self.m_atoms}, {self.n_atoms}, {self.k_steps}, {a}, {b}, "
-                f"{row.cpp}, {column.cpp}, {self.step_m}, {self.step_n}>")
+        return (
+            f"vidrial::TiledMma<{self.atom.cpp}, {self.m_atoms}, {self.n_atoms}, {self.k_steps}, {a}, {b}, "
+            f"{row.cpp}, {column.cpp}, {self.step_m}, {self.step_n}>"
+        )
 
     def _operand(self, name: str, source: SmemLayout | Transposed) -> Operand:
         """The loads of one operand, derived from the atom's thread-value layout. `i` is its outer index: m of A, n of B."""
@@ -253,15 +184,19 @@ class TiledMma:
         outer, depth = (tile.columns, tile.rows) if transposed else (tile.rows, tile.columns)
         if outer % self.tile[side] or depth % self.tile[2] or tile.dtype != dtype:
             rows, columns = (self.tile[2], self.tile[side]) if transposed else (self.tile[side], self.tile[2])
-            raise LayoutError(f"{name} of a TiledMma of (m, n, k) = {self.tile} is {'the transposed of ' if transposed else ''}a tile of "
-                              f"{rows} x {columns} {dtype}, or a multiple of it; got {tile.rows} x {tile.columns} {tile.dtype}")
+            raise LayoutError(
+                f"{name} of a TiledMma of (m, n, k) = {self.tile} is {'the transposed of ' if transposed else ''}a tile of "
+                f"{rows} x {columns} {dtype}, or a multiple of it; got {tile.rows} x {tile.columns} {tile.dtype}"
+            )
         matrices = fragment_matrices((self.atom.a_layout, self.atom.b_layout)[side], self.atom.shape[side])
         atoms, step = ((self.m_atoms, self.step_m), (self.n_atoms, self.step_n))[side]
         copy = ldmatrix(4, transposed)
         per_load = copy.matrices // len(matrices)
         if atoms % per_load:
-            raise LayoutError(f"{name}: {copy.name} fills {per_load} atoms, a warp has {atoms}; "
-                              f"{'mn'[side]} must be a multiple of {per_load * self.warps[side] * self.atom.shape[side]}")
+            raise LayoutError(
+                f"{name}: {copy.name} fills {per_load} atoms, a warp has {atoms}; "
+                f"{'mn'[side]} must be a multiple of {per_load * self.warps[side] * self.atom.shape[side]}"
+            )
 
         def address(thread: int) -> tuple[int, int]:
             warp, lane = divmod(thread, WARP)
@@ -273,6 +208,7 @@ class TiledMma:
 
         def along(i: int, k: int) -> tuple[int, int]:
             return (k, i) if transposed else (i, k)
+
         loads = atoms // per_load
         after, k_step = along(per_load * step, 0), along(0, self.atom.shape[2])
         layouts = thread_layouts(address, self.threads)
@@ -282,6 +218,7 @@ class TiledMma:
 
         def origins(first: int, last: int) -> Steps:
             return tuple(along(i, k) for k in range(first, last, self.tile[2]) for i in range(0, outer, self.tile[side]))
+
         prove_access(tile, *layouts, self.threads, steps(self.k_steps), origins(self.tile[2], depth))
         load = LoadMatrix(tile, copy, self.threads, layouts, steps(depth // self.atom.shape[2]), origins(0, self.tile[2]))
         return Operand(load, loads, after, k_step)
@@ -330,8 +267,10 @@ class TiledCopy:
         tile = self.tile
         vectors = tile.rows * tile.columns // self.vector
         if tile.columns % self.vector or self.threads < 1 or self.threads % self.row_vectors or tile.rows % max(self.row_step, 1):
-            raise LayoutError(f"{self.threads} threads cannot copy {tile.rows} x {tile.columns} {tile.dtype} ({vectors} vectors of "
-                              f"{self.atom.bytes} bytes) evenly; they must fill n rows of {self.row_vectors} vectors, n of {tile.rows}")
+            raise LayoutError(
+                f"{self.threads} threads cannot copy {tile.rows} x {tile.columns} {tile.dtype} ({vectors} vectors of "
+                f"{self.atom.bytes} bytes) evenly; they must fill n rows of {self.row_vectors} vectors, n of {tile.rows}"
+            )
         prove_access(tile, self.row, self.column, self.threads, self.steps)
         reached = self.addresses() // self.atom.bytes
         if sorted(reached.flat) != list(range(vectors)):
@@ -381,8 +320,9 @@ class TiledCopy:
     @property
     def cpp(self) -> str:
         """The C++ type."""
-        return (f"vidrial::TiledCopy<{self.atom.cpp}, {self.tile.cpp}, {self.row.cpp}, {self.column.cpp}, "
-                f"{self.row_step}, {len(self.steps)}>")
+        return (
+            f"vidrial::TiledCopy<{self.atom.cpp}, {self.tile.cpp}, {self.row.cpp}, {self.column.cpp}, {self.row_step}, {len(self.steps)}>"
+        )
 
 
 def atoms_of(member: object) -> Iterator[MmaAtom | CopyAtom]:

@@ -188,5 +188,7 @@ def drift(reference_ms: Sequence[float]) -> str | None:
     low, high = ordered[out], ordered[-1 - out]
     if high <= low * (1 + DRIFT):
         return None
-    return (f"the reference kernel took from {low:.4f} to {high:.4f} ms: the GPU was throttled or busy; "
-            "sweep again on an idle GPU before trusting differences of that size")
+    return (
+        f"the reference kernel took from {low:.4f} to {high:.4f} ms: the GPU was throttled or busy; "
+        "sweep again on an idle GPU before trusting differences of that size"
+    )

@@ -115,8 +115,10 @@ def encode(value: Any) -> Any:
         return [encode(v) for v in value]
     if isinstance(value, Mapping):
         return {str(k): encode(v) for k, v in value.items()}
-    raise SweepError(f"{value!r} ({type(value).__name__}) cannot be kept; accepted in problems and configs: "
-                     "numbers, bools, strings, enums, dataclasses, tuples of these")
+    raise SweepError(
+        f"{value!r} ({type(value).__name__}) cannot be kept; accepted in problems and configs: "
+        "numbers, bools, strings, enums, dataclasses, tuples of these"
+    )
 
 
 def decode(kind: Any, data: Any, fields: Mapping[str, Any] | None = None) -> Any:
@@ -240,8 +242,10 @@ class Journal:
             os.fsync(self._file.fileno())
         except OSError as error:
             self._abandon(end)
-            raise SweepError(f"journal {self.path} cannot be written ({error}); its {len(self.trials)} trials are kept: "
-                             "make room, then sweep again with resume=True") from None
+            raise SweepError(
+                f"journal {self.path} cannot be written ({error}); its {len(self.trials)} trials are kept: "
+                "make room, then sweep again with resume=True"
+            ) from None
 
     def _abandon(self, end: int) -> None:
         """Drop what a failed write left, and the file with it: its buffer would try again at every close."""
@@ -276,13 +280,17 @@ class Journal:
             raise self._damaged(number, str(error)) from None
 
     def _damaged(self, number: int, why: str) -> SweepError:
-        return SweepError(f"journal {self.path}, line {number} is damaged ({why}); "
-                          "delete that line to keep the others, or move the file away to begin anew")
+        return SweepError(
+            f"journal {self.path}, line {number} is damaged ({why}); "
+            "delete that line to keep the others, or move the file away to begin anew"
+        )
 
     def _check_header(self, found: Any) -> None:
         if not isinstance(found, dict) or found.get("kind") != KIND:
             raise SweepError(f"{self.path} is not a journal: its first line is no header; name another file with journal=...")
         for name, expected in self._header.items():
             if found.get(name) != expected:
-                raise SweepError(f"journal {self.path} has {name} {found.get(name)!r}, this sweep {expected!r}: "
-                                 "their trials do not compare; name another file with journal=..., or move this one away")
+                raise SweepError(
+                    f"journal {self.path} has {name} {found.get(name)!r}, this sweep {expected!r}: "
+                    "their trials do not compare; name another file with journal=..., or move this one away"
+                )

@@ -274,7 +274,11 @@ class _Worker:
         # A session of its own: Ctrl-C reaches the sweep alone, which then ends its workers.
         self._process = subprocess.Popen(
             [sys.executable, "-c", self.PROGRAM, *arguments, *sys.path],
-            pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, stderr=self._errors, start_new_session=True)
+            pass_fds=[theirs.fileno()],
+            stdin=subprocess.DEVNULL,
+            stderr=self._errors,
+            start_new_session=True,
+        )
         theirs.close()
 
     def _send(self, job: Job, limit: float) -> None:

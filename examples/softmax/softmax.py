@@ -11,7 +11,7 @@ import numpy as np
 
 import vidrial as vd
 
-Arrays = dict[str, Any]      # name -> NumPy array
+Arrays = dict[str, Any]  # name -> NumPy array
 
 
 @dataclass(frozen=True)
@@ -52,11 +52,16 @@ def rules(p: Problem, c: Config, device: vd.Device) -> Iterator[tuple[bool, str]
 
 
 def cost(p: Problem, c: Config, device: vd.Device) -> vd.Cost:
-    steps = -(-p.n // (c.row_threads * c.vector))                # loads a thread, those beyond the row's end included
-    instructions = 12 * c.vector + (20 if c.keep else 28)        # a step
+    steps = -(-p.n // (c.row_threads * c.vector))  # loads a thread, those beyond the row's end included
+    instructions = 12 * c.vector + (20 if c.keep else 28)  # a step
     ctas = -(-p.m // c.rows)
-    return vd.Cost(flops=ctas * c.rows * c.row_threads * steps * instructions, bytes=p.m * p.n * p.dtype.bytes * (2 if c.keep else 2.5),
-                   ctas=ctas, ctas_per_sm=2048 // (c.row_threads * c.rows), efficiency=0.06)
+    return vd.Cost(
+        flops=ctas * c.rows * c.row_threads * steps * instructions,
+        bytes=p.m * p.n * p.dtype.bytes * (2 if c.keep else 2.5),
+        ctas=ctas,
+        ctas_per_sm=2048 // (c.row_threads * c.rows),
+        efficiency=0.06,
+    )
 
 
 kernel = vd.Kernel("softmax", Path(__file__).with_name("softmax.cu.j2"), Problem, Config, ARGS, tiles, grid, rules, cost)
@@ -84,8 +89,15 @@ def check(p: Problem, inputs: Arrays, outputs: Arrays, expected: Arrays) -> vd.C
     return vd.Check(float(np.linalg.norm(error) / np.linalg.norm(exact)), float((error / exact).max()), bound, bound)
 
 
-op = vd.Op.of(kernel, example=example, sample=sample, reference=reference, check=check,
-              outputs=lambda p: {"y": vd.Buffer((p.m, p.n), p.dtype)}, small=lambda p: replace(p, m=min(p.m, 37)))
+op = vd.Op.of(
+    kernel,
+    example=example,
+    sample=sample,
+    reference=reference,
+    check=check,
+    outputs=lambda p: {"y": vd.Buffer((p.m, p.n), p.dtype)},
+    small=lambda p: replace(p, m=min(p.m, 37)),
+)
 
 
 def softmax(x: Any) -> Any:

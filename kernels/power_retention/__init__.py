@@ -1,25 +1,24 @@
 """Power retention: linear attention with the state of a symmetric power of the keys, gated, any length.
 
-    from vidrial.kernels.power_retention import power_retention
-    y = power_retention(q, k, v, log_g)
+from vidrial.kernels.power_retention import power_retention
+y = power_retention(q, k, v, log_g)
 """
 
 from __future__ import annotations
 
-import math
 import sys
 from functools import lru_cache
 from numbers import Integral, Real
 from typing import Any
 
 import numpy as np
+from vidrial.kernels.power_retention.cpu import power_retention_cpu
+from vidrial.kernels.power_retention.op import Config, Problem, op
 
 from vidrial.arrays import CPU, Array, as_array, contiguous, give_back, vectorised
 from vidrial.call import cuda_plan, current_target, host_plan, run, run_on_host
 from vidrial.dtypes import DType
 from vidrial.errors import ArgumentError, ArgumentTypeError, UnsupportedError
-from vidrial.kernels.power_retention.cpu import power_retention_cpu
-from vidrial.kernels.power_retention.op import Config, Problem, op
 from vidrial.problem import CHOICES
 
 __all__ = ["power_retention"]
@@ -28,13 +27,23 @@ DIMS = (32, 64, 128)
 DEGREES = (2, 4)
 NORMALIZE = ("sum", "none")
 MAX_ELEMENTS = 2**31
-MAX_HEADS = 65535        # batch times heads: a dimension of the grid
-MAX_SCALE = 1e9          # its fourth power is a float32
+MAX_HEADS = 65535  # batch times heads: a dimension of the grid
+MAX_SCALE = 1e9  # its fourth power is a float32
 CHUNKS: tuple[int, ...] = Config.__dataclass_fields__["chunk"].metadata[CHOICES]
 
 
-def power_retention(q: Any, k: Any, v: Any, log_g: Any = None, *, degree: int = 2, scale: float | None = None, normalize: str = "sum",
-                    chunk: int | None = None, target: str | None = None) -> Any:
+def power_retention(
+    q: Any,
+    k: Any,
+    v: Any,
+    log_g: Any = None,
+    *,
+    degree: int = 2,
+    scale: float | None = None,
+    normalize: str = "sum",
+    chunk: int | None = None,
+    target: str | None = None,
+) -> Any:
     """Gated power retention, causal: y_i = sum_j w_ij v_j / sum_j w_ij, w_ij = (scale q_i . k_j)^degree exp(sum of log_g in (j, i]), j <= i.
 
     Args:
@@ -83,7 +92,9 @@ def _refuse_gradients(arrays: dict[str, Array]) -> None:
         return
     for name, array in arrays.items():
         if array.library == "torch" and array.owner.requires_grad:
-            raise UnsupportedError(f"{name} requires a gradient, which power_retention does not compute yet; call it under torch.no_grad(), or pass {name}.detach()")
+            raise UnsupportedError(
+                f"{name} requires a gradient, which power_retention does not compute yet; call it under torch.no_grad(), or pass {name}.detach()"
+            )
 
 
 def _check_options(degree: Any, scale: Any, normalize: Any, chunk: Any) -> None:
@@ -102,9 +113,11 @@ def _check_options(degree: Any, scale: Any, normalize: Any, chunk: Any) -> None:
 
 
 @lru_cache(maxsize=4096)
-def _problem(facts: tuple[tuple[Any, ...], ...], degree: int, scale: float | None, normalize: str, chunk: int | None, target: str) -> tuple[Problem, int | None, bool]:
+def _problem(
+    facts: tuple[tuple[Any, ...], ...], degree: int, scale: float | None, normalize: str, chunk: int | None, target: str
+) -> tuple[Problem, int | None, bool]:
     """The problem that the arrays' facts state, the chunk, and whether all rows can be copied 16 bytes at a time; refuses what is not served."""
-    names = ("q", "k", "v", "log_g")[:len(facts)]
+    names = ("q", "k", "v", "log_g")[: len(facts)]
     shapes = {name: fact[0] for name, fact in zip(names, facts, strict=True)}
     strides = {name: tuple(fact[1]) for name, fact in zip(names, facts, strict=True)}
     _check_shapes(shapes)
@@ -112,9 +125,29 @@ def _problem(facts: tuple[tuple[Any, ...], ...], degree: int, scale: float | Non
     (b, t, hq, d), (h, e) = shapes["q"], shapes["v"][2:]
     if chunk is not None and chunk >= t:
         chunk = 0
-    gates = strides["log_g"] if "log_g" in strides else (0, 0, 0)
-    return Problem(facts[0][2], d, e, int(degree), "log_g" in shapes, normalize == "sum", b, t, hq, h, float(d**-0.5 if scale is None else scale),
-                   strides["q"][:3], strides["k"][:3], strides["v"][:3], (t * hq * e, hq * e, e), gates), chunk, all(vectorised(*fact) for fact in facts[:3])
+    gates = strides.get("log_g", (0, 0, 0))
+    return (
+        Problem(
+            facts[0][2],
+            d,
+            e,
+            int(degree),
+            "log_g" in shapes,
+            normalize == "sum",
+            b,
+            t,
+            hq,
+            h,
+            float(d**-0.5 if scale is None else scale),
+            strides["q"][:3],
+            strides["k"][:3],
+            strides["v"][:3],
+            (t * hq * e, hq * e, e),
+            gates,
+        ),
+        chunk,
+        all(vectorised(*fact) for fact in facts[:3]),
+    )
 
 
 def _check_shapes(shapes: dict[str, tuple[int, ...]]) -> None:
@@ -125,15 +158,21 @@ def _check_shapes(shapes: dict[str, tuple[int, ...]]) -> None:
     expected = {"k": (b, t, h, d), "v": (b, t, h, shapes["v"][3]), "log_g": (b, t, h)}
     for name, wanted in expected.items():
         if name in shapes and shapes[name] != wanted:
-            raise ArgumentError(f"{name} has shape {list(shapes[name])}, which does not go with q {list(shapes['q'])} and k {list(shapes['k'])}; accepted: {list(wanted)}")
+            raise ArgumentError(
+                f"{name} has shape {list(shapes[name])}, which does not go with q {list(shapes['q'])} and k {list(shapes['k'])}; accepted: {list(wanted)}"
+            )
     if h == 0 or hq % h:
         raise ArgumentError(f"q has {hq} heads and k has {h}; accepted: a multiple of k's heads")
     for name, size in (("D", d), ("E", shapes["v"][3])):
         if size not in DIMS:
-            raise UnsupportedError(f"{name}={size} is not served; accepted: {', '.join(map(str, DIMS))}. Pad with zeros, which changes nothing but `scale`'s default")
+            raise UnsupportedError(
+                f"{name}={size} is not served; accepted: {', '.join(map(str, DIMS))}. Pad with zeros, which changes nothing but `scale`'s default"
+            )
     for name, shape in shapes.items():
         if int(np.prod(shape, dtype=np.int64)) > MAX_ELEMENTS:
-            raise UnsupportedError(f"{name} has {int(np.prod(shape, dtype=np.int64))} elements; accepted: at most 2^31. Split the batch or the heads")
+            raise UnsupportedError(
+                f"{name} has {int(np.prod(shape, dtype=np.int64))} elements; accepted: at most 2^31. Split the batch or the heads"
+            )
     if b * hq > MAX_HEADS:
         raise UnsupportedError(f"q has B x HQ = {b * hq} heads; accepted: at most {MAX_HEADS}. Split the batch")
 
@@ -143,10 +182,18 @@ def _check_places(facts: dict[str, tuple[Any, ...]], target: str) -> None:
     for name, (_, _, other, place, owner, _) in facts.items():
         if (place, owner) != (device, library):
             where = {CPU: "the CPU"}
-            raise ArgumentTypeError(f"{name} is a {owner} array on {where.get(place, f'CUDA device {place}')}, q a {library} array on "
-                                    f"{where.get(device, f'CUDA device {device}')}; accepted: one library and one device for all")
+            raise ArgumentTypeError(
+                f"{name} is a {owner} array on {where.get(place, f'CUDA device {place}')}, q a {library} array on "
+                f"{where.get(device, f'CUDA device {device}')}; accepted: one library and one device for all"
+            )
         on_gpu = place != CPU or target == "host"
-        wanted = (DType.float32,) if name == "log_g" else (DType.bfloat16, DType.float16) if on_gpu else (DType.bfloat16, DType.float16, DType.float32)
+        wanted = (
+            (DType.float32,)
+            if name == "log_g"
+            else (DType.bfloat16, DType.float16)
+            if on_gpu
+            else (DType.bfloat16, DType.float16, DType.float32)
+        )
         if other not in wanted:
             raise ArgumentTypeError(f"{name} is {other}; accepted: {', '.join(map(str, wanted))}")
         if name in ("k", "v") and other is not dtype:
@@ -155,8 +202,9 @@ def _check_places(facts: dict[str, tuple[Any, ...]], target: str) -> None:
 
 def _on_cpu(arrays: dict[str, Array], problem: Problem, normalize: str, chunk: int | None) -> Any:
     def float32(a: Array) -> np.ndarray:
-        x: np.ndarray = (a.owner.detach().float().numpy() if a.library == "torch" else a.owner.astype(np.float32))
+        x: np.ndarray = a.owner.detach().float().numpy() if a.library == "torch" else a.owner.astype(np.float32)
         return x
+
     q, k, v = (float32(arrays[n]) for n in "qkv")
     log_g = float32(arrays["log_g"]) if "log_g" in arrays else None
     y = power_retention_cpu(q, k, v, log_g, degree=problem.degree, scale=problem.scale, normalize=normalize, chunk=chunk)

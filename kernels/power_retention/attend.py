@@ -10,18 +10,18 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from vidrial.kernels.power_retention.scan import pair_tiles, snapshot_elements
+from vidrial.templates import TEMPLATES
+
 from vidrial.atoms import MMA_16x8x16, cp_async, ldmatrix
 from vidrial.counts import Counts, copies, loads, products, vectors
 from vidrial.device import Device
 from vidrial.dtypes import DType
 from vidrial.kernel import Kernel
-from vidrial.kernels.power_retention.scan import pair_tiles, snapshot_elements
 from vidrial.problem import choice, dynamic, static
 from vidrial.render import Arguments, Tiles
 from vidrial.space import Cost
-from vidrial.templates import TEMPLATES
 from vidrial.tiled import LoadMatrix, LoadVector, Pipeline, SharedMemory, SmemLayout, TiledCopy, TiledMma
-
 
 # Fragments, addresses and loop state, beside the accumulators, before and from sm_90 on; seen in ptxas's reports.
 REGISTERS_BESIDE = 80, 64
@@ -69,9 +69,24 @@ class Config:
         return 16 * self.m * self.warps
 
 
-ARGS = Arguments(q="Elem const*", k="Elem const*", v="Elem const*", snapshots="cutlass::bfloat16_t const*", a="float2 const*", to_block="float const*", y="Elem*",
-                 q_stride="int64_t[3]", k_stride="int64_t[3]", v_stride="int64_t[3]", y_stride="int64_t[3]",
-                 t="int", h="int", hq="int", chunk="int", weight_scale="float")
+ARGS = Arguments(
+    q="Elem const*",
+    k="Elem const*",
+    v="Elem const*",
+    snapshots="cutlass::bfloat16_t const*",
+    a="float2 const*",
+    to_block="float const*",
+    y="Elem*",
+    q_stride="int64_t[3]",
+    k_stride="int64_t[3]",
+    v_stride="int64_t[3]",
+    y_stride="int64_t[3]",
+    t="int",
+    h="int",
+    hq="int",
+    chunk="int",
+    weight_scale="float",
+)
 
 
 def tiles(p: Problem, c: Config) -> Tiles:
@@ -89,21 +104,52 @@ def tiles(p: Problem, c: Config) -> Tiles:
     qk = TiledMma(MMA_16x8x16[p.dtype], warps, (c.rows, c.keys, p.d), a=q, b=k, bands=True)
     # The second product is in bf16 whatever V is stored as: squared scores overflow float16.
     weights = TiledMma(MMA_16x8x16[bf16], warps, (c.rows, c.keys, p.d), bands=True).accumulator
-    pv = TiledMma(MMA_16x8x16[bf16], warps, (c.rows, p.e, c.keys), a=weights, b=SmemLayout(bf16, c.keys, p.e, stages=c.stages).transposed, bands=True)
+    pv = TiledMma(
+        MMA_16x8x16[bf16], warps, (c.rows, p.e, c.keys), a=weights, b=SmemLayout(bf16, c.keys, p.e, stages=c.stages).transposed, bands=True
+    )
     ps = TiledMma(MMA_16x8x16[bf16], warps, (c.rows, p.e, 64 * s_tiles), b=s.transposed, bands=True)
     qz = TiledMma(MMA_16x8x16[bf16], warps, (c.rows, 32, z.rows), b=z.transposed, bands=True)
     blocks, band = range(0, p.d, 8), 16 * c.m
     return Tiles(
-        threads=threads, min_blocks=c.blocks, smem=SharedMemory(Q=q, Ring=c.stages * stage_bytes, Decay=8 * c.keys * c.stages),
-        Elem=p.dtype, d=p.d, e=p.e, degree=p.degree, gated=p.gated, normalized=p.normalized, stateful=p.stateful,
-        rows=c.rows, keys=c.keys, stages=c.stages, stage_bytes=stage_bytes, s_tiles=s_tiles, s_stages=pairs // s_tiles,
-        z_rows=z.rows, z_stages=p.d // z.rows if p.normalized else 0, snapshot=snapshot_elements(p.d, p.e, p.normalized),
-        Q=q, K=k, V=v, S=s, QK=qk, PV=pv, PS=ps, QZ=qz,
-        CopyQ=TiledCopy(copy, q, threads), CopyK=TiledCopy(copy, k, threads), CopyV=TiledCopy(copy, v, threads),
-        CopyS=TiledCopy(copy, s, threads), CopyZ=TiledCopy(copy, z, threads),
+        threads=threads,
+        min_blocks=c.blocks,
+        smem=SharedMemory(Q=q, Ring=c.stages * stage_bytes, Decay=8 * c.keys * c.stages),
+        Elem=p.dtype,
+        d=p.d,
+        e=p.e,
+        degree=p.degree,
+        gated=p.gated,
+        normalized=p.normalized,
+        stateful=p.stateful,
+        rows=c.rows,
+        keys=c.keys,
+        stages=c.stages,
+        stage_bytes=stage_bytes,
+        s_tiles=s_tiles,
+        s_stages=pairs // s_tiles,
+        z_rows=z.rows,
+        z_stages=p.d // z.rows if p.normalized else 0,
+        snapshot=snapshot_elements(p.d, p.e, p.normalized),
+        Q=q,
+        K=k,
+        V=v,
+        S=s,
+        QK=qk,
+        PV=pv,
+        PS=ps,
+        QZ=qz,
+        CopyQ=TiledCopy(copy, q, threads),
+        CopyK=TiledCopy(copy, k, threads),
+        CopyV=TiledCopy(copy, v, threads),
+        CopyS=TiledCopy(copy, s, threads),
+        CopyZ=TiledCopy(copy, z, threads),
         # For phi(q): features of block J as fragments, features of block I as the pairs of one row.
-        RowsJ=LoadMatrix(q, ldmatrix(4), threads, lambda t: (t // 32 * band + t % 32, 0), tuple((16 * m, j) for m in range(0, c.m, 2) for j in blocks)),
-        RowsI=LoadVector(q, threads, lambda t: (t // 32 * band + t % 32 // 4, 0), tuple((8 * h, i) for h in range(2 * c.m) for i in blocks)),
+        RowsJ=LoadMatrix(
+            q, ldmatrix(4), threads, lambda t: (t // 32 * band + t % 32, 0), tuple((16 * m, j) for m in range(0, c.m, 2) for j in blocks)
+        ),
+        RowsI=LoadVector(
+            q, threads, lambda t: (t // 32 * band + t % 32 // 4, 0), tuple((8 * h, i) for h in range(2 * c.m) for i in blocks)
+        ),
     )
 
 
@@ -117,8 +163,11 @@ def rules(p: Problem, c: Config, device: Device) -> Iterator[tuple[bool, str]]:
     registers = min(255, device.registers_per_sm // (32 * c.warps * c.blocks) // 8 * 8)
     accumulators = c.m * (p.e + c.keys) // 2
     beside = REGISTERS_BESIDE[device.capability >= 90]
-    yield accumulators + beside <= registers, (
-        f"{accumulators} accumulators and some {beside} other registers a thread: {c.blocks} CTAs of {c.warps} warps an SM leave {registers}"
+    yield (
+        accumulators + beside <= registers,
+        (
+            f"{accumulators} accumulators and some {beside} other registers a thread: {c.blocks} CTAs of {c.warps} warps an SM leave {registers}"
+        ),
     )
 
 
@@ -141,7 +190,7 @@ def traffic(p: Problem, c: Config, tiles: Tiles) -> dict[str, Counts]:
     q_stride, k_stride, v_stride = (stride[1] * p.dtype.bytes for stride in (p.q_stride, p.k_stride, p.v_stride))
     names = "CopyQ", "CopyK", "CopyV", "Decay", "QK", "PV"
     total = dict.fromkeys(names, Counts())
-    stateful = 0      # CTAs that read a state
+    stateful = 0  # CTAs that read a state
     for m0 in range(0, p.t, c.rows):
         c0 = m0 // p.chunk * p.chunk
         stateful += p.stateful and c0 > 0
@@ -150,8 +199,13 @@ def traffic(p: Problem, c: Config, tiles: Tiles) -> dict[str, Counts]:
             rows = min(c.keys, p.t - j0)
             # A warp skips a block that begins above its last row.
             warps = sum(j0 < m0 + 16 * c.m * (warp + 1) for warp in range(c.warps))
-            work = (copies(tiles.CopyK, rows, k_stride), copies(tiles.CopyV, rows, v_stride), vectors(c.keys // (2 if j0 >= m0 else 4)) * p.gated,
-                    products(tiles.QK) * warps, products(tiles.PV) * warps)
+            work = (
+                copies(tiles.CopyK, rows, k_stride),
+                copies(tiles.CopyV, rows, v_stride),
+                vectors(c.keys // (2 if j0 >= m0 else 4)) * p.gated,
+                products(tiles.QK) * warps,
+                products(tiles.PV) * warps,
+            )
             total.update((name, total[name] + one) for name, one in zip(names[1:], work, strict=True))
     warps, z_steps = stateful * c.warps, tiles.z_stages * tiles.z_rows // 16 * (p.d // tiles.QZ.tile[1])
     pairs = tiles.s_stages * tiles.s_tiles
@@ -165,4 +219,6 @@ def traffic(p: Problem, c: Config, tiles: Tiles) -> dict[str, Counts]:
     return {name: counts * (p.b * p.hq) for name, counts in total.items()}
 
 
-power_attend = Kernel("power_attend", Path(TEMPLATES, "power_attend.cu.j2"), Problem, Config, ARGS, tiles, grid, rules, cost, traffic=traffic)
+power_attend = Kernel(
+    "power_attend", Path(TEMPLATES, "power_attend.cu.j2"), Problem, Config, ARGS, tiles, grid, rules, cost, traffic=traffic
+)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import numpy as np
 from numpy.typing import NDArray
-
 from vidrial.kernels.power_retention.reference import LOWEST_LOG_GATE, LOWEST_NORMALISER
 
 Float32 = NDArray[np.float32]
@@ -18,7 +17,9 @@ def _phi_indices(d: int) -> tuple[NDArray[np.intp], NDArray[np.intp], Float32]:
     return i, j, np.where(i == j, 1.0, 2.0).astype(np.float32)
 
 
-def power_retention_cpu(q: Float32, k: Float32, v: Float32, log_g: Float32 | None, *, degree: int, scale: float, normalize: str, chunk: int | None) -> Float32:
+def power_retention_cpu(
+    q: Float32, k: Float32, v: Float32, log_g: Float32 | None, *, degree: int, scale: float, normalize: str, chunk: int | None
+) -> Float32:
     """q [B, T, HQ, D], k [B, T, H, D], v [B, T, H, E], log_g [B, T, H] or None, all float32 -> y [B, T, HQ, E] float32.
 
     Degree 2 carries a state of D (D + 1) / 2 x E from chunk to chunk (linear in T); other degrees take every earlier key (quadratic).
@@ -32,12 +33,12 @@ def power_retention_cpu(q: Float32, k: Float32, v: Float32, log_g: Float32 | Non
     y = np.empty((b, h, group, t, e), np.float32)
     i, j, multiplicity = _phi_indices(d)
     stateful = degree == 2 and t > size
-    state = np.zeros((b, h, 1, len(i) if stateful else 0, e + 1), np.float32)      # the last column is the normaliser's
+    state = np.zeros((b, h, 1, len(i) if stateful else 0, e + 1), np.float32)  # the last column is the normaliser's
     for begin in range(0, t, size):
         rows = slice(begin, min(begin + size, t))
         keys = rows if degree == 2 else slice(0, rows.stop)
         a = np.cumsum(gates[..., keys], -1)[:, :, None]
-        tail = a[..., keys.stop - keys.start - (rows.stop - rows.start):]
+        tail = a[..., keys.stop - keys.start - (rows.stop - rows.start) :]
         gap = tail[..., :, None] - a[..., None, :]
         causal = np.arange(rows.start, rows.stop)[:, None] >= np.arange(keys.start, keys.stop)
         weight = (qs[..., rows, :] @ ks[..., keys, :].swapaxes(-1, -2)) ** degree
@@ -53,5 +54,7 @@ def power_retention_cpu(q: Float32, k: Float32, v: Float32, log_g: Float32 | Non
             values *= np.exp(a[..., -1:] - a)[..., None].astype(np.float32)
             state = state * np.exp(a[..., -1])[..., None, None].astype(np.float32) + (kc[..., i] * kc[..., j]).swapaxes(-1, -2) @ values
         factor = np.float32(scale**degree)
-        y[..., rows, :] = num * (factor / np.maximum(norm * factor, np.float32(LOWEST_NORMALISER)))[..., None] if normalize == "sum" else num * factor
+        y[..., rows, :] = (
+            num * (factor / np.maximum(norm * factor, np.float32(LOWEST_NORMALISER)))[..., None] if normalize == "sum" else num * factor
+        )
     return y.transpose(0, 3, 1, 2, 4).reshape(b, t, hq, e)

@@ -5,12 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from vidrial.templates import TEMPLATES
+
 from vidrial.device import Device
 from vidrial.kernel import Kernel
 from vidrial.problem import choice, dynamic
 from vidrial.render import Arguments, Tiles
 from vidrial.space import Cost
-from vidrial.templates import TEMPLATES
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,17 @@ class Config:
     threads: int = choice(256, 128, 512)
 
 
-ARGS = Arguments(log_g="float const*", a="float2*", to_end="float*", to_block="float*", log_g_stride="int64_t[3]", t="int", h="int", chunk="int", block="int")
+ARGS = Arguments(
+    log_g="float const*",
+    a="float2*",
+    to_end="float*",
+    to_block="float*",
+    log_g_stride="int64_t[3]",
+    t="int",
+    h="int",
+    chunk="int",
+    block="int",
+)
 
 
 def tiles(p: Problem, c: Config) -> Tiles:

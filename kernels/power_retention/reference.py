@@ -16,9 +16,9 @@ from numpy.typing import NDArray
 
 Float64 = NDArray[np.float64]
 
-LOWEST_LOG_GATE = -60.0        # exp(-60): gates below are clamped
+LOWEST_LOG_GATE = -60.0  # exp(-60): gates below are clamped
 LOWEST_NORMALISER = 1e-20
-ROWS = 256                     # query rows at a time: memory stays O(T)
+ROWS = 256  # query rows at a time: memory stays O(T)
 
 
 class Reference(NamedTuple):
@@ -40,8 +40,9 @@ def _heads(q: Float64, k: Float64, v: Float64, log_g: Float64 | None) -> Iterato
             yield b, h, q[b, :, h], k[b, :, h // group], v[b, :, h // group], gates
 
 
-def attention_form(q: Float64, k: Float64, v: Float64, log_g: Float64 | None = None, *, degree: int = 2, scale: float | None = None,
-                   normalize: str = "sum") -> Reference:
+def attention_form(
+    q: Float64, k: Float64, v: Float64, log_g: Float64 | None = None, *, degree: int = 2, scale: float | None = None, normalize: str = "sum"
+) -> Reference:
     """The O(T^2) form, in float64."""
     q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
     scale = q.shape[-1] ** -0.5 if scale is None else scale
@@ -61,8 +62,9 @@ def attention_form(q: Float64, k: Float64, v: Float64, log_g: Float64 | None = N
     return Reference(y, conditioning)
 
 
-def recurrent_form(q: Float64, k: Float64, v: Float64, log_g: Float64 | None = None, *, scale: float | None = None,
-                   normalize: str = "sum") -> Float64:
+def recurrent_form(
+    q: Float64, k: Float64, v: Float64, log_g: Float64 | None = None, *, scale: float | None = None, normalize: str = "sum"
+) -> Float64:
     """Degree 2, one token at a time: S <- g S + (k k^T) v^T, in float64. A second, independent evaluation."""
     q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
     scale = q.shape[-1] ** -0.5 if scale is None else scale

@@ -12,6 +12,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from vidrial.templates import TEMPLATES
+
 from vidrial.atoms import MMA_16x8x16, cp_async, ldmatrix
 from vidrial.counts import Counts, copies, loads, products, vectors
 from vidrial.device import Device
@@ -20,7 +22,6 @@ from vidrial.kernel import Kernel
 from vidrial.problem import choice, dynamic, static
 from vidrial.render import Arguments, Tiles
 from vidrial.space import Cost
-from vidrial.templates import TEMPLATES
 from vidrial.tiled import LoadMatrix, Pipeline, SharedMemory, SmemLayout, TiledCopy, TiledMma
 
 
@@ -66,8 +67,19 @@ class Config:
     segments: int = choice(1, 2, 3, 4, 6, 8)
 
 
-ARGS = Arguments(k="Elem const*", v="Elem const*", a="float2 const*", to_end="float const*", snapshots="cutlass::bfloat16_t*", ends="float*",
-                 k_stride="int64_t[3]", v_stride="int64_t[3]", t="int", h="int", chunk="int")
+ARGS = Arguments(
+    k="Elem const*",
+    v="Elem const*",
+    a="float2 const*",
+    to_end="float const*",
+    snapshots="cutlass::bfloat16_t*",
+    ends="float*",
+    k_stride="int64_t[3]",
+    v_stride="int64_t[3]",
+    t="int",
+    h="int",
+    chunk="int",
+)
 
 
 def units(p: Problem, c: Config, z_rows: int | None = None) -> int:
@@ -99,10 +111,26 @@ def tiles(p: Problem, c: Config) -> Tiles:
     copy = cp_async(16, zero_fill=True)
     smem = SharedMemory(K=k, V=v, Decay=4 * c.tokens * c.stages, Products=2 * c.warps * products.bytes)
     return Tiles(
-        threads=threads, min_blocks=8 // c.warps, smem=smem,
-        Elem=p.dtype, d=p.d, e=p.e, gated=p.gated, normalized=p.normalized, tokens=c.tokens, stages=c.stages, columns=c.columns, z_rows=z_rows,
-        K=k, V=v, Products=products, products_bytes=2 * products.bytes, State=state, Z=z,
-        CopyK=TiledCopy(copy, k, threads), CopyV=TiledCopy(copy, v, threads),
+        threads=threads,
+        min_blocks=8 // c.warps,
+        smem=smem,
+        Elem=p.dtype,
+        d=p.d,
+        e=p.e,
+        gated=p.gated,
+        normalized=p.normalized,
+        tokens=c.tokens,
+        stages=c.stages,
+        columns=c.columns,
+        z_rows=z_rows,
+        K=k,
+        V=v,
+        Products=products,
+        products_bytes=2 * products.bytes,
+        State=state,
+        Z=z,
+        CopyK=TiledCopy(copy, k, threads),
+        CopyV=TiledCopy(copy, v, threads),
         Tokens=LoadMatrix(k, trans, 32, lambda lane: (lane, 0), tuple((t, 0) for t in range(0, c.tokens, 32)), blocks),
         Broadcast=LoadMatrix(products, plain, 32, lambda lane: (lane // 8 % 2, lane // 16 * 8), splats),
     )
@@ -124,8 +152,13 @@ def cost(p: Problem, c: Config, device: Device) -> Cost:
     ctas = -(-units(p, c) // c.warps) * p.b * p.h * c.segments
     # Measured on an H200, which holds two CTAs of 4 such warps an SM; narrow slices make phi twice as often.
     efficiency = (0.42 if c.columns == 64 else 0.37) * (1.0 if c.tokens == 64 else 0.95) * (1.0 if c.warps == 4 else 0.9)
-    return Cost(flops=2 * p.b * p.h * scanned * size, bytes=2 * p.b * p.h * (scanned * (p.d + p.e) + (p.chunks - 1) * size),
-                ctas=ctas, ctas_per_sm=8 // c.warps, efficiency=efficiency)
+    return Cost(
+        flops=2 * p.b * p.h * scanned * size,
+        bytes=2 * p.b * p.h * (scanned * (p.d + p.e) + (p.chunks - 1) * size),
+        ctas=ctas,
+        ctas_per_sm=8 // c.warps,
+        efficiency=efficiency,
+    )
 
 
 def traffic(p: Problem, c: Config, tiles: Tiles) -> dict[str, Counts]:
@@ -185,7 +218,11 @@ def carry_grid(p: CarryProblem, c: CarryConfig) -> tuple[int, int, int]:
 
 def carry_cost(p: CarryProblem, c: CarryConfig, device: Device) -> Cost:
     joined = -(-p.t // p.chunk) * (p.segments - 1) / p.segments
-    return Cost(flops=0, bytes=4 * joined * p.b * p.h * snapshot_elements(p.d, p.e, p.normalized), ctas=math.prod(carry_grid(p, c)), ctas_per_sm=8)
+    return Cost(
+        flops=0, bytes=4 * joined * p.b * p.h * snapshot_elements(p.d, p.e, p.normalized), ctas=math.prod(carry_grid(p, c)), ctas_per_sm=8
+    )
 
 
-power_carry = Kernel("power_carry", Path(TEMPLATES, "power_carry.cu.j2"), CarryProblem, CarryConfig, CARRY_ARGS, carry_tiles, carry_grid, cost=carry_cost)
+power_carry = Kernel(
+    "power_carry", Path(TEMPLATES, "power_carry.cu.j2"), CarryProblem, CarryConfig, CARRY_ARGS, carry_tiles, carry_grid, cost=carry_cost
+)

@@ -50,13 +50,23 @@ def test_an_empty_run_takes_microseconds_though_the_host_is_slow() -> None:
             x.data.memset_async(0, 256, stream)
 
     clock.lead(many)
-    timing, = measure([many], clock, rounds=15)
+    (timing,) = measure([many], clock, rounds=15)
     assert timing.median_ms < 0.15
 
 
-@pytest.mark.parametrize(("fault", "status"), [
-    (bad_op.NONE, Status.ok), (bad_op.WRONG, Status.wrong), (bad_op.TAIL, Status.wrong), (bad_op.OUTSIDE, Status.wrong),
-    (bad_op.RANDOM, Status.wrong), (bad_op.FAULT, Status.crash), (bad_op.HANG, Status.timeout), (bad_op.SMEM, Status.launch)])
+@pytest.mark.parametrize(
+    ("fault", "status"),
+    [
+        (bad_op.NONE, Status.ok),
+        (bad_op.WRONG, Status.wrong),
+        (bad_op.TAIL, Status.wrong),
+        (bad_op.OUTSIDE, Status.wrong),
+        (bad_op.RANDOM, Status.wrong),
+        (bad_op.FAULT, Status.crash),
+        (bad_op.HANG, Status.timeout),
+        (bad_op.SMEM, Status.launch),
+    ],
+)
 def test_bad_kernels_are_caught_and_cost_themselves_alone(fault: int, status: Status) -> None:
     result = sweep(bad_op.op, example(n=10007), configs=[Config(fault, 128), Config(bad_op.NONE, 64)], limit=10.0)
     found = {t.config: t for t in result.trials if t.phase == "screen"}

@@ -73,7 +73,7 @@ def mma(atom: str, k: int, element: str) -> Case:
 
 def ldmatrix(atom: str, matrices: int) -> Case:
     """Source and target agree element by element."""
-    elements = np.random.default_rng(RNG_SEED).permutation(2**16)[:64 * matrices].astype(np.uint16)
+    elements = np.random.default_rng(RNG_SEED).permutation(2**16)[: 64 * matrices].astype(np.uint16)
     source = text("ldmatrix.cu", f"using Atom = cute::{atom};")
     return Case(atom, source, 32, 512, [elements, np.zeros_like(elements)], (), {1: (elements, 0.0)})
 
@@ -104,15 +104,36 @@ def warp() -> Case:
     ballot = by_warp(lambda w: np.packbits((w & 1).astype(np.uint8), bitorder="little").view(np.int32)[0])
     bits = [int(v) for v in x]
     numbers = [v.bit_count() + 100 * (32 - v.bit_length()) + 10000 * ((v & -v).bit_length()) for v in bits]
-    permuted = [((v >> 16 & 0xff) | 0xcd << 8 | (v >> 8 & 0xff) << 16 | 0x89 << 24) - 2**32 for v in bits]
-    rows = [taken(np.full(64, 5)), taken(lane // 8 * 8 + (lane + 3) % 8), taken(lane ^ 17), taken(lane ^ 3, 8), taken(lane + 2),
-            taken(lane + 3, 16), taken(lane - 1), taken(lane - 5, 8), taken(lane ^ 8), ballot, by_warp(lambda w: (w == 7).any()),
-            by_warp(lambda w: (w < 1000).all()), np.array(numbers), np.array(permuted), taken(np.where(lane % 2, lane ^ 2, lane ^ 4))]
+    permuted = [((v >> 16 & 0xFF) | 0xCD << 8 | (v >> 8 & 0xFF) << 16 | 0x89 << 24) - 2**32 for v in bits]
+    rows = [
+        taken(np.full(64, 5)),
+        taken(lane // 8 * 8 + (lane + 3) % 8),
+        taken(lane ^ 17),
+        taken(lane ^ 3, 8),
+        taken(lane + 2),
+        taken(lane + 3, 16),
+        taken(lane - 1),
+        taken(lane - 5, 8),
+        taken(lane ^ 8),
+        ballot,
+        by_warp(lambda w: (w == 7).any()),
+        by_warp(lambda w: (w < 1000).all()),
+        np.array(numbers),
+        np.array(permuted),
+        taken(np.where(lane % 2, lane ^ 2, lane ^ 4)),
+    ]
     last = np.zeros(64)
     last[:3] = x.max(), x[:32].sum(), x[32:].sum()
     expected = np.stack([*rows, last]).astype(np.int32)
-    return Case("warp", text("warp.cu"), 64, 0, [x, np.zeros_like(expected), np.zeros(1, np.float32)], (),
-                {1: (expected, 0.0), 2: (np.array([0.5 * x.sum()]), 0.0)})
+    return Case(
+        "warp",
+        text("warp.cu"),
+        64,
+        0,
+        [x, np.zeros_like(expected), np.zeros(1, np.float32)],
+        (),
+        {1: (expected, 0.0), 2: (np.array([0.5 * x.sum()]), 0.0)},
+    )
 
 
 def intrinsics() -> Case:
@@ -124,8 +145,15 @@ def intrinsics() -> Case:
     values = [bf16_values(x) for x in b]
     product = [bf16_bits(value * values[0]).astype(np.uint32) for value in values]
     quads = 4 * (np.arange(64) % 16)
-    bits = np.stack([b[0] | b[1] << 16, h[0].view(np.uint16) | h[1].view(np.uint16).astype(np.uint32) << 16, product[0] | product[1] << 16,
-                     b[1] * 0x10001, quads + 100 * (quads + 1) + 10000 * (quads + 2) + 1000000 * (quads + 3)]).astype(np.uint32)
+    bits = np.stack(
+        [
+            b[0] | b[1] << 16,
+            h[0].view(np.uint16) | h[1].view(np.uint16).astype(np.uint32) << 16,
+            product[0] | product[1] << 16,
+            b[1] * 0x10001,
+            quads + 100 * (quads + 1) + 10000 * (quads + 2) + 1000000 * (quads + 3),
+        ]
+    ).astype(np.uint32)
     power = np.exp2(low.astype(np.float64))
     power[low < -126] = 0.0
     floats = np.stack([h[0].astype(np.float64), h[1].astype(np.float64), power, values[0].astype(np.float64)])
