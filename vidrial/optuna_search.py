@@ -40,7 +40,9 @@ class OptunaSearch:
         self._optuna, self._op, self._problem, self._device, self._seed = optuna, op, problem, device, seed
         self._axes: Axes = dict(axes(op.config))
         categories = {name: tuple(range(len(values))) for name, values in self._axes.items()}
-        self._distributions = {name: optuna.distributions.CategoricalDistribution(indices) for name, indices in categories.items()}
+        self._distributions: dict[str, Any] = {
+            name: optuna.distributions.CategoricalDistribution(indices) for name, indices in categories.items()
+        }
 
     def propose(self, seen: Mapping[Any, float]) -> list[Any]:
         """Up to BATCH legal configs that were not tried yet; none if none was found."""
