@@ -83,3 +83,11 @@ def test_the_search_is_compared_with_all_of_the_reduced_space(results: Path, mon
 def test_time_runs_out_for_the_last_problems(results: Path) -> None:
     problems = [example(t=t) for t in (10007, 1000, 257)]
     assert [r.problem.t for r in sweep_lengths(op, problems, within=0.6, trials=4, **FAKE)] == [10007]
+
+
+def test_the_committed_ranking_is_of_these_templates() -> None:
+    device = Device.of("h200")
+    for t in (1000, 10007, 65536):
+        config, origin = pick(op, example(t=t), device)
+        assert origin == "shipped", "the templates have changed since: sweep again on an H200"
+        assert op.reject(example(t=t), config, device) is None
