@@ -148,7 +148,8 @@ def capturing() -> bool:
 def empty(shape: tuple[int, ...], dtype: DType, like: Array) -> Array:
     """A new array of `like`'s library and device, contents undefined. For JAX memory comes from CuPy; see `give_back`."""
     if like.library == "torch":
-        x = sys.modules["torch"].empty(shape, dtype=_torch_dtype(dtype), device=like.owner.device)
+        torch = sys.modules["torch"]
+        x = torch.empty(shape, dtype=_torch_dtype(torch, dtype), device=like.owner.device)
         # Its strides are known; asking for them again takes as long as a launch does.
         return Array(x.data_ptr(), shape, contiguous_strides(shape), dtype, like.device, "torch", x)
     if like.device == CPU:
@@ -178,8 +179,8 @@ def give_back(x: Array) -> Any:
 
 
 @lru_cache
-def _torch_dtype(dtype: DType) -> Any:
-    return getattr(sys.modules["torch"], dtype.label)
+def _torch_dtype(torch: Any, dtype: DType) -> Any:
+    return getattr(torch, dtype.label)
 
 
 def _numpy_dtype(dtype: DType) -> Any:
