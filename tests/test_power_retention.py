@@ -12,7 +12,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from vidrial.kernels.power_retention import power_retention
-from vidrial.kernels.power_retention.op import round_to, widen
 from vidrial.kernels.power_retention.reference import attention_form, recurrent_form
 
 from vidrial.dtypes import DType
@@ -281,13 +280,13 @@ def test_the_largest_sizes_are_accepted(monkeypatch: pytest.MonkeyPatch) -> None
 def test_rounding_to_16_bits(dtype: DType) -> None:
     bits = np.arange(1 << 16, dtype=np.uint16)
     with np.errstate(invalid="ignore"):  # signalling NaN
-        values = widen(bits if dtype is DType.bfloat16 else bits.view(np.float16), dtype)
+        values = dtype.widen(bits if dtype is DType.bfloat16 else bits.view(np.float16))
     finite = np.isfinite(values)
-    again = round_to(values[finite].astype(np.float32), dtype).view(np.uint16)
+    again = dtype.round(values[finite].astype(np.float32)).view(np.uint16)
     assert (again == bits[finite]).all()
     ordered = np.sort(values[finite & (values > 0)])
     middle = (ordered[:-1] + ordered[1:]) / 2
-    below = widen(round_to(np.nextafter(middle.astype(np.float32), np.float32(0)), dtype), dtype)
+    below = dtype.widen(dtype.round(np.nextafter(middle.astype(np.float32), np.float32(0))))
     exact = middle.astype(np.float32) == middle
     assert (below[exact] == ordered[:-1][exact]).all() and exact.sum() > 30_000
 

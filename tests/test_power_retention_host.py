@@ -22,7 +22,6 @@ from vidrial.kernels.power_retention.op import (
     reference,
     sample,
     stages,
-    widen,
 )
 from vidrial.kernels.power_retention.scan import Config as Scan
 from vidrial.kernels.power_retention.scan import snapshot_elements, units
@@ -58,7 +57,7 @@ def run(
 def late_error(p: Problem, config: Config, results: Arrays, exact: Arrays) -> float:
     """Relative to the norm, over the rows that read a state: an error in it does not hide behind the first chunk."""
     rows = slice(chunk_tokens(p, config), None)
-    y, wanted = widen(results["y"], p.dtype)[:, rows], exact["y"][:, rows]
+    y, wanted = p.dtype.widen(results["y"])[:, rows], exact["y"][:, rows]
     return float(np.linalg.norm(y - wanted) / max(np.linalg.norm(wanted), 1e-30))
 
 
@@ -146,7 +145,7 @@ def test_results_do_not_depend_on_the_chunk() -> None:
     for config in (replace(NARROW, chunk=0), SEGMENTED, replace(SEGMENTED, chunk=256), replace(NARROW, chunk=512), TALL):
         results, _ = run(p, config, inputs)
         assert check(p, inputs, results, exact).ok
-        found[config] = widen(results["y"], p.dtype)
+        found[config] = p.dtype.widen(results["y"])
     first = found[replace(NARROW, chunk=0)]
     for y in found.values():
         assert np.linalg.norm(y - first) <= TWO_RESULTS * np.linalg.norm(first)

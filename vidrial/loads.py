@@ -11,8 +11,24 @@ from vidrial.smem import SmemLayout, Steps, prove_access
 from vidrial.thread_map import Table, thread_layouts
 
 
+class Placed:
+    """Threads and the 16 bytes that each begins at: `table` as the two layouts thread -> row and thread -> first column."""
+
+    table: Table | tuple[Layout, Layout]
+
+    @property
+    def row(self) -> Layout:
+        """thread -> row of its 16 bytes."""
+        return self.table[0]  # type: ignore[index]
+
+    @property
+    def column(self) -> Layout:
+        """thread -> first column of its 16 bytes."""
+        return self.table[1]  # type: ignore[index]
+
+
 @dataclasses.dataclass(frozen=True)
-class LoadMatrix:
+class LoadMatrix(Placed):
     """ldmatrix by `threads` threads: each supplies the address of the 16 bytes at origin + `table` + step of the tile.
 
     `table` is thread -> (row, column), as a function or as the two layouts that it becomes; `steps` are the (rows, columns)
@@ -40,16 +56,6 @@ class LoadMatrix:
         prove_access(self.tile, self.row, self.column, self.threads, self.steps, self.origins)
 
     @property
-    def row(self) -> Layout:
-        """thread -> row of its 16 bytes."""
-        return self.table[0]  # type: ignore[index]
-
-    @property
-    def column(self) -> Layout:
-        """thread -> first column of its 16 bytes."""
-        return self.table[1]  # type: ignore[index]
-
-    @property
     def arguments(self) -> str:
         """The C++ template arguments."""
         return f"{self.atom.cpp}, {self.tile.cpp}, {self.row.cpp}, {self.column.cpp}"
@@ -61,7 +67,7 @@ class LoadMatrix:
 
 
 @dataclasses.dataclass(frozen=True)
-class LoadVector:
+class LoadVector(Placed):
     """16 bytes of a row into four registers: each thread those at `table` + step of the tile; proved like LoadMatrix.
 
     Raises:
@@ -78,16 +84,6 @@ class LoadVector:
             object.__setattr__(self, "table", thread_layouts(self.table, self.threads))
         object.__setattr__(self, "steps", tuple(self.steps))
         prove_access(self.tile, self.row, self.column, self.threads, self.steps)
-
-    @property
-    def row(self) -> Layout:
-        """thread -> row of its 16 bytes."""
-        return self.table[0]  # type: ignore[index]
-
-    @property
-    def column(self) -> Layout:
-        """thread -> first column of its 16 bytes."""
-        return self.table[1]  # type: ignore[index]
 
     @property
     def cpp(self) -> str:

@@ -178,19 +178,6 @@ def small(p: Problem) -> Problem:
     )
 
 
-def round_to(x: np.ndarray, dtype: DType) -> np.ndarray:
-    """float -> 16 bits, nearest even; bfloat16 as uint16 bits."""
-    if dtype is not DType.bfloat16:
-        return x.astype(dtype.label)
-    bits = np.ascontiguousarray(x, np.float32).view(np.uint32)
-    return ((bits + 0x7FFF + (bits >> 16 & 1)) >> 16).astype(np.uint16)
-
-
-def widen(x: np.ndarray, dtype: DType) -> np.ndarray:
-    """16 bits -> float64, exact."""
-    return (x.astype(np.uint32) << 16).view(np.float32).astype(np.float64) if dtype is DType.bfloat16 else x.astype(np.float64)
-
-
 def sample(p: Problem, seed: int) -> dict[str, np.ndarray]:
     """Normal q, k, v; log_g = logsigmoid(normal + 4), beyond MEMORY tokens flattened in proportion.
 
@@ -200,7 +187,7 @@ def sample(p: Problem, seed: int) -> dict[str, np.ndarray]:
     rng = np.random.default_rng(seed)
     shapes = {"q": (p.b, p.t, p.hq, p.d), "k": (p.b, p.t, p.h, p.d), "v": (p.b, p.t, p.h, p.e)}
     # Drawing a gigabyte takes longer than sweeping it: beyond DRAWN elements the values repeat.
-    drawn = {name: round_to(rng.standard_normal(min(DRAWN, int(np.prod(shape))), np.float32), p.dtype) for name, shape in shapes.items()}
+    drawn = {name: p.dtype.round(rng.standard_normal(min(DRAWN, int(np.prod(shape))), np.float32)) for name, shape in shapes.items()}
     arrays = {name: np.resize(values, shapes[name]) for name, values in drawn.items()}
     if p.gated:
         arrays["log_g"] = -np.log1p(np.exp(-rng.standard_normal((p.b, p.t, p.h), np.float32) - 4)) * np.float32(
@@ -210,14 +197,14 @@ def sample(p: Problem, seed: int) -> dict[str, np.ndarray]:
 
 
 def reference(p: Problem, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    q, k, v = (widen(inputs[n], p.dtype) for n in "qkv")
+    q, k, v = (p.dtype.widen(inputs[n]) for n in "qkv")
     found = attention_form(q, k, v, inputs.get("log_g"), degree=p.degree, scale=p.scale, normalize="sum" if p.normalized else "none")
     return {"y": found.y, "conditioning": found.conditioning, "v_max": np.array(np.abs(v).max(initial=0.0))}
 
 
 def check(p: Problem, inputs: Mapping[str, np.ndarray], results: Mapping[str, np.ndarray], expected: Mapping[str, np.ndarray]) -> Check:
     """The weighted error alone would not see a wrong multiplicity, the norm alone not a wrong element: both count."""
-    y, exact = widen(results["y"], p.dtype), expected["y"]
+    y, exact = p.dtype.widen(results["y"]), expected["y"]
     error = np.abs(y - exact)
     norm = float(np.linalg.norm(exact))
     worst = (error * expected["conditioning"][..., None]).max(initial=0.0) / max(float(expected["v_max"]), 1e-30)

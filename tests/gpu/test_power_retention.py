@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 from vidrial.kernels.power_retention import power_retention
-from vidrial.kernels.power_retention.op import RELATIVE_BOUND, Config, Problem, check, chunk_tokens, example, op, reference, sample, widen
+from vidrial.kernels.power_retention.op import RELATIVE_BOUND, Config, Problem, check, chunk_tokens, example, op, reference, sample
 
 from vidrial.build import build_many
 from vidrial.compile import Cubin
@@ -30,7 +30,7 @@ def errors(p: Problem, inputs: Arrays, y: np.ndarray, chunk: int, exact: Arrays 
     """What is wrong with y (bits): the op's own two measures, and the norm over the rows that read a state."""
     exact = exact or reference(p, inputs)
     found = check(p, inputs, {"y": y}, exact)
-    got, wanted = widen(y, p.dtype)[:, chunk:], exact["y"][:, chunk:]
+    got, wanted = p.dtype.widen(y)[:, chunk:], exact["y"][:, chunk:]
     late = float(np.linalg.norm(got - wanted) / max(np.linalg.norm(wanted), 1e-30))
     return [] if found.ok and late <= RELATIVE_BOUND else [f"{found}, behind the first chunk {late:.2e}"]
 
