@@ -18,5 +18,6 @@ def test_unit(case: Case) -> None:
         pointers = {8 * i: array for i, array in enumerate(case.arrays)}
         stats = binary.launch((1,), case.block, case.shared_bytes, case.packed, pointers, schedule)
         case.check()
-        assert stats.mma == ("mma.cu" in case.source)
+        assert stats.mma == ('"mma.cu"' in case.source)
+        assert stats.wgmma == 4 * ('"wgmma.cu"' in case.source)
         assert stats.ldmatrix == ("ldmatrix.cu" in case.source)

@@ -78,6 +78,7 @@ class HostStats:
 
     switches: int
     mma: int
+    wgmma: int
     ldmatrix: int
     ldmatrix_conflicts: int
     cp_async_requests: int
@@ -87,7 +88,7 @@ class HostStats:
     seconds: float
 
 
-STATS, REQUEST, LENGTH = struct.Struct("=8qd"), struct.Struct("=3I3IIId5Q"), struct.Struct("=q")
+STATS, REQUEST, LENGTH = struct.Struct("=9qd"), struct.Struct("=3I3IIId5Q"), struct.Struct("=q")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -19,7 +19,8 @@ RNG_SEED = 20240607
 class Case:
     """A launch of one CTA of `unit`, whose arguments are the arrays' addresses, then the integers.
 
-    `expected`: index of an array -> (what it must hold afterwards, absolute tolerance).
+    `expected`: index of an array -> (what it must hold afterwards, absolute tolerance). `arch`: the only architecture that has the
+    instruction, if not all of them do.
     """
 
     name: str
@@ -29,6 +30,7 @@ class Case:
     arrays: list[Array]
     integers: tuple[int, ...]
     expected: dict[int, tuple[Array, float]]
+    arch: str | None = None
 
     @property
     def packed(self) -> bytes:
@@ -69,6 +71,33 @@ def mma(atom: str, k: int, element: str) -> Case:
     encoded = [np.ascontiguousarray(x.T.astype(np.float16) if half else bf16_bits(x.T)) for x in (a, b)]
     source = text("mma.cu", f"using T = cutlass::{element};", f"using Atom = cute::{atom};")
     return Case(atom, source, 32, 0, [*encoded, np.ascontiguousarray(c.T)], (), {2: ((a @ b.T + c).T, 0.0)})
+
+
+def wgmma(element: str, n: int, major: str, width: int, *, shared_a: str = "", negate: bool = False, fresh: bool = False) -> Case:
+    """C += A B^T of small integers; `shared_a`: how A lies in shared memory, if not in registers. `width`: 16-byte units of a swizzle."""
+    rng = np.random.default_rng(RNG_SEED)
+    a, b, c = (rng.integers(-8, 9, shape).astype(np.float32) for shape in ((64, 64), (n, 64), (64, n)))
+    half = element == "half_t"
+    encoded = [np.ascontiguousarray(x.T.astype(np.float16) if half else bf16_bits(x.T)) for x in (a, b)]
+    types, kind = "F32F16F16" if half else "F32BF16BF16", "SS" if shared_a else "RS"
+    scale = ", GMMA::ScaleIn::Neg" if negate else ""
+    definitions = [
+        f"constexpr int N = {n};",
+        f"#define WIDTH {width}",
+        f"#define SHARED_A {int(bool(shared_a))}",
+        f"#define FRESH {int(fresh)}",
+        f"#define MAJOR_A GMMA::Major::{shared_a or 'K'}",
+        f"#define MAJOR_B GMMA::Major::{major}",
+        f"#define Instruction GMMA::MMA_64x{n}x16_{types}_{kind}<MAJOR_A, MAJOR_B{scale}>",
+        f"using T = cutlass::{element};",
+    ]
+    lines = 8 * width
+    rows = [max(r, lines) if m == "MN" else r for r, m in ((n, major), (64, shared_a or "K"))]
+    expected = (0 if fresh else c) + (-1 if negate else 1) * (a @ b.T)
+    name = f"wgmma-{element}-{kind}-{n}-{shared_a}{major}-{16 * width}" + "-negated" * negate + "-fresh" * fresh
+    shared_bytes = 128 * (rows[0] + rows[1] * bool(shared_a))
+    arrays = [*encoded, np.ascontiguousarray(c.T)]
+    return Case(name, text("wgmma.cu", *definitions), 128, shared_bytes, arrays, (), {2: (expected.T, 0.0)}, "sm_90a")
 
 
 def ldmatrix(atom: str, matrices: int) -> Case:
@@ -168,6 +197,16 @@ def cases() -> Iterator[Case]:
     for element, spelled in (("bfloat16_t", "F32BF16BF16F32"), ("half_t", "F32F16F16F32")):
         for k in (8, 16):
             yield mma(f"SM80_16x8x{k}_{spelled}_TN", k, element)
+    for major in ("K", "MN"):
+        for width in (8, 4):
+            for n in (32, 64, 128, 256):
+                yield wgmma("bfloat16_t", n, major, width)
+            yield wgmma("half_t", 32 * width, major, width, fresh=True)
+        for width in (2, 1):
+            yield wgmma("half_t" if width == 2 else "bfloat16_t", 40 if major == "K" else 48, major, width)
+        for width in (8, 4, 2, 1):
+            yield wgmma("bfloat16_t", 64, major, width, shared_a="MN" if width in (8, 1) else "K", negate=width == 8)
+        yield wgmma("half_t", 64, major, 8, shared_a="K")
     for matrices in (1, 2, 4):
         yield ldmatrix(f"SM75_U32x{matrices}_LDSM_N", matrices)
         yield ldmatrix(f"SM75_U16x{2 * matrices}_LDSM_T", matrices)

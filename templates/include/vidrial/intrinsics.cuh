@@ -26,6 +26,9 @@ CUTE_DEVICE uint32_t splat_high(uint32_t x) { uint32_t r; asm("{.reg .b16 l, h; 
 // 2^x, two ulp, subnormal results flushed to zero.
 CUTE_DEVICE float exp2_approx(float x) { float r; asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(x)); return r; }
 
+// What this thread wrote to shared memory by stores or cp.async, wgmma may read; a barrier has to follow. Needs sm_90.
+CUTE_DEVICE void fence_async_proxy() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+
 }  // namespace vidrial
 #endif
 

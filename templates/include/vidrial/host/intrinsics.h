@@ -32,6 +32,8 @@ inline uint32_t multiply_bf16(uint32_t a, uint32_t b) {
 inline uint32_t splat_low(uint32_t x) { return (x & 0xffffu) * 0x10001u; }
 inline uint32_t splat_high(uint32_t x) { return (x >> 16) * 0x10001u; }
 
+inline void fence_async_proxy() { host::fence_async_proxy(); }
+
 inline float exp2_approx(float x) {
   float const y = exp2f(x);
   return y < 0x1p-126f ? 0.0f : y;

@@ -4,7 +4,7 @@
 #include <ctime>
 #include <ucontext.h>
 #include <sys/time.h>
-#include <vidrial/host/warp_ops.h>
+#include <vidrial/host/wgmma.h>
 
 namespace vidrial::host {
 
@@ -83,7 +83,9 @@ inline void run_grid(Request const& r) {
     for (unsigned y = 0; y < r.grid[1]; ++y)
       for (unsigned x = 0; x < r.grid[0]; ++x) {
         blockIdx = {x, y, z};
+        begin_wgmmas();
         run_cta();
+        check_wgmmas();
       }
   stats.seconds = now() - start;
 }

@@ -40,6 +40,21 @@ template <int K> struct MmaArgument { uint32_t a[K / 4], b[K / 8]; float c[4]; }
 template <class Element, int K> void mma(MmaArgument<K>& argument);
 template <int Matrices, bool Transposed> void ldmatrix(void const* row, uint32_t (&result)[Matrices]);
 
+// One thread's part of wgmma m64nNk16 in float32: the instruction, its descriptors and, unless it lies in shared memory, A.
+struct Wgmma {
+  uint32_t a[4];
+  uint64_t a_descriptor, b_descriptor;
+  int n;
+  bool half, a_shared, a_mn_major, b_mn_major, negate, accumulate;
+};
+// `registers`: where the thread's N / 2 accumulators are.
+void wgmma(Wgmma const& instruction, float* const* registers);
+void wgmma_arrive();
+void wgmma_commit();
+void wgmma_wait_group(int pending);
+// What the CTA wrote to shared memory so far, wgmma may read after the next barrier.
+void fence_async_proxy();
+
 // main() of the executable: `call` runs the kernel in the current thread, with `bytes` of packed arguments.
 int serve(void (*call)(char const* packed), size_t bytes);
 
