@@ -215,8 +215,10 @@ x[t] = v.x;
 }
 
 
-def build(body: str, sanitizer: str | None = None) -> HostBinary:
-    return compile_host(HEAD + body + "\n}\n", "bug", sanitizer=sanitizer, pch=sanitizer != "undefined")
+def build(body: str, sanitizer: str | None = None, includes: str = "") -> HostBinary:
+    return compile_host(
+        HEAD.replace("struct Args", includes + "struct Args", 1) + body + "\n}\n", "bug", sanitizer=sanitizer, pch=sanitizer != "undefined"
+    )
 
 
 def launch(binary: HostBinary, x: np.ndarray, schedule: Schedule = SCHEDULES[0], shared_bytes: int = 512) -> None:

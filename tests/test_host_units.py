@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import subprocess
+from pathlib import Path
+
 import pytest
 from units import Case, cases
 
+from vidrial.compile import compile_source
 from vidrial.host import SCHEDULES, compile_host
 
 
@@ -21,3 +25,18 @@ def test_unit(case: Case) -> None:
         assert stats.mma == ('"mma.cu"' in case.source)
         assert stats.wgmma == 4 * ('"wgmma.cu"' in case.source)
         assert stats.ldmatrix == ("ldmatrix.cu" in case.source)
+
+
+def test_wgmma_is_compiled_to_itself(tmp_path: Path) -> None:
+    """CuTe's own traits say the same of who holds what, and the GPU's code holds the instruction, not a trap in its place."""
+    nvidia = pytest.importorskip("nvidia")
+    tool = next((t for folder in nvidia.__path__ for t in Path(folder).glob("cu*/bin/cuobjdump")), None)
+    if tool is None:
+        pytest.skip("no cuobjdump")
+    for case in [case for case in cases() if case.arch == "sm_90a"][::7]:
+        cubin = compile_source("#define CHECK_TRAITS\n" + case.source, case.name, "sm_90a")
+        path = tmp_path / "unit.cubin"
+        path.write_bytes(cubin.image)
+        code = subprocess.run([tool, "-sass", path], capture_output=True, text=True, check=True).stdout
+        assert code.count(" HGMMA.64x") == 4 and "BPT" not in code, case.name
+        assert "wgmma" not in cubin.log and cubin.resources.spill_stores == 0, cubin.log

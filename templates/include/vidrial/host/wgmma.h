@@ -1,5 +1,6 @@
 // wgmma in software. A warpgroup's instruction is queued by each thread when it is issued and executed, in order, at the wait that
 // retires its group; until then its accumulators are NaN, and what it reads must not change. Not `lazy`: executed when issued.
+// NOTE: no std::copy or std::equal: sanitizers watch what they call, and one thread works on the queues of all.
 #pragma once
 #include <vidrial/host/warp_ops.h>
 
@@ -69,7 +70,7 @@ struct Matrix {
       fatal("wgmma: the descriptor %016llx of %c has base offset %u; here it must be 0", (unsigned long long)descriptor, name, base);
     uint32_t const row = 16 * width;
     if (width > 1 && start / row % 8)
-      fatal("wgmma: the descriptor of %c is misaligned: the %u-byte swizzle repeats every %u bytes, and the start address %#x is %u bytes past such a multiple; less than %u are accepted",
+      fatal("wgmma: the descriptor of %c is misaligned: the %u-byte swizzle repeats every %u bytes, and the start address 0x%x is %u bytes past such a multiple; less than %u are accepted",
             name, row, 8 * row, start, start % (8 * row), row);
   }
 
@@ -85,7 +86,7 @@ struct Matrix {
   Chunk read(uint32_t c) const {
     uint32_t const a = address(c);
 #if !VIDRIAL_ASAN
-    if (!in_shared(shared_base + a, 16)) fatal("wgmma: its %c reaches the shared address %#x, which is not in dynamic shared memory (the launch asked for %zu bytes)", name, a, shared_bytes);
+    if (!in_shared(shared_base + a, 16)) fatal("wgmma: its %c reaches the shared address 0x%x, which is not in dynamic shared memory (the launch asked for %zu bytes)", name, a, shared_bytes);
 #endif
     Chunk chunk;
     memcpy(&chunk, shared_base + a, sizeof chunk);
@@ -98,7 +99,7 @@ struct Matrix {
     if (seen.empty()) seen.resize(shared_bytes / 16 + 1);
     Seen& before = seen[address(c) / 16];
     if (!proxy_fences || (before.fences == proxy_fences && before.chunk != chunk))
-      fatal("wgmma: its %c at the shared address %#x was written, and no thread has called fence_async_proxy since", name, address(c));
+      fatal("wgmma: its %c at the shared address 0x%x was written, and no thread has called fence_async_proxy since", name, address(c));
     before = {chunk, proxy_fences};
     return chunk;
   }
@@ -167,7 +168,9 @@ inline void multiply_rows(Operation* const* lanes) {
 inline Operation* on_same_registers(WgmmaQueue& q, size_t index, float* const* registers, int n) {
   for (; index < q.operations.size(); ++index) {
     Operation& o = q.operations[index];
-    if (o.instruction.n == n && std::equal(registers, registers + n / 2, o.registers)) return &o;
+    int same = 0;
+    while (same < n / 2 && o.registers[same] == registers[same]) ++same;
+    if (o.instruction.n == n && same == n / 2) return &o;
   }
   return nullptr;
 }
@@ -191,8 +194,8 @@ inline void execute(int first, size_t index) {
     Operation& o = *threads[t];
     int const n = o.instruction.n;
     o.done = true;
-    if (Operation* const next = on_same_registers(wgmma_queues[size_t(first + t)], index + 1, o.registers, n)) std::copy(o.c, o.c + n / 2, next->c);
-    else for (int v = 0; v < n / 2; ++v) *o.registers[v] = o.c[v];
+    Operation* const next = on_same_registers(wgmma_queues[size_t(first + t)], index + 1, o.registers, n);
+    for (int v = 0; v < n / 2; ++v) (next ? next->c[v] : *o.registers[v]) = o.c[v];
   }
 }
 
@@ -232,9 +235,11 @@ void wgmma(Wgmma const& instruction, float* const* registers) {
   o.instruction = instruction;
   o.place = __builtin_return_address(0);
   o.done = false;
-  std::copy(registers, registers + count, o.registers);
   visit_chunks(o, [](Matrix const& matrix, uint32_t c, Chunk& chunk) { chunk = matrix.read_behind_fence(c); });
-  for (int v = 0; v < count && !follows; ++v) o.c[v] = *registers[v];
+  for (int v = 0; v < count; ++v) {
+    o.registers[v] = registers[v];
+    if (!follows) o.c[v] = *registers[v];
+  }
   if (!lazy) return meet_warpgroup("wait in wgmma", o.place, [index](int first) { execute(first, index); });
   for (int v = 0; v < count && !follows; ++v) *registers[v] = bits<float>(kInFlight);
 }
@@ -249,7 +254,7 @@ void wgmma_commit() {
 inline void check_untouched(Operation& o, void const* frame) {
   visit_chunks(o, [&](Matrix const& matrix, uint32_t c, Chunk const& chunk) {
     if (matrix.read(c) != chunk)
-      fatal("wgmma: its %c at the shared address %#x was overwritten before the wait; it was issued at <place %lx>", matrix.name, matrix.address(c), place(o.place));
+      fatal("wgmma: its %c at the shared address 0x%x was overwritten before the wait; it was issued at <place %lx>", matrix.name, matrix.address(c), place(o.place));
   });
   char const* const stack = fibers[size_t(current)].stack;
   for (int v = 0; v < o.instruction.n / 2; ++v) {
