@@ -141,6 +141,16 @@ def test_accumulates_without_a_wait_between() -> None:
         assert (x == 32).all()
 
 
+def test_accumulators_may_be_anywhere() -> None:
+    """Not in one array, nor in its order; without a0 and a2, rows 0 to 7 stay as they are."""
+    second = "Atom::fma(0, a, 0, a, matrix + 16, e[3], v, e[2], e[0]);\n"
+    body = KERNEL.replace("Atom::fma(a, a, a, a, matrix + 16, e[0], e[1], e[2], e[3]);", f"float v = 1;\n{second}{second}")
+    for schedule in SCHEDULES:
+        x = np.zeros(128, np.float32)
+        launch(compiled(body.replace("e[3];", "1000 * e[0] + 100 * e[1] + 10 * v + e[3];")), x, schedule)
+        assert (x == 16 + 32000 + 10).all()
+
+
 @pytest.mark.parametrize(("threads", "message"), [(127, "warps 0 to 3, the CTA has only 127"), (224, "warps 4 to 7, the CTA has only 224")])
 def test_needs_whole_warpgroups(threads: int, message: str) -> None:
     body = KERNEL.replace("t +", "t % 128 +").replace("x[t]", "x[t % 128]").replace("b[t]", "b[t % 128]")

@@ -41,8 +41,8 @@ ORDERS, SEEDS = ("up", "down"), 2**32 - 2
 class Schedule:
     """How the threads of a CTA take turns, and for how long.
 
-    `lazy`: cp.async lands at the wait (NaN until then), else at once. `order`: which runnable lane goes on, `up`, `down` or a
-    random seed. `timeout`: seconds a launch.
+    `lazy`: cp.async lands and wgmma is executed at the wait (NaN until then), else at once. `order`: which runnable lane goes on,
+    `up`, `down` or a random seed. `timeout`: seconds a launch.
 
     Raises:
         ArgumentError: an order that is not known, or no time.
@@ -72,8 +72,9 @@ SCHEDULES = (Schedule(), Schedule(lazy=False, order="down"), Schedule(order=5))
 class HostStats:
     """What a launch did, in all CTAs together; `seconds` are the CPU's and say nothing about a GPU.
 
-    `ldmatrix_conflicts`: passes over the banks beyond one a matrix. `cp_async_sectors`: 32-byte sectors read by `cp_async_requests`
-    warp-wide cp.async. `cp_async_bytes`: read from global memory. `shared_memory_high_water`: dynamic bytes up to the last one written.
+    `mma`: those of warps, without `wgmma`, one a warpgroup. `ldmatrix_conflicts`: passes over the banks beyond one a matrix.
+    `cp_async_sectors`: 32-byte sectors read by `cp_async_requests` warp-wide cp.async. `cp_async_bytes`: read from global memory.
+    `shared_memory_high_water`: dynamic bytes up to the last one written.
     """
 
     switches: int

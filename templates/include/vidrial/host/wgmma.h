@@ -14,6 +14,26 @@ inline constexpr uint32_t kInFlight = 0x7fc5a5a5;
 struct Chunk { uint64_t low, high; };
 inline bool operator!=(Chunk const& x, Chunk const& y) { return x.low != y.low || x.high != y.high; }
 
+// Where a thread's accumulators are: as a rule one behind the other, from `first` on; else in `each`.
+struct Registers {
+  int count;
+  float* first;
+  float* each[kMostColumns / 2];
+  // Only what N needs is written.
+  Registers() {}
+  void set(float* const* registers, int n) {
+    count = n, first = registers[0];
+    for (int v = 0; v < n; ++v) if (registers[v] != registers[0] + v) first = nullptr;
+    for (int v = 0; v < n && !first; ++v) each[v] = registers[v];
+  }
+  float* operator[](int v) const { return first ? first + v : each[v]; }
+  bool operator==(Registers const& other) const {
+    if (count != other.count || first != other.first) return false;
+    for (int v = 0; v < count && !first; ++v) if (each[v] != other.each[v]) return false;
+    return true;
+  }
+};
+
 // `b`, `a`: what this lane reads for its warp, chunks lane, lane + 32, ... of B and one of the warp's 16 rows of A. `c`: the
 // accumulators, unless an earlier wgmma on its way brings them.
 struct Operation {
@@ -22,7 +42,8 @@ struct Operation {
   bool done;
   Chunk a, b[2 * kMostColumns / 32];
   float c[kMostColumns / 2];
-  float* registers[kMostColumns / 2];
+  Registers registers;
+  Operation() {}
 };
 struct WgmmaQueue { std::vector<Operation> operations; std::vector<size_t> groups; size_t retiring = 0; bool arrived = false; };
 struct Warpgroup { int arrived = 0; char const* what = ""; };
@@ -54,15 +75,15 @@ inline void check_wgmmas() {
 
 void fence_async_proxy() { ++proxy_fences; }
 
-// A matrix in shared memory, `width` chunks in a row of its swizzle. The canonical layouts: cute/atom/mma_traits_sm90_gmma.hpp.
+// A matrix in shared memory, `width` chunks, 1 << `shift`, in a row of its swizzle. The canonical layouts: cute/atom/mma_traits_sm90_gmma.hpp.
 struct Matrix {
   char name;
   bool mn_major;
-  uint32_t width, start, leading, stride;
+  uint32_t shift, width, start, leading, stride;
 
   Matrix(char name, uint64_t descriptor, bool mn_major) : name(name), mn_major(mn_major) {
     uint32_t const layout = uint32_t(descriptor >> 62);
-    width = layout ? 16 >> layout : 1;
+    shift = layout ? 4 - layout : 0, width = 1 << shift;
     start = uint32_t(descriptor & 0x3fff) << 4, leading = uint32_t(descriptor >> 16 & 0x3fff) << 4, stride = uint32_t(descriptor >> 32 & 0x3fff) << 4;
     if (uint64_t const other = descriptor & ~0xc00e3fff3fff3fffull)
       fatal("wgmma: the descriptor %016llx of %c has bits %016llx, which mean nothing", (unsigned long long)descriptor, name, (unsigned long long)other);
@@ -77,9 +98,9 @@ struct Matrix {
   // Chunk c has 8 values of k of row c / 2, or 8 rows of k = c % 16.
   uint32_t address(uint32_t c) const {
     uint32_t const k = c % 16, rows = c / 16, row = c / 2, inner = c % 2;
-    uint32_t const a = start + (!mn_major ? row % 8 * 16 * width + row / 8 * stride + inner * (width == 1 ? leading : 16)
+    uint32_t const a = start + (!mn_major ? (row % 8 * 16 << shift) + row / 8 * stride + inner * (width == 1 ? leading : 16)
                                 : width == 1 ? rows * stride + k % 8 * 16 + k / 8 * leading
-                                             : rows % width * 16 + rows / width * leading + k % 8 * 16 * width + k / 8 * stride);
+                                             : (rows & (width - 1)) * 16 + (rows >> shift) * leading + (k % 8 * 16 << shift) + k / 8 * stride);
     return a ^ (a >> 3 & (width - 1) * 16);
   }
 
@@ -135,43 +156,56 @@ void spread(float (*matrix)[Columns], int rows, bool mn_major, bool half, Of of)
   }
 }
 
-// 16 rows of D by one warp: exact products, summed in float in the order of k (the hardware's order is not specified).
-inline void multiply_rows(Operation* const* lanes) {
-  using Eight = float __attribute__((vector_size(32)));
-  alignas(32) static float a[16][16], b[16][kMostColumns], d[16][kMostColumns];
+// B [k][n] of the warp, in place from one warp to the next: all four find the same, unless threads race.
+inline float const (*spread_b(Operation* const* lanes, bool first))[kMostColumns] {
+  alignas(32) static float b[16][kMostColumns];
+  static Chunk spread_chunks[2 * kMostColumns];
   Wgmma const& i = lanes[0]->instruction;
-  spread(b, i.n, i.b_mn_major, i.half, [&](int c) { return lanes[c % 32]->b[c / 32]; });
+  bool differs = first;
+  for (int c = 0; c < 2 * i.n; ++c) {
+    Chunk const& chunk = lanes[c % 32]->b[c / 32];
+    differs |= chunk != spread_chunks[c];
+    spread_chunks[c] = chunk;
+  }
+  if (differs) spread(b, i.n, i.b_mn_major, i.half, [](int c) { return spread_chunks[c]; });
+  return b;
+}
+
+// 16 rows of D by one warp: exact products, summed in float in the order of k (the hardware's order is not specified).
+inline void multiply_rows(Operation* const* lanes, float const (*b)[kMostColumns]) {
+  using Four = float __attribute__((vector_size(16)));
+  alignas(16) static float a[16][16], d[16][kMostColumns];
+  Wgmma const& i = lanes[0]->instruction;
   if (i.a_shared) spread(a, 16, i.a_mn_major, i.half, [&](int c) { return lanes[c]->a; });
   for (int t = 0; t < 32; ++t) {
     Operation const& o = *lanes[t];
     int const row = t >> 2, pair = (t & 3) * 2;
     for (int v = 0; v < 8 && !i.a_shared; ++v)
       a[pair + (v & 1) + (v >> 2) * 8][row + (v >> 1 & 1) * 8] = widen(o.instruction.a[v >> 1] >> 16 * (v & 1) & 0xffff, i.half);
-    for (int v = 0; v < i.n / 2; ++v) d[row + (v >> 1 & 1) * 8][pair + (v & 1) + (v >> 2) * 8] = i.accumulate ? o.c[v] : 0;
+    for (int n = 0; n < i.n; n += 8)
+      for (int v = 0; v < 4; ++v) d[row + (v >> 1) * 8][n + pair + (v & 1)] = i.accumulate ? o.c[n / 2 + v] : 0;
   }
   if (i.negate) for (auto& column : a) for (float& x : column) x = -x;
   for (int m = 0; m < 16; m += 4)
     for (int n = 0; n < i.n; n += 8) {
-      auto const at = [&](int r) -> Eight& { return *reinterpret_cast<Eight*>(&d[m + r][n]); };
-      Eight d0 = at(0), d1 = at(1), d2 = at(2), d3 = at(3);
-      for (int k = 0; k < 16; ++k) {
-        Eight const column = *reinterpret_cast<Eight const*>(&b[k][n]);
-        d0 += a[k][m] * column, d1 += a[k][m + 1] * column, d2 += a[k][m + 2] * column, d3 += a[k][m + 3] * column;
-      }
-      at(0) = d0, at(1) = d1, at(2) = d2, at(3) = d3;
+      Four sum[8];
+#pragma GCC unroll 8
+      for (int r = 0; r < 8; ++r) sum[r] = *reinterpret_cast<Four const*>(&d[m + r / 2][n + r % 2 * 4]);
+      for (int k = 0; k < 16; ++k)
+#pragma GCC unroll 8
+        for (int r = 0; r < 8; ++r) sum[r] += a[k][m + r / 2] * *reinterpret_cast<Four const*>(&b[k][n + r % 2 * 4]);
+#pragma GCC unroll 8
+      for (int r = 0; r < 8; ++r) *reinterpret_cast<Four*>(&d[m + r / 2][n + r % 2 * 4]) = sum[r];
     }
   for (int t = 0; t < 32; ++t)
-    for (int v = 0; v < i.n / 2; ++v) lanes[t]->c[v] = d[(t >> 2) + (v >> 1 & 1) * 8][(t & 3) * 2 + (v & 1) + (v >> 2) * 8];
+    for (int n = 0; n < i.n; n += 8)
+      for (int v = 0; v < 4; ++v) lanes[t]->c[n / 2 + v] = d[(t >> 2) + (v >> 1) * 8][n + (t & 3) * 2 + (v & 1)];
 }
 
 // The next wgmma of a thread on the same accumulators, at or behind `index`.
-inline Operation* on_same_registers(WgmmaQueue& q, size_t index, float* const* registers, int n) {
-  for (; index < q.operations.size(); ++index) {
-    Operation& o = q.operations[index];
-    int same = 0;
-    while (same < n / 2 && o.registers[same] == registers[same]) ++same;
-    if (o.instruction.n == n && same == n / 2) return &o;
-  }
+inline Operation* on_same_registers(WgmmaQueue& q, size_t index, Registers const& registers) {
+  for (; index < q.operations.size(); ++index)
+    if (q.operations[index].registers == registers) return &q.operations[index];
   return nullptr;
 }
 
@@ -188,14 +222,13 @@ inline void execute(int first, size_t index) {
             first + t, x.n, (unsigned long long)x.b_descriptor, y ? y->n : 0, (unsigned long long)(y ? y->b_descriptor : 0), place(threads[0]->place));
   }
   if (threads[0]->done) return;
-  for (int w = 0; w < kGroupThreads; w += 32) multiply_rows(threads + w);
+  for (int w = 0; w < kGroupThreads; w += 32) multiply_rows(threads + w, spread_b(threads + w, w == 0));
   ++stats.wgmma;
   for (int t = 0; t < kGroupThreads; ++t) {
     Operation& o = *threads[t];
-    int const n = o.instruction.n;
     o.done = true;
-    Operation* const next = on_same_registers(wgmma_queues[size_t(first + t)], index + 1, o.registers, n);
-    for (int v = 0; v < n / 2; ++v) (next ? next->c[v] : *o.registers[v]) = o.c[v];
+    Operation* const next = on_same_registers(wgmma_queues[size_t(first + t)], index + 1, o.registers);
+    for (int v = 0; v < o.registers.count; ++v) (next ? next->c[v] : *o.registers[v]) = o.c[v];
   }
 }
 
@@ -228,20 +261,18 @@ void wgmma(Wgmma const& instruction, float* const* registers) {
   require_warpgroup("wgmma");
   WgmmaQueue& q = wgmma_queues[size_t(current)];
   if (!q.arrived) fatal("wgmma: no warpgroup_arrive came before it");
-  int const count = instruction.n / 2;
   size_t const index = q.operations.size();
-  bool const follows = lazy && on_same_registers(q, 0, registers, instruction.n);
   Operation& o = q.operations.emplace_back();
+  Registers& mine = o.registers;
+  mine.set(registers, instruction.n / 2);
+  bool const follows = lazy && on_same_registers(q, 0, mine) != &o;
   o.instruction = instruction;
   o.place = __builtin_return_address(0);
   o.done = false;
   visit_chunks(o, [](Matrix const& matrix, uint32_t c, Chunk& chunk) { chunk = matrix.read_behind_fence(c); });
-  for (int v = 0; v < count; ++v) {
-    o.registers[v] = registers[v];
-    if (!follows) o.c[v] = *registers[v];
-  }
+  for (int v = 0; v < mine.count && !follows; ++v) o.c[v] = *mine[v];
   if (!lazy) return meet_warpgroup("wait in wgmma", o.place, [index](int first) { execute(first, index); });
-  for (int v = 0; v < count && !follows; ++v) *registers[v] = bits<float>(kInFlight);
+  for (int v = 0; v < mine.count && !follows; ++v) *mine[v] = bits<float>(kInFlight);
 }
 
 void wgmma_commit() {
@@ -251,13 +282,16 @@ void wgmma_commit() {
 }
 
 // Between issue and wait nobody may touch what a wgmma works on. `frame`: what lies below it on the stack is gone.
-inline void check_untouched(Operation& o, void const* frame) {
+inline void check_untouched(WgmmaQueue& q, size_t index, void const* frame) {
+  Operation& o = q.operations[index];
   visit_chunks(o, [&](Matrix const& matrix, uint32_t c, Chunk const& chunk) {
     if (matrix.read(c) != chunk)
       fatal("wgmma: its %c at the shared address 0x%x was overwritten before the wait; it was issued at <place %lx>", matrix.name, matrix.address(c), place(o.place));
   });
+  // What works on the same accumulators later looks after them.
+  if (on_same_registers(q, index + 1, o.registers)) return;
   char const* const stack = fibers[size_t(current)].stack;
-  for (int v = 0; v < o.instruction.n / 2; ++v) {
+  for (int v = 0; v < o.registers.count; ++v) {
     char const* const p = reinterpret_cast<char const*>(o.registers[v]);
     if (p >= stack && p < frame) fatal("wgmma: its accumulators went out of scope before the wait; it was issued at <place %lx>", place(o.place));
     if (bits<uint32_t>(*o.registers[v]) != kInFlight)
@@ -272,7 +306,7 @@ void wgmma_wait_group(int pending) {
   ptrdiff_t const finished = ptrdiff_t(q.groups.size()) - pending;
   if (finished <= 0) return;
   size_t const end = q.retiring = q.groups[size_t(finished - 1)];
-  for (size_t i = 0; i < end && lazy; ++i) check_untouched(q.operations[i], __builtin_frame_address(0));
+  for (size_t i = 0; i < end && lazy; ++i) check_untouched(q, i, __builtin_frame_address(0));
   meet_warpgroup("wait in warpgroup_wait", __builtin_return_address(0), [end](int first) {
     for (int t = first; t < first + kGroupThreads; ++t)
       if (wgmma_queues[size_t(t)].retiring != end) fatal("warpgroup divergence: thread %d waits for %zu wgmma, thread %d for %zu", t, wgmma_queues[size_t(t)].retiring, current, end);
