@@ -10,6 +10,7 @@ import pytest
 from vidrial.kernels.power_retention import attend, gates, scan
 from vidrial.kernels.power_retention.op import Config, example, op, stages, workspace
 
+from vidrial import kernel as kernel_module
 from vidrial.build import build_many
 from vidrial.compile import Cubin
 from vidrial.device import Device
@@ -149,6 +150,24 @@ def test_the_space(name: str) -> None:
     reasons = space.reasons()
     assert sum(map(len, reasons.values())) == len(space.rejected) > 0
     assert all(len(sentence) > 20 for sentence in reasons)
+
+
+@pytest.mark.parametrize(
+    ("device", "facts", "fixed"),
+    [
+        ("h200", {"t": 2000, "h": 2}, {}),
+        ("h200", {"t": 70_001}, {"chunk": 512}),
+        ("a100", {"t": 5001, "d": 128, "b": 2, "h": 3}, {}),
+        ("rtx3090", {"t": 70_001, "d": 32, "dtype": "float16", "gated": False}, {}),
+        ("h200", {"t": 777, "degree": 4}, {}),
+    ],
+)
+def test_the_prediction_is_the_first_of_the_space_and_makes_few_tiles(device: str, facts: Any, fixed: Any) -> None:
+    problem, gpu = example(**facts), Device.of(device)
+    kernel_module._resolve.cache_clear()
+    found = op.predicted(problem, gpu, fixed)
+    assert kernel_module._resolve.cache_info().misses <= 16
+    assert found == op.space(problem, gpu, 1, fixed).legal[0].config
 
 
 def test_short_sequences_take_no_state() -> None:

@@ -96,9 +96,9 @@ class Kernel:
 
     def reject(self, problem: Any, config: Any, device: Device) -> str | None:
         """The sentence of the first rule that the config breaks, or None: the one statement of legality."""
-        for holds, sentence in self.rules(problem, config, device):
-            if not holds:
-                return sentence
+        broken = self.broken_rule(problem, config, device)
+        if broken is not None:
+            return broken
         try:
             tiles = self.resolve(problem, config)
         except (LayoutError, ConfigError) as error:
@@ -112,6 +112,11 @@ class Kernel:
         if tiles.min_blocks * tiles.threads > device.threads_per_sm:
             return f"{tiles.min_blocks} CTAs of {tiles.threads} threads: an SM holds {device.threads_per_sm} on {device.name}"
         return None
+
+    def broken_rule(self, problem: Any, config: Any, device: Device) -> str | None:
+        """The sentence of the first of the kernel's own rules that the config breaks, or None. It may still be illegal: tiles cost
+        milliseconds, and are not asked."""
+        return next((sentence for holds, sentence in self.rules(problem, config, device) if not holds), None)
 
     def check(self, problem: Any, config: Any, device: Device) -> None:
         """Refuse an illegal config.

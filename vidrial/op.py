@@ -14,7 +14,7 @@ import numpy as np
 
 from vidrial.device import Device
 from vidrial.dtypes import DType
-from vidrial.errors import ConfigError
+from vidrial.errors import ConfigError, LayoutError
 from vidrial.kernel import Kernel
 from vidrial.problem import CHOICES, KIND
 from vidrial.space import Candidate, Rejected, Space, check_choices, configs, describe
@@ -65,6 +65,24 @@ class Check:
     def ok(self) -> bool:
         """Both within their bounds; NaN never is."""
         return self.relative <= self.relative_bound and self.worst <= self.worst_bound
+
+
+@dataclass(frozen=True)
+class _Outline:
+    """For one combination of an op's own choices: the time of the stages of no part, and what the rules leave of each part's configs."""
+
+    shared: Any
+    base: float
+    parts: Mapping[str, list[Candidate]]
+
+    @property
+    def possible(self) -> bool:
+        return all(self.parts.values())
+
+    @property
+    def least(self) -> float:
+        """No legal config of it is predicted to be faster."""
+        return sum((candidates[0].seconds for candidates in self.parts.values()), self.base)
 
 
 @dataclass(frozen=True, eq=False)
@@ -126,6 +144,18 @@ class Op:
                 if reason is not None:
                     return reason if stage.kernel.name == self.name else f"{stage.kernel.name}: {reason}"
         return None
+
+    def estimate(self, problem: Any, config: Any, device: Device, part: str | None = None) -> float | None:
+        """`seconds` of a config that breaks no rule, else None. It may still be illegal: no tiles are made, only `reject` asks them."""
+        if not all(holds for holds, _ in self.rules(problem, config)):
+            return None
+        asked = [stage for stage in self.stages(problem, config) if part is None or stage.part == part]
+        if any(stage.kernel.broken_rule(stage.problem, stage.config, device) is not None for stage in asked):
+            return None
+        try:
+            return sum(stage.kernel.seconds(stage.problem, stage.config, device) for stage in asked)
+        except (LayoutError, ConfigError):
+            return None  # a cost that looks at the tiles meets their refusal
 
     def check_config(self, problem: Any, config: Any, device: Device) -> None:
         """Refuse an illegal config.
@@ -200,11 +230,49 @@ class Op:
         Raises:
             ConfigError: no config is legal.
         """
-        space = self.space(problem, device, 1, fixed)
-        if not space.legal:
-            reasons = "; ".join(itertools.islice(space.reasons(), 3))
+        # The first of `space`, but tiles, which take milliseconds each, are asked of the configs that come first alone.
+        outlines = [o for o in self._outlines(problem, device, fixed) if o.possible]
+        found: list[tuple[float, int, Any]] = []
+        for order, outline in sorted(enumerate(outlines), key=lambda o: o[1].least):
+            if found and outline.least > min(found)[0]:
+                break
+            candidate = self._fastest(problem, device, outline)
+            found += [(candidate.seconds, order, candidate.config)] if candidate is not None else []
+        if not found:
+            reasons = "; ".join(itertools.islice(self.space(problem, device, 1, fixed).reasons(), 3))
             raise ConfigError(f"{self.name}: no legal config for {problem} on {device.name}: {reasons}")
-        return space.legal[0].config
+        return min(found)[2]
+
+    def _outlines(self, problem: Any, device: Device, fixed: Mapping[str, Any] | None) -> Iterator[_Outline]:
+        for shared in self.shared(fixed):
+            base = self.estimate(problem, shared, device, "")
+            if base is not None:
+                yield _Outline(shared, base, {name: self._estimates(problem, shared, device, name) for name in self.parts})
+
+    def _estimates(self, problem: Any, shared: Any, device: Device, part: str) -> list[Candidate]:
+        """What the rules leave of a part's configs, fastest-predicted first, with the part's own time."""
+        found = []
+        for value in configs(next(f.metadata[CHOICES] for f in dataclasses.fields(self.config) if f.name == part)):
+            seconds = self.estimate(problem, dataclasses.replace(shared, **{part: value}), device, part)
+            if seconds is not None:
+                found.append(Candidate(value, seconds))
+        return sorted(found, key=lambda c: c.seconds)
+
+    def _fastest(self, problem: Any, device: Device, outline: _Outline) -> Candidate | None:
+        """The fastest-predicted legal config of an outline: each part's first that its tiles allow."""
+        if self.reject(problem, outline.shared, device, "") is not None:
+            return None
+        chosen = {}
+        for name, candidates in outline.parts.items():
+            legal = (
+                c for c in candidates if self.reject(problem, dataclasses.replace(outline.shared, **{name: c.config}), device, name) is None
+            )
+            first = next(legal, None)
+            if first is None:
+                return None
+            chosen[name] = first
+        config = dataclasses.replace(outline.shared, **{name: c.config for name, c in chosen.items()})
+        return Candidate(config, sum((c.seconds for c in chosen.values()), outline.base))
 
     def digest(self) -> str:
         """Digest of all templates: a ranking holds for these texts only."""
