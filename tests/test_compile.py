@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import os
 import re
 import signal
@@ -12,8 +13,12 @@ from pathlib import Path
 
 import pytest
 
+from vidrial import build as build_module
+from vidrial import toolchain
 from vidrial.compile import CompilePool, Cubin, Job, Resources, compile_source, cubin_key
 from vidrial.errors import CompileError, ToolchainError
+from vidrial.render import Source
+from vidrial.store import Store
 
 SOURCE = """// includes sha256:0
 #line 1 "tiny.cu.j2"
@@ -52,6 +57,23 @@ def machine(image: bytes) -> int:
     """The architecture that a cubin's ELF header names: 80, 90, ..."""
     flags = int.from_bytes(image[0x30:0x34], "little")
     return flags >> 8 & 0xFF
+
+
+def test_a_library_of_another_version_than_its_files_say_is_keyed_by_its_own(
+    plain: Cubin, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("VIDRIAL_CACHE_DIR", str(tmp_path))
+    rendered, said, loaded = Source(source(8), "tiny", "tiny", ()), (13, 99), list[tuple[int, int]]()
+    monkeypatch.setattr(build_module, "compile_source", lambda *_, **__: plain)
+    monkeypatch.setattr(toolchain, "_loaded_nvrtc", lambda: loaded[0] if loaded else None)
+    monkeypatch.setattr(toolchain, "_wheel_nvrtc", lambda path: said)
+    monkeypatch.setattr(build_module, "nvrtc", lambda: loaded.append((13, 0)))
+    guessed = cubin_key(rendered.text, "sm_90a")
+    assert build_module.build(rendered, "sm_90a") is plain
+    certain = cubin_key(rendered.text, "sm_90a")
+    assert certain != guessed and Store.shared().get(guessed) is None and Store.shared().get(certain) is not None
+    loaded.clear()
+    assert build_module.look_up(rendered, "sm_90a") == (certain, dataclasses.replace(plain, log="", seconds=0.0))
 
 
 def test_cubin(plain: Cubin) -> None:

@@ -46,6 +46,32 @@ def test_settings_come_first(tmp_path: Path) -> None:
     assert (found.cutlass_include, found.cuda_include, found.cccl_version) == (tmp_path / "cutlass", tmp_path / "cuda", "3.0.1")
 
 
+def wheel(root: Path, *versions: str) -> str:
+    """An entry of sys.path with a wheel of NVRTC, whose second library is of these versions."""
+    folder = root / "nvidia/cu13/lib"
+    folder.mkdir(parents=True)
+    for name in (toolchain.NVRTC, "libnvrtc-builtins.alt.so.13.0", *(f"libnvrtc-builtins.so.{version}" for version in versions)):
+        (folder / name).write_text("")
+    return str(root)
+
+
+def test_a_wheel_tells_its_version_without_being_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first, second = wheel(tmp_path / "first", "13.7"), wheel(tmp_path / "second", "13.8.1")
+    assert toolchain._wheel_nvrtc((str(tmp_path), first, second)) == (13, 7)
+    assert toolchain._wheel_nvrtc((second, first)) == (13, 8)
+    assert toolchain._wheel_nvrtc((wheel(tmp_path / "both", "13.7", "13.8"),)) is None
+    assert toolchain._wheel_nvrtc((wheel(tmp_path / "neither"), second)) is None, "the first library found is the one that is loaded"
+    monkeypatch.setattr(sys, "path", [first, *sys.path])
+    monkeypatch.setattr(toolchain, "_loaded_nvrtc", lambda: None)
+    assert nvrtc_version() == (13, 7) and "nvrtc 13.7, cutlass" in Toolchain.find().version
+    monkeypatch.setattr(toolchain, "_loaded_nvrtc", lambda: (13, 9))
+    assert nvrtc_version() == (13, 9), "what is loaded counts, and compiles"
+    monkeypatch.undo()
+    monkeypatch.setattr(toolchain, "_wheel_nvrtc", lambda path: None)
+    binding = toolchain.nvrtc()
+    assert nvrtc_version() == binding.getVersion() == toolchain._loaded_nvrtc()
+
+
 def test_cccl_that_breaks_cutlass(tmp_path: Path) -> None:
     with pytest.raises(ToolchainError, match=r"CCCL 3\.2\.0 .* CUTLASS 4\.2\.0.*cuda-toolkit\[nvrtc,cudart,cccl\]==13\.0"):
         Toolchain.find(headers(tmp_path / "a", cccl=3_002_000))

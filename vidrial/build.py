@@ -11,6 +11,7 @@ from vidrial.compile import CompilePool, Cubin, Job, Resources, compile_source, 
 from vidrial.errors import CompileError, FrozenError
 from vidrial.render import Source
 from vidrial.store import Store
+from vidrial.toolchain import nvrtc
 
 Name = TypeVar("Name", bound=Hashable)
 Compiler = Callable[[Iterable[Job]], Iterator[tuple[Hashable, Cubin | CompileError]]]
@@ -27,11 +28,21 @@ def frozen() -> bool:
     return bool(_frozen)
 
 
-def _cached(key: str, arch: str) -> Cubin | None:
+def look_up(source: Source, arch: str) -> tuple[str, Cubin | None]:
+    """The key of a source's cubin, and the cubin if it is in the cache.
+
+    Raises:
+        ToolchainError: a header is missing; or the cubin is not in the cache, and NVRTC is missing.
+    """
+    key = cubin_key(source.text, arch)
     entry = Store.shared().get(key)
     if entry is None:
-        return None
-    return Cubin(entry.image, arch, Resources(**entry.meta["resources"]), "", 0.0)
+        # The library itself may be of another version than its files' names said: what it compiles goes by its own.
+        nvrtc()
+        certain = cubin_key(source.text, arch)
+        if certain != key:
+            key, entry = certain, Store.shared().get(certain)
+    return key, Cubin(entry.image, arch, Resources(**entry.meta["resources"]), "", 0.0) if entry is not None else None
 
 
 def _publish(key: str, cubin: Cubin, source: Source) -> Cubin:
@@ -47,8 +58,7 @@ def build(source: Source, arch: str, config: str = "") -> Cubin:
         CompileError: the source does not compile. ToolchainError: NVRTC or a header is missing.
         FrozenError: it is not compiled yet, and compiling is frozen.
     """
-    key = cubin_key(source.text, arch)
-    cubin = _cached(key, arch)
+    key, cubin = look_up(source, arch)
     if cubin is None and frozen():
         raise FrozenError(
             f"kernel {source.entry} for {arch} is not compiled, and compiling is frozen: {config}; "
@@ -66,8 +76,8 @@ def build_many(
     """
     waiting: dict[str, list[Name]] = {}
     for name, (source, _) in sources.items():
-        key = cubin_key(source.text, arch)
-        if key not in waiting and (cubin := _cached(key, arch)) is not None:
+        key, cubin = look_up(source, arch)
+        if cubin is not None:
             yield name, cubin
         else:
             waiting.setdefault(key, []).append(name)

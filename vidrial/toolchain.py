@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import ctypes
 import dataclasses
 import importlib.util
+import os
 import re
 import shutil
 import subprocess
 import sys
-from functools import cached_property, lru_cache
+from functools import lru_cache
 from pathlib import Path
 from types import ModuleType
 from typing import cast
@@ -20,6 +22,7 @@ INSTALL_CUPY = "pip install cupy-cuda13x==14.2.0"
 INSTALL_CUDA = 'pip install "cuda-toolkit[nvrtc,cudart,cccl]==13.0.*"'
 INSTALL_CUTLASS = "pip install --no-deps nvidia-cutlass==4.2.0.0"
 INSTALL_CXX = "apt-get install g++, or set CXX to a C++17 compiler"
+NVRTC, NVRTC_BUILTINS = "libnvrtc.so.13", re.compile(r"libnvrtc-builtins\.so\.(\d+)\.(\d+)(\.|$)")
 # CUTLASS 4.2 does not compile under NVRTC with CCCL 13.2 (3.2) and later.
 CUTLASS_BROKEN, CCCL_TOO_NEW = (4, 2), (3, 2)
 
@@ -49,7 +52,7 @@ class Toolchain:
         """Include directories in the order of search."""
         return (self.vidrial_include, self.cutlass_include, self.cuda_include, self.cuda_include / "cccl")
 
-    @cached_property
+    @property
     def version(self) -> str:
         """What a binary's key has to name besides the source: NVRTC, CUTLASS, CCCL.
 
@@ -111,13 +114,40 @@ def nvrtc() -> ModuleType:
 
 
 def nvrtc_version() -> tuple[int, int]:
-    """NVRTC's version, (13, 0) say.
+    """NVRTC's version, (13, 0) say: of the library if it is loaded, else as the files of its wheel are named.
+
+    So a process that compiles nothing does not load its 100 MB. Where the loader finds another library than the wheel's, the answer
+    changes as that is loaded: who compiles asks again then, see `vidrial.build.look_up`.
 
     Raises:
         ToolchainError: NVRTC is missing.
     """
-    major, minor = nvrtc().getVersion()
-    return int(major), int(minor)
+    known = _loaded_nvrtc() or _wheel_nvrtc(tuple(sys.path))
+    if known is None:
+        major, minor = nvrtc().getVersion()
+        known = int(major), int(minor)
+    return known
+
+
+def _loaded_nvrtc() -> tuple[int, int] | None:
+    """The version of the library that this process has loaded, whoever did so."""
+    try:
+        library = ctypes.CDLL(NVRTC, mode=os.RTLD_NOLOAD)
+    except OSError:
+        return None
+    major, minor = ctypes.c_int(), ctypes.c_int()
+    library.nvrtcVersion(ctypes.byref(major), ctypes.byref(minor))
+    return major.value, minor.value
+
+
+@lru_cache
+def _wheel_nvrtc(path: tuple[str, ...]) -> tuple[int, int] | None:
+    """The version of the first wheel on `path`: NVRTC opens its second library by a name that ends in its own version."""
+    for folder in (Path(entry) / "nvidia/cu13/lib" for entry in path):
+        if (folder / NVRTC).is_file():
+            found = {(int(m[1]), int(m[2])) for file in folder.iterdir() if (m := NVRTC_BUILTINS.match(file.name))}
+            return found.pop() if len(found) == 1 else None
+    return None
 
 
 def missing() -> list[str]:
