@@ -25,7 +25,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from vidrial import build
-from vidrial.compile import cubin_key
 from vidrial.device import Device
 from vidrial.errors import FrozenError, SweepError, VidrialError
 from vidrial.kernel import Kernel
@@ -231,24 +230,32 @@ def shipped_devices() -> list[str]:
 
 def local(op: Op, static: Mapping[str, Any], device: Device) -> list[Ranking]:
     """This machine's rankings of an op for such static facts."""
-    store, start = Store.shared(), _family(op.name, op.digest(), static, device.key)
+    store, start = Store.shared(), _family(op.name, _digest(op, _state.generation), static, device.key)
     found = (_load(op, store.read_json("ranking", key), f"ranking {key}") for key in store.keys("ranking") if key.startswith(start))
     return [ranking for ranking in found if ranking is not None]
 
 
-def shipped(op: Op, device_key: str, folder: Path | None = None) -> list[Ranking]:
-    """The rankings in `folder` (by default those that come with Vidrial) of this kind of device and the op's present templates."""
+def shipped(op: Op, device_key: str, folder: Path | None = None, static: Mapping[str, Any] | None = None) -> list[Ranking]:
+    """The rankings in `folder` (by default those that come with Vidrial) of this kind of device and the op's present templates.
+
+    With `static`, only those for such static facts.
+    """
     folder = folder or shipped_folder()
     path = Path(folder or "", device_key, f"{op.name}.json")
     if folder is None or not path.is_file():
         return []
     try:
-        entries = json.loads(path.read_text())["rankings"]
-        current = [entry for entry in entries if entry["digest"] == op.digest()]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        entries, digest = json.loads(path.read_text())["rankings"], _digest(op, _state.generation)
+        current = [entry for entry in entries if (entry["digest"], entry["device"]) == (digest, device_key) and _is_of(entry, static)]
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         log.warning("%s is ignored: %s: %s", path, type(error).__name__, error)
         return []
     return [ranking for ranking in (_load(op, entry, str(path)) for entry in current) if ranking is not None]
+
+
+def _is_of(entry: Any, static: Mapping[str, Any] | None) -> bool:
+    """Whether a ranking's JSON is for these static facts (None: any): what is not is not decoded."""
+    return static is None or encode(static).items() <= entry["measured"][0]["problem"].items()
 
 
 def publish(op: Op, rankings: Sequence[Ranking], folder: Path) -> list[Path]:
@@ -317,8 +324,8 @@ def _choices(op: Op, problem: Any, device: Device) -> Iterator[Pick]:
 
 
 def _measured(op: Op, problem: Any, device: Device) -> tuple[Ranked, ...]:
-    """What this machine measured at these very sizes: one document, where all that is known takes a tenth of a second."""
-    key = _family(op.name, op.digest(), fields(problem, "static"), device.key) + _sha(size_class(problem))
+    """What this machine measured at these very sizes: one document, where all that is known takes many."""
+    key = _family(op.name, _digest(op, _state.generation), fields(problem, "static"), device.key) + _sha(size_class(problem))
     ranking = _load(op, Store.shared().read_json("ranking", key), f"ranking {key}")
     return next((m.configs for m in ranking.measured if sizes(m.problem) == sizes(problem)), ()) if ranking else ()
 
@@ -341,15 +348,20 @@ def _ordered(known: _Known, op: Op, problem: Any, device: Device) -> Iterator[tu
             same = sizes(measured.problem) == sizes(problem)
             if same or known.problems < CALIBRATED:
                 yield from ((r.config, origin) for r in measured.configs if same or not specialized(r.config))
-    legal = [c for c in known.candidates if op.reject(problem, c, device) is None]
-    predicted = {c: known.model.ms(c, work(op, problem, c, device)) for c in legal}
-    yield from ((c, "model") for c in sorted(legal, key=lambda c: (predicted[c], config_order(c))))
+    possible = [c for c in known.candidates if op.estimate(problem, c, device) is not None]
+    predicted = {c: known.model.ms(c, work(op, problem, c, device)) for c in possible}
+    yield from ((c, "model") for c in sorted(possible, key=lambda c: (predicted[c], config_order(c))))
+
+
+@functools.lru_cache(maxsize=256)
+def _digest(op: Op, generation: int) -> str:
+    """The digest of an op's templates, which is looked at anew with the rankings: every new problem asks for it."""
+    return op.digest()
 
 
 @functools.lru_cache(maxsize=256)
 def _known(op: Op, static: tuple[tuple[str, Any], ...], device: Device, generation: int) -> _Known:
-    start = _family(op.name, op.digest(), dict(static), device.key)
-    mine, theirs = local(op, dict(static), device), [r for r in shipped(op, device.key) if r.key.startswith(start)]
+    mine, theirs = local(op, dict(static), device), shipped(op, device.key, static=dict(static))
     by_sizes = {sizes(m.problem): m for r in (*theirs, *mine) for m in r.measured}
     points: dict[Any, list[tuple[Sequence[float], float]]] = {}
     for measured in by_sizes.values():
@@ -365,7 +377,7 @@ def _compiled(op: Op, problem: Any, config: Any, device: Device) -> bool:
 
 @functools.lru_cache(maxsize=PICKS)
 def _built(kernel: Kernel, view: StaticView, config: Any, arch: str, generation: int) -> bool:
-    return Store.shared().get(cubin_key(kernel.source(view, config).text, arch)) is not None
+    return build.look_up(kernel.source(view, config), arch)[1] is not None
 
 
 def _family(op: str, digest: str, static: Mapping[str, Any], device: str) -> str:
