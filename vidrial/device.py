@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import re
+from typing import Any
 
 from vidrial.errors import ArgumentError, ToolchainError
 
@@ -82,17 +84,12 @@ class Device:
             raise ToolchainError(f"CuPy cannot be imported ({error}); install it: pip install cupy-cuda13x==14.2.0") from error
         try:
             chosen = runtime.getDevice() if index is None else index
-            label = runtime.getDeviceProperties(chosen)["name"].decode()
-            value = {field: int(runtime.deviceGetAttribute(number, chosen)) for field, number in ATTRIBUTES.items()}
-            bus_bits, major, minor = (int(runtime.deviceGetAttribute(number, chosen)) for number in (BUS_BITS, MAJOR, MINOR))
+            return _ask(runtime, int(chosen))
         except (runtime.CUDARuntimeError, ImportError) as error:
             which = "" if index is None else f" {index}"
             raise ToolchainError(
                 f"no usable CUDA GPU{which}: {error}. Check nvidia-smi and CUDA_VISIBLE_DEVICES, or name a target with Device.of('h200')"
             ) from error
-        arch = arch_name(f"sm_{major}{minor}")
-        tflops, bandwidth = _throughput(label, arch, value["sms"], value["memory_clock_khz"], bus_bits)
-        return cls(name=label, arch=arch, tensor_tflops=tflops, bandwidth_gbs=bandwidth, **value)
 
     @classmethod
     def default(cls) -> Device:
@@ -101,6 +98,17 @@ class Device:
             return cls.current()
         except ToolchainError:
             return cls.of("h200")
+
+
+@functools.lru_cache
+def _ask(runtime: Any, index: int) -> Device:
+    """The facts of a GPU, which stay: every new problem asks for them, and the driver takes its time."""
+    label = runtime.getDeviceProperties(index)["name"].decode()
+    value = {field: int(runtime.deviceGetAttribute(number, index)) for field, number in ATTRIBUTES.items()}
+    bus_bits, major, minor = (int(runtime.deviceGetAttribute(number, index)) for number in (BUS_BITS, MAJOR, MINOR))
+    arch = arch_name(f"sm_{major}{minor}")
+    tflops, bandwidth = _throughput(label, arch, value["sms"], value["memory_clock_khz"], bus_bits)
+    return Device(name=label, arch=arch, tensor_tflops=tflops, bandwidth_gbs=bandwidth, **value)
 
 
 def gpu_count() -> int:

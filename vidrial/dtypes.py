@@ -10,7 +10,7 @@ from vidrial.errors import ArgumentTypeError
 
 
 class DType(enum.Enum):
-    """An element type: `name` as NumPy and torch spell it, bits, and its C++ type on the device."""
+    """An element type: `label` as NumPy and torch spell it, bits and bytes of an element, and `cpp`, its type in device code."""
 
     bfloat16 = ("bfloat16", 16, "cutlass::bfloat16_t")
     float16 = ("float16", 16, "cutlass::half_t")
@@ -18,25 +18,12 @@ class DType(enum.Enum):
     int32 = ("int32", 32, "int32_t")
     uint8 = ("uint8", 8, "uint8_t")
 
-    @property
-    def label(self) -> str:
-        """The type's name, as NumPy and torch spell it."""
-        return self.value[0]
-
-    @property
-    def bits(self) -> int:
-        """Size of one element in bits."""
-        return self.value[1]
-
-    @property
-    def cpp(self) -> str:
-        """The type's name in device code."""
-        return self.value[2]
-
-    @property
-    def bytes(self) -> int:
-        """Size of one element in bytes."""
-        return self.bits // 8
+    def __init__(self, label: str, bits: int, cpp: str) -> None:
+        # Plain attributes: proofs of addresses read them many thousand times.
+        self.label = label
+        self.bits = bits
+        self.bytes = bits // 8
+        self.cpp = cpp
 
     @classmethod
     def of(cls, dtype: object) -> DType:
@@ -53,8 +40,8 @@ class DType(enum.Enum):
 
         if self is not DType.bfloat16:
             return np.asarray(x).astype(self.label)
-        bits = np.ascontiguousarray(x, np.float32).view(np.uint32)
-        return ((bits + 0x7FFF + (bits >> 16 & 1)) >> 16).astype(np.uint16)
+        words = np.ascontiguousarray(x, np.float32).view(np.uint32)
+        return ((words + 0x7FFF + (words >> 16 & 1)) >> 16).astype(np.uint16)
 
     def widen(self, x: Any) -> Any:
         """The float64 values of a NumPy array of this type (bfloat16 as uint16), exact."""

@@ -217,10 +217,13 @@ def _index(coordinate: Any, shape: IntTuple, stride: IntTuple) -> Any:
         if isinstance(coordinate, tuple):
             if len(coordinate) != len(shape):
                 raise LayoutError(f"coordinate {coordinate} has {len(coordinate)} modes, shape {shape} has {len(shape)}")
-            return sum(_index(c, s, d) for c, s, d in zip(coordinate, shape, stride, strict=True))
+            index = 0
+            for c, s, d in zip(coordinate, shape, stride, strict=True):
+                index = index + _index(c, s, d)
+            return index
         index = 0
         for i, (s, d) in enumerate(zip(shape, stride, strict=True)):
-            extent = product(s)
+            extent = product(s) if isinstance(s, tuple) else s
             index = index + _index(coordinate if i == len(shape) - 1 else coordinate % extent, s, d)
             coordinate = coordinate // extent
         return index

@@ -5,11 +5,14 @@ Only ints, bools, enums and objects that print themselves as C++ (`.cpp`) reach 
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
+import os
 import re
+import stat
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -162,9 +165,20 @@ class Source:
 
 
 @functools.lru_cache(maxsize=256)
-def _includes_of(path: Path, _mtime: int, _size: int) -> tuple[bytes, tuple[str, ...]]:
-    data = path.read_bytes()
+def _includes_of(path: str, _mtime: int, _size: int) -> tuple[bytes, tuple[str, ...]]:
+    data = Path(path).read_bytes()
     return data, tuple(INCLUDE.findall(data.decode()))
+
+
+def _included(name: str, folders: Iterable[Path]) -> tuple[bytes, tuple[str, ...]] | None:
+    """Content and includes of the file that an include finds in `folders`; None for a system header."""
+    for folder in folders:
+        path = f"{folder}/{name}"
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            found = os.stat(path)
+            if stat.S_ISREG(found.st_mode):
+                return _includes_of(path, found.st_mtime_ns, found.st_size)
+    return None
 
 
 def closure_digest(text: str, folders: tuple[Path, ...]) -> str:
@@ -173,15 +187,16 @@ def closure_digest(text: str, folders: tuple[Path, ...]) -> str:
     System headers are not ours, and those of the host target no part of what a GPU runs.
     """
     found: dict[str, bytes] = {}
-    waiting = list(INCLUDE.findall(text))
+    waiting, seen = list(INCLUDE.findall(text)), set[str]()
     while waiting:
         name = waiting.pop()
-        path = next((f / name for f in folders if (f / name).is_file()), None)
-        if path is None or name in found or name.startswith(HOST_HEADERS):
+        if name in seen or name.startswith(HOST_HEADERS):
             continue
-        stat = path.stat()
-        found[name], inner = _includes_of(path, stat.st_mtime_ns, stat.st_size)
-        waiting += inner
+        seen.add(name)
+        included = _included(name, folders)
+        if included is not None:
+            found[name], inner = included
+            waiting += inner
     digest = hashlib.sha256()
     for name in sorted(found):
         digest.update(f"{name}\0{len(found[name])}\0".encode() + found[name])
