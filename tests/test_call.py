@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import ctypes
+import functools
+import gc
+import importlib
 import logging
 import struct
 import sys
 import threading
 import time
+import tracemalloc
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,7 +24,7 @@ from fake_op import Config, example, op
 from vidrial.kernels.power_retention.op import example as power_example
 from vidrial.kernels.power_retention.op import op as power_op
 
-from vidrial import call, plan
+from vidrial import arrays, call, plan, ranking
 from vidrial.arrays import CPU, as_array, contiguous_strides
 from vidrial.device import Device
 from vidrial.errors import ArgumentError, FrozenError
@@ -205,6 +210,56 @@ def test_a_call_of_power_retention_on_torch_tensors(driver: Driver, monkeypatch:
         taken.append((time.perf_counter() - begin) / 50 / launches * 1e6)
     # A loaded machine takes a multiple of what is aimed for; what is asked here is that nothing slow came back.
     assert min(taken) < 30, f"{min(taken):.1f} us of host time a launch"
+
+
+def test_a_call_follows_new_rankings(driver: Driver, monkeypatch: pytest.MonkeyPatch) -> None:
+    from vidrial.kernels.power_retention import power_retention
+
+    monkeypatch.setattr(plan, "build", lambda *_: None)
+    monkeypatch.setitem(sys.modules, "torch", Torch)
+    q, k, v = (Tensor(np.zeros((1, 2000, 2, 64), np.uint16), "bfloat16") for _ in range(3))
+    power_retention(q, k, v)
+    asked = power_example(t=2000, h=2, gated=False)
+    other = power_op.predicted(asked, H200, {"chunk": 128})
+    grids = [stage.kernel.grid(stage.problem, stage.config) for stage in power_op.stages(asked, other)]
+    assert [grid for grid, _, _ in driver.launches] != grids
+    trial = Trial("power_retention", asked, other, Status.ok, timing=Timing(1e-6, 1e-9, 20))
+    found = Ranking.from_trials(power_op, H200, [trial])
+    assert found is not None
+    found.save(power_op)
+    driver.launches.clear()
+    power_retention(q, k, v)
+    assert [grid for grid, _, _ in driver.launches] == grids
+
+
+def test_thousands_of_shapes_keep_memory_bounded(driver: Driver, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is kept for a problem is forgotten with the least recently used one: here with room for 20, after 120 lengths."""
+    monkeypatch.setattr(plan, "build", lambda *_: None)
+    monkeypatch.setitem(sys.modules, "torch", Torch)
+    retention = importlib.import_module("vidrial.kernels.power_retention")
+    assert 0 < ranking._pick.cache_parameters()["maxsize"] <= 4096
+    config = power_op.predicted(power_example(t=2000, h=2, gated=False), H200, {"chunk": 128})
+    monkeypatch.setattr(call, "pick", lambda *_: ranking.Pick(config, "predicted"))
+    for module, name in ((retention, "_asked"), (call, "_cuda_plan"), (arrays, "contiguous_strides")):
+        cached = getattr(module, name)
+        assert 0 < cached.cache_parameters()["maxsize"] <= 4096
+        monkeypatch.setattr(module, name, functools.lru_cache(maxsize=20)(cached.__wrapped__))
+    plans: weakref.WeakSet[plan.CudaPlan] = weakref.WeakSet()
+    monkeypatch.setattr(call, "CudaPlan", lambda *given: plans.add(made := plan.CudaPlan(*given)) or made)
+    x = np.zeros((1, 2120, 2, 64), np.uint16)
+    kept = []
+    for n in range(2000, 2120):
+        if n == 2040:
+            tracemalloc.start()
+        retention.power_retention(*(Tensor(x[:, :n], "bfloat16") for _ in range(3)), chunk=128)
+        driver.launches.clear()
+        if n in (2079, 2119):
+            gc.collect()
+            kept.append(tracemalloc.get_traced_memory()[0])
+    tracemalloc.stop()
+    assert len(plans) <= 21
+    # A problem takes some 10 KB: without the limit forty more would be half a megabyte.
+    assert kept[1] - kept[0] < 150_000
 
 
 def test_facts_of_arrays() -> None:

@@ -28,7 +28,7 @@ class Array(NamedTuple):
     @property
     def facts(self) -> tuple[Any, ...]:
         """What another array must agree in to be served by the same launches: (shape, strides, dtype, device, library, aligned)."""
-        return self.shape, self.strides, self.dtype, self.device, self.library, self.pointer % VECTOR_BYTES == 0
+        return *self[1:6], self.pointer % VECTOR_BYTES == 0
 
     @property
     def vectorised(self) -> bool:
@@ -51,11 +51,9 @@ def library_of(x: Any) -> str:
     Raises:
         ArgumentTypeError: x is none of their arrays.
     """
-    kind: type = type(x)
-    return _library_of(kind)
+    return _library_of(type(x))
 
 
-@lru_cache(maxsize=64)
 def _library_of(kind: type) -> str:
     root = kind.__module__.partition(".")[0]
     name = {"jaxlib": "jax"}.get(root, root)
@@ -73,16 +71,21 @@ def as_array(x: Any, name: str) -> Array:
     Raises:
         ArgumentTypeError: x is no array, or its dtype is not known.
     """
+    kind: type = type(x)
     try:
-        return _READERS[library_of(x)](x)
+        return _reader(kind)(x)
     except ArgumentTypeError as error:
         raise ArgumentTypeError(f"{name}: {error}") from None
 
 
 def _read_torch(x: Any) -> Array:
-    if not x.is_cuda and x.device.type != "cpu":
+    if x.is_cuda:
+        device = x.get_device()
+    elif x.device.type == "cpu":
+        device = CPU
+    else:
         raise ArgumentTypeError(f"device {x.device} is not served; accepted: cuda, cpu")
-    return Array(x.data_ptr(), x.shape, x.stride(), DType.of(x.dtype), x.get_device() if x.is_cuda else CPU, "torch", x)
+    return Array(x.data_ptr(), x.shape, x.stride(), DType.of(x.dtype), device, "torch", x)
 
 
 def _read_numpy(x: Any) -> Array:
@@ -119,6 +122,11 @@ def contiguous_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
 
 
 _READERS: dict[str, Callable[[Any], Array]] = {"torch": _read_torch, "cupy": _read_cupy, "jax": _read_jax, "numpy": _read_numpy}
+
+
+@lru_cache(maxsize=64)
+def _reader(kind: type) -> Callable[[Any], Array]:
+    return _READERS[_library_of(kind)]
 
 
 def current_stream(like: Array) -> int:

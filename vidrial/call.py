@@ -71,6 +71,25 @@ def _cuda_plan(op: Op, problem: Any, index: int, fixed: tuple[tuple[str, Any], .
     return CudaPlan(op, problem, pick(op, problem, Device.current(index), fixed).config, index)
 
 
+class Planned:
+    """`cuda_plan` for an op's wrapper that keeps one of these for each problem it meets: to find the plan hashes no problem then."""
+
+    def __init__(self, op: Op, problem: Any, index: int, fixed: tuple[tuple[str, Any], ...] = ()) -> None:
+        self._asked = op, problem, index, fixed
+        self._known: tuple[int, CudaPlan] | None = None
+
+    def plan(self) -> CudaPlan:
+        """The plan as it stands now.
+
+        Raises:
+            FrozenError: that of `cuda_plan`.
+        """
+        now, known = generation(), self._known
+        if known is None or known[0] != now:
+            self._known = known = now, cuda_plan(*self._asked)
+        return known[1]
+
+
 def prepare(op: Op, problem: Any, index: int | None = None, **fixed: Any) -> Any:
     """Compile and load now what calls of this problem on CUDA device `index` (by default the current one) will run.
 
@@ -104,8 +123,11 @@ def run(inputs: Mapping[str, Array], plan: CudaPlan) -> dict[str, Array]:
     """Run an op on GPU arrays, on their library's current stream; its outputs, newly made."""
     like = next(iter(inputs.values()))
     outputs = {name: empty(buffer.shape, buffer.dtype, like) for name, buffer in plan.outputs.items()}
-    pointers = {name: array.pointer for arrays in (inputs, outputs) for name, array in arrays.items()}
-    scratch = empty((plan.workspace.bytes,), DType.uint8, like) if plan.workspace.bytes else None
+    pointers = {name: array.pointer for name, array in inputs.items()}
+    for name, array in outputs.items():
+        pointers[name] = array.pointer
+    size = plan.workspace.bytes
+    scratch = empty((size,), DType.uint8, like) if size else None
     plan.run(pointers, scratch.pointer if scratch is not None else 0, current_stream(like))
     return outputs
 

@@ -25,14 +25,24 @@ class DType(enum.Enum):
         self.bytes = bits // 8
         self.cpp = cpp
 
-    @classmethod
-    def of(cls, dtype: object) -> DType:
+    # Enum's own hash is Python code, and every call looks several types up.
+    __hash__ = object.__hash__
+
+    @staticmethod
+    @functools.lru_cache(maxsize=256)
+    def of(dtype: object) -> DType:
         """The DType of a NumPy, CuPy, torch or JAX dtype, or of its name.
 
         Raises:
             ArgumentTypeError: the type is not in the table.
         """
-        return _of(dtype)
+        if isinstance(dtype, DType):
+            return dtype
+        spelled = str(getattr(dtype, "name", dtype)).removeprefix("torch.")
+        try:
+            return DType[spelled]
+        except KeyError:
+            raise ArgumentTypeError(f"dtype {spelled!r} is not known; accepted: {', '.join(DType.__members__)}") from None
 
     def round(self, x: Any) -> Any:
         """A NumPy array of floats in this type, nearest even; bfloat16, which NumPy lacks, as the uint16 of its bits."""
@@ -54,14 +64,3 @@ class DType(enum.Enum):
 
     def __str__(self) -> str:
         return self.name
-
-
-@functools.lru_cache(maxsize=256)
-def _of(dtype: object) -> DType:
-    if isinstance(dtype, DType):
-        return dtype
-    label = str(getattr(dtype, "name", dtype)).removeprefix("torch.")
-    try:
-        return DType[label]
-    except KeyError:
-        raise ArgumentTypeError(f"dtype {label!r} is not known; accepted: {', '.join(DType.__members__)}") from None

@@ -7,6 +7,7 @@ y = power_retention(q, k, v, log_g)
 from __future__ import annotations
 
 import sys
+from dataclasses import dataclass
 from functools import lru_cache
 from numbers import Integral, Real
 from typing import Any
@@ -16,7 +17,7 @@ from vidrial.kernels.power_retention.cpu import power_retention_cpu
 from vidrial.kernels.power_retention.op import Config, Problem, op
 
 from vidrial.arrays import CPU, Array, as_array, contiguous, give_back, vectorised
-from vidrial.call import cuda_plan, current_target, host_plan, run, run_on_host
+from vidrial.call import Planned, current_target, host_plan, run, run_on_host
 from vidrial.dtypes import DType
 from vidrial.errors import ArgumentError, ArgumentTypeError, UnsupportedError
 from vidrial.problem import CHOICES
@@ -71,18 +72,17 @@ def power_retention(
         arrays["log_g"] = as_array(log_g, "log_g")
     _refuse_gradients(arrays)
     _check_options(degree, scale, normalize, chunk)
-    device, place = arrays["q"].device, current_target(target)
-    problem, chunk, ready = _problem(tuple([a.facts for a in arrays.values()]), degree, scale, normalize, chunk, place)
-    if device == CPU and place == "cuda":
-        return _on_cpu(arrays, problem, normalize, chunk)
-    if not ready:
+    place = current_target(target)
+    asked = _asked(tuple([a.facts for a in arrays.values()]), degree, scale, normalize, chunk, place)
+    if asked.on_cpu:
+        return _on_cpu(arrays, asked.problem, normalize, asked.chunk)
+    if not asked.ready:
         arrays = {name: a if name == "log_g" or a.vectorised else contiguous(a) for name, a in arrays.items()}
-        problem, _, _ = _problem(tuple([a.facts for a in arrays.values()]), degree, scale, normalize, chunk, place)
-    fixed = () if chunk is None else (("chunk", chunk),)
+        asked = _asked(tuple([a.facts for a in arrays.values()]), degree, scale, normalize, chunk, place)
     if place == "host":
-        outputs = run_on_host(op, problem, arrays, host_plan(op, problem, fixed))
+        outputs = run_on_host(op, asked.problem, arrays, host_plan(op, asked.problem, asked.fixed))
     else:
-        outputs = run(arrays, cuda_plan(op, problem, device, fixed))
+        outputs = run(arrays, asked.planned.plan())
     return give_back(outputs["y"])
 
 
@@ -98,25 +98,36 @@ def _refuse_gradients(arrays: dict[str, Array]) -> None:
 
 
 def _check_options(degree: Any, scale: Any, normalize: Any, chunk: Any) -> None:
-    if not isinstance(degree, Integral) or degree not in DEGREES:
+    # The exact types come first: to ask the abstract ones takes a tenth of a launch each.
+    if not (type(degree) is int or isinstance(degree, Integral)) or degree not in DEGREES:
         odd = isinstance(degree, Integral) and degree % 2 == 1 and normalize == "sum"
         why = "an odd power's weights change sign, so their sum is no normaliser" if odd else "no other degree has a kernel"
         raise UnsupportedError(f"degree={degree!r}: {why}; accepted: {', '.join(map(str, DEGREES))}")
     if not isinstance(normalize, str) or normalize not in NORMALIZE:
         raise ArgumentError(f"normalize={normalize!r} is not known; accepted: {', '.join(map(repr, NORMALIZE))}")
-    if chunk is not None and (not isinstance(chunk, Integral) or isinstance(chunk, bool) or chunk not in CHUNKS):
+    if chunk is not None and (not (type(chunk) is int or isinstance(chunk, Integral)) or isinstance(chunk, bool) or chunk not in CHUNKS):
         raise ArgumentError(f"chunk={chunk!r} is not served; accepted: None, {', '.join(map(str, sorted(CHUNKS)))} (0: no chunks)")
     if chunk and degree != 2:
         raise UnsupportedError(f"chunk={chunk} with degree={degree}: only degree 2 has a state small enough; use chunk=None or 0")
-    if scale is not None and not (isinstance(scale, Real) and abs(float(scale)) <= MAX_SCALE):
+    if scale is not None and not ((type(scale) is float or isinstance(scale, Real)) and abs(float(scale)) <= MAX_SCALE):
         raise ArgumentError(f"scale={scale!r} is not served; accepted: None, or a number of at most {MAX_SCALE:g} in magnitude")
 
 
+@dataclass(frozen=True, slots=True)
+class _Asked:
+    """What a call asks for: its problem and chunk, whether NumPy serves it, and whether all rows can be copied 16 bytes at a time."""
+
+    problem: Problem
+    chunk: int | None
+    fixed: tuple[tuple[str, int], ...]
+    on_cpu: bool
+    ready: bool
+    planned: Planned
+
+
 @lru_cache(maxsize=4096)
-def _problem(
-    facts: tuple[tuple[Any, ...], ...], degree: int, scale: float | None, normalize: str, chunk: int | None, target: str
-) -> tuple[Problem, int | None, bool]:
-    """The problem that the arrays' facts state, the chunk, and whether all rows can be copied 16 bytes at a time; refuses what is not served."""
+def _asked(facts: tuple[tuple[Any, ...], ...], degree: int, scale: float | None, normalize: str, chunk: int | None, target: str) -> _Asked:
+    """What arrays of these facts ask for; refuses what is not served. This is the one look-up of the warm path."""
     names = ("q", "k", "v", "log_g")[: len(facts)]
     shapes = {name: fact[0] for name, fact in zip(names, facts, strict=True)}
     strides = {name: tuple(fact[1]) for name, fact in zip(names, facts, strict=True)}
@@ -125,29 +136,27 @@ def _problem(
     (b, t, hq, d), (h, e) = shapes["q"], shapes["v"][2:]
     if chunk is not None and chunk >= t:
         chunk = 0
-    gates = strides.get("log_g", (0, 0, 0))
-    return (
-        Problem(
-            facts[0][2],
-            d,
-            e,
-            int(degree),
-            "log_g" in shapes,
-            normalize == "sum",
-            b,
-            t,
-            hq,
-            h,
-            float(d**-0.5 if scale is None else scale),
-            strides["q"][:3],
-            strides["k"][:3],
-            strides["v"][:3],
-            (t * hq * e, hq * e, e),
-            gates,
-        ),
-        chunk,
-        all(vectorised(*fact) for fact in facts[:3]),
+    problem = Problem(
+        facts[0][2],
+        d,
+        e,
+        int(degree),
+        "log_g" in shapes,
+        normalize == "sum",
+        b,
+        t,
+        hq,
+        h,
+        float(d**-0.5 if scale is None else scale),
+        strides["q"][:3],
+        strides["k"][:3],
+        strides["v"][:3],
+        (t * hq * e, hq * e, e),
+        strides.get("log_g", (0, 0, 0)),
     )
+    device, fixed = facts[0][3], () if chunk is None else (("chunk", chunk),)
+    ready = all(vectorised(*fact) for fact in facts[:3])
+    return _Asked(problem, chunk, fixed, device == CPU and target == "cuda", ready, Planned(op, problem, device, fixed))
 
 
 def _check_shapes(shapes: dict[str, tuple[int, ...]]) -> None:
