@@ -1,7 +1,7 @@
 """An op whose bench computes its times instead of taking them: a sawtooth in the length, with planted failures.
 
 `FAKE_OP_LOG` names a file that gets a line for every config measured; `FAKE_OP_SECONDS` is what one measurement takes;
-`FAKE_OP_FAULTS` plants faults: `width=fault,...`.
+`FAKE_OP_FAULTS` plants faults: `width=fault,...`; `FAKE_OP_LOST_GPU` is the index of a GPU that does not work.
 """
 
 from __future__ import annotations
@@ -147,11 +147,13 @@ class FakeBench:
     needs_cubins = False
 
     def __init__(self, op: Op, index: int) -> None:
-        self.op = op
+        self.op, self.index = op, index
         faults = (entry.split("=") for entry in os.environ.get("FAKE_OP_FAULTS", "").split(",") if entry)
         self.faults = {int(width): fault for width, fault in faults}
 
     def prepare(self, problem: Problem, small: Problem, seeds: Sequence[int]) -> None:
+        if os.environ.get("FAKE_OP_LOST_GPU") == str(self.index):
+            raise LaunchError("it fell off the bus")
         if self.faults.get(0) == "prepare":
             raise LaunchError("no such GPU")
 

@@ -112,7 +112,7 @@ def test_an_address_that_does_not_answer_is_said_soon(monkeypatch: pytest.Monkey
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{unused.getsockname()[1]}"
-        with pytest.raises(SweepError, match=f"Ray cluster at {address} does not answer.*kept, and resume=True"):
+        with pytest.raises(SweepError, match=f"Ray cluster at {address} does not answer.*kept, and --resume"):
             sweep(op, example(), FAKE, ray=address, resume=True)
     with pytest.raises(ArgumentError, match="host:port, ray://host:port and auto"):
         sweep(op, example(), FAKE, ray="somewhere")

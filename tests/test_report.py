@@ -151,7 +151,7 @@ def test_damage_is_named_and_a_torn_last_line_is_not_damage(journals: Path, tmp_
         read_journals([file])
     header = json.loads(lines[0]) | {"schema": 99}
     file.write_bytes(json.dumps(header).encode() + b"\n")
-    with pytest.raises(SweepError, match="schema 99, accepted: 1"):
+    with pytest.raises(SweepError, match="schema 99, accepted: 1 and 2"):
         read_journals([file])
     for text in (b"", b"not json\n", b"[]\n"):
         file.write_bytes(text)

@@ -16,6 +16,8 @@ import fake_op
 import pytest
 from fake_op import H200, Config, PartsConfig, example, op, parts_ms, parts_op, picky_op, true_ms
 
+from vidrial import sweep_options
+from vidrial.device import Device
 from vidrial.errors import ArgumentError, ArgumentTypeError, ConfigError, NoValidConfig, SweepError
 from vidrial.ranking import local, pick
 from vidrial.search import Search, neighbours
@@ -248,6 +250,59 @@ def test_several_gpus_share_one_sweep(monkeypatch: pytest.MonkeyPatch, tmp_path:
     assert len(result.journal.read_text().splitlines()) == 1 + len(result.trials)
 
 
+def test_all_gpus_are_asked_for_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sweep_options, "gpu_count", lambda: 2)
+    monkeypatch.setenv("FAKE_OP_SECONDS", "0.1")
+    result = sweep(op, example(), FAKE, gpus="all")
+    assert {t.gpu for t in result.trials} == {"0", "1"} and result.winner.ms == BEST
+    # The leaders are timed in turn, so on one GPU.
+    assert len({t.gpu for t in result.trials if t.phase == "final"}) == 1
+
+
+def test_unlike_gpus_are_never_mixed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sweep_options, "gpu_count", lambda: 2)
+    kinds = [Device.of("h200"), Device.of("h100")]
+    monkeypatch.setattr(Device, "current", classmethod(lambda cls, index=None: kinds[index]))
+    with pytest.raises(ArgumentError, match=r"are unlike \(0 h200, 1 h100\): their times do not compare"):
+        sweep(op, example(), bench="fake_op:FakeBench", gpus="all")
+
+
+def test_a_gpu_that_cannot_begin_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FAKE_OP_LOST_GPU", "1")
+    result = sweep(op, example(), FAKE, gpus=2)
+    assert result.winner.ms == BEST and {t.gpu for t in result.trials} == {"0"}
+    assert any("GPU 1 was left out: measuring process for GPU 1 cannot begin: it fell off the bus" in note for note in result.notes)
+    assert len({t.config for t in result.trials}) == 16, "its jobs ran on the other"
+    with pytest.raises(SweepError, match="GPU 1 cannot begin: it fell off the bus"):
+        sweep(op, example(), FAKE, gpus=(1,))
+
+
+def test_resuming_nothing_is_said() -> None:
+    assert "there was no journal to go on with: begun anew" in sweep(op, example(), FAKE, resume=True).notes
+
+
+def test_one_journal_for_several_problems_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ArgumentError, match="one problem's trials"):
+        sweep_lengths(op, [example(n=4001), example(n=9001)], FAKE, journal=tmp_path / "j.jsonl")
+
+
+def test_each_result_is_handed_over_as_soon_as_it_is_there() -> None:
+    told: list[tuple[int, int]] = []
+    found = sweep_lengths(
+        op, [example(n=n) for n in (4001, 16001)], FAKE, trials=5, done=lambda r: told.append((r.problem.n, len(r.ranked)))
+    )
+    assert [n for n, _ in told[:2]] == [4001, 16001] and dict(told) == {r.problem.n: len(r.ranked) for r in found}
+
+
+def test_trials_are_not_put_where_they_end_with_the_process(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("VIDRIAL_CACHE_DIR", "/dev/null/cache")
+    monkeypatch.setenv("XDG_CACHE_HOME", "/dev/null/cache")
+    monkeypatch.setenv("HOME", "/dev/null")
+    with pytest.warns(RuntimeWarning, match="ends with this process"), pytest.raises(SweepError, match="trials would be lost"):
+        sweep(op, example(), FAKE)
+    assert sweep(op, example(), FAKE, journal=tmp_path / "j.jsonl").winner.ok
+
+
 def test_progress_is_told() -> None:
     class Listener:
         def __init__(self) -> None:
@@ -274,6 +329,7 @@ def test_progress_is_told() -> None:
         ("10007", {}, ArgumentTypeError, "Problem, not str"),
         (example(), {"gpus": 0}, ArgumentError, "gpus=0"),
         (example(), {"gpus": (1, 1)}, ArgumentError, "different CUDA indices"),
+        (example(), {"gpus": "both"}, ArgumentError, "gpus='both'.*'all', or different CUDA indices"),
         (example(), {"trials": 0}, ArgumentError, "trials=0"),
         (example(), {"trails": 3}, ArgumentTypeError, "trails.*accepted: device, gpus, ray, trials"),
         (example(), {"bench": "fake_op:Nothing"}, ArgumentError, "names nothing"),
@@ -286,9 +342,12 @@ def test_bad_input(problem: Any, changes: dict[str, Any], error: type[Exception]
         sweep(op, problem, FAKE, **changes)
 
 
-def test_a_gpu_that_does_not_exist() -> None:
-    with pytest.raises(ArgumentError, match=r"gpus=\(77,\).*nvidia-smi"):
+def test_a_gpu_that_does_not_exist(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ArgumentError, match="no usable CUDA GPU 77|there is no GPU 77: this process sees CUDA ind"):
         sweep(op, example(), bench="fake_op:FakeBench", gpus=(77,))
+    monkeypatch.setattr(sweep_options, "gpu_count", lambda: 2)
+    with pytest.raises(ArgumentError, match="there is no GPU 2: this process sees CUDA indices 0 to 1; see nvidia-smi"):
+        sweep(op, example(), bench="fake_op:FakeBench", gpus=3)
 
 
 def test_a_read_only_folder_is_said_before_anything_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -302,5 +361,5 @@ def test_a_read_only_folder_is_said_before_anything_is_measured(tmp_path: Path, 
 def test_trials_are_readable_json() -> None:
     result = sweep(op, example(), FAKE, configs=[Config(64, 3)])
     header, first, *_ = (json.loads(line) for line in result.journal.read_text().splitlines())
-    assert header["op"] == "fake" and header["device"] == H200.key and header["schema"] == 1
+    assert header["op"] == "fake" and header["device"] == H200.key and header["schema"] == 2
     assert first["config"] == {"tile": 64, "width": 3} and first["status"] == "ok" and first["timing"]["median_ms"] == true_ms(N, 64, 3)

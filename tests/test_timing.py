@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 
-from vidrial.timing import Timing, drift, measure, slowdowns
+from vidrial.timing import Timing, drift, drifts, measure, slowdowns
 
 
 class Machine:
@@ -73,3 +73,12 @@ def test_slowdowns_are_read_from_nvidia_smi(tmp_path, monkeypatch) -> None:
     tool.unlink()
     monkeypatch.setenv("PATH", str(tmp_path))
     assert slowdowns("0000:01:00.0") == []
+
+
+def test_gpus_that_are_not_equally_fast_are_said() -> None:
+    assert drifts({"0": [1.0] * 9, "1": [1.01] * 9}) == [] == drifts({})
+    (slower,) = drifts({"0": [1.0] * 9, "1": [1.1] * 9})
+    assert slower.startswith("GPU 1 takes 10% longer than GPU 0")
+    changed = [1.0] * 5 + [1.2] * 5
+    assert drifts({"0": changed}) == [drift(changed)]
+    assert drifts({"0": changed, "1": [1.0] * 9})[0].startswith("GPU 0: the reference kernel took from 1.0000 to 1.2000 ms")

@@ -39,7 +39,7 @@ def main(arguments: list[str] | None = None) -> None:
     except VidrialError as error:
         if debug:
             raise
-        print(f"vidrial: {error}", file=sys.stderr)
+        print("\n".join([f"vidrial: {error}", *getattr(error, "__notes__", ())]), file=sys.stderr)
         sys.exit(2)
     sys.exit(code if isinstance(code, int) else 0)
 
@@ -172,13 +172,16 @@ def sweep_(reference: str, keywords: tuple[str, ...], out: Path | None, gpus: st
 
     Every trial is on disk before the next one begins: after Ctrl-C, --resume goes on.
     """
+    from vidrial.files import check_writable
     from vidrial.problem import fields
     from vidrial.ranking import publish
     from vidrial.show import facts, make_console, show_winners
     from vidrial.sweep import Options, sweep, sweep_lengths
 
     op, problems = read(reference, keywords)
-    chosen = Options(gpus=gpu_count_of(gpus, options["ray"]), **options)
+    if out is not None:
+        check_writable(out)
+    chosen = Options(gpus=None if gpus is None else gpus_of(gpus), **options)
     alike = all(fields(p, "static") == fields(problems[0], "static") for p in problems)
     results = sweep_lengths(op, problems, chosen) if alike else [sweep(op, p, chosen) for p in problems]
     for result in results:
@@ -190,21 +193,14 @@ def sweep_(reference: str, keywords: tuple[str, ...], out: Path | None, gpus: st
             click.echo(f"ranking in {path}")
 
 
-def gpu_count_of(text: str | None, ray: str | None) -> int | tuple[int, ...] | None:
-    """`--gpus`, None where it leaves the choice: to a Ray cluster that is all of its GPUs."""
-    return None if text is None or (ray is not None and text == "all") else gpu_indices(text)
-
-
-def gpu_indices(text: str) -> int | tuple[int, ...]:
-    """`2`: two GPUs; `all`: all of this machine's; `0,2` or `3,`: those of these CUDA indices.
+def gpus_of(text: str) -> int | tuple[int, ...] | str:
+    """`2`: two GPUs; `all`: every one there is; `0,2` or `3,`: those of these CUDA indices.
 
     Raises:
         ArgumentError: it is none of these.
     """
     if text == "all":
-        from vidrial.device import gpu_count
-
-        return max(1, gpu_count())
+        return text
     words = [word for word in text.split(",") if word]
     if not words or not all(word.isdecimal() for word in words):
         raise ArgumentError(f"--gpus {text!r}: accepted are a count, all, or CUDA indices with commas")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import stat
+import tempfile
 import time
 from pathlib import Path
 
@@ -29,6 +30,20 @@ def usable(root: Path) -> Path:
     if found.st_mode & 0o022:
         raise StoreError(f"cache directory {root} can be written by others (mode {stat.S_IMODE(found.st_mode):o}); chmod go-w it")
     return root
+
+
+def check_writable(folder: Path) -> None:
+    """Refuse a folder for rankings that cannot be written: said before anything is measured.
+
+    Raises:
+        StoreError: it cannot be made, or no file in it.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise StoreError(f"rankings cannot be written to {folder} ({error}); name another folder") from None
 
 
 def read_file(path: Path | str, limit: int, folder: int | None = None) -> bytes:

@@ -16,7 +16,7 @@ import subprocess
 import sys
 from collections import Counter, deque
 from collections.abc import Hashable, Iterable, Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 from vidrial import __version__
@@ -52,7 +52,9 @@ class RayWorkers:
         SweepError: the cluster does not answer within a minute, has no such GPU free, or its nodes have another Vidrial or op.
     """
 
-    def __init__(self, address: str, op: str, bench: str, limit: float, gpus: int | Sequence[int] | None, device: Device | None) -> None:
+    def __init__(
+        self, address: str, op: str, bench: str, limit: float, gpus: int | Sequence[int] | str | None, device: Device | None
+    ) -> None:
         if gpus is not None and (not isinstance(gpus, int) or gpus < 1):
             raise ArgumentError(f"gpus={gpus!r}: on a Ray cluster a count from 1 up is accepted, or None for all")
         self._ray, self._ours = _connect(address)
@@ -229,6 +231,10 @@ class _Actor:
         self._fields = job_fields(self._op)
         self._workers = Workers(op, bench, (0,), None, limit)
         self._prepare = ""
+        import ray
+
+        # Which of the node's GPUs it is: the measuring process sees it as the first one.
+        self._gpu = f"{socket.gethostname()}:{','.join(map(str, ray.get_gpu_ids()))}"
 
     def describe(self) -> str:
         """The GPU (null where there is none), and what is installed here."""
@@ -254,7 +260,7 @@ class _Actor:
             ((_, reply),) = self._workers.run([decode(Job, json.loads(job), self._fields)])
         except SweepError as error:
             return json.dumps({"fault": f"{error} (on {socket.gethostname()})"})
-        return json.dumps(encode(reply))
+        return json.dumps(encode(replace(reply, gpu=self._gpu)))
 
 
 def _compile_task(op: str, text: str, entry: str, arch: str, config: str) -> tuple[bytes, dict[str, Any], str]:
@@ -309,7 +315,7 @@ def _probe(address: str) -> None:
 def _silent(address: str, why: str) -> SweepError:
     return SweepError(
         f"the Ray cluster at {address} does not answer ({why}); check `ray status` there, or sweep without ray. "
-        "Trials in journals are kept, and resume=True goes on from them"
+        "Trials in journals are kept, and --resume (resume=True) goes on from them"
     )
 
 

@@ -19,6 +19,8 @@ from vidrial.space import describe
 from vidrial.timing import Timing
 from vidrial.trial import KIND, SCHEMA, Status, Trial, decode, encode
 
+# Journals of schema 1 do not say which GPU measured.
+READABLE = (1, SCHEMA)
 LISTED = 400  # configs of one problem in the table of all trials
 OK = Status.ok.name
 
@@ -39,6 +41,7 @@ class Row:
     device: str
     versions: str
     time: str
+    gpu: str
 
     @classmethod
     def of(cls, data: Mapping[str, Any]) -> Row:
@@ -61,6 +64,7 @@ class Row:
             data["device"],
             data["versions"],
             data["time"],
+            data.get("gpu", ""),
         )
 
     @property
@@ -105,8 +109,11 @@ def _read(path: Path) -> Iterator[Row]:
         header = None
     if not isinstance(header, dict) or header.get("kind") != KIND:
         raise SweepError(f"{path} is not a journal: its first line is no header; name the file that a sweep wrote")
-    if header.get("schema") != SCHEMA:
-        raise SweepError(f"journal {path} has schema {header.get('schema')}, accepted: {SCHEMA}; report it with the version that wrote it")
+    if header.get("schema") not in READABLE:
+        accepted = " and ".join(map(str, READABLE))
+        raise SweepError(
+            f"journal {path} has schema {header.get('schema')}, accepted: {accepted}; report it with the version that wrote it"
+        )
     for number, line in enumerate(lines[1:], 2):
         try:
             row = Row.of(json.loads(line))

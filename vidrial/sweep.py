@@ -17,7 +17,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any, Protocol
@@ -26,17 +26,18 @@ from vidrial import __version__
 from vidrial.build import build_many
 from vidrial.candidates import Builds, proxies
 from vidrial.device import Device
-from vidrial.errors import NoValidConfig, ToolchainError
+from vidrial.errors import ArgumentError, NoValidConfig, SweepError, ToolchainError
 from vidrial.names import resolve
 from vidrial.op import Op
 from vidrial.progress import Progress, reporting
 from vidrial.ranking import Ranking, leading
 from vidrial.search import Search
+from vidrial.settings import Settings
 from vidrial.space import describe
 from vidrial.store import Store
 from vidrial.sweep_options import Options, check_problem, measuring
 from vidrial.sweep_result import SweepResult, no_valid_config
-from vidrial.timing import drift
+from vidrial.timing import drifts
 from vidrial.toolchain import Toolchain
 from vidrial.trial import Journal, Status, Trial, encode, latest
 from vidrial.worker import Job, Pool, Reply
@@ -79,19 +80,27 @@ def sweep(op: Op, problem: Any, options: Options | None = None, **changes: Any) 
 
 
 def sweep_lengths(
-    op: Op, problems: Sequence[Any], options: Options | None = None, within: float | None = None, **changes: Any
+    op: Op,
+    problems: Sequence[Any],
+    options: Options | None = None,
+    within: float | None = None,
+    done: Callable[[SweepResult], None] | None = None,
+    **changes: Any,
 ) -> list[SweepResult]:
     """Sweep several problems of the same static facts, then time the model's candidates on all of them: what it is calibrated with.
 
-    `within`: seconds for all together, about; problems that no time is left for are left out, the last ones first.
+    `within`: seconds for all together, about; problems that no time is left for are left out, the last ones first. `done` is called with
+    each result as soon as it is there, and again when the others' leaders were timed as well.
 
     Raises:
-        as `sweep`.
+        as `sweep`. ArgumentError: one journal for several problems.
     """
     chosen = Options.of(options, changes)
+    if len(problems) > 1 and (chosen.journal is not None or isinstance(chosen.resume, str | Path)):
+        raise ArgumentError("a journal holds one problem's trials: sweep each on its own, or leave journal=... out and give resume=True")
     for problem in problems:
         check_problem(op, problem)
-    begun, found = time.monotonic(), list[SweepResult]()
+    begun, found, done = time.monotonic(), list[SweepResult](), done or (lambda _: None)
 
     def share(left: int, until: float, parts: int = 1) -> Options | None:
         """Options with a fair share of the time that is left; None if it is too little to begin. The first problem is always swept."""
@@ -105,6 +114,7 @@ def sweep_lengths(
             mine = share(len(problems) - i, FIRST_PASS, 1 if i else COMPILING)
             if mine is not None:
                 found.append(_Sweep(op, problem, mine, workers, device).run())
+                done(found[-1])
         candidates = leading(m for result in found for m in result.ranking.measured)
         for i, result in enumerate(found):
             have, mine = latest(result.trials), share(len(found) - i, 1.0)
@@ -112,6 +122,7 @@ def sweep_lengths(
             if missing and mine is not None:
                 mine = dataclasses.replace(mine, configs=[result.ranked[0].config, *missing], resume=result.journal)
                 found[i] = _Sweep(op, result.problem, mine, workers, device).run()
+                done(found[i])
     return found
 
 
@@ -128,7 +139,7 @@ class _Sweep:
         self.builds = Builds(
             op, problem, self.small, device, functools.partial(build_many, arch=device.arch, jobs=options.jobs, compiler=workers.compiler)
         )
-        self.notes: list[str] = list(workers.notes)
+        self.notes: list[str] = []
         self.replaced = workers.replaced
         self.versions = _versions()
         self.progress: Progress
@@ -159,15 +170,18 @@ class _Sweep:
         named = resume if isinstance(resume, str | Path) else self.options.journal
         facts = {"digest": self.op.digest(), "device": self.device.key, "problem": encode(self.problem)}
         name = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
-        path = Path(named) if named else Store.shared().root / "journals" / f"{self.op.name}-{self.device.key}-{name}.jsonl"
-        return Journal(path, self.op, facts, fresh=resume is None or resume is False)
+        path = Path(named) if named else _journals() / f"{self.op.name}-{self.device.key}-{name}.jsonl"
+        journal = Journal(path, self.op, facts, fresh=resume is None or resume is False)
+        if resume is True and not journal.trials:
+            self.notes.append("there was no journal to go on with: begun anew")
+        return journal
 
     def _keep(self, error: BaseException) -> None:
         """What was measured, ranked; and how to go on."""
         ranking = Ranking.from_trials(self.op, self.device, self.journal.trials)
         if ranking is not None:
             ranking.save(self.op)
-        note = f"{len(self.journal.trials)} trials are kept in {self.journal.path}; the same sweep with resume=True goes on from there"
+        note = f"{len(self.journal.trials)} trials are kept in {self.journal.path}; the same sweep with --resume (resume=True) goes on from there"
         error.add_note(note)
         if isinstance(error, KeyboardInterrupt | SystemExit):
             print(f"\nvidrial: {note}", file=sys.stderr)
@@ -177,7 +191,8 @@ class _Sweep:
 
     def _state(self) -> None:
         for _, reply in self.workers.run([Job("state")] * self.workers.count):
-            self.notes += [f"the driver slows the GPU down: {note}" for note in reply.notes]
+            which = f"GPU {reply.gpu}" if self.workers.count > 1 else "the GPU"
+            self.notes += [f"the driver slows {which} down: {note}" for note in reply.notes]
 
     def _search(self) -> None:
         asked = self.options.configs
@@ -240,6 +255,7 @@ class _Sweep:
                 seed=self.options.seed,
                 versions=self.versions,
                 time=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+                gpu=reply.gpu,
                 **fields,
             )
         )
@@ -288,8 +304,11 @@ class _Sweep:
         if ranking is None:
             raise NoValidConfig(no_valid_config(self.op, self.problem, self.device, trials))
         ranking.save(self.op)
-        drifted = drift([t.reference_ms for t in trials if t.reference_ms])
-        notes = [*dict.fromkeys(self.notes), *([drifted] if drifted else [])]
+        references: dict[str, list[float]] = {}
+        for trial in trials:
+            if trial.reference_ms:
+                references.setdefault(trial.gpu, []).append(trial.reference_ms)
+        notes = [*dict.fromkeys([*self.workers.notes, *self.notes]), *drifts(references)]
         replaced = self.workers.replaced - self.replaced
         if replaced:
             notes.append(f"the measuring process was replaced {replaced} times")
@@ -299,6 +318,20 @@ class _Sweep:
             notes.append(f"{tied} configs tie for the first place: the first of them in order of declaration is named the winner")
         seconds = time.monotonic() - self.begun
         return SweepResult(self.op.name, self.problem, self.device, trials, ranking, tuple(notes), self.journal.path, seconds)
+
+
+def _journals() -> Path:
+    """Where journals lie that nobody named a place for.
+
+    Raises:
+        SweepError: the cache is a temporary one, so that they would end with this process.
+    """
+    root = Store.shared().root
+    if root not in Settings.read().cache_dirs:
+        raise SweepError(
+            "no cache directory can be written, so trials would be lost: name one with VIDRIAL_CACHE_DIR, or a file with journal=..."
+        )
+    return root / "journals"
 
 
 def _versions() -> str:

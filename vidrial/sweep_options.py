@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vidrial.device import Device
+from vidrial.device import Device, gpu_count
 from vidrial.errors import ArgumentError, ArgumentTypeError, ToolchainError
 from vidrial.names import reference_of, resolve
 from vidrial.op import Op
@@ -25,7 +25,7 @@ class Options:
 
     Args:
         device: the GPU's facts; by default asked of the driver. On a Ray cluster, the kind of GPU that measures.
-        gpus: how many GPUs measure, or their CUDA indices; by default one, and all of a Ray cluster.
+        gpus: how many GPUs measure, `all`, or their CUDA indices; by default one, and all of a Ray cluster.
         ray: address of a Ray cluster (`host:port`, `ray://host:port`, `auto`) whose CPUs compile and whose GPUs measure.
         trials: configs to try at most; 64 unless `seconds` or `exhaustive` is given.
         seconds: time to take, about.
@@ -42,7 +42,7 @@ class Options:
     """
 
     device: Device | None = None
-    gpus: int | Sequence[int] | None = None
+    gpus: int | Sequence[int] | str | None = None
     ray: str | None = None
     trials: int | None = None
     seconds: float | None = None
@@ -90,7 +90,8 @@ def measuring(op: Op, options: Options) -> Iterator[tuple[Pool, Device]]:
     if options.ray is not None:
         from vidrial.ray_workers import RayWorkers
 
-        with RayWorkers(options.ray, reference, options.bench, options.limit, options.gpus, options.device) as cluster:
+        gpus = None if options.gpus == "all" else options.gpus
+        with RayWorkers(options.ray, reference, options.bench, options.limit, gpus, options.device) as cluster:
             yield cluster, cluster.device
         return
     indices = _indices(1 if options.gpus is None else options.gpus)
@@ -112,19 +113,25 @@ def check_problem(op: Op, problem: Any) -> None:
             raise ArgumentError(f"{name}={size}: a sweep needs at least 1")
 
 
-def _indices(gpus: int | Sequence[int]) -> tuple[int, ...]:
-    indices = tuple(range(gpus)) if isinstance(gpus, int) else tuple(gpus)
+def _indices(gpus: int | Sequence[int] | str) -> tuple[int, ...]:
+    if gpus == "all":
+        gpus = max(1, gpu_count())
+    indices: tuple[int, ...] = () if isinstance(gpus, str) else tuple(range(gpus)) if isinstance(gpus, int) else tuple(gpus)
     if not indices or min(indices) < 0 or len(set(indices)) < len(indices):
-        raise ArgumentError(f"gpus={gpus!r}: accepted are a count from 1 up, or different CUDA indices")
+        raise ArgumentError(f"gpus={gpus!r}: accepted are a count from 1 up, 'all', or different CUDA indices")
     return indices
 
 
 def _device(indices: Sequence[int]) -> Device:
     """The one kind of GPU that all indices are of."""
+    there = gpu_count()
+    if there and max(indices) >= there:
+        which = f"CUDA indices 0 to {there - 1}" if there > 1 else "CUDA index 0 alone"
+        raise ArgumentError(f"there is no GPU {max(indices)}: this process sees {which}; see nvidia-smi and CUDA_VISIBLE_DEVICES")
     try:
         devices = [Device.current(index) for index in indices]
     except ToolchainError as error:
-        raise ArgumentError(f"gpus={tuple(indices)}: {error}") from None
+        raise ArgumentError(str(error)) from None
     if len({device.key for device in devices}) > 1:
         kinds = ", ".join(f"{index} {device.name}" for index, device in zip(indices, devices, strict=True))
         raise ArgumentError(f"gpus={tuple(indices)} are unlike ({kinds}): their times do not compare; sweep each kind on its own")

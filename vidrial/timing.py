@@ -12,7 +12,7 @@ import statistics
 import struct
 import subprocess
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 Run = Callable[[], None]
@@ -177,6 +177,20 @@ def slowdowns(pci_bus_id: str) -> list[str]:
     except (OSError, subprocess.SubprocessError, ValueError):
         return []
     return [name for bit, name in SLOWDOWNS.items() if active & bit]
+
+
+def drifts(reference_ms: Mapping[str, Sequence[float]]) -> list[str]:
+    """What the reference kernel's times, by GPU, say against the figures: a GPU's that changed, and GPUs that are not equally fast."""
+    said = {gpu: drift(times) for gpu, times in reference_ms.items()}
+    notes = [f"GPU {gpu}: {sentence}" if len(said) > 1 else sentence for gpu, sentence in said.items() if sentence]
+    medians = {gpu: statistics.median(times) for gpu, times in reference_ms.items() if times}
+    if medians and max(medians.values()) > (1 + DRIFT) * min(medians.values()):
+        slow, fast = max(medians, key=medians.__getitem__), min(medians, key=medians.__getitem__)
+        notes.append(
+            f"GPU {slow} takes {medians[slow] / medians[fast] - 1:.0%} longer than GPU {fast} for the reference kernel: first looks on the "
+            "one and the other do not compare; the leaders were timed in turn on one of them"
+        )
+    return notes
 
 
 def drift(reference_ms: Sequence[float]) -> str | None:

@@ -25,7 +25,7 @@ from vidrial.op import Check, Op
 from vidrial.space import describe
 from vidrial.timing import Timing
 
-SCHEMA = 1
+SCHEMA = 2
 KIND = "vidrial journal"
 
 
@@ -56,7 +56,8 @@ class Trial:
     """One config tried on one problem.
 
     `phase`: `screen` for a few samples, `confirm` and `final` where leaders were timed in turn, `recheck` for a winner's second check.
-    `device`: `Device.key`. `sentence`: why, if the status is not ok. `versions`, `time`: of what, and when (UTC).
+    `device`: `Device.key`. `gpu`: which one measured, its CUDA index (`host:index` on a Ray cluster). `sentence`: why, if the status is
+    not ok. `versions`, `time`: of what, and when (UTC).
     """
 
     op: str
@@ -73,6 +74,7 @@ class Trial:
     seed: int = 0
     versions: str = ""
     time: str = ""
+    gpu: str = ""
 
     @property
     def ok(self) -> bool:
@@ -220,7 +222,9 @@ class Journal:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             file = open(self.path, "a+b")  # noqa: SIM115
         except OSError as error:
-            raise SweepError(f"journal {self.path} cannot be written ({error}); name another with journal=...") from None
+            raise SweepError(
+                f"journal {self.path} cannot be written ({error}); name another with journal=..., or another cache with VIDRIAL_CACHE_DIR"
+            ) from None
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             # Whoever held the lock may have renamed the file meanwhile.
@@ -244,7 +248,7 @@ class Journal:
             self._abandon(end)
             raise SweepError(
                 f"journal {self.path} cannot be written ({error}); its {len(self.trials)} trials are kept: "
-                "make room, then sweep again with resume=True"
+                "make room, then sweep again with --resume (resume=True)"
             ) from None
 
     def _abandon(self, end: int) -> None:

@@ -111,7 +111,7 @@ def job_fields(op: Op) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Reply:
-    """How a job ended. `at`: the config (its index in the job) that a failure belongs to, None where that is not known."""
+    """How a job ended, on which `gpu`. `at`: the config (its index in the job) that a failure belongs to, None where that is not known."""
 
     status: Status
     sentence: str = ""
@@ -120,6 +120,7 @@ class Reply:
     reference_ms: float = 0.0
     notes: tuple[str, ...] = ()
     at: int | None = None
+    gpu: str = ""
 
 
 class Workers:
@@ -153,10 +154,12 @@ class Workers:
     def run(self, jobs: Iterable[Job]) -> Iterator[tuple[Job, Reply]]:
         """Run jobs on whichever process is idle; each comes back with its reply when it is done.
 
+        A GPU whose process cannot begin (any more) is left out, with a note; its job runs on another.
+
         Raises:
-            SweepError: a process cannot even prepare.
+            SweepError: no process can even prepare.
         """
-        waiting, busy = iter(jobs), self._busy
+        waiting, again, busy = iter(jobs), deque[Job](), self._busy
         job = next(waiting, None)
         try:
             while job is not None or busy:
@@ -164,18 +167,22 @@ class Workers:
                     worker = self._idle.popleft()
                     worker.start(job, self._prepare, self._limit)
                     busy[worker.connection] = worker
-                    job = next(waiting, None)
+                    job = again.popleft() if again else next(waiting, None)
                 soonest = min(worker.deadline for worker in busy.values())
                 ready = multiprocessing.connection.wait(busy, max(0.0, soonest - time.monotonic()))
                 now = time.monotonic()
                 for worker in [w for c, w in busy.items() if c in ready or w.deadline <= now]:
-                    reply = worker.receive(worker.connection in ready)
-                    if reply is None:
+                    try:
+                        reply = worker.receive(worker.connection in ready)
+                    except SweepError as error:
+                        self._leave_out(worker, error)
+                        again.append(worker.job)
+                        job = job or again.popleft()
                         continue
-                    del busy[worker.connection]
-                    done = worker.job
-                    self._idle.append(self._keep(worker))
-                    yield done, reply
+                    if reply is not None:
+                        del busy[worker.connection]
+                        self._idle.append(self._keep(worker))
+                        yield worker.job, replace(reply, gpu=str(worker.index))
         finally:
             while busy:
                 _, worker = busy.popitem()
@@ -188,6 +195,14 @@ class Workers:
         worker.stop()
         self.replaced += 1
         return self._make(worker.index)
+
+    def _leave_out(self, worker: _Worker, error: SweepError) -> None:
+        if self.count == 1:
+            raise error
+        del self._busy[worker.connection]
+        worker.stop()
+        self.count -= 1
+        self.notes += (f"GPU {worker.index} was left out: {error}",)
 
     def close(self) -> None:
         """End the processes."""
