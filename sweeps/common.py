@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import gzip
 import importlib.metadata
 import json
 import shlex
@@ -67,6 +68,14 @@ def write_json(path: Path, data: Any) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(data, indent=1, allow_nan=False) + "\n")
     return path
+
+
+def copy_journal(journal: Path, device: Device, out: str | None) -> None:
+    """Copy a sweep's journal, compressed, to the folder `out`, by device; nothing if that is None."""
+    if out:
+        folder = Path(out, device.key)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / f"{journal.name}.gz").write_bytes(gzip.compress(journal.read_bytes()))
 
 
 def copy_out(paths: Sequence[Path], out: str | None) -> None:

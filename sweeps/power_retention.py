@@ -2,22 +2,24 @@
 
     python -m vidrial.sweeps.power_retention --seconds 240
 
-Writes results/<device key>/power_retention.json. With $OUT, copies it there, and the trials' journals, compressed.
+Writes results/<device key>/power_retention.json with every result. With $OUT, copies it there, and the trials' journals, compressed:
+`gunzip` them, and `vidrial report` makes a page of them.
 """
 
 from __future__ import annotations
 
 import argparse
-import gzip
 import os
 import time
 from pathlib import Path
 from typing import Any
 
 from vidrial.kernels.power_retention.op import example, op
-from vidrial.sweeps.common import RESULTS, copy_out, facts, table, this_device, write_json
+from vidrial.sweeps.common import RESULTS, copy_journal, copy_out, facts, table, this_device, write_json
 
+from vidrial.device import Device
 from vidrial.errors import VidrialError
+from vidrial.files import check_writable
 from vidrial.ranking import publish
 from vidrial.space import describe
 from vidrial.sweep import Options, sweep_lengths
@@ -42,19 +44,49 @@ SHARES = {"d=64": 0.45, "d=128": 1.0}
 RESERVE = 0.92
 
 
-def sweep_groups(seconds: float, jobs: int, trials: int) -> list[SweepResult]:
+class Kept:
+    """What was found so far: published, recorded and copied to $OUT with every result, so that an interruption costs none of it."""
+
+    def __init__(self, device: Device, folder: Path) -> None:
+        self.results: dict[Any, SweepResult] = {}
+        self.begun = time.monotonic()
+        self._device, self._folder, self._facts = device, folder, facts(device, "vidrial.sweeps.power_retention")
+
+    @property
+    def notes(self) -> list[str]:
+        """What the sweeps' notes say of the GPU."""
+        return sorted({note for result in self.results.values() for note in result.notes if "tie for" not in note})
+
+    def add(self, result: SweepResult) -> None:
+        """Keep one more result, or a newer one of the same problem."""
+        self.results[result.problem] = result
+        p = result.problem
+        print(
+            f"  t={p.t} b={p.b} h={p.hq}/{p.h} d={p.d}: {result.winner.ms:.4f} ms, {len(result.ranked)} ranked, "
+            f"{time.monotonic() - self.begun:.0f} s",
+            flush=True,
+        )
+        paths = publish(op, [result.ranking], self._folder)
+        record = self._facts | {
+            "seconds": round(time.monotonic() - self.begun, 1), "problems": len(self.results),
+            "trials": sum(len(r.trials) for r in self.results.values()), "notes": self.notes,
+        }  # fmt: skip
+        paths.append(write_json(self._folder / self._device.key / "power_retention_run.json", record))
+        copy_out(paths, os.environ.get("OUT"))
+        copy_journal(result.journal, self._device, os.environ.get("OUT"))
+
+
+def sweep_groups(seconds: float, jobs: int, trials: int, kept: Kept) -> None:
     """Sweep both groups within so many seconds."""
-    begun, found = time.monotonic(), list[SweepResult]()
     for name, cases in GROUPS.items():
-        left = RESERVE * seconds - (time.monotonic() - begun)
+        left = RESERVE * seconds - (time.monotonic() - kept.begun)
         problems = [example(d=int(name.partition("=")[2]), **case) for case in cases]
         options = Options(trials=trials, jobs=jobs, limit=20.0, progress=False)
         try:
-            found += sweep_lengths(op, problems, options, within=SHARES[name] * left)
+            sweep_lengths(op, problems, options, within=SHARES[name] * left, done=kept.add)
         except VidrialError as error:
-            print(f"{name} is left out: {error}", flush=True)
-        print(f"{name}: {len(found)} problems so far, {time.monotonic() - begun:.0f} s", flush=True)
-    return found
+            print(f"{name} ended early: {error}", flush=True)
+        print(f"{name}: {len(kept.results)} problems so far, {time.monotonic() - kept.begun:.0f} s", flush=True)
 
 
 def winners(found: list[SweepResult]) -> str:
@@ -80,23 +112,18 @@ def main() -> None:
     parser.add_argument("--trials", type=int, default=TRIALS, help="configs for each problem at most")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the rankings")
     options = parser.parse_args()
-    device, begun = this_device(), time.monotonic()
-    found = sweep_groups(options.seconds, options.jobs, options.trials)
-    paths = publish(op, [result.ranking for result in found], options.results)
-    notes = sorted({note for result in found for note in result.notes if "tie for" not in note})
-    record = facts(device, "vidrial.sweeps.power_retention") | {
-        "seconds": round(time.monotonic() - begun, 1), "problems": len(found), "trials": sum(len(r.trials) for r in found), "notes": notes,
-    }  # fmt: skip
-    paths.append(write_json(options.results / device.key / "power_retention_run.json", record))
-    out = os.environ.get("OUT")
-    copy_out(paths, out)
-    if out:
-        for result in found:
-            Path(out, device.key, f"{result.journal.name}.gz").write_bytes(gzip.compress(result.journal.read_bytes()))
+    device = this_device()
+    check_writable(options.results / device.key)
+    kept = Kept(device, options.results)
+    sweep_groups(options.seconds, options.jobs, options.trials, kept)
+    if not kept.results:
+        raise SystemExit("nothing was found; see above")
+    found = list(kept.results.values())
     print(winners(found))
-    print(*(f"note: {note}" for note in notes), sep="\n")
-    left_out = sum(map(len, GROUPS.values())) - len(found)
-    print(f"{len(found)} problems, {left_out} left out for lack of time, {record['trials']} trials in {record['seconds']} s; {paths[0]}")
+    print(*(f"note: {note}" for note in kept.notes), sep="\n")
+    left_out, trials = sum(map(len, GROUPS.values())) - len(found), sum(len(r.trials) for r in found)
+    print(f"{len(found)} problems, {left_out} left out for lack of time, {trials} trials in {time.monotonic() - kept.begun:.1f} s")
+    print(options.results / device.key / f"{op.name}.json")
 
 
 if __name__ == "__main__":

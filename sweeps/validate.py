@@ -1,47 +1,61 @@
 """Is the sweep's answer right? Three questions to this machine's GPU, about power retention:
 
-    python -m vidrial.sweeps.validate --search      # a search within a budget beside an exhaustive one, three problems; 4 minutes
-    python -m vidrial.sweeps.validate --lengths     # at 40 random lengths: the config that a call picks beside the best kept one; 2 minutes
-    python -m vidrial.sweeps.validate --cold        # seconds that a sweep of 48 configs takes, nothing compiled; a minute
+    python -m vidrial.sweeps.validate               # all three, within about 5 minutes
+    python -m vidrial.sweeps.validate --cold        # seconds that a sweep of 48 configs takes, nothing compiled
+    python -m vidrial.sweeps.validate --search      # a search within a budget beside an exhaustive one, three problems
+    python -m vidrial.sweeps.validate --lengths     # at 40 random lengths: the config that a call picks beside the best kept one
 
-Each begins with an empty cache of its own, writes its part of results/<device key>/validation.json, and copies that to $OUT.
+Each writes its part of results/<device key>/validation.json after every case, and copies that to $OUT: what was found is there whatever
+comes after. `--seconds` is for everything; what does not fit into it is left out, and the record says over how much it ran.
 `--lengths` needs the ranking that `vidrial.sweeps.power_retention` writes.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import math
 import os
 import random
+import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from vidrial.kernels.power_retention.op import Config, Problem, example, op, rules
-from vidrial.sweeps.common import RESULTS, copy_out, facts, table, this_device, write_json
+from vidrial.sweeps.common import RESULTS, copy_journal, copy_out, facts, table, this_device, write_json
 
-from vidrial.bench import CudaBench
 from vidrial.build import build_many
+from vidrial.compile import Cubin
 from vidrial.device import Device
-from vidrial.ranking import forget, leading, pick, shipped
+from vidrial.errors import SweepError, VidrialError
+from vidrial.names import reference_of
+from vidrial.op import Stage
+from vidrial.problem import StaticView
+from vidrial.ranking import Pick, forget, leading, pick, shipped
+from vidrial.search import Search
 from vidrial.space import describe
 from vidrial.sweep import sweep
-from vidrial.trial import latest
-from vidrial.worker import Job
+from vidrial.trial import Status, latest
+from vidrial.worker import CUDA_BENCH, Job, Workers
 
-JOBS, TRIALS, SEARCH_CASES = 16, 48, ({"t": 10007}, {"t": 4096, "b": 8}, {"t": 1000})
+BENCH = CUDA_BENCH
+JOBS, TRIALS, LIMIT, SEARCH_CASES = 16, 48, 20.0, ({"t": 10007}, {"t": 4096, "b": 8}, {"t": 1000})
 LENGTHS, SHORTEST, LONGEST, SEED, ROUNDS = 40, 65, 20000, 4, 20
 COLD_CASE = {"t": 10007}
+# Of a problem's time in the search: for the search within a budget; kept back for timing both winners in turn, in seconds.
+BUDGETED_SHARE, REMATCH_SECONDS = 0.45, 4.0
+# Of the time for the lengths: for compiling.
+COMPILE_SHARE = 0.5
 # Values of each choice that the exhaustive search tries; its parts are varied one at a time, since their times add.
 REDUCED: Mapping[str, Mapping[str, tuple[int, ...]]] = {
     "": {"chunk": (0, 512, 1024, 2048)},
-    "scan": {"tokens": (64, 32), "stages": (3, 4), "columns": (64,), "segments": (1, 2, 4)},
+    "scan": {"tokens": (64, 32), "stages": (3, 4), "columns": (64,), "segments": (1, 4, 8)},
     "attend": {"m": (2,), "blocks": (1, 2), "stages": (2, 3)},
 }
 
@@ -58,111 +72,193 @@ def reduced_rules(p: Problem, c: Config) -> Iterator[tuple[bool, str]]:
 reduced_op = dataclasses.replace(op, name="power_retention_reduced", rules=reduced_rules)
 
 
-def search(seconds: float) -> dict[str, Any]:
+def cold(seconds: float, device: Device) -> Iterator[dict[str, Any]]:
+    """Seconds of one sweep of TRIALS configs with nothing compiled."""
+    begin = time.monotonic()
+    result = sweep(op, example(**COLD_CASE), trials=TRIALS, seconds=seconds, jobs=JOBS, limit=LIMIT, progress=False)
+    taken, tried = time.monotonic() - begin, len(latest(result.trials))
+    copy_journal(result.journal, device, os.environ.get("OUT"))
+    yield {"case": COLD_CASE, "seconds": round(taken, 1), "configs": tried, "asked": TRIALS, "jobs": JOBS, "cores": os.cpu_count(),
+           "winner": describe(result.winner.config), "ms": result.winner.ms, "failures": {s.name: n for s, n in result.failures.items()},
+           "notes": list(result.notes), "bound": 30.0, "complete": tried >= TRIALS}  # fmt: skip
+
+
+def search(seconds: float, device: Device) -> Iterator[dict[str, Any]]:
     """Per problem: the winner of a search of TRIALS configs over that of an exhaustive one, both timed again in turn."""
-    cases: list[dict[str, Any]] = []
+    begun, cases = time.monotonic(), list[dict[str, Any]]()
     for i, case in enumerate(SEARCH_CASES):
-        problem, share = example(**case), seconds / len(SEARCH_CASES)
-        common: dict[str, Any] = {"jobs": JOBS, "limit": 20.0, "progress": False}
-        budgeted = sweep(reduced_op, problem, trials=TRIALS, **common)
+        left = seconds - (time.monotonic() - begun)
+        if left < REMATCH_SECONDS and cases:
+            break
         # The first one compiles for all.
-        whole = sweep(reduced_op, problem, exhaustive=True, seconds=share * (1.4 if i == 0 else 0.8), **common)
-        ours, best = budgeted.winner.config, whole.winner.config
-        ratio = 1.0
-        if ours != best:
-            again = latest(sweep(reduced_op, problem, configs=[best, ours], **common).trials)
-            ratio = again[ours].ms / again[best].ms
-        cases.append({
-            "case": case, "ratio": ratio, "budgeted": describe(ours), "exhaustive": describe(best), "ms": whole.winner.ms,
-            "budgeted_configs": len(latest(budgeted.trials)), "exhaustive_configs": len(latest(whole.trials)),
-            "budgeted_seconds": round(budgeted.seconds, 1), "exhaustive_seconds": round(whole.seconds, 1),
-        })  # fmt: skip
-        print(f"  {case}: {ratio:.3f}", flush=True)
-    return {"cases": cases, "worst": max(case["ratio"] for case in cases), "bound": 1.03}
+        share = left * (1.5 if i == 0 else 1.0) / (len(SEARCH_CASES) - i + (0.5 if i == 0 else 0.0))
+        cases.append(compare(case, max(share, REMATCH_SECONDS), device))
+        told = cases[-1]
+        how = "all there are" if told["exhaustive_complete"] else f"at least {told['exhaustive_left']} more were left for lack of time"
+        print(
+            f"  {told['case']}: {told['ratio']} times the best of {told['exhaustive_configs']} configs, one part varied at a time: {how}",
+            flush=True,
+        )
+        ratios = [c["ratio"] for c in cases if c["ratio"] is not None]
+        yield {"cases": cases, "worst": max(ratios, default=None), "bound": 1.03, "asked": len(SEARCH_CASES),
+               "complete": len(cases) == len(SEARCH_CASES) and all(c["exhaustive_complete"] for c in cases)}  # fmt: skip
 
 
-def lengths(seconds: float) -> dict[str, Any]:
+def compare(case: Mapping[str, int], seconds: float, device: Device) -> dict[str, Any]:
+    """One problem, searched within a budget; then the rest of the space, as far as the time goes; then both winners in turn."""
+    problem, common = example(**case), {"jobs": JOBS, "limit": LIMIT, "progress": False}
+    begin = time.monotonic()
+    budgeted = sweep(reduced_op, problem, trials=TRIALS, seconds=BUDGETED_SHARE * seconds, **common)  # type: ignore[arg-type]
+    left = max(seconds - REMATCH_SECONDS - (time.monotonic() - begin), 1.0)
+    whole = sweep(reduced_op, problem, exhaustive=True, resume=True, seconds=left, **common)  # type: ignore[arg-type]
+    ours, best, tried = budgeted.winner.config, whole.winner.config, latest(whole.trials)
+    copy_journal(whole.journal, device, os.environ.get("OUT"))
+    rest = Search(reduced_op, problem, device, sys.maxsize, exhaustive=True).propose({c: t.ms for c, t in tried.items()})
+    ratio = 1.0
+    if ours != best:
+        again = latest(sweep(reduced_op, problem, configs=[best, ours], **common).trials)  # type: ignore[arg-type]
+        ratio = again[ours].ms / again[best].ms
+    return {
+        "case": dict(case), "ratio": round(ratio, 4) if math.isfinite(ratio) else None, "ms": whole.winner.ms,
+        "budgeted": describe(ours), "exhaustive": describe(best), "budgeted_configs": len(latest(budgeted.trials)),
+        "exhaustive_configs": len(tried), "exhaustive_left": len(rest), "exhaustive_complete": not rest,
+        "combinations": len(reduced_op.space(problem, device, limit=sys.maxsize)),
+        "budgeted_seconds": round(budgeted.seconds, 1), "exhaustive_seconds": round(whole.seconds, 1), "notes": list(whole.notes),
+    }  # fmt: skip
+
+
+def lengths(seconds: float, device: Device) -> Iterator[dict[str, Any]]:
     """At random lengths, what a call picks over the fastest of the kept candidates, timed in turn."""
-    device, begun = this_device(), time.monotonic()
-    random_lengths = random.Random(SEED).sample(range(SHORTEST, LONGEST + 1), LENGTHS)
-    problems = [example(t=t) for t in random_lengths]
+    begun, rows, failed = time.monotonic(), list[dict[str, Any]](), list[str]()
+    problems = [example(t=t) for t in random.Random(SEED).sample(range(SHORTEST, LONGEST + 1), LENGTHS)]
     static = {name: getattr(problems[0], name) for name in ("dtype", "d", "e", "degree", "gated", "normalized")}
     measured = [m for r in shipped(op, device.key) for m in r.measured if all(getattr(m.problem, k) == v for k, v in static.items())]
     if not measured:
-        raise SystemExit(f"no ranking is shipped for {device.key}; run python -m vidrial.sweeps.power_retention first")
-    origins = Counter(pick(op, m.problem, device).origin for m in measured)
-    kept, picks = leading(measured), {p.t: pick(op, p, device) for p in problems}
-    legal = {p.t: [c for c in dict.fromkeys([picks[p.t].config, *kept]) if op.reject(p, c, device) is None] for p in problems}
-    # Sources do not depend on the length; whether there is a state is one of their facts.
-    every = (stage for p in problems for c in legal[p.t] for stage in op.stages(p, c))
-    stages = {(s.kernel.name, s.config, getattr(s.problem, "stateful", None)): s for s in every}
-    list(build_many({key: (s.kernel.source(s.problem, s.config), "") for key, s in stages.items()}, device.arch, JOBS))
-    bench, rows = CudaBench(op, 0), list[dict[str, Any]]()
-    bench.prepare(problems[0], op.small(problems[0]), (0,))
-    for problem in problems:
-        if time.monotonic() - begun > seconds:
-            break
-        configs = legal[problem.t]
-        job = Job("time", problem, configs=tuple(configs), rounds=ROUNDS)
-        timings, _ = bench.measure(problem, configs, job, lambda _: None)
-        best = min(range(len(configs)), key=lambda i: timings[i].median_ms)
-        rows.append({
-            "t": problem.t, "origin": picks[problem.t].origin, "ratio": timings[0].median_ms / timings[best].median_ms,
-            "ms": timings[0].median_ms, "best_ms": timings[best].median_ms, "noise": timings[0].noise_ms / timings[0].median_ms,
-            "picked": describe(configs[0]), "best": describe(configs[best]), "candidates": len(configs),
-        })  # fmt: skip
-    ratios = [row["ratio"] for row in rows]
-    mean = math.exp(sum(map(math.log, ratios)) / len(ratios))
-    return {"shipped_problems": dict(origins), "kept": [describe(c) for c in kept], "lengths": rows, "asked": LENGTHS,
-            "geometric_mean": mean, "worst": max(ratios), "bound": 1.05}  # fmt: skip
+        raise SweepError(f"no ranking of these templates is shipped for {device.key}; run python -m vidrial.sweeps.power_retention first")
+    with tempfile.TemporaryDirectory(prefix="vidrial-empty-") as empty, using_cache(empty):
+        picks = {p.t: pick(op, p, device) for p in problems}
+        origins = Counter(pick(op, m.problem, device).origin for m in measured)
+    kept = leading(measured)
+    built = compiled(problems, picks, kept, device, begun + COMPILE_SHARE * seconds)
+    print(f"  compiled after {time.monotonic() - begun:.0f} s", flush=True)
+    with Workers(reference_of(op), BENCH, (0,), Job("prepare", problems[0], op.small(problems[0])), LIMIT) as workers:
+        for problem in problems:
+            chosen = picks[problem.t]
+            configs = [c for c in dict.fromkeys([chosen.config, *kept]) if legal(problem, c, device) and stages(problem, c).keys() <= built]
+            if time.monotonic() - begun > seconds or chosen.config not in configs:
+                continue
+            ((_, reply),) = workers.run([Job("time", problem, problem, tuple(configs), rounds=ROUNDS)])
+            if reply.status is not Status.ok:
+                failed.append(f"t={problem.t}: {reply.status.name}: {reply.sentence}")
+                continue
+            rows.append(row(problem, chosen, configs, reply.timings))
+            ratios = [r["ratio"] for r in rows]
+            print(f"  {len(rows)}: t={problem.t} {rows[-1]['ratio']:.3f} of {len(configs)} candidates ({chosen.origin})", flush=True)
+            yield {"shipped_problems": dict(origins), "kept": [describe(c) for c in kept], "lengths": rows, "asked": LENGTHS, "failed": failed,
+                   "geometric_mean": math.exp(sum(map(math.log, ratios)) / len(ratios)), "worst": max(ratios), "bound": 1.05,
+                   "complete": len(rows) == LENGTHS}  # fmt: skip
+    if not rows:
+        raise SweepError(f"no length was timed within {seconds:.0f} s: {'; '.join(failed) or 'the picks were not compiled in time'}")
 
 
-def cold(seconds: float) -> dict[str, Any]:
-    """Seconds of one sweep with nothing compiled."""
-    begin = time.monotonic()
-    result = sweep(op, example(**COLD_CASE), trials=TRIALS, jobs=JOBS, limit=20.0, progress=False)
-    taken = time.monotonic() - begin
-    return {"case": COLD_CASE, "seconds": round(taken, 1), "configs": len(latest(result.trials)), "jobs": JOBS, "cores": os.cpu_count(),
-            "winner": describe(result.winner.config), "ms": result.winner.ms, "failures": {s.name: n for s, n in result.failures.items()},
-            "bound": 30.0}  # fmt: skip
+def row(problem: Problem, chosen: Pick, configs: Sequence[Config], timings: Sequence[Any]) -> dict[str, Any]:
+    """What is kept of one length; the first config is the one that was picked."""
+    mine, best = timings[0], min(range(len(configs)), key=lambda i: timings[i].median_ms)
+    return {
+        "t": problem.t, "origin": chosen.origin, "ratio": mine.median_ms / timings[best].median_ms, "ms": mine.median_ms,
+        "best_ms": timings[best].median_ms, "noise": mine.noise_ms / mine.median_ms, "picked": describe(configs[0]),
+        "best": describe(configs[best]), "candidates": len(configs),
+    }  # fmt: skip
 
 
-PARTS: Mapping[str, tuple[Callable[[float], dict[str, Any]], float]] = {
-    "search": (search, 240.0), "lengths": (lengths, 120.0), "cold": (cold, 90.0)}  # fmt: skip
+def legal(problem: Problem, config: Config, device: Device) -> bool:
+    """Whether a config may run on a problem."""
+    return op.reject(problem, config, device) is None
 
 
-def run(name: str, seconds: float | None, results: Path, device: Device) -> dict[str, Any]:
-    """One part, with an empty cache; its record is in the file before the next one begins."""
-    part, usual = PARTS[name]
-    path = results / device.key / "validation.json"
-    with tempfile.TemporaryDirectory(prefix="vidrial-validate-") as cache:
-        os.environ["VIDRIAL_CACHE_DIR"] = cache
+def stages(problem: Problem, config: Config) -> dict[Any, Stage]:
+    """What a config runs, by what decides its binary: sources do not depend on the length."""
+    return {(s.kernel.name, StaticView(s.problem, s.config), s.config): s for s in op.stages(problem, config)}
+
+
+def compiled(problems: Sequence[Problem], picks: Mapping[int, Pick], kept: Sequence[Config], device: Device, until: float) -> set[Any]:
+    """Compile the picks, then the kept candidates, until that time; the binaries that are there."""
+    picked = {key: s for p in problems for key, s in stages(p, picks[p.t].config).items()}
+    others = {key: s for p in problems for c in kept if legal(p, c, device) for key, s in stages(p, c).items()}
+    built: set[Any] = set()
+    sources = {key: (s.kernel.source(s.problem, s.config), describe(s.config)) for key, s in (picked | others).items()}
+    with contextlib.closing(build_many(sources, device.arch, JOBS)) as results:  # type: ignore[type-var]
+        for key, result in results:
+            if isinstance(result, Cubin):
+                built.add(key)
+            if time.monotonic() > until:
+                break
+    return built
+
+
+@contextlib.contextmanager
+def using_cache(folder: str) -> Iterator[None]:
+    """Vidrial's cache lies in `folder` meanwhile."""
+    before = os.environ.get("VIDRIAL_CACHE_DIR")
+    os.environ["VIDRIAL_CACHE_DIR"] = folder
+    forget()
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["VIDRIAL_CACHE_DIR"]
+        else:
+            os.environ["VIDRIAL_CACHE_DIR"] = before
         forget()
-        begin = time.monotonic()
-        found = part(seconds or usual) | {"run": facts(device, "vidrial.sweeps.validate")}
-        found["run"]["seconds"] = round(time.monotonic() - begin, 1)
-    known = json.loads(path.read_text()) if path.is_file() else {}
-    copy_out([write_json(path, known | {name: found})], os.environ.get("OUT"))
+
+
+# In this order, what the first ones compile serves the others; seconds of the usual total.
+PARTS: Mapping[str, tuple[Callable[[float, Device], Iterator[dict[str, Any]]], float]] = {
+    "cold": (cold, 45.0), "search": (search, 165.0), "lengths": (lengths, 80.0)}  # fmt: skip
+
+
+def run(name: str, seconds: float, results: Path, device: Device) -> dict[str, Any]:
+    """One part: its record is in the file, and in $OUT, after every case; the last one, with `error` if it ended by one."""
+    path, begin = results / device.key / "validation.json", time.monotonic()
+    found, of = dict[str, Any](), facts(device, "vidrial.sweeps.validate")
+
+    def keep() -> None:
+        found["run"] = of | {"seconds": round(time.monotonic() - begin, 1)}
+        known = json.loads(path.read_text()) if path.is_file() else {}
+        copy_out([write_json(path, known | {name: found})], os.environ.get("OUT"))
+
+    try:
+        for record in PARTS[name][0](seconds, device):
+            found = dict(record)
+            keep()
+    except VidrialError as error:
+        # The other parts' answers do not depend on this one's.
+        print(f"  {name} ended early: {error}", flush=True)
+        found["error"] = str(error)
+        keep()
     return found
 
 
-def show(name: str, found: dict[str, Any]) -> str:
-    """A part's result as text."""
-    took = f"{found['run']['seconds']:.0f} s"
-    if name == "search":
-        cases = [(" ".join(f"{k}={v}" for k, v in c["case"].items()), f"{c['ratio']:.3f}", f"{c['ms']:.4f}", c["budgeted_configs"],
-                  c["exhaustive_configs"], c["budgeted_seconds"], c["exhaustive_seconds"], c["budgeted"]) for c in found["cases"]]  # fmt: skip
-        text = table(("case", "ratio", "ms", "configs", "of", "s", "of", "budgeted winner"), cases)
-        return f"{text}\nworst {found['worst']:.3f} (at most {found['bound']}), {took}"
-    if name == "lengths":
-        worst = sorted(found["lengths"], key=lambda row: -row["ratio"])[:5]
-        lines = [(w["t"], w["origin"], f"{w['ratio']:.3f}", f"{w['ms']:.4f}", f"{w['noise']:.1%}", w["picked"], w["best"]) for w in worst]
-        text = table(("T", "origin", "ratio", "ms", "noise", "picked", "best"), lines)
-        said = f"geometric mean {found['geometric_mean']:.4f} (at most {found['bound']}), worst {found['worst']:.3f}"
-        return (f"{text}\n{said}; {len(found['lengths'])} of {found['asked']} lengths, {len(found['kept'])} candidates, "
-                f"picks at swept lengths in an empty cache: {found['shipped_problems']}; {took}")  # fmt: skip
-    return (f"cold sweep: {found['seconds']} s (at most {found['bound']:g}) for {found['configs']} configs on {found['cores']} cores; "
-            f"{found['ms']:.4f} ms: {found['winner']}; failures {found['failures']}")  # fmt: skip
+def line(name: str, found: Mapping[str, Any]) -> tuple[str, ...]:
+    """A part's result as a line of the last table: what was asked, found, its bound, whether it holds, over what it ran, seconds."""
+    value: float | None = None
+    if name == "cold":
+        asked, value, text = f"cold sweep of {TRIALS} configs", found.get("seconds"), "{:.1f} s"
+        over = f"{found.get('configs', 0)} configs on {found.get('cores', os.cpu_count())} cores"
+    elif name == "search":
+        asked, value, text = "budgeted search / exhaustive, worst", found.get("worst"), "{:.3f}"
+        every = ", ".join(f"{c['budgeted_configs']} of {c['exhaustive_configs']}{'' if c['exhaustive_complete'] else '+'}"
+                          for c in found.get("cases", ()))  # fmt: skip
+        over = f"{len(found.get('cases', ()))} problems: {every} configs"
+    else:
+        asked, value, text = "pick / best kept, geometric mean", found.get("geometric_mean"), "{:.3f}"
+        over = f"{len(found.get('lengths', ()))} lengths, worst {found.get('worst', math.nan):.3f}"
+    over += f"; ended early: {found['error'][:80]}" if "error" in found else ""
+    bound = found.get("bound")
+    holds = "" if value is None or bound is None else "yes" if value <= bound else "NO"
+    holds += "" if found.get("complete") or not holds else " so far"
+    told = "-" if value is None else text.format(value)
+    return asked, told, "-" if bound is None else f"{bound:g}", holds or "-", f"{found['run']['seconds']:.0f}", over
 
 
 def main() -> None:
@@ -170,16 +266,22 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, (part, usual) in PARTS.items():
         parser.add_argument(f"--{name}", action="store_true", help=f"{part.__doc__} ({usual:g} s)")
-    parser.add_argument("--seconds", type=float, help="for each part, about")
+    parser.add_argument("--seconds", type=float, help="for everything asked for, about")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the results")
     options = parser.parse_args()
     device = this_device()
     wanted = [name for name in PARTS if getattr(options, name)] or list(PARTS)
-    said = []
-    for name in wanted:
-        said.append(f"\n{name}\n{show(name, run(name, options.seconds, options.results, device))}")
-        print(f"{name} done", flush=True)
-    print(*said, sep="\n")
+    usual = sum(PARTS[name][1] for name in wanted)
+    begun, total, lines = time.monotonic(), options.seconds or usual, list[tuple[str, ...]]()
+    with tempfile.TemporaryDirectory(prefix="vidrial-validate-") as cache, using_cache(cache):
+        for i, name in enumerate(wanted):
+            # What an earlier part left over, or took too much, is the later ones'.
+            left = total - (time.monotonic() - begun)
+            seconds = max(left * PARTS[name][1] / sum(PARTS[n][1] for n in wanted[i:]), 1.0)
+            print(f"{name}, within {seconds:.0f} s", flush=True)
+            lines.append(line(name, run(name, seconds, options.results, device)))
+    print(f"\n{table(('question', 'found', 'at most', 'holds', 'seconds', 'over'), lines)}")
+    print(f"{time.monotonic() - begun:.0f} s in all; {options.results / device.key / 'validation.json'}")
 
 
 if __name__ == "__main__":

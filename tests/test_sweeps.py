@@ -6,19 +6,23 @@ import functools
 import gzip
 import json
 import sys
+import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from fake_power import H200, Bench
+from fake_power import H200
 from vidrial.kernels.power_retention.op import example, op
 from vidrial.sweeps import power_retention, validate
 
 from vidrial import ranking
+from vidrial.compile import Cubin, Resources
 from vidrial.device import Device
 from vidrial.ranking import forget, pick
 from vidrial.sweep import sweep, sweep_lengths
 
+CUBIN = Cubin(b"", "sm_90a", Resources(0, 0, 0, 0, 0), "", 0.0)
 FAKE: dict[str, Any] = {"bench": "fake_power:Bench", "device": H200}
 
 
@@ -31,8 +35,8 @@ def results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         monkeypatch.setattr(module, "this_device", lambda: H200)
     monkeypatch.setattr(power_retention, "sweep_lengths", functools.partial(sweep_lengths, **FAKE))
     monkeypatch.setattr(validate, "sweep", functools.partial(sweep, **FAKE))
-    monkeypatch.setattr(validate, "CudaBench", Bench)
-    monkeypatch.setattr(validate, "build_many", lambda *_: iter(()))
+    monkeypatch.setattr(validate, "BENCH", "fake_power:Bench")
+    monkeypatch.setattr(validate, "build_many", lambda sources, *_: ((key, CUBIN) for key in sources))
     monkeypatch.setattr(ranking, "shipped_folder", lambda: tmp_path / "results")
     return tmp_path / "results"
 
@@ -50,6 +54,7 @@ def test_they_write_what_calls_find_in_an_empty_cache(
     command(monkeypatch, power_retention, "--seconds", "20", "--trials", "12", "--results", str(results))
     said = capsys.readouterr().out
     assert "4 problems, 0 left out" in said and "24/2" in said
+    assert "  t=1000 b=1 h=16/16 d=64: " in said, "each result is told as it comes"
     folder = results / H200.key
     assert json.loads((folder / "power_retention_run.json").read_text())["command"].startswith("python -m vidrial.sweeps.power_retention")
     out = tmp_path / "out" / H200.key
@@ -68,8 +73,12 @@ def test_they_write_what_calls_find_in_an_empty_cache(
     found = json.loads((folder / "validation.json").read_text())
     assert found["lengths"]["shipped_problems"] == {"shipped": 3}
     assert len(found["lengths"]["lengths"]) == 6 and 1.0 <= found["lengths"]["geometric_mean"] <= found["lengths"]["worst"] < 1.2
-    assert found["cold"]["configs"] == 48
+    assert found["cold"]["configs"] == 48 and found["cold"]["complete"] and found["lengths"]["complete"]
     assert found["cold"]["run"]["command"].startswith("python -m vidrial.sweeps.validate --lengths --cold")
+    assert (out / "validation.json").read_bytes() == (folder / "validation.json").read_bytes()
+    last = capsys.readouterr().out.splitlines()[-4:]
+    assert last[0].split()[0] == "question" and last[1].lstrip().startswith("cold sweep of 48 configs")
+    assert " yes " in last[2] and "6 lengths, worst 1." in last[2]
 
 
 def test_the_search_is_compared_with_all_of_the_reduced_space(results: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -77,7 +86,58 @@ def test_the_search_is_compared_with_all_of_the_reduced_space(results: Path, mon
     command(monkeypatch, validate, "--search", "--results", str(results))
     found = json.loads((results / H200.key / "validation.json").read_text())["search"]
     assert all(case["budgeted_configs"] <= 48 and case["budgeted_configs"] < case["exhaustive_configs"] for case in found["cases"])
+    assert all(case["exhaustive_complete"] and case["exhaustive_configs"] < case["combinations"] for case in found["cases"])
     assert 100 < found["cases"][0]["exhaustive_configs"] <= 400 and 1.0 <= found["worst"] <= 1.03
+
+
+def test_what_was_measured_is_published_whatever_comes_after(results: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(power_retention, "GROUPS", {"d=64": ({"t": 1000}, {"t": 257})})
+    publish, published = power_retention.publish, list[Path]()
+
+    def once(*arguments: Any) -> list[Path]:
+        if published:
+            raise KeyboardInterrupt
+        published.extend(publish(*arguments))
+        return published
+
+    monkeypatch.setattr(power_retention, "publish", once)
+    with pytest.raises(KeyboardInterrupt):
+        command(monkeypatch, power_retention, "--seconds", "20", "--trials", "6", "--results", str(results))
+    out = tmp_path / "out" / H200.key
+    for path in (results / H200.key / "power_retention.json", out / "power_retention.json"):
+        assert [m["problem"]["t"] for r in json.loads(path.read_text())["rankings"] for m in r["measured"]] == [1000]
+    assert json.loads((out / "power_retention_run.json").read_text())["problems"] == 1
+    assert len(list(out.glob("*.jsonl.gz"))) == 1
+
+
+def test_what_time_is_left_for_is_told_honestly_and_kept(
+    results: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(validate, "REMATCH_SECONDS", 0.1)
+    monkeypatch.setattr(validate, "SEARCH_CASES", ({"t": 10007}, {"t": 1000}))
+    monkeypatch.setenv("FAKE_POWER_SECONDS", "0.1")
+    begin = time.monotonic()
+    command(monkeypatch, validate, "--search", "--lengths", "--seconds", "6", "--results", str(results))
+    assert time.monotonic() - begin < 20
+    found = json.loads((results / H200.key / "validation.json").read_text())
+    first = found["search"]["cases"][0]
+    assert not first["exhaustive_complete"] and first["exhaustive_left"] > 0 and not found["search"]["complete"]
+    said = capsys.readouterr().out
+    assert "more were left for lack of time" in said and "so far" in said
+    # Nothing is shipped: that part says so, and does not cost the other one.
+    assert "no ranking of these templates is shipped" in found["lengths"]["error"] and "ended early: no ranking" in said
+
+
+def test_every_case_is_written_before_the_next_one(results: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def part(seconds: float, device: Device) -> Iterator[dict[str, Any]]:
+        yield {"cases": [1]}
+        assert json.loads((results / H200.key / "validation.json").read_text())["search"]["cases"] == [1]
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(validate, "PARTS", {"search": (part, 1.0)})
+    with pytest.raises(KeyboardInterrupt):
+        validate.run("search", 1.0, results, H200)
+    assert json.loads((results / H200.key / "validation.json").read_text())["search"]["cases"] == [1]
 
 
 def test_time_runs_out_for_the_last_problems(results: Path) -> None:
