@@ -15,6 +15,7 @@ from typing import Any
 import fake_op
 import pytest
 from fake_op import H200, Config, PartsConfig, example, op, parts_ms, parts_op, picky_op, true_ms
+from killed_worker import Killer
 
 from vidrial import sweep_options
 from vidrial.device import Device
@@ -363,3 +364,23 @@ def test_trials_are_readable_json() -> None:
     header, first, *_ = (json.loads(line) for line in result.journal.read_text().splitlines())
     assert header["op"] == "fake" and header["device"] == H200.key and header["schema"] == 2
     assert first["config"] == {"tile": 64, "width": 3} and first["status"] == "ok" and first["timing"]["median_ms"] == true_ms(N, 64, 3)
+
+
+def test_a_config_that_hangs_on_one_gpu_leaves_the_other_going(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FAKE_OP_FAULTS", "2=hang,1=crash")
+    tried = [Config(64, 2), Config(64, 1), Config(64, 3), Config(32, 3), Config(128, 3)]
+    result = sweep(op, example(), FAKE, configs=tried, gpus=2, limit=3.0)
+    found = {t.config: t for t in result.trials if t.phase == "screen"}
+    assert [found[c].status for c in tried] == [Status.timeout, Status.crash, Status.ok, Status.ok, Status.ok]
+    assert [found[c].gpu for c in tried] == ["0", "1", "1", "1", "1"]
+    assert any("replaced 2 times" in note for note in result.notes)
+
+
+def test_a_killed_process_costs_one_trial(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FAKE_OP_SECONDS", "0.1")
+    killer = Killer(1)
+    result = sweep(op, example(), FAKE, gpus=2, progress=killer)
+    assert len(killer.killed) == 1 and len({t.config for t in result.trials}) == 16
+    assert result.failures.get(Status.crash, 0) <= 1 and result.winner.ok
+    # Left out, if it had not even begun.
+    assert any("replaced 1 times" in note or "GPU 1 was left out" in note for note in result.notes)
