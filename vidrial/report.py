@@ -21,7 +21,7 @@ from vidrial.trial import KIND, SCHEMA, Status, Trial, decode, encode
 
 # Journals of schema 1 do not say which GPU measured.
 READABLE = (1, SCHEMA)
-LISTED = 400  # configs of one problem in the table of all trials
+LISTED, REASONS = 400, 20  # configs of one problem in the table of all trials; reasons of failures that are shown at once
 OK = Status.ok.name
 
 
@@ -217,6 +217,7 @@ def write_png(rows: Sequence[Row], out: Path) -> Path:
     """
     try:
         from matplotlib.figure import Figure
+        from matplotlib.ticker import LogLocator
     except ImportError as error:
         raise ToolchainError(f"matplotlib cannot be imported ({error}); install it: pip install matplotlib") from None
     axis, groups = group(rows)
@@ -230,8 +231,11 @@ def write_png(rows: Sequence[Row], out: Path) -> Path:
     best = [(g.length, g.timed[0].ms) for g in timed]
     axes.plot([x for x, _ in best], [y for _, y in best], color="#1f6feb", marker="o", markersize=4, zorder=3, label="fastest")
     axes.set(xscale="log", yscale="log", xlabel=axis, ylabel="milliseconds", title=_title(rows))
-    axes.set_xticks([x for x, _ in best], [f"{x:g}" for x, _ in best], rotation=45 if len(best) > 8 else 0)
+    # A label an eighth of an octave from the last one would lie on it.
+    labelled = [x for n, (x, _) in enumerate(best) if n == 0 or x > 1.5 * best[n - 1][0]]
+    axes.set_xticks(labelled, [f"{x:g}" for x in labelled], rotation=45 if len(labelled) > 8 else 0)
     axes.minorticks_off()
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=20))
     axes.yaxis.set_major_formatter("{x:g}")
     axes.grid(alpha=0.25, linewidth=0.5)
     axes.spines[["top", "right"]].set_visible(False)
@@ -245,7 +249,8 @@ def write_png(rows: Sequence[Row], out: Path) -> Path:
 
 
 def _title(rows: Sequence[Row]) -> str:
-    return f"{', '.join(sorted({r.op for r in rows}))} on {', '.join(sorted({r.device for r in rows}))}"
+    names = {device.key: f"{device.name} ({device.key})" for device in TABLE}
+    return f"{', '.join(sorted({r.op for r in rows}))} on {', '.join(sorted({names.get(r.device, r.device) for r in rows}))}"
 
 
 def _summary(rows: Sequence[Row], groups: Sequence[Group]) -> list[str]:
@@ -256,6 +261,8 @@ def _summary(rows: Sequence[Row], groups: Sequence[Group]) -> list[str]:
         + ", ".join(f"{count} {name}" for name, count in counts.items() if count)
     ]
     lines += [f"{times[0]} to {times[-1]}"] if times else []
+    gpus = sorted({r.gpu for r in rows if r.gpu})
+    lines += [f"measured by GPUs {', '.join(gpus)}"] if len(gpus) > 1 else []
     return lines + sorted({r.versions for r in rows if r.versions})
 
 
@@ -263,6 +270,7 @@ def _sections(axis: str, groups: Sequence[Group]) -> list[Section]:
     return [
         Section("Winners", _winners(groups)),
         Section(f"Time of every config by {axis}", chart(axis, _points(groups))),
+        *([Section("How much slower than the fastest", ratios)] if (ratios := _ratios(axis, groups)) else []),
         Section("What failed or was rejected, and why", _failures(groups)),
         Section("Resources of the winners", _resources(groups)),
         Section("Noise", _noise(groups)),
@@ -274,19 +282,44 @@ def _points(groups: Sequence[Group]) -> list[list[tuple[float, float, str]]]:
     return [[(g.length, r.ms, f"{g.label}\n{r.config}\n{r.ms:.4f} ms") for r in g.timed] for g in groups if g.timed]
 
 
+def _ratios(axis: str, groups: Sequence[Group]) -> str:
+    """Every config's time over the fastest one's; those that win somewhere are followed across the lengths. Nothing for one length."""
+    timed = [g for g in groups if g.timed]
+    if len({g.length for g in timed}) < 2:
+        return ""
+    points = [
+        [(g.length, r.ms / g.timed[0].ms, f"{g.label}\n{r.config}\n{r.ms / g.timed[0].ms:.3f} times") for r in g.timed] for g in timed
+    ]
+    paths: dict[str, list[tuple[float, float]]] = {g.timed[0].config: [] for g in timed}
+    for g in timed:
+        for r in g.timed:
+            if r.config in paths:
+                paths[r.config].append((g.length, r.ms / g.timed[0].ms))
+    note = "<p>Each line is a config that is the fastest somewhere: where lines cross, another one takes over. Hover for the config.</p>"
+    return note + chart(axis, points, "times the fastest", paths)
+
+
 def _winners(groups: Sequence[Group]) -> str:
-    cells = []
+    chosen = [dict(word.partition("=")[::2] for word in g.timed[0].config.split()) for g in groups if g.timed]
+    every = list(dict.fromkeys(name for choices in chosen for name in choices))
+    shared = {name: chosen[0].get(name, "") for name in every if len(chosen) > 1 and len({c.get(name) for c in chosen}) == 1}
+    names = [name for name in every if name not in shared]
+    cells, waiting = [], iter(chosen)
     for g in groups:
         if not g.timed:
-            cells.append([g.label, "none of its configs could be timed", "", "", "", "", ""])
+            cells.append([g.label, "", "none of its configs could be timed", *[""] * (3 + len(names))])
             continue
+        choices = next(waiting)
         best, timing = g.timed[0], g.timed[0].timing
         ties = [r for r in g.timed[1:] if timing is not None and r.timing is not None and timing.ties(r.timing)]
         within = f"{len(ties)} more" if ties else "no other"
         errors = [text_of(e) for e in best.error] if best.error else ["", ""]
-        cells.append([g.label, best.config, f"{best.ms:.4f}", within, f"{g.timed[-1].ms / best.ms:.2f}", *errors])
+        own = [choices.get(name, "") for name in names]
+        cells.append([g.label, f"{best.ms:.4f}", within, f"{g.timed[-1].ms / best.ms:.2f}", *errors, *own])
     note = "<p>Where others are within the noise of the fastest, calls take the first of them in order of declaration.</p>"
-    columns = ["problem", "fastest config", "#ms", "within noise", "#slowest / fastest", "#error (norm)", "#error (worst)"]
+    if shared:
+        note += f"<p>All winners have {escape(' '.join(f'{name}={value}' for name, value in shared.items()))}.</p>"
+    columns = ["problem", "#ms", "within noise", "#slowest / fastest", "#error (norm)", "#error (worst)", *(f"#{name}" for name in names)]
     return note + table(columns, cells)
 
 
@@ -296,9 +329,12 @@ def _failures(groups: Sequence[Group]) -> str:
         reasons.setdefault((row.status, row.sentence), []).append(row)
     if not reasons:
         return "<p>Every config that was tried passed its check and was timed.</p>"
-    ordered = sorted(reasons.items(), key=lambda item: -len(item[1]))
+    # What went wrong comes before what a rule forbade.
+    ordered = sorted(reasons.items(), key=lambda item: (item[0][0] == Status.rejected.name, -len(item[1])))
     cells = [[str(len(found)), status, sentence, found[0].config] for (status, sentence), found in ordered]
-    return table(["#configs", "status", "because", "for instance"], cells)
+    columns, left = ["#configs", "status", "because", "for instance"], len(cells) - REASONS
+    more = f"<details><summary>and for {left} more reasons</summary>{table(columns, cells[REASONS:])}</details>" if left > 0 else ""
+    return table(columns, cells[:REASONS]) + more
 
 
 def _resources(groups: Sequence[Group]) -> str:
@@ -316,15 +352,23 @@ def _noise(groups: Sequence[Group]) -> str:
     cells = []
     for g in groups:
         spreads = [r.timing.iqr_ms / r.timing.median_ms for r in g.timed if r.timing is not None and r.timing.median_ms > 0]
-        references = [r.reference_ms for r in g.timed if r.reference_ms > 0]
         if spreads:
-            drift = f"{max(references) / min(references) - 1:.1%}" if references else ""
+            drift = f"{max(_drifts(g.timed)):.1%}" if any(r.reference_ms > 0 for r in g.timed) else ""
             cells.append([g.label, f"{statistics.median(spreads):.2%}", f"{max(spreads):.2%}", drift])
     note = (
         "<p>Interquartile range of a config's samples, relative to their median; "
         "and how far the times of a fixed reference kernel lie apart.</p>"
     )
     return note + table(["problem", "#typical", "#worst", "#drift of the GPU"], cells)
+
+
+def _drifts(rows: Sequence[Row]) -> list[float]:
+    """How far the reference kernel's times lie apart, GPU by GPU."""
+    times: dict[str, list[float]] = {}
+    for row in rows:
+        if row.reference_ms > 0:
+            times.setdefault(row.gpu, []).append(row.reference_ms)
+    return [max(t) / min(t) - 1 for t in times.values()]
 
 
 def _trials(groups: Sequence[Group]) -> str:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 960, 420, 64, 20, 16, 44
+HUES = 6  # of lines
 Point = tuple[float, float, str]
 
 STYLE = """
@@ -22,18 +23,24 @@ h2 { font-size: 1.1rem; margin-top: 2.25rem; }
 p { color: var(--quiet); margin: .25rem 0; }
 .wide { overflow-x: auto; }
 table { border-collapse: collapse; font-size: 13px; margin-top: .5rem; }
-th { text-align: left; color: var(--quiet); font-weight: 500; white-space: nowrap; }
+th { text-align: left; color: var(--quiet); font-weight: 500; }
 td { font-variant-numeric: tabular-nums; }
 td, th { padding: .25rem .9rem .25rem 0; border-bottom: 1px solid var(--line); vertical-align: top; }
-.number { text-align: right; white-space: nowrap; }
+th { vertical-align: bottom; }
+.number { text-align: right; }
+td.number, td:first-child { white-space: nowrap; }
 details { margin: .4rem 0; }
 summary { cursor: pointer; }
-svg { width: 100%; height: auto; }
+svg { width: 100%; min-width: 40rem; height: auto; }
 svg text { fill: var(--quiet); font-size: 12px; }
 svg .grid { stroke: var(--line); }
 svg .dot { fill: var(--dot); fill-opacity: .55; }
 svg .best { fill: var(--best); }
 svg .line { stroke: var(--best); stroke-width: 2; fill: none; }
+svg .path { fill: none; stroke-width: 1.5; stroke-opacity: .8; }
+svg .hue0 { stroke: #d9822b; } svg .hue1 { stroke: #2b9d6a; } svg .hue2 { stroke: #a45fc4; } svg .hue3 { stroke: #c94f5d; }
+svg .hue4 { stroke: #3a9bb5; } svg .hue5 { stroke: #9a8a2c; }
+svg .path:hover { stroke-width: 4; }
 svg circle:hover { stroke: var(--ink); stroke-width: 2; }
 """
 
@@ -60,7 +67,9 @@ def page(title: str, summary: Sequence[str], sections: Sequence[Section]) -> str
 def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A table of plain text; columns whose name begins with `#` are numbers, aligned to the right."""
     kinds = [' class="number"' if name.startswith("#") else "" for name in columns]
-    head = "".join(f"<th{kind}>{escape(name.removeprefix('#'))}</th>" for name, kind in zip(columns, kinds, strict=True))
+    # A long name may break after a dot.
+    names = [escape(name.removeprefix("#")).replace(".", ".<wbr>") for name in columns]
+    head = "".join(f"<th{kind}>{name}</th>" for name, kind in zip(names, kinds, strict=True))
     lines = ("".join(f"<td{kind}>{escape(cell)}</td>" for cell, kind in zip(row, kinds, strict=True)) for row in rows)
     body = "\n".join(f"<tr>{line}</tr>" for line in lines)
     return f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>\n{body}\n</tbody></table></div>'
@@ -71,8 +80,13 @@ def text_of(x: float) -> str:
     return f"{x:.3g}"
 
 
-def chart(axis: str, groups: Sequence[Sequence[Point]]) -> str:
-    """An SVG of milliseconds over lengths, both logarithmic: every (length, ms, hover text) a dot, the first of each group on a line."""
+def chart(
+    axis: str, groups: Sequence[Sequence[Point]], unit: str = "ms", paths: Mapping[str, Sequence[tuple[float, float]]] | None = None
+) -> str:
+    """An SVG of milliseconds over lengths, both logarithmic: every (length, ms, hover text) a dot, the first of each group on a line.
+
+    `unit`: what the heights are instead. `paths`: hover text -> the points of a thin line.
+    """
     points = [p for g in groups for p in g if p[1] > 0]
     if not points:
         return "<p>No config was timed.</p>"
@@ -84,20 +98,26 @@ def chart(axis: str, groups: Sequence[Sequence[Point]]) -> str:
         parts.append(_label(LEFT - 8, y + 4, "end", f"{value:g}"))
     for value in _labelled(sorted({p[0] for p in points}), x_scale):
         parts.append(_label(x_scale(value), HEIGHT - BOTTOM + 18, "middle", f"{value:g}"))
-    parts += [_label((LEFT + WIDTH - RIGHT) / 2, HEIGHT - 6, "middle", axis), _label(6, 12, "start", "ms")]
+    parts += [_label((LEFT + WIDTH - RIGHT) / 2, HEIGHT - 6, "middle", axis), _label(6, 12, "start", unit)]
+    for number, (hint, line) in enumerate((paths or {}).items()):
+        parts.append(_path([(x_scale(x), y_scale(y)) for x, y in line], f"path hue{number % HUES}", hint))
     for g in groups:
         parts += [_circle(x_scale(x), y_scale(ms), 4, "dot", hint) for x, ms, hint in g[1:] if ms > 0]
     best = [g[0] for g in groups if g and g[0][1] > 0]
-    parts.append('<polyline class="line" points="' + " ".join(f"{x_scale(x):.1f},{y_scale(ms):.1f}" for x, ms, _ in best) + '"/>')
+    parts.append(_path([(x_scale(x), y_scale(ms)) for x, ms, _ in best], "line", "the fastest"))
     parts += [_circle(x_scale(x), y_scale(ms), 5, "best", hint) for x, ms, hint in best]
-    return (
-        "<p>Blue: the fastest; grey: every other config that passed its check. Both axes are logarithmic; hover for the config.</p>"
-        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="milliseconds by {escape(axis)}">{"".join(parts)}</svg>'
-    )
+    note = "<p>Blue: the fastest; grey: every other config that passed its check. Both axes are logarithmic; hover for the config.</p>"
+    svg = f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(unit)} by {escape(axis)}">{"".join(parts)}</svg>'
+    return (note if paths is None else "") + f'<div class="wide">{svg}</div>'
 
 
 def _label(x: float, y: float, anchor: str, text: str) -> str:
     return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{escape(text)}</text>'
+
+
+def _path(points: Sequence[tuple[float, float]], kind: str, hint: str) -> str:
+    places = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
+    return f'<polyline class="{kind}" points="{places}"><title>{escape(hint)}</title></polyline>'
 
 
 def _circle(x: float, y: float, radius: int, kind: str, hint: str) -> str:
@@ -116,12 +136,12 @@ class _Scale:
         return self.first + (math.log(value) - self.low) / (self.high - self.low) * (self.last - self.first)
 
     def ticks(self) -> list[float]:
-        """Round values on the scale: 1, 2, 5 times powers of ten, or what lies between if they are fewer than two."""
+        """Round values on the scale: 1, 2, 5 times powers of ten, or what lies between if they are fewer than three."""
         decades = range(math.floor(self.low / math.log(10)), math.ceil(self.high / math.log(10)) + 1)
         for digits in ((1, 2, 5), (1, 1.5, 2, 3, 4, 5, 6, 7, 8, 9), tuple(1 + n / 20 for n in range(180))):
             found = [float(f"{d * 10.0**decade:.6g}") for decade in decades for d in digits]
             inside = [v for v in found if self.low <= math.log(v) <= self.high]
-            if len(inside) >= 2:
+            if len(inside) >= 3:
                 return inside if len(inside) <= 12 else inside[:: -(-len(inside) // 12)]
         return inside
 
