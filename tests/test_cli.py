@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import subprocess
 import sys
 import xml.etree.ElementTree as ET
@@ -12,6 +13,7 @@ from vidrial import cli
 from vidrial.build import build
 from vidrial.device import Device
 from vidrial.errors import ArgumentError, SweepError
+from vidrial.ranking import pick
 from vidrial.registry import find_op, make_problem, parse_keywords
 from vidrial.space import describe
 from vidrial.store import Store
@@ -191,12 +193,36 @@ def test_env_says_what_is_missing_and_how_to_install_it(run, monkeypatch: pytest
     code, out, _ = run("env")
     assert code == 0
     assert "missing" not in out
-    assert "power_retention  0 from this machine" in out
+    said = " ".join(out.split())
+    assert "power_retention, " in said and (
+        "rankings shipped: measured sizes take their winner" in said or "until you run vidrial sweep" in said
+    )
     monkeypatch.setenv("VIDRIAL_CUTLASS_INCLUDE", str(tmp_path))
     code, out, _ = run("env")
     assert code == 0
     assert "missing: " in out
     assert "pip install --no-deps nvidia-cutlass==" in " ".join(out.split())
+
+
+def test_env_says_that_rankings_of_another_gpu_do_not_count(run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("VIDRIAL_CACHE_DIR", str(tmp_path / "cache"))
+    known = [Device.of("h200"), Device.of("h100")]
+    h100 = dataclasses.replace(known[1], name="NVIDIA H100 80GB HBM3")
+    monkeypatch.setattr("vidrial.show.gpu_count", lambda: 1)
+    monkeypatch.setattr(Device, "current", classmethod(lambda cls, index=None: h100))
+    monkeypatch.setattr("vidrial.show.shipped_devices", lambda: [known[0].key])
+    monkeypatch.setattr("vidrial.show.shipped", lambda op, key: [object()] * 22 if key == known[0].key else [])
+    said = " ".join(run("env")[1].split())
+    assert f"power_retention, NVIDIA H100 80GB HBM3 nothing was measured on this kind of GPU ({h100.key})" in said
+    assert (
+        f"the cost model's choice until you run vidrial sweep; rankings shipped for h200 ({known[0].key}) are of another kind and do not"
+        in said
+    )
+    assert pick(power_retention, power_retention.example(t=10007), h100).origin == "predicted"
+    monkeypatch.setattr(Device, "current", classmethod(lambda cls, index=None: known[0]))
+    Store.shared().write_json("ranking", f"power_retention-{known[0].key}-0-0", {"digest": "of other templates"})
+    said = " ".join(run("env")[1].split())
+    assert "22 rankings shipped: measured sizes take their winner" in said and "1 from this machine are of other templates" in said
 
 
 def test_sweep_without_a_gpu_says_so(run, monkeypatch: pytest.MonkeyPatch) -> None:

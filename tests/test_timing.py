@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 
 import pytest
@@ -64,11 +65,15 @@ def test_drift_is_said() -> None:
 
 def test_slowdowns_are_read_from_nvidia_smi(tmp_path, monkeypatch) -> None:
     tool = tmp_path / "nvidia-smi"
-    tool.write_text("#!/bin/sh\necho 0x0000000000000024\n")
+    tool.write_text("#!/bin/sh\necho 0x0000000000000024, 1400, 1980\n")
     tool.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
-    assert slowdowns("0000:01:00.0") == ["power cap", "thermal (software)"]
-    tool.write_text("#!/bin/sh\necho '[N/A]'\n")
+    assert slowdowns("0000:01:00.0") == ["power cap", "thermal (software)", "its SMs run at 1400 MHz of at most 1980"]
+    tool.write_text("#!/bin/sh\nsleep 0.2\necho 0x0000000000000000, 1900, 1980\n")
+    worked = []
+    assert slowdowns("0000:01:00.0", lambda: worked.append(time.sleep(0.01))) == []
+    assert len(worked) > 3, "the GPU has work until the answer is there"
+    tool.write_text("#!/bin/sh\necho '[N/A], [N/A], [N/A]'\n")
     assert slowdowns("0000:01:00.0") == []
     tool.unlink()
     monkeypatch.setenv("PATH", str(tmp_path))

@@ -119,7 +119,11 @@ class CudaBench:
         """The driver's reasons, asked while the GPU works."""
         with _cuda_errors():
             self._reference.warm(self._clock)
-            return slowdowns(self._cupy.cuda.runtime.deviceGetPCIBusId(self._index))
+            return slowdowns(self._cupy.cuda.runtime.deviceGetPCIBusId(self._index), self._work)
+
+    def _work(self) -> None:
+        self._reference.run()
+        self._clock.wait()
 
     def _upload(self, problem: Any, inputs: Arrays) -> None:
         self._inputs = (None, {})

@@ -19,7 +19,7 @@ from rich.text import Text
 from vidrial import __version__
 from vidrial.build import build_many
 from vidrial.compile import Cubin
-from vidrial.device import Device, gpu_count
+from vidrial.device import TABLE, Device, gpu_count
 from vidrial.errors import CompileError, ToolchainError
 from vidrial.op import Op, Stage
 from vidrial.ranking import shipped, shipped_devices
@@ -174,7 +174,7 @@ def show_environment(console: Console) -> None:
     for sentence in missing():
         console.print(Text(f"missing: {sentence}", "red"))
     show_table(console, "GPUs", ("", "", "", ""), _gpus())
-    show_table(console, "rankings", ("", "", ""), _rankings())
+    show_table(console, "rankings", ("", ""), _rankings())
     store, settings = Store.shared(), Settings.read()
     count, size = store.usage()
     show_table(
@@ -189,21 +189,40 @@ def show_environment(console: Console) -> None:
     )
 
 
-def _rankings() -> Iterator[tuple[str, str, str]]:
-    """For every known op: what was measured for this device, and which of local, shipped, model and predicted a call's config is."""
-    device, store = Device.default(), Store.shared()
-    others = [key for key in shipped_devices() if key != device.key]
-    for name in KNOWN:
+def _rankings() -> Iterator[tuple[str, str]]:
+    """For every known op and every kind of GPU here: what was measured for it, and what a call's config then comes from."""
+    count = gpu_count()
+    devices = {d.key: d for d in (Device.current(index) for index in range(count))} if count else {"": Device.default()}
+    for name, device in itertools.product(KNOWN, devices.values()):
         op = find_op(name)
-        mine = sum(key.startswith(f"{op.name}-{device.key}-") for key in store.keys("ranking"))
+        mine, stale = _local(op, device)
         theirs = len(shipped(op, device.key))
-        measured = [name for name, count in (("local", mine), ("shipped", theirs)) if count]
-        if measured:
-            applies = f"{', then '.join(measured)}; model for sizes between them; predicted for other static facts"
-        else:
-            applies = "predicted: nothing was measured for this GPU; run vidrial sweep"
-            applies += f" (shipped for {', '.join(others)}, which does not count here)" if others else ""
-        yield op.name, f"{mine} from this machine, {theirs} shipped, for {device.name}", applies
+        here = device.name if count else f"no GPU here: as on an {device.name}"
+        yield f"{op.name}, {here}", _applies(mine, theirs, stale, device)
+
+
+def _local(op: Op, device: Device) -> tuple[int, int]:
+    """How many rankings this machine has of the op's present templates, and of others."""
+    store, digest = Store.shared(), op.digest()
+    documents = (store.read_json("ranking", key) for key in store.keys("ranking") if key.startswith(f"{op.name}-{device.key}-"))
+    current = [isinstance(found, dict) and found.get("digest") == digest for found in documents]
+    return sum(current), len(current) - sum(current)
+
+
+def _applies(mine: int, theirs: int, stale: int, device: Device) -> str:
+    """Which config a call takes on `device`, as a sentence; and what there is that does not count."""
+    if mine or theirs:
+        measured = " and ".join(f"{count} rankings {where}" for where, count in (("from this machine", mine), ("shipped", theirs)) if count)
+        said = f"{measured}: measured sizes take their winner, others the calibrated model's choice; other static facts the cost model's"
+    else:
+        said = f"nothing was measured on this kind of GPU ({device.key}): calls take the cost model's choice until you run vidrial sweep"
+    names = {known.key: f"{known.name} ({known.key})" for known in TABLE}
+    others = [names.get(key, key) for key in shipped_devices() if key != device.key]
+    if others and not theirs:
+        said += f"; rankings shipped for {', '.join(others)} are of another kind and do not count"
+    elif not theirs and device.key in shipped_devices():
+        said += "; those shipped for it are of other templates and do not count"
+    return said + (f"; {stale} from this machine are of other templates and do not count" if stale else "")
 
 
 def _gpus() -> list[tuple[str, ...]]:

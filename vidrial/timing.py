@@ -29,6 +29,9 @@ PULSE = """extern "C" __global__ void pulse(float* out) {
   if (x < 0.0f) *out = x;
 }
 """
+CSV = "--format=csv,noheader,nounits"
+# Seconds that nvidia-smi may take; a clock below this share of the highest one is said.
+ASK_SECONDS, SLOW_CLOCK = 10.0, 0.8
 SLOWDOWNS = {0x4: "power cap", 0x8: "hardware slowdown", 0x20: "thermal (software)", 0x40: "thermal (hardware)", 0x80: "power brake"}
 
 
@@ -168,15 +171,25 @@ class Reference:
             clock.wait()
 
 
-def slowdowns(pci_bus_id: str) -> list[str]:
-    """Why the driver slows the GPU down now, by `nvidia-smi`; nothing where that does not run."""
-    query = ["nvidia-smi", f"--id={pci_bus_id}", "--query-gpu=clocks_throttle_reasons.active", "--format=csv,noheader"]
+def slowdowns(pci_bus_id: str, work: Run | None = None) -> list[str]:
+    """Why the driver slows the GPU down now, and how far its clock is down, by `nvidia-smi`; nothing where that does not run.
+
+    `work` keeps the GPU busy until `nvidia-smi` has answered: of an idle one it says only that it is idle.
+    """
+    query = ["nvidia-smi", f"--id={pci_bus_id}", "--query-gpu=clocks_throttle_reasons.active,clocks.sm,clocks.max.sm", CSV]
     try:
-        text = subprocess.run(query, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
-        active = int(text, 16)
-    except (OSError, subprocess.SubprocessError, ValueError):
+        with subprocess.Popen(query, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as asked:
+            until = time.monotonic() + ASK_SECONDS
+            while asked.poll() is None and time.monotonic() < until:
+                work() if work is not None else time.sleep(0.01)
+            if asked.poll() is None:
+                asked.kill()
+            active, *clocks = asked.communicate()[0].strip().split(",")
+        found = [name for bit, name in SLOWDOWNS.items() if int(active, 16) & bit]
+        now, most = (float(clock) for clock in clocks)
+    except (OSError, ValueError):
         return []
-    return [name for bit, name in SLOWDOWNS.items() if active & bit]
+    return found + ([f"its SMs run at {now:g} MHz of at most {most:g}"] if now < SLOW_CLOCK * most else [])
 
 
 def drifts(reference_ms: Mapping[str, Sequence[float]]) -> list[str]:
