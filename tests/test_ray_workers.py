@@ -59,6 +59,8 @@ def test_a_sweep_on_two_gpus_compiles_checks_and_ranks(monkeypatch: pytest.Monke
     (failed,) = (t for t in result.trials if t.status is Status.compile)
     assert failed.config == Config(96, 3) and "a tile of 96 does not compile" in failed.sentence
     assert result.winner.ms == min(true_ms(10007, tile, 3) for tile in (64, 32)) and result.winner.resources[0].registers > 0
+    # A trial says on which node's GPU it ran.
+    assert {t.gpu for t in result.trials if t.status is not Status.compile} <= {f"{socket.gethostname()}:{i}" for i in (0, 1)}
     # Cubins were published here and travelled to the nodes.
     assert len(list((cluster / "cache").rglob("kernel.cubin.z"))) == 3
     again = sweep(op, example(), FAKE, configs=[Config(64, 3), Config(32, 3)], resume=True)

@@ -173,6 +173,21 @@ def test_damage_is_named_and_a_torn_last_line_is_not_damage(journals: Path, tmp_
         write_report(rows_of(trials(1000)), journals / "5001.jsonl" / "page.html")
 
 
+def test_without_journals_the_caches_are_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VIDRIAL_CACHE_DIR", str(tmp_path / "cache"))
+    path = tmp_path / "cache" / "journals" / "power_retention-1.jsonl"
+    # The second sweep sets the first one's journal aside: it is not reported.
+    for count in (6, 4):
+        with Journal(path, op, {}, fresh=True) as journal:
+            for trial in trials(1000, count):
+                journal.append(trial)
+    assert len(list(path.parent.iterdir())) == 2
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["report", "--out", str(tmp_path / "page.html")])
+    assert not ended.value.code
+    assert "configs: 4 ok" in (tmp_path / "page.html").read_text()
+
+
 def test_nothing_timed_is_a_page_too(tmp_path: Path) -> None:
     failed = [t for t in trials(1000) if not t.ok]
     page = Page(write_report(rows_of(failed), tmp_path / "page.html").read_text())

@@ -3,6 +3,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import json
+import math
 import os
 import signal
 import subprocess
@@ -112,6 +113,14 @@ def test_budgets_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     begin = time.monotonic()
     result = sweep(op, example(), FAKE, seconds=1.5)
     assert time.monotonic() - begin < 4.5 and 1 <= len({t.config for t in result.trials}) < 12
+
+
+def test_an_exhaustive_sweep_says_what_it_left_out() -> None:
+    assert (
+        "the budget ended before every config was tried: at least 11 are left"
+        in sweep(op, example(), FAKE, exhaustive=True, trials=5).notes
+    )
+    assert not any("are left" in note for note in sweep(op, example(), FAKE, exhaustive=True).notes)
 
 
 def test_neighbours_differ_in_one_choice() -> None:
@@ -332,6 +341,8 @@ def test_progress_is_told() -> None:
         (example(), {"gpus": (1, 1)}, ArgumentError, "different CUDA indices"),
         (example(), {"gpus": "both"}, ArgumentError, "gpus='both'.*'all', or different CUDA indices"),
         (example(), {"trials": 0}, ArgumentError, "trials=0"),
+        (example(), {"seconds": -1.0}, ArgumentError, "seconds=-1.0: more than 0"),
+        (example(), {"limit": math.nan}, ArgumentError, "limit=nan"),
         (example(), {"trails": 3}, ArgumentTypeError, "trails.*accepted: device, gpus, ray, trials"),
         (example(), {"bench": "fake_op:Nothing"}, ArgumentError, "names nothing"),
         (example(n=100), {"configs": [Config(128)]}, ConfigError, "longer than n=100"),

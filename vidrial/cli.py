@@ -208,14 +208,15 @@ def gpus_of(text: str) -> int | tuple[int, ...] | str:
 
 
 @vidrial.command()
-@click.argument("journals", nargs=-1, required=True, metavar="JOURNAL...", type=click.Path(path_type=Path))
+@click.argument("journals", nargs=-1, metavar="[JOURNAL]...", type=click.Path(path_type=Path))
 @click.option("--out", required=True, type=click.Path(dir_okay=False, path_type=Path), help="The page.")
 @click.option("--png", type=click.Path(dir_okay=False, path_type=Path), help="Also draw the times as a PNG; needs matplotlib.")
 def report(journals: tuple[Path, ...], out: Path, png: Path | None) -> None:
-    """Write one HTML page, which needs no network, from the journals of sweeps (files, or folders of them)."""
+    """Write one HTML page, which needs no network, from the journals of sweeps: files, or folders of them; by default the cache's."""
     from vidrial.report import read_journals, rejected_rows, write_png, write_report
+    from vidrial.store import Store
 
-    rows = read_journals(journals)
+    rows = read_journals(journals or [Store.shared().root / "journals"])
     for name in {row.op for row in rows} & set(KNOWN):
         rows += rejected_rows(find_op(name), rows)
     click.echo(write_report(rows, out))

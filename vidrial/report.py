@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import statistics
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -21,6 +22,8 @@ from vidrial.trial import KIND, SCHEMA, Status, Trial, decode, encode
 
 # Journals of schema 1 do not say which GPU measured.
 READABLE = (1, SCHEMA)
+# How `Journal` names what it sets aside.
+SET_ASIDE = re.compile(r"\.\d{8}T\d{6}-[0-9a-f]{4}\.jsonl$")
 LISTED, REASONS = 400, 20  # configs of one problem in the table of all trials; reasons of failures that are shown at once
 OK = Status.ok.name
 
@@ -86,12 +89,14 @@ def rows_of(trials: Iterable[Trial]) -> list[Row]:
 def read_journals(paths: Sequence[Path]) -> list[Row]:
     """The rows of journals, of files or of folders of `.jsonl` files; a torn last line, as of a sweep that goes on, is left out.
 
+    Of a folder, journals that a newer sweep of the same thing has set aside are left out as well.
+
     Raises:
         SweepError: a file cannot be read, is no journal, is of another schema, or is damaged before its last line.
     """
     rows: list[Row] = []
     for path in paths:
-        for file in sorted(path.glob("**/*.jsonl")) if path.is_dir() else [path]:
+        for file in sorted(f for f in path.glob("**/*.jsonl") if not SET_ASIDE.search(f.name)) if path.is_dir() else [path]:
             rows += _read(file)
     if not rows:
         raise SweepError(f"{', '.join(map(str, paths))}: no trial to report; sweep first, or name other journals")

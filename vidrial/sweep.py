@@ -202,10 +202,14 @@ class _Sweep:
             self._try([c for c in asked if c not in self.latest])
             return
         search = self._strategy()
-        while not (self._over(SEARCH_SHARE) and any(trial.ok for trial in self.latest.values())):
+        while True:
             seen = {config: trial.ms for config, trial in self.latest.items()}
-            batch = search.propose(seen)[: max(0, self.trials - len(seen))]
-            if not batch:
+            proposed = search.propose(seen)
+            batch = proposed[: max(0, self.trials - len(seen))]
+            over = self._over(SEARCH_SHARE) and any(trial.ok for trial in self.latest.values())
+            if over or not batch:
+                if proposed and self.options.exhaustive:
+                    self.notes.append(f"the budget ended before every config was tried: at least {len(proposed)} are left")
                 return
             self._try(batch)
 
@@ -302,7 +306,9 @@ class _Sweep:
         trials = tuple(self.journal.trials)
         ranking = Ranking.from_trials(self.op, self.device, trials)
         if ranking is None:
-            raise NoValidConfig(no_valid_config(self.op, self.problem, self.device, trials))
+            error = NoValidConfig(no_valid_config(self.op, self.problem, self.device, trials))
+            error.add_note(f"{len(trials)} trials, with the causes, are in {self.journal.path}")
+            raise error
         ranking.save(self.op)
         references: dict[str, list[float]] = {}
         for trial in trials:
