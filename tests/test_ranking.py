@@ -5,6 +5,7 @@ import json
 import logging
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -147,6 +148,14 @@ def test_problems_of_one_class_share_a_document_and_the_nearest_counts() -> None
     assert [(m.problem.n, m.configs[0].timing.median_ms) for m in found.measured] == [(10007, 3.0), (15001, 1.0)]
     assert pick(op, example(n=10009), H200).config == Config(64)
     assert pick(op, example(n=15003), H200).config == Config(32)
+
+
+def test_sweeps_that_end_together_lose_no_ranking() -> None:
+    lengths = range(10001, 10081, 2)
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda n: ranking({Config(64): 1.0}, n=n).save(op), lengths))
+    (found,) = local(op, {"dtype": DType.float16}, H200)
+    assert [m.problem.n for m in found.measured] == list(lengths)
 
 
 def test_the_model_answers_for_lengths_never_swept() -> None:

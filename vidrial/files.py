@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import os
 import shutil
 import stat
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 from vidrial.errors import StoreError
@@ -44,6 +47,15 @@ def check_writable(folder: Path) -> None:
             pass
     except OSError as error:
         raise StoreError(f"rankings cannot be written to {folder} ({error}); name another folder") from None
+
+
+@contextlib.contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """One process at a time; all go on as they are where there can be no such file (read only) or lock (some network disks)."""
+    with contextlib.ExitStack() as stack:
+        with contextlib.suppress(OSError):
+            fcntl.flock(stack.enter_context(open(path, "ab")), fcntl.LOCK_EX)
+        yield
 
 
 def read_file(path: Path | str, limit: int, folder: int | None = None) -> bytes:

@@ -27,6 +27,7 @@ from typing import Any, NamedTuple
 from vidrial import build
 from vidrial.device import Device
 from vidrial.errors import FrozenError, SweepError, VidrialError
+from vidrial.files import locked
 from vidrial.kernel import Kernel
 from vidrial.model import Model, work
 from vidrial.op import Op
@@ -120,8 +121,11 @@ class Ranking:
 
     def save(self, op: Op) -> None:
         """Put the ranking into the cache, joined with what is there."""
-        before = _load(op, Store.shared().read_json("ranking", self.key), f"ranking {self.key}")
-        Store.shared().write_json("ranking", self.key, (before.merged(self) if before else self).to_json())
+        store = Store.shared()
+        # Sweeps of two lengths of one class may end at the same moment.
+        with locked(store.root / "rankings.lock"):
+            before = _load(op, store.read_json("ranking", self.key), f"ranking {self.key}")
+            store.write_json("ranking", self.key, (before.merged(self) if before else self).to_json())
         forget()
 
     def nearest(self, problem: Any) -> Measured:
