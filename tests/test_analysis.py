@@ -10,7 +10,7 @@ from vidrial.device import Device
 from vidrial.dtypes import DType
 from vidrial.errors import ArgumentError
 from vidrial.layout import Swizzle
-from vidrial.tiled import LoadMatrix, LoadVector, SmemLayout, TiledCopy, TiledMma
+from vidrial.tiled import LoadMatrix, LoadVector, SmemLayout, TiledCopy, TiledMma, WarpgroupMma
 
 BF16 = DType.bfloat16
 
@@ -97,6 +97,17 @@ def test_mma_and_copy() -> None:
     assert analyse(TiledCopy(cp_async(), SmemLayout(BF16, 64, 64), 128), row_stride=144)[1].sectors == 18
     (vector,) = analyse(LoadVector(SmemLayout(BF16, 32, 64, None), 32, lambda lane: (lane, 0)))
     assert (vector.kind, vector.ways) == ("shared load", 8)
+
+
+@pytest.mark.parametrize(("columns", "width"), [(16, 32), (32, 64), (64, 128), (96, 64), (256, 128)])
+def test_wgmma_reads_without_conflicts(columns: int, width: int) -> None:
+    a, b = SmemLayout(BF16, 128, columns), SmemLayout(BF16, 64, columns)
+    mma = WarpgroupMma(BF16, 2, (128, 64, columns), b, a)
+    assert [(f.name, f.kind, f.bytes, f.ways) for f in analyse(mma, "qk")] == [
+        (f"qk.{side}", f"wgmma descriptor, {width}-byte swizzle", 64 * 16 * 2, 1) for side in "AB"
+    ]
+    (found,) = analyse(WarpgroupMma(BF16, 1, (64, columns, 64), b.transposed), "pv")
+    assert str(found) == f"pv.B: wgmma descriptor, {width}-byte swizzle, {columns * 32} B, no bank conflict"
 
 
 def test_copy_of_part_of_a_warp() -> None:

@@ -112,8 +112,8 @@ template <class F> void report(char const* name, F f) { checked = wrong = 0; f()
 """
 
 
-def build_and_run(folder: Path, body: list[str]) -> list[str]:
-    """Lines printed by a main of these statements."""
+def build_and_run(folder: Path, body: list[str], checks: str = CHECKS) -> list[str]:
+    """Lines printed by a main of these statements, `checks` before it."""
     compiler = shutil.which("g++")
     if compiler is None:
         pytest.skip("no g++")
@@ -121,7 +121,7 @@ def build_and_run(folder: Path, body: list[str]) -> list[str]:
     (folder / "vidrial/intrinsics.cuh").write_text(INTRINSICS)
     source = folder / "agreement.cpp"
     functions = [f"void f{i}() {{ {line} }}" for i, line in enumerate(body)]
-    source.write_text(CHECKS + "\n".join(functions) + "\nint main() {" + "".join(f"f{i}();" for i in range(len(body))) + "}\n")
+    source.write_text(checks + "\n".join(functions) + "\nint main() {" + "".join(f"f{i}();" for i in range(len(body))) + "}\n")
     toolchain = Toolchain.find()
     stubs = toolchain.vidrial_include / "vidrial/host/stubs"
     includes = [f"-I{path}" for path in (folder, stubs, *toolchain.includes)]

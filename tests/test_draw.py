@@ -11,7 +11,7 @@ from vidrial.draw import HEIGHT, MARGIN, WIDTH, draw
 from vidrial.dtypes import DType
 from vidrial.errors import ArgumentError
 from vidrial.layout import ComposedLayout, Layout, Swizzle
-from vidrial.tiled import SmemLayout, TiledCopy, TiledMma
+from vidrial.tiled import SmemLayout, TiledCopy, TiledMma, WarpgroupMma
 
 SVG = "{http://www.w3.org/2000/svg}"
 BF16 = DType.bfloat16
@@ -64,9 +64,42 @@ def test_mma_parts() -> None:
     assert c[0, 0][1] == c[8, 1][1] != c[16, 0][1]
 
 
+def test_wgmma_parts() -> None:
+    q, k, v = SmemLayout(BF16, 256, 64), SmemLayout(BF16, 64, 64), SmemLayout(BF16, 32, 128)
+    mma = WarpgroupMma(BF16, 2, (256, 32, 64), k, q)
+    c, a, b = (cells(draw(mma, part)) for part in ("C", "A", "B"))  # type: ignore[arg-type]
+    # The second warpgroup begins at row 128; columns 8 and 9 are values 4 and 5, or 6 and 7 eight rows further down.
+    assert (len(c), c[0, 0][0], c[9, 1][0], c[64, 15][0], c[128, 4][0], c[255, 15][0]) == (
+        256 * 16,
+        "0.0",
+        "5.2",
+        "3.12",
+        "128.4",
+        "255.14",
+    )
+    assert len({colour for _, colour in c.values()}) == 8 and c[0, 0][1] == c[64, 0][1] != c[16, 0][1]
+    # 16 bytes a cell: two a step of k; parts of 64 rows of A, 32 of B.
+    assert (len(a), a[0, 0][0], a[63, 7][0], a[64, 2][0], a[255, 5][0]) == (256 * 8, "0.0", "0.3", "1.1", "3.2")
+    assert (len(b), b[31, 1][0], b[32, 2][0]) == (64 * 8, "0.0", "1.1") and len({b[r, 2][1] for r in range(8)}) == 8
+    # A in registers, one step of k; rows of B along k: a step is 16 of them, a part is 64 columns.
+    mma = WarpgroupMma(BF16, 1, (128, 64, 32), v.transposed)
+    a, b = (cells(draw(mma, part)) for part in ("A", "B"))  # type: ignore[arg-type]
+    assert (len(a), a[0, 0][0], a[72, 1][0], a[127, 15][0]) == (128 * 16, "0.0", "0.3", "127.7")
+    assert (len(b), b[15, 7][0], b[16, 8][0]) == (32 * 16, "0.0", "1.1")
+
+
+def test_titles_fit() -> None:
+    svg = ElementTree.fromstring(draw(WarpgroupMma(BF16, 1, (64, 16, 16), SmemLayout(BF16, 16, 16)), "B"))
+    title = next(text for text in svg.iter(f"{SVG}text")).text or ""
+    assert title == "B of 1 warpgroup, wgmma.m64n16k16.bfloat16: part.step of k, colour = banks"
+    assert float(svg.attrib["width"]) > MARGIN + 6.6 * len(title) > MARGIN + 2 * WIDTH
+
+
 def test_what_cannot_be_drawn() -> None:
     with pytest.raises(ArgumentError, match="a int cannot be drawn"):
         draw(3)  # type: ignore[arg-type]
     with pytest.raises(ArgumentError, match="no part 'D'"):
         draw(TiledMma(MMA_16x8x16[BF16], (1, 1), (16, 8, 16)), "D")  # type: ignore[arg-type]
+    with pytest.raises(ArgumentError, match="a WarpgroupMma has no part 'D'; accepted: 'A', 'B', 'C'"):
+        draw(WarpgroupMma(BF16, 1, (64, 16, 16), SmemLayout(BF16, 16, 16)), "D")  # type: ignore[arg-type]
     assert "&lt;3,3,3&gt;" in draw(SmemLayout(BF16, 8, 64).layout)

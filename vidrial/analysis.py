@@ -1,7 +1,8 @@
 """What is known before anything runs: bank conflicts, sectors, occupancy, waves.
 
 A warp's access to shared memory is served in phases of at most 128 bytes: eight threads of 16 bytes (each matrix of ldmatrix),
-sixteen of 8 bytes, or all 32. Within a phase, a bank that has to give several words takes as many turns.
+sixteen of 8 bytes, or all 32. Within a phase, a bank that has to give several words takes as many turns. wgmma takes its operands by
+itself, in the same 8 x 16 bytes.
 """
 
 from __future__ import annotations
@@ -14,9 +15,11 @@ import numpy as np
 
 from vidrial.device import Device
 from vidrial.errors import ArgumentError
-from vidrial.tiled import LoadMatrix, LoadVector, Operand, TiledCopy, TiledMma
+from vidrial.smem import VECTOR_BYTES
+from vidrial.tiled import LoadMatrix, LoadVector, Operand, TiledCopy, TiledMma, WarpgroupMma
+from vidrial.wgmma import DEPTH, SWIZZLE_BYTES, Descriptor
 
-Described: TypeAlias = LoadMatrix | LoadVector | Operand | TiledMma | TiledCopy
+Described: TypeAlias = LoadMatrix | LoadVector | Operand | TiledMma | WarpgroupMma | Descriptor | TiledCopy
 
 WARP, BANKS, BANK_BYTES, PHASE_BYTES, SECTOR_BYTES = 32, 32, 4, 128, 32
 
@@ -59,8 +62,8 @@ def sectors(access: Access) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class Finding:
-    """One kind of access of a kernel: `bytes` a thread; the worst `ways` of a bank (shared), or `sectors` a warp and the fewest
-    possible (global)."""
+    """One kind of access of a kernel: `bytes` a thread (wgmma: of the operand of one instruction); the worst `ways` of a bank (shared),
+    or `sectors` a warp and the fewest possible (global)."""
 
     name: str
     kind: str
@@ -87,12 +90,18 @@ def analyse(described: Described, name: str = "", row_stride: int | None = None)
 
 
 def _findings(described: Described, name: str, row_stride: int | None) -> Iterator[Finding]:
-    if isinstance(described, TiledMma):
+    if isinstance(described, (TiledMma, WarpgroupMma)):
         for side, operand in (("A", described.A), ("B", described.B)):
             if operand is not None:
                 yield from _findings(operand, f"{name}.{side}", row_stride)
     elif isinstance(described, Operand):
         yield from _findings(described.load, name, row_stride)
+    elif isinstance(described, Descriptor):
+        tile = described.tile
+        row, chunk, r = np.ogrid[: tile.rows : 8, : tile.columns : VECTOR_BYTES // tile.dtype.bytes, :8]
+        reached = (tile.offset(row + r, chunk) * tile.dtype.bytes).reshape(-1, 8)
+        kind = f"wgmma descriptor, {SWIZZLE_BYTES[described.swizzle]}-byte swizzle"
+        yield Finding(name, kind, described.extent * DEPTH * tile.dtype.bytes, ways=_ways(reached, VECTOR_BYTES))
     elif isinstance(described, (LoadMatrix, LoadVector)):
         tile, thread = described.tile, np.arange(described.threads)
         # Only the first 8 threads a matrix give ldmatrix an address.

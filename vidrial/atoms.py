@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from functools import cache
 from typing import Literal
 
 from vidrial.dtypes import DType
@@ -19,8 +20,8 @@ from vidrial.layout import Layout
 class MmaAtom:
     """One matrix instruction: `C (m x n) += A (m x k) B (n x k)^T`.
 
-    `a_layout`, `b_layout` and `c_layout` take (thread, value) to m + M k, n + N k and m + M n; `arch` is the smallest
-    architecture (80 for sm_80); `kind` is the path that issues it.
+    `a_layout`, `b_layout` and `c_layout` take (thread, value) to m + M k, n + N k and m + M n (an operand in shared memory: every
+    thread to all of it); `arch` is the smallest architecture (80 for sm_80); `kind` is the path that issues it.
     """
 
     name: str
@@ -33,7 +34,12 @@ class MmaAtom:
     b_layout: Layout
     c_layout: Layout
     arch: int = 80
-    kind: Literal["mma.sync"] = "mma.sync"
+    kind: Literal["mma.sync", "wgmma"] = "mma.sync"
+
+    @property
+    def threads(self) -> int:
+        """Threads that issue it together."""
+        return self.c_layout.mode(0).size
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,6 +85,42 @@ MMA_16x8x16: Mapping[DType, MmaAtom] = {
     for dtype in _CPP_FRAGMENT
 }
 MMA_16x8x8: Mapping[DType, MmaAtom] = {dtype: _mma_sync(8, dtype, _ROW_16x8, Layout(((4, 8), 2), ((16, 1), 8))) for dtype in _CPP_FRAGMENT}
+
+# n of a wgmma: the accumulator has n / 2 registers a thread. NOTE: the hardware has every multiple of 8, CuTe the others only behind
+# CUTE_SM90_EXTENDED_MMA_SHAPES_ENABLED: 56000 lines more for each kernel's compiler.
+WGMMA_N = (8, 16, 32, 64, 96, 128, 192, 256)
+
+
+@cache
+def wgmma(n: int, dtype: DType, *, a_shared: bool = False, b_transposed: bool = False) -> MmaAtom:
+    """wgmma.m64 x n x k16, float32 accumulators, by a warpgroup: A in registers, or in shared memory (rows of k); B in shared memory.
+
+    `b_transposed`: rows of B in shared memory run along n, not k.
+
+    Raises:
+        LayoutError: another n or element type is asked for.
+    """
+    if n not in WGMMA_N or dtype not in _CPP_FRAGMENT:
+        raise LayoutError(
+            f"wgmma of n={n} {dtype} is not served; accepted: n of {', '.join(map(str, WGMMA_N))}, of {', '.join(map(str, _CPP_FRAGMENT))}"
+        )
+    major = "cute::SM90::GMMA::Major::"
+    kind = f"F32{_CPP_FRAGMENT[dtype] * 2}_{'SS' if a_shared else 'RS'}"
+    warpgroup, value = ((4, 8, 4), (128, 1, 16)), (64, 8, 512)
+    return MmaAtom(
+        name=f"wgmma.m64n{n}k16.{dtype}{'.ss' if a_shared else ''}{'.trans' if b_transposed else ''}",
+        cpp=f"cute::SM90::GMMA::MMA_64x{n}x16_{kind}<{major}K, {major}{'MN' if b_transposed else 'K'}>",
+        shape=(64, n, 16),
+        a=dtype,
+        b=dtype,
+        c=DType.float32,
+        a_layout=Layout((128, (64, 16)), (0, (1, 64))) if a_shared else Layout((warpgroup[0], (2, 2, 2)), (warpgroup[1], value)),
+        b_layout=Layout((128, (n, 16)), (0, (1, n))),
+        c_layout=Layout((warpgroup[0], (2, 2, n // 8)), (warpgroup[1], value)),
+        arch=90,
+        kind="wgmma",
+    )
+
 
 _VECTOR_CPP = {4: "uint32_t", 8: "uint64_t", 16: "cute::uint128_t"}
 

@@ -6,7 +6,7 @@ import itertools
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 import click
 
@@ -277,9 +277,10 @@ def check_(reference: str, keywords: tuple[str, ...], configs: int, quick: bool)
 @click.option("--out", required=True, type=click.Path(file_okay=False, path_type=Path), help="Folder for the SVG files.")
 def draw(reference: str, keywords: tuple[str, ...], arch: str | None, out: Path) -> None:
     """Draw the layouts, tiles, copies and MMAs of the config predicted fastest, as SVG."""
+    from vidrial.draw import Part
     from vidrial.draw import draw as svg
     from vidrial.space import describe
-    from vidrial.tiled import SmemLayout, TiledCopy, TiledMma
+    from vidrial.tiled import SmemLayout, TiledCopy, TiledMma, WarpgroupMma
 
     op, problem = read_one(reference, keywords)
     config = op.predicted(problem, device_of(arch))
@@ -287,8 +288,8 @@ def draw(reference: str, keywords: tuple[str, ...], arch: str | None, out: Path)
     pictures: dict[str, str] = {}
     for stage in op.stages(problem, config):
         for name, member in stage.kernel.resolve(stage.problem, stage.config).members.items():
-            if isinstance(member, TiledMma):
-                parts: tuple[Literal["A", "B", "C"], ...] = ("A", "B", "C")
+            if isinstance(member, (TiledMma, WarpgroupMma)):
+                parts: tuple[Part, ...] = ("A", "B", "C")
                 pictures.update({f"{stage.kernel.name}.{name}.{part}.svg": svg(member, part) for part in parts})
             elif isinstance(member, (SmemLayout, TiledCopy)):
                 pictures[f"{stage.kernel.name}.{name}.svg"] = svg(member)

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from vidrial.tiled import LoadMatrix, TiledCopy, TiledMma
+from vidrial.tiled import LoadMatrix, TiledCopy, TiledMma, WarpgroupMma
 
 WARP, BANKS_16_BYTES, VECTOR_BYTES, SECTOR_BYTES = 32, 8, 16, 32
 
@@ -21,7 +21,7 @@ WARP, BANKS_16_BYTES, VECTOR_BYTES, SECTOR_BYTES = 32, 8, 16, 32
 class Counts:
     """What a launch does, or a part of one, in all CTAs together; the fields are those of `vidrial.host.HostStats`.
 
-    `mma`, `ldmatrix`: instructions of a warp. `ldmatrix_conflicts`: passes over the banks beyond one a matrix. `cp_async_requests`:
+    `mma`, `ldmatrix`: instructions of a warp; `wgmma`: of a warpgroup. `ldmatrix_conflicts`: passes over the banks beyond one a matrix. `cp_async_requests`:
     instructions of a warp of which some thread reads; `cp_async_sectors` of 32 bytes and `cp_async_bytes` are what they read.
     """
 
@@ -31,6 +31,7 @@ class Counts:
     cp_async_requests: int = 0
     cp_async_sectors: int = 0
     cp_async_bytes: int = 0
+    wgmma: int = 0
 
     def __add__(self, other: Counts) -> Counts:
         return Counts(*(a + b for a, b in zip(dataclasses.astuple(self), dataclasses.astuple(other), strict=True)))
@@ -39,9 +40,12 @@ class Counts:
         return Counts(*(n * times for n in dataclasses.astuple(self)))
 
 
-def products(mma: TiledMma, k_steps: int | None = None) -> Counts:
-    """What each warp of a TiledMma does in `k_steps` steps of k, by default all: its MMAs, and ldmatrix of the operands that it has."""
+def products(mma: TiledMma | WarpgroupMma, k_steps: int | None = None) -> Counts:
+    """What each warp of a TiledMma, or warpgroup of a WarpgroupMma, does in `k_steps` steps of k, by default all: its MMAs, and
+    ldmatrix of the operands that it loads."""
     steps = mma.k_steps if k_steps is None else k_steps
+    if isinstance(mma, WarpgroupMma):
+        return Counts(wgmma=mma.m_atoms * steps)
     total = Counts(mma=mma.m_atoms * mma.n_atoms * steps)
     for operand in (mma.A, mma.B):
         if operand is not None:

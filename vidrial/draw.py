@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterator
-from typing import Literal
+from typing import Literal, TypeAlias
 
 import numpy as np
 
@@ -12,9 +13,14 @@ from vidrial.analysis import BANK_BYTES, BANKS, WARP
 from vidrial.errors import ArgumentError
 from vidrial.layout import ComposedLayout, Layout, product
 from vidrial.smem import VECTOR_BYTES
-from vidrial.tiled import SmemLayout, TiledCopy, TiledMma
+from vidrial.tiled import SmemLayout, TiledCopy, TiledMma, WarpgroupMma
+from vidrial.wgmma import DEPTH, ROWS, WARPGROUP, Descriptor
 
 WIDTH, HEIGHT, MARGIN = 44, 20, 26
+# A letter of the title.
+LETTER = 6.7
+Drawable: TypeAlias = Layout | ComposedLayout | SmemLayout | TiledCopy | TiledMma | WarpgroupMma
+Part: TypeAlias = Literal["A", "B", "C"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,12 +33,14 @@ class Cell:
     hue: float
 
 
-def draw(described: Layout | ComposedLayout | SmemLayout | TiledCopy | TiledMma, part: Literal["A", "B", "C"] = "C") -> str:
+def draw(described: Drawable, part: Part = "C") -> str:
     """An SVG document.
 
     Layout: a cell an element, its index; SmemLayout: a cell 16 bytes, its number, the banks' group in colour; TiledCopy: a cell
-    16 bytes, `thread.step`; TiledMma: one of A (m x k), B (n x k) and the accumulator C (m x n), a cell an element,
-    `thread.value` of the atom (of the warps that hold the same, the first), the warp in colour.
+    16 bytes, `thread.step`; TiledMma, WarpgroupMma: one of A (m x k), B (n x k) and the accumulator C (m x n), a cell an element,
+    `thread.value` of the atom (of the warps that hold the same, the first), the warp in colour. Of wgmma, C has a cell for two columns,
+    A in registers is one step of k, and an operand in shared memory, which it reads by itself, is its tile: a cell 16 bytes,
+    `part.step` of k (a part: 64 rows of A, n of B), the banks' group in colour.
 
     Raises:
         ArgumentError: the object is of another type, a layout has other than one or two modes, or there is no such part.
@@ -46,12 +54,25 @@ def draw(described: Layout | ComposedLayout | SmemLayout | TiledCopy | TiledMma,
         tile = described.tile
         title = f"{described.threads} threads copy {tile.rows} x {tile.columns} {tile.dtype}: thread.step"
         return _svg(title, list(_copy_cells(described)))
-    if isinstance(described, TiledMma):
+    if isinstance(described, (TiledMma, WarpgroupMma)):
         if part not in ("A", "B", "C"):
-            raise ArgumentError(f"a TiledMma has no part {part!r}; accepted: 'A', 'B', 'C'")
-        title = f"{part} of {described.warps[0]} x {described.warps[1]} warps, {described.atom.name}: thread.value"
-        return _svg(title, list(_accumulator_cells(described) if part == "C" else _operand_cells(described, "AB".index(part))))
-    raise ArgumentError(f"a {type(described).__name__} cannot be drawn; accepted: Layout, ComposedLayout, SmemLayout, TiledCopy, TiledMma")
+            raise ArgumentError(f"a {type(described).__name__} has no part {part!r}; accepted: 'A', 'B', 'C'")
+        return _mma(described, part)
+    names = "Layout, ComposedLayout, SmemLayout, TiledCopy, TiledMma, WarpgroupMma"
+    raise ArgumentError(f"a {type(described).__name__} cannot be drawn; accepted: {names}")
+
+
+def _mma(mma: TiledMma | WarpgroupMma, part: Part) -> str:
+    if isinstance(mma, TiledMma):
+        title = f"{part} of {mma.warps[0]} x {mma.warps[1]} warps, {mma.atom.name}: thread.value"
+        return _svg(title, list(_accumulator_cells(mma) if part == "C" else _operand_cells(mma, "AB".index(part))))
+    title = f"{part} of {mma.warpgroups} warpgroup{'s' if mma.warpgroups > 1 else ''}, {mma.atom.name}"
+    if part == "C":
+        return _svg(f"{title}: thread.value of two columns a cell", list(_pair_cells(mma)))
+    read = mma.A if part == "A" else mma.B
+    if read is None:
+        return _svg(f"{title}, a step of k: thread.value", list(_fragment_cells(mma)))
+    return _svg(f"{title}: part.step of k, colour = banks", list(_descriptor_cells(read)))
 
 
 def _layout_cells(layout: Layout | ComposedLayout) -> Iterator[Cell]:
@@ -86,6 +107,13 @@ def _accumulator_cells(mma: TiledMma) -> Iterator[Cell]:
         yield Cell(int(row), int(columns[thread, i, j, value]), f"{thread}.{value}", thread // WARP / (mma.threads // WARP))
 
 
+def _pair_cells(mma: WarpgroupMma) -> Iterator[Cell]:
+    rows, columns = (x[..., ::2] for x in mma.coordinates())
+    for (thread, i, j, pair), row in np.ndenumerate(rows):
+        text = f"{thread}.{4 * j + 2 * pair}"
+        yield Cell(int(row), int(columns[thread, i, j, pair]) // 2, text, thread // WARP / (mma.threads // WARP))
+
+
 def _operand_cells(mma: TiledMma, side: int) -> Iterator[Cell]:
     layout, extent, depth = (mma.atom.a_layout, mma.atom.b_layout)[side], mma.atom.shape[side], mma.atom.shape[2]
     atoms, step = ((mma.m_atoms, mma.step_m), (mma.n_atoms, mma.step_n))[side]
@@ -98,9 +126,24 @@ def _operand_cells(mma: TiledMma, side: int) -> Iterator[Cell]:
                 yield Cell(row, k_step * depth + k, f"{warp * WARP + lane}.{value}", w / mma.warps[side])
 
 
+def _fragment_cells(mma: WarpgroupMma) -> Iterator[Cell]:
+    layout = mma.atom.a_layout
+    for thread, value, m in np.ndindex(mma.threads, layout.mode(1).size, mma.m_atoms):
+        group, t = divmod(thread, WARPGROUP)
+        k, row = divmod(layout(t, value), ROWS)
+        yield Cell((group * mma.m_atoms + m) * ROWS + row, k, f"{thread}.{value}", thread // WARP / (mma.threads // WARP))
+
+
+def _descriptor_cells(read: Descriptor) -> Iterator[Cell]:
+    vector = VECTOR_BYTES // read.tile.dtype.bytes
+    for cell in _tile_cells(read.tile):
+        outer, k = (cell.column * vector, cell.row) if read.transposed else (cell.row, cell.column * vector)
+        yield dataclasses.replace(cell, text=f"{outer // read.extent}.{k // DEPTH}")
+
+
 def _svg(title: str, cells: list[Cell]) -> str:
     rows, columns = 1 + max(c.row for c in cells), 1 + max(c.column for c in cells)
-    width, height = MARGIN + columns * WIDTH, 2 * MARGIN + rows * HEIGHT
+    width, height = MARGIN + max(columns * WIDTH, math.ceil(len(title) * LETTER)), 2 * MARGIN + rows * HEIGHT
     lines = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" height="{height}" '
         'font-family="ui-monospace, monospace" font-size="10" text-anchor="middle">',

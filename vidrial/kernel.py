@@ -24,7 +24,7 @@ from vidrial.launch import Geometry
 from vidrial.problem import StaticView, fields
 from vidrial.render import Arguments, Source, Tiles, closure_digest, render
 from vidrial.space import Cost, Space, check_choices, configs
-from vidrial.tiled import LoadMatrix, TiledCopy, TiledMma
+from vidrial.tiled import LoadMatrix, TiledCopy, TiledMma, WarpgroupMma
 from vidrial.toolchain import vidrial_include
 
 SMEM_RESERVED = 1024  # bytes of shared memory that the system takes of every CTA
@@ -150,7 +150,7 @@ class Kernel:
             ArgumentError: the tiles have copies, loads or MMAs, and no `traffic` says how often they are at work.
         """
         tiles = self.resolve(problem, config)
-        tiled = [name for name, member in tiles.members.items() if isinstance(member, (LoadMatrix, TiledCopy, TiledMma))]
+        tiled = [name for name, member in tiles.members.items() if isinstance(member, (LoadMatrix, TiledCopy, TiledMma, WarpgroupMma))]
         if self.traffic is None and tiled:
             raise ArgumentError(
                 f"kernel {self.name}: nothing says how often {', '.join(tiled)} are at work; give the kernel a traffic function"

@@ -25,7 +25,7 @@ from vidrial.tiled import atoms_of
 
 POINTER = ctypes.sizeof(ctypes.c_size_t)
 # The newest architecture (80 for sm_80) whose instructions the host target has.
-NEWEST_EMULATED = 80
+NEWEST_EMULATED = 90
 
 
 class Workspace:
@@ -140,7 +140,7 @@ def _refuse_what_has_no_emulation(kernel: str, tiles: Tiles) -> None:
             if atom.arch > NEWEST_EMULATED:
                 raise UnsupportedError(
                     f"{kernel}: {name} is made of {atom.name}, which begins with sm_{atom.arch}; the host target emulates instructions "
-                    f"up to sm_{NEWEST_EMULATED}: mma.sync, ldmatrix, cp.async. Take a config without it, or run this one on a GPU"
+                    f"up to sm_{NEWEST_EMULATED}: mma.sync, wgmma, ldmatrix, cp.async. Take a config without it, or run this one on a GPU"
                 )
 
 

@@ -16,13 +16,14 @@ from vidrial.device import Device
 from vidrial.errors import ConfigError
 from vidrial.op import Op, Stage
 from vidrial.show import duration, facts, show_table, split_words
+from vidrial.smem import VECTOR_BYTES
 from vidrial.space import describe
-from vidrial.tiled import LoadMatrix, LoadVector, TiledCopy, TiledMma, atoms_of
+from vidrial.tiled import LoadMatrix, LoadVector, TiledCopy, TiledMma, WarpgroupMma, atoms_of
 
 ACCESS_COLUMNS = (
     "",
     "instruction",
-    ">B a thread",
+    ">B each",
     ">MMA",
     ">ldmatrix",
     ">bank ways",
@@ -98,12 +99,14 @@ def _accesses(stage: Stage) -> Iterator[tuple[Any, ...]]:
     """One row for each tiled object that is at work, and for what else the kernel's traffic names."""
     members = stage.kernel.resolve(stage.problem, stage.config).members
     counts = stage.kernel.counts(stage.problem, stage.config)
-    tiled = (LoadMatrix, LoadVector, TiledCopy, TiledMma)
+    tiled = (LoadMatrix, LoadVector, TiledCopy, TiledMma, WarpgroupMma)
     for name in dict.fromkeys((*counts, *(n for n, member in members.items() if isinstance(member, LoadVector)))):
         member, n = members.get(name), counts.get(name, Counts())
         findings = analyse(member, name) if isinstance(member, tiled) else []
         ways = max((f.ways for f in findings if f.ways is not None), default=None)
-        size = max((f.bytes for f in findings), default=16)
+        # A thread moves so many bytes; an instruction of wgmma reads so many, both operands together.
+        sizes = [f.bytes for f in findings]
+        size = sum(sizes) if isinstance(member, WarpgroupMma) else max(sizes, default=VECTOR_BYTES)
         if n == Counts() and not isinstance(member, LoadVector):
             continue
         instructions = ", ".join(dict.fromkeys(atom.name for atom in atoms_of(member))) or ("shared load" if member else "cp.async")
@@ -113,7 +116,7 @@ def _accesses(stage: Stage) -> Iterator[tuple[Any, ...]]:
             name,
             instructions,
             size,
-            n.mma or "",
+            n.mma or n.wgmma or "",
             n.ldmatrix or "",
             ways or "",
             passes,
@@ -135,10 +138,9 @@ def _launch(stage: Stage, device: Device) -> tuple[Any, ...]:
     cost = kernel.cost(stage.problem, stage.config, device) if kernel.cost is not None else None
     counts = kernel.counts(stage.problem, stage.config)
     flops = sum(
-        2 * math.prod(atom.shape) * n.mma
+        2 * math.prod(member.atom.shape) * (n.mma + n.wgmma)
         for name, n in counts.items()
-        if isinstance(member := tiles.members.get(name), TiledMma)
-        for atom in [member.atom]
+        if isinstance(member := tiles.members.get(name), (TiledMma, WarpgroupMma))
     )
     return (
         kernel.name,

@@ -40,7 +40,7 @@ class SmemLayout:
         if min(self.rows, self.columns, self.stages) < 1:
             raise LayoutError(f"a tile of {self.rows} x {self.columns}, {self.stages} stages, is empty; give positive numbers")
         if self.swizzle == "auto":
-            bits = (self._block * self.dtype.bytes // VECTOR_BYTES).bit_length() - 1
+            bits = (self.block * self.dtype.bytes // VECTOR_BYTES).bit_length() - 1
             base = (VECTOR_BYTES // self.dtype.bytes).bit_length() - 1
             object.__setattr__(self, "swizzle", Swizzle(bits, base, 3) if bits > 0 else None)
         _prove_bijection(self)
@@ -51,7 +51,7 @@ class SmemLayout:
             )
 
     @property
-    def _block(self) -> int:
+    def block(self) -> int:
         """Columns that lie side by side: the largest power of two that divides the row, at most 128 bytes."""
         return min(self.columns & -self.columns, 128 // self.dtype.bytes)
 
@@ -63,7 +63,7 @@ class SmemLayout:
     @cached_property
     def plain(self) -> Layout:
         """(row, column) -> element offset before the swizzle."""
-        block = self.columns if self.swizzle is None else self._block
+        block = self.columns if self.swizzle is None else self.block
         if block == self.columns:
             return Layout((self.rows, block), (block, 1))
         return Layout((self.rows, (block, self.columns // block)), (block, (1, self.rows * block)))

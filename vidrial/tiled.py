@@ -20,6 +20,7 @@ from vidrial.layout import Layout
 from vidrial.loads import LoadMatrix, LoadVector
 from vidrial.smem import Pipeline, SharedMemory, SmemLayout, Steps, Transposed, prove_access
 from vidrial.thread_map import accumulator_feeds, fragment_matrices, thread_layouts
+from vidrial.wgmma import WarpgroupMma
 
 __all__ = [
     "Accumulator",
@@ -32,6 +33,7 @@ __all__ = [
     "TiledCopy",
     "TiledMma",
     "Transposed",
+    "WarpgroupMma",
 ]
 
 WARP = 32
@@ -299,7 +301,7 @@ class TiledCopy:
     @cached_property
     def row_column(self) -> tuple[Layout, Layout]:
         """thread -> row, thread -> column of its first vector."""
-        return thread_layouts(lambda thread: (thread // self.row_vectors, thread % self.row_vectors * self.vector), self.threads)
+        return _vectors_in_rows(self.row_vectors, self.vector, self.threads)
 
     @property
     def row(self) -> Layout:
@@ -325,10 +327,16 @@ class TiledCopy:
         )
 
 
+@cache
+def _vectors_in_rows(row_vectors: int, vector: int, threads: int) -> tuple[Layout, Layout]:
+    """thread -> row, thread -> column of neighbouring vectors, `row_vectors` a row."""
+    return thread_layouts(lambda thread: (thread // row_vectors, thread % row_vectors * vector), threads)
+
+
 def atoms_of(member: object) -> Iterator[MmaAtom | CopyAtom]:
     """The instructions that an object is made of; none of a plain tile or number."""
     if isinstance(member, TiledMma):
         yield member.atom
         yield from (operand.load.atom for operand in (member.A, member.B) if operand is not None)
-    elif isinstance(member, (LoadMatrix, TiledCopy)):
+    elif isinstance(member, (LoadMatrix, TiledCopy, WarpgroupMma)):
         yield member.atom

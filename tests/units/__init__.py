@@ -82,7 +82,6 @@ def wgmma(element: str, n: int, major: str, width: int, *, shared_a: str = "", n
     types, kind = "F32F16F16" if half else "F32BF16BF16", "SS" if shared_a else "RS"
     scale = ", GMMA::ScaleIn::Neg" if negate else ""
     definitions = [
-        *(["#define CUTE_SM90_EXTENDED_MMA_SHAPES_ENABLED"] if n not in (32, 64, 96, 128, 256) else []),
         f"constexpr int N = {n};",
         f"#define WIDTH {width}",
         f"#define SHARED_A {int(bool(shared_a))}",
@@ -203,8 +202,8 @@ def cases() -> Iterator[Case]:
             for n in (32, 64, 128, 256):
                 yield wgmma("bfloat16_t", n, major, width)
             yield wgmma("half_t", 32 * width, major, width, fresh=True)
-        yield wgmma("half_t", 40 if major == "K" else 96, major, 2)
-        yield wgmma("bfloat16_t", 96 if major == "K" else 24, major, 1)
+        yield wgmma("half_t", 16 if major == "K" else 96, major, 2)
+        yield wgmma("bfloat16_t", 96 if major == "K" else 16, major, 1)
         for width in (8, 4, 2, 1):
             yield wgmma("bfloat16_t", 64, major, width, shared_a="MN" if width in (8, 1) else "K", negate=width == 8)
         yield wgmma("half_t", 64, major, 8, shared_a="K")

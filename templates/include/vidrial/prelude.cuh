@@ -7,3 +7,6 @@
 #include <cute/arch/copy_sm75.hpp>
 #include <cute/arch/copy_sm80.hpp>
 #include <cutlass/numeric_types.h>
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+#include <cute/arch/mma_sm90_gmma.hpp>
+#endif

@@ -17,6 +17,9 @@ struct SmemTile<T_, cute::ComposedLayout<cute::Swizzle<B, M, S>, cute::_0, L>> {
   // Bits below the ones that the swizzle reads.
   static constexpr int kLow = (1 << (M + S)) - 1;
 
+  // Byte offset of (row, column) before the swizzle.
+  CUTE_HOST_DEVICE static constexpr uint32_t plain(int row, int column) { return uint32_t(Plane<L>::at(row, column)) * sizeof(T); }
+
   // Byte offset of (row, column): the only place where the swizzle is evaluated, once a thread.
   CUTE_HOST_DEVICE static constexpr uint32_t offset(int row, int column) {
     int const y = Plane<L>::at(row, column);

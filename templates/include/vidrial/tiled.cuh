@@ -9,6 +9,7 @@ namespace vidrial {
 template <class Atom, class Tile, class Row, class Column>
 struct LoadMatrix {
   uint32_t base;
+  CUTE_DEVICE explicit LoadMatrix(uint32_t base) : base(base) {}
   // `row` and `column`: where the part of the tile that is read begins.
   CUTE_DEVICE LoadMatrix(uint32_t tile, int thread, int row = 0, int column = 0)
       : base(tile + Tile::offset(row + ThreadMap<Row>::at(thread), column + ThreadMap<Column>::at(thread))) {}
@@ -40,11 +41,22 @@ struct Operand : LoadMatrix<Atom, Tile, Row, Column> {
 template <class Atom, int M_, int N_, int K_, class A_, class B_, class Row, class Column, int StepM, int StepN>
 struct TiledMma {
   static constexpr int M = M_, N = N_, K = K_;
+  static constexpr bool kAsync = false;
   using A = A_; using B = B_;
   CUTE_DEVICE static int row(int thread) { return ThreadMap<Row>::at(thread); }
   CUTE_DEVICE static int column(int thread) { return ThreadMap<Column>::at(thread); }
   CUTE_HOST_DEVICE static constexpr int row_of(int m, int v) { return m * StepM + v / 2 * 8; }
   CUTE_HOST_DEVICE static constexpr int column_of(int n, int v) { return n * StepN + v % 2; }
+  // One step of k, A in registers. `settle` and `fence` are of use where products run on by themselves (vidrial/wgmma.cuh).
+  template <int RA, class Operand>
+  static CUTE_DEVICE void step(float (&c)[M][N][4], uint32_t (&a)[M][RA], Operand const& b, uint32_t stage, int k) {
+    uint32_t f[N][RA / 2];
+    b.load(stage, k, f);
+    multiply(c, a, f);
+  }
+  template <int Groups>
+  static CUTE_DEVICE void settle() {}
+  static CUTE_DEVICE void fence(float (&)[M][N][4]) {}
   template <int RA, int RB>
   static CUTE_DEVICE void multiply(float (&c)[M][N][4], uint32_t const (&a)[M][RA], uint32_t const (&b)[N][RB]) {
     CUTE_UNROLL

@@ -32,6 +32,12 @@ inline uint32_t multiply_bf16(uint32_t a, uint32_t b) {
 inline uint32_t splat_low(uint32_t x) { return (x & 0xffffu) * 0x10001u; }
 inline uint32_t splat_high(uint32_t x) { return (x >> 16) * 0x10001u; }
 
+inline int opaque(int x) { return x; }
+
+// Registers are memory here, and calls of the runtime are opaque: nothing to keep the compiler from.
+template <class T>
+inline void fence_registers(T (&)[4]) {}
+
 inline void fence_async_proxy() { host::fence_async_proxy(); }
 
 inline float exp2_approx(float x) {
