@@ -81,15 +81,20 @@ class Row:
         return self.cpu <= BUDGET and (self.cpu_pch is None or self.cpu_pch <= BUDGET_PCH)
 
 
-def op_units(op: Any, problem: Any, arch: str, label: str, config: Any = None) -> Iterator[Unit]:
-    """Every launch of an op's default config: the first of all choices if it is legal, else the predicted one."""
-    device = Device.of(DEVICES[arch])
-    if config is None:
-        config = op.config()
-        if op.reject(problem, config, device) is not None:
-            config = op.predicted(problem, device)
+def op_units(op: Any, problem: Any, arch: str, label: str, config: Any) -> Iterator[Unit]:
+    """Every launch of an op's config."""
     for stage in op.stages(problem, config):
         yield kernel_unit(stage.kernel, stage.problem, stage.config, arch, label)
+
+
+def by_instruction(op: Any, problem: Any, device: Device) -> Iterator[Any]:
+    """The config predicted best with chunks of 1024, by mma.sync and, where there is one, by wgmma."""
+    shared = replace(op.config(), chunk=1024)
+    spaces = op.part_spaces(problem, shared, device)
+    for mma in ("sync", "wgmma"):
+        best = {name: next((config for config in space if config.mma == mma), None) for name, space in spaces.items()}
+        if all(best.values()):
+            yield replace(shared, **best)
 
 
 def kernel_unit(kernel: Kernel, problem: Any, config: Any, arch: str, label: str) -> Unit:
@@ -106,12 +111,11 @@ def units(archs: tuple[str, ...], dims: tuple[int, ...], cute: bool) -> list[Uni
         device = Device.of(DEVICES[arch])
         for d in dims:
             problem = op.example(t=LENGTH, d=d)
-            chunked = op.predicted(problem, device, {"chunk": 1024})
-            joined = replace(chunked, scan=replace(chunked.scan, segments=2))
-            found += op_units(op, problem, arch, f"d={d}")
-            found += (unit for unit in op_units(op, problem, arch, f"d={d}", joined) if unit.source.entry == "power_carry")
+            for config in by_instruction(op, problem, device):
+                joined = replace(config, scan=replace(config.scan, segments=2))
+                found += op_units(op, problem, arch, f"d={d}", joined)
             found += op_units(op, problem, arch, f"d={d} one chunk", op.predicted(problem, device, {"chunk": 0}))
-        found += op_units(softmax, softmax.example(n=1000), arch, "")
+        found += op_units(softmax, softmax.example(n=1000), arch, "", softmax.config())
         for pair in pairs():
             found.append(Unit(pair.name, "ours", arch, "", pair.ours, pair.smem))
             if cute:

@@ -71,6 +71,14 @@ def test_power_retention(case: str) -> None:
     assert all(n.ldmatrix_conflicts == 0 for n in predicted.values())
 
 
+def test_power_retention_by_wgmma() -> None:
+    attended = attend.Config(keys=32, m=2, warps=8, stages=3, blocks=1, mma="wgmma")
+    config = Config(256, scan.Config(tokens=64, stages=4, warps=4, columns=64, segments=2, tiles=2, mma="wgmma"), attended)
+    predicted = assert_predicted(power_retention, example(t=773, h=1, hq=2, d=64), config)
+    assert predicted["power_scan_wgmma"].wgmma > 0 and predicted["power_attend"].wgmma > 0
+    assert all(n.mma == n.ldmatrix_conflicts == 0 for n in predicted.values())
+
+
 @pytest.mark.parametrize("config", [NARROW, ONE_CHUNK], ids=["chunks", "one chunk"])
 def test_bank_conflicts_too(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     """The same kernel with tiles that have no swizzle: it computes the same, and meets banks again and again."""

@@ -170,6 +170,9 @@ def test_draw_writes_a_picture_of_each_object(run, tmp_path: Path) -> None:
     assert out.splitlines()[1:] == [str(tmp_path / "new" / "folder" / line.rpartition("/")[2]) for line in out.splitlines()[1:]]
     for file in files:
         assert len(ET.parse(file).getroot()) > 8, file
+    assert run("draw", "power_retention", "--t", "10007", "--arch", "h200", "--out", str(tmp_path / "hopper"))[0] == 0
+    drawn = {part: ET.parse(tmp_path / "hopper" / f"power_attend.PV.{part}.svg").getroot().find("{*}title") for part in "ABC"}
+    assert all("wgmma.m64n64k16.bfloat16.trans" in title.text for title in drawn.values())
     (tmp_path / "file").write_text("")
     code, _, err = run("draw", "power_retention", "--t", "65", "--d", "32", "--arch", "sm_80", "--out", str(tmp_path / "file" / "below"))
     assert (code, "cannot be written" in err) == (2, True)

@@ -2,40 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from power_host import assert_right, late_error, plant, run
 from vidrial.kernels.power_retention import power_retention
 from vidrial.kernels.power_retention.attend import Config as Attend
 from vidrial.kernels.power_retention.op import (
     RELATIVE_BOUND,
     Config,
-    Problem,
     check,
-    chunk_tokens,
     example,
-    op,
     reference,
     sample,
     stages,
 )
 from vidrial.kernels.power_retention.scan import Config as Scan
 from vidrial.kernels.power_retention.scan import snapshot_elements, units
-from vidrial.templates import TEMPLATES
 
 import vidrial
-from vidrial import plan as plans
 from vidrial.analysis import Finding, analyse
-from vidrial.host import SCHEDULES, HostStats, Schedule
+from vidrial.host import SCHEDULES, Schedule
 from vidrial.op import Stage
-from vidrial.plan import HostPlan, poison
 from vidrial.tiled import LoadMatrix, Operand, TiledCopy, TiledMma
 
-Arrays = dict[str, np.ndarray]
 # Both sides of a comparison of two results are rounded to 16 bits and made of bf16 products.
 TWO_RESULTS = 2 * RELATIVE_BOUND
 
@@ -43,29 +35,6 @@ NARROW = Config(128, Scan(tokens=64, stages=3, warps=4, columns=32, segments=1),
 SEGMENTED = replace(NARROW, scan=replace(NARROW.scan, segments=3))
 WIDE = Config(128, Scan(tokens=32, stages=4, warps=8, columns=64, segments=2), Attend(keys=64, m=2, warps=4, stages=3, blocks=2))
 TALL = Config(256, Scan(tokens=128, stages=3, warps=4, columns=32, segments=1), Attend(keys=32, m=4, warps=4, stages=2, blocks=1))
-
-
-def run(
-    p: Problem, config: Config, inputs: Arrays, schedule: Schedule = SCHEDULES[0], sanitizer: str | None = None
-) -> tuple[Arrays, dict[str, HostStats]]:
-    """Outputs, poisoned before (as is the workspace), and what the kernels did."""
-    results = {name: poison(buffer.shape, buffer.dtype) for name, buffer in op.outputs(p).items()}
-    stats = HostPlan(op, p, config, sanitizer).run({**inputs, **results}, schedule)
-    return results, stats
-
-
-def late_error(p: Problem, config: Config, results: Arrays, exact: Arrays) -> float:
-    """Relative to the norm, over the rows that read a state: an error in it does not hide behind the first chunk."""
-    rows = slice(chunk_tokens(p, config), None)
-    y, wanted = p.dtype.widen(results["y"])[:, rows], exact["y"][:, rows]
-    return float(np.linalg.norm(y - wanted) / max(np.linalg.norm(wanted), 1e-30))
-
-
-def assert_right(p: Problem, config: Config, inputs: Arrays, results: Arrays) -> None:
-    exact = reference(p, inputs)
-    found = check(p, inputs, results, exact)
-    assert found.ok, found
-    assert late_error(p, config, results, exact) <= RELATIVE_BOUND
 
 
 CASES: dict[str, tuple[dict[str, Any], Config]] = {
@@ -226,7 +195,7 @@ WRONG = {
     "state not discounted to the row": ("power_attend", "rescale(m, 0, state_decay); rescale(m, 1, state_decay);", ""),
     "own token left out": ("power_attend", "QK::column_of(n, v) <= row", "QK::column_of(n, v) < row"),
     "one key too many": ("power_attend", "QK::column_of(n, v) <= row", "QK::column_of(n, v) <= 1 + row"),
-    "keys not discounted to the tile": ("power_attend", "kGated ? exp2_approx(minus(r0, a[j0 + kKeys - 1])) : 1.f", "1.f"),
+    "keys not discounted to the tile": ("power_attend", "kGated ? exp2_approx(minus(r0, a(j0 + kKeys - 1))) : 1.f", "1.f"),
     "state not discounted over a chunk": ("power_scan", "float const f = exp2_approx(total.x + total.y);", "float const f = 1.f;"),
     "keys not discounted in the state": ("power_scan", "ki[m] = scale_bf16(ki[m], g.x, g.y);", ""),
     "no normaliser of the state": ("power_scan", "update_z(read);", ""),
@@ -236,18 +205,9 @@ WRONG = {
 
 
 @pytest.fixture
-def patched(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def patched(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """The sources of all plans with one wrong line in them."""
-    name, right, wrong = WRONG[request.param]
-    header = Path(TEMPLATES, "include", "vidrial", f"{name}.cuh").read_text()
-    assert header.count(right) == 1
-    compile_host = plans.compile_host
-
-    def compile_wrong(text: str, *arguments: Any, **options: Any) -> Any:
-        return compile_host(text.replace(f"#include <vidrial/{name}.cuh>", header.replace(right, wrong)), *arguments, **options)
-
-    monkeypatch.setattr(plans, "compile_host", compile_wrong)
-    yield
+    plant(monkeypatch, *WRONG[request.param])
 
 
 @pytest.mark.parametrize("patched", WRONG, indirect=True)

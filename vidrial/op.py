@@ -198,9 +198,14 @@ class Op:
             def seconds(value: Any, put: Any = put, name: str = name) -> float:
                 return self.seconds(problem, put(value), device, name)
 
-            part = next(f.metadata[CHOICES] for f in dataclasses.fields(self.config) if f.name == name)
-            spaces[name] = Space.of(configs(part), reject, seconds)
+            spaces[name] = Space.of(self._part_configs(problem, shared, name), reject, seconds)
         return spaces
+
+    def _part_configs(self, problem: Any, shared: Any, name: str) -> Iterator[Any]:
+        """A part's configs; of a part that launches nothing with these choices, the one that `shared` has."""
+        if all(stage.part != name for stage in self.stages(problem, shared)):
+            return iter((getattr(shared, name),))
+        return configs(next(f.metadata[CHOICES] for f in dataclasses.fields(self.config) if f.name == name))
 
     def space(self, problem: Any, device: Device | None = None, limit: int = 256, fixed: Mapping[str, Any] | None = None) -> Space:
         """The legal configs, fastest-predicted first, at most `limit`; and every rejection once, of a config or of a part of one.
@@ -252,7 +257,7 @@ class Op:
     def _estimates(self, problem: Any, shared: Any, device: Device, part: str) -> list[Candidate]:
         """What the rules leave of a part's configs, fastest-predicted first, with the part's own time."""
         found = []
-        for value in configs(next(f.metadata[CHOICES] for f in dataclasses.fields(self.config) if f.name == part)):
+        for value in self._part_configs(problem, shared, part):
             seconds = self.estimate(problem, dataclasses.replace(shared, **{part: value}), device, part)
             if seconds is not None:
                 found.append(Candidate(value, seconds))

@@ -25,6 +25,7 @@ class Cost:
         ctas: CTAs launched.
         ctas_per_sm: how many of them an SM holds at once.
         efficiency: share of the device's tensor rate that the inner loop reaches when every SM is full.
+        uneven: CTAs take unlike times, so that no wave ends at once: half of one is lost, however many there are.
     """
 
     flops: float
@@ -32,12 +33,13 @@ class Cost:
     ctas: int
     ctas_per_sm: int = 1
     efficiency: float = 0.5
+    uneven: bool = False
 
     def seconds(self, device: Device) -> float:
         """Predicted time: the slower of arithmetic and memory, stretched by the idle slots of the last wave, plus the launch."""
         slots = device.sms * max(1, self.ctas_per_sm)
-        waves = -(-max(1, self.ctas) // slots)
-        filled = max(1, self.ctas) / (waves * slots)
+        ctas = max(1, self.ctas)
+        filled = ctas / (ctas + slots / 2 if self.uneven and ctas > slots else -(-ctas // slots) * slots)
         arithmetic = self.flops / (device.tensor_tflops * 1e12 * self.efficiency * filled)
         return max(arithmetic, self.bytes / (device.bandwidth_gbs * 1e9)) + LAUNCH_SECONDS
 

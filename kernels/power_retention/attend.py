@@ -1,13 +1,13 @@
 """Stage 4: y = (phi(q) S + causal power attention inside the chunk) / normaliser, in one kernel (`power_attend.cuh`).
 
 A CTA owns `rows` = 16 m warps queries of one head. Through one ring of `stages` buffers it streams the state before its chunk and
-then the chunk's keys and values, `keys` at a time, up to its own rows.
+then the chunk's keys and values, `keys` at a time, up to its own rows. The products are mma.sync, or wgmma on Hopper.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from vidrial.kernels.power_retention.scan import pair_tiles, snapshot_elements
@@ -21,10 +21,21 @@ from vidrial.kernel import Kernel
 from vidrial.problem import choice, dynamic, static
 from vidrial.render import Arguments, Tiles
 from vidrial.space import Cost
-from vidrial.tiled import LoadMatrix, LoadVector, Pipeline, SharedMemory, SmemLayout, TiledCopy, TiledMma
+from vidrial.tiled import (
+    Accumulator,
+    LoadMatrix,
+    LoadVector,
+    Pipeline,
+    SharedMemory,
+    SmemLayout,
+    TiledCopy,
+    TiledMma,
+    Transposed,
+    WarpgroupMma,
+)
 
 # Fragments, addresses and loop state, beside the accumulators, before and from sm_90 on; seen in ptxas's reports.
-REGISTERS_BESIDE = 80, 64
+REGISTERS_BESIDE, REGISTERS_BESIDE_WGMMA = (80, 64), 60
 
 
 @dataclass(frozen=True)
@@ -56,13 +67,15 @@ class Problem:
 
 @dataclass(frozen=True)
 class Config:
-    """`keys` a block; `m` atoms of 16 rows a warp; `stages` of the ring; `blocks`: CTAs an SM that registers must allow."""
+    """`keys` a block; `m` times 16 rows a warp; `stages` of the ring; `blocks`: CTAs an SM that registers must allow; `mma`: by which
+    instruction."""
 
     keys: int = choice(64, 32, 128)
     m: int = choice(2, 4)
     warps: int = choice(4, 8, 2)
     stages: int = choice(3, 2, 4)
     blocks: int = choice(2, 1, 3)
+    mma: str = choice("sync", "wgmma")
 
     @property
     def rows(self) -> int:
@@ -98,18 +111,19 @@ def tiles(p: Problem, c: Config) -> Tiles:
     kv_bytes, pairs = k.bytes + v.bytes, pair_tiles(p.d)
     s_tiles = max((n for n in (2, 4) if pairs % n == 0 and n * 128 * p.e <= kv_bytes), default=1)
     s = SmemLayout(bf16, 64 * s_tiles, p.e)
-    z = SmemLayout(bf16, max((n for n in (32, 64, 128) if p.d % n == 0 and 2 * n * p.d <= max(kv_bytes, s.bytes)), default=16), p.d)
+    z = SmemLayout(bf16, max((n for n in (32, 64) if p.d % n == 0 and 2 * n * p.d <= max(kv_bytes, s.bytes)), default=16), p.d)
     stage_bytes = max(kv_bytes, s.bytes, z.bytes)
-    warps, copy = (c.warps, 1), cp_async(16, zero_fill=True)
-    qk = TiledMma(MMA_16x8x16[p.dtype], warps, (c.rows, c.keys, p.d), a=q, b=k, bands=True)
-    # The second product is in bf16 whatever V is stored as: squared scores overflow float16.
-    weights = TiledMma(MMA_16x8x16[bf16], warps, (c.rows, c.keys, p.d), bands=True).accumulator
-    pv = TiledMma(
-        MMA_16x8x16[bf16], warps, (c.rows, p.e, c.keys), a=weights, b=SmemLayout(bf16, c.keys, p.e, stages=c.stages).transposed, bands=True
-    )
-    ps = TiledMma(MMA_16x8x16[bf16], warps, (c.rows, p.e, 64 * s_tiles), b=s.transposed, bands=True)
-    qz = TiledMma(MMA_16x8x16[bf16], warps, (c.rows, 32, z.rows), b=z.transposed, bands=True)
-    blocks, band = range(0, p.d, 8), 16 * c.m
+    copy, shared = cp_async(16, zero_fill=True), (q, k, replace(v, dtype=bf16), s, z)
+    qk, pv, ps, qz = _by_wgmma(p, c, *shared) if c.mma == "wgmma" else _by_mma_sync(p, c, *shared)
+    # Warps whose rows are multiplied together, and how many rows these are; 16 rows of each atom are a warp's.
+    together = 4 if c.mma == "wgmma" else 1
+    band, step = 16 * c.m * together, 16 * together
+
+    def row_of(thread: int) -> int:
+        warp = thread // 32
+        return warp // together * band + warp % together * 16
+
+    blocks = range(0, p.d, 8)
     return Tiles(
         threads=threads,
         min_blocks=c.blocks,
@@ -130,6 +144,8 @@ def tiles(p: Problem, c: Config) -> Tiles:
         z_rows=z.rows,
         z_stages=p.d // z.rows if p.normalized else 0,
         snapshot=snapshot_elements(p.d, p.e, p.normalized),
+        band=band,
+        band_warps=together,
         Q=q,
         K=k,
         V=v,
@@ -145,11 +161,53 @@ def tiles(p: Problem, c: Config) -> Tiles:
         CopyZ=TiledCopy(copy, z, threads),
         # For phi(q): features of block J as fragments, features of block I as the pairs of one row.
         RowsJ=LoadMatrix(
-            q, ldmatrix(4), threads, lambda t: (t // 32 * band + t % 32, 0), tuple((16 * m, j) for m in range(0, c.m, 2) for j in blocks)
+            q,
+            ldmatrix(4),
+            threads,
+            lambda t: (row_of(t) + t % 16 + t % 32 // 16 * step, 0),
+            tuple((step * m, j) for m in range(0, c.m, 2) for j in blocks),
         ),
         RowsI=LoadVector(
-            q, threads, lambda t: (t // 32 * band + t % 32 // 4, 0), tuple((8 * h, i) for h in range(2 * c.m) for i in blocks)
+            q,
+            threads,
+            lambda t: (row_of(t) + t % 32 // 4, 0),
+            tuple((step * m + 8 * h, i) for m in range(c.m) for h in range(2) for i in blocks),
         ),
+    )
+
+
+# Scores, weights times V, phi(q) S and q Z. The second product is in bf16 whatever V is stored as: squared scores overflow float16.
+Products = tuple[TiledMma, TiledMma, TiledMma, TiledMma] | tuple[WarpgroupMma, WarpgroupMma, WarpgroupMma, WarpgroupMma]
+
+
+def _by_mma_sync(p: Problem, c: Config, *tiles: SmemLayout) -> Products:
+    q, k, v, s, z = tiles
+
+    def product(dtype: DType, n: int, depth: int, b: SmemLayout | Transposed, a: SmemLayout | Accumulator | None = None) -> TiledMma:
+        return TiledMma(MMA_16x8x16[dtype], (c.warps, 1), (c.rows, n, depth), a=a, b=b, bands=True)
+
+    qk = product(p.dtype, c.keys, p.d, k, q)
+    weights = TiledMma(MMA_16x8x16[DType.bfloat16], (c.warps, 1), (c.rows, c.keys, p.d), bands=True).accumulator
+    bf16 = DType.bfloat16
+    return (
+        qk,
+        product(bf16, p.e, c.keys, v.transposed, weights),
+        product(bf16, p.e, s.rows, s.transposed),
+        product(bf16, 32, z.rows, z.transposed),
+    )
+
+
+def _by_wgmma(p: Problem, c: Config, *tiles: SmemLayout) -> Products:
+    q, k, v, s, z = tiles
+
+    def product(n: int, depth: int, b: SmemLayout | Transposed, a: SmemLayout | None = None) -> WarpgroupMma:
+        return WarpgroupMma(p.dtype, c.warps // 4, (c.rows, n, depth), b, a)
+
+    return (
+        product(c.keys, p.d, k, q),
+        product(p.e, c.keys, v.transposed),
+        product(p.e, s.rows, s.transposed),
+        product(z.block, z.rows, z.transposed, q),
     )
 
 
@@ -158,11 +216,17 @@ def grid(p: Problem, c: Config) -> tuple[int, int, int]:
 
 
 def rules(p: Problem, c: Config, device: Device) -> Iterator[tuple[bool, str]]:
+    if c.mma == "wgmma":
+        yield device.arch == "sm_90a", f"wgmma is an instruction of sm_90a; {device.name} is {device.arch}"
+        yield p.dtype == DType.bfloat16, f"wgmma takes V as it is stored, and weights need the range of bfloat16; got {p.dtype}"
+        yield c.warps % 4 == 0, f"wgmma takes warpgroups of 4 warps; got warps={c.warps}"
+        yield c.stages >= 3, f"stages={c.stages}: wgmma reads one stage while another is refilled and a third waited for"
     yield p.chunk % c.rows == 0, f"the {c.rows} rows of a CTA must divide chunk={p.chunk}"
     yield c.rows % c.keys == 0, f"keys={c.keys} must divide the {c.rows} rows of a CTA"
     registers = min(255, device.registers_per_sm // (32 * c.warps * c.blocks) // 8 * 8)
-    accumulators = c.m * (p.e + c.keys) // 2
-    beside = REGISTERS_BESIDE[device.capability >= 90]
+    # wgmma has one buffer of 64 rows of scores, and all weights in bf16.
+    accumulators = (c.m * (2 * p.e + c.keys) + 2 * c.keys) // 4 if c.mma == "wgmma" else c.m * (p.e + c.keys) // 2
+    beside = REGISTERS_BESIDE_WGMMA if c.mma == "wgmma" else REGISTERS_BESIDE[device.capability >= 90]
     yield (
         accumulators + beside <= registers,
         (
@@ -177,12 +241,21 @@ def cost(p: Problem, c: Config, device: Device) -> Cost:
     keys = (chunk_rows + c.rows) / 2
     with_state = p.t - chunk_rows if p.stateful else 0
     intra, state = 2 * p.b * p.hq * p.t * keys * (p.d + p.e), 2 * p.b * p.hq * with_state * size
-    # Measured on an H200: the state wants warps to hide behind, the keys' blocks fewer barriers.
-    busy = 0.42 * (1.0 if c.keys == 64 else 0.94), 0.55 * (1.0 if c.blocks * c.warps >= 12 else 0.94 if c.blocks * c.warps >= 8 else 0.8)
+    # Measured on an H200: the state wants warps to hide behind, the keys' blocks fewer barriers; wgmma wants long instructions.
+    if c.mma == "wgmma":
+        full = (0.55, 0.68) if p.e <= 64 else (0.72, 0.92)
+        alone = 0.73 if p.e > 64 and c.blocks * c.warps < 8 else 1.0  # no room for a second warpgroup on the SM
+        busy = full[0] * alone * (1.0 if c.keys >= 64 else 0.8), full[1] * alone * (1.0 if c.stages == 4 else 0.97)
+    else:
+        busy = (
+            0.42 * (1.0 if c.keys == 64 else 0.94),
+            0.55 * (1.0 if c.blocks * c.warps >= 12 else 0.94 if c.blocks * c.warps >= 8 else 0.8),
+        )
     efficiency = (intra + state) / (intra / busy[0] + state / busy[1]) if intra else 1.0
     read = p.b * (p.t * 2 * (p.hq + p.h) * (p.d + p.e) + (p.chunks - 1) * p.h * size * 2)
     ctas = grid(p, c)[0] * p.b * p.hq
-    return Cost(flops=intra + state, bytes=read, ctas=ctas, ctas_per_sm=c.blocks, efficiency=efficiency)
+    # Of one chunk, the first rows have few keys and the last ones all.
+    return Cost(flops=intra + state, bytes=read, ctas=ctas, ctas_per_sm=c.blocks, efficiency=efficiency, uneven=p.chunks == 1)
 
 
 def traffic(p: Problem, c: Config, tiles: Tiles) -> dict[str, Counts]:
@@ -197,24 +270,25 @@ def traffic(p: Problem, c: Config, tiles: Tiles) -> dict[str, Counts]:
         total["CopyQ"] += copies(tiles.CopyQ, min(c.rows, p.t - m0), q_stride)
         for j0 in range(c0, min(m0 + c.rows, p.t), c.keys):
             rows = min(c.keys, p.t - j0)
-            # A warp skips a block that begins above its last row.
-            warps = sum(j0 < m0 + 16 * c.m * (warp + 1) for warp in range(c.warps))
+            # What multiplies together, a warp or a warpgroup, skips a block that begins above its last row.
+            bands = sum(j0 < last for last in range(m0 + tiles.band, m0 + c.rows + 1, tiles.band))
             work = (
                 copies(tiles.CopyK, rows, k_stride),
                 copies(tiles.CopyV, rows, v_stride),
                 vectors(c.keys // (2 if j0 >= m0 else 4)) * p.gated,
-                products(tiles.QK) * warps,
-                products(tiles.PV) * warps,
+                products(tiles.QK) * bands,
+                products(tiles.PV) * bands,
             )
             total.update((name, total[name] + one) for name, one in zip(names[1:], work, strict=True))
-    warps, z_steps = stateful * c.warps, tiles.z_stages * tiles.z_rows // 16 * (p.d // tiles.QZ.tile[1])
-    pairs = tiles.s_stages * tiles.s_tiles
+    bands, z_blocks, pairs = stateful * c.rows // tiles.band, tiles.z_stages * (p.d // tiles.QZ.tile[1]), tiles.s_stages * tiles.s_tiles
+    # mma.sync loads q beside Z, wgmma reads both.
+    q = Counts() if c.mma == "wgmma" else loads(tiles.QK.A.load, tiles.QK.A.loads * tiles.QZ.k_steps)
     total |= {
         "CopyZ": copies(tiles.CopyZ, tiles.z_rows, 2 * p.d) * (stateful * tiles.z_stages),
         "CopyS": copies(tiles.CopyS, 64 * tiles.s_tiles, 2 * p.e) * (stateful * tiles.s_stages),
-        "QZ": (products(tiles.QZ, z_steps) + loads(tiles.QK.A.load, tiles.QK.A.loads * z_steps)) * warps,
-        "RowsJ": loads(tiles.RowsJ, c.m // 2 * pairs) * warps,
-        "PS": products(tiles.PS, 4 * pairs) * warps,
+        "QZ": (products(tiles.QZ) + q) * (z_blocks * bands),
+        "RowsJ": loads(tiles.RowsJ, c.m // 2 * pairs) * (stateful * c.warps),
+        "PS": products(tiles.PS, 4 * pairs) * bands,
     }
     return {name: counts * (p.b * p.hq) for name, counts in total.items()}
 

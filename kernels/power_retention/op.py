@@ -7,9 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
-from vidrial.kernels.power_retention import attend, gates, scan
+from vidrial.kernels.power_retention import attend, gates, scan, scan_wgmma
 from vidrial.kernels.power_retention.reference import attention_form
 
 from vidrial.dtypes import DType
@@ -58,44 +59,52 @@ class Config:
     attend: attend.Config = part(attend.Config)
 
 
+# By the instruction that a config names.
+SCANS = {"sync": scan.power_scan, "wgmma": scan_wgmma.power_scan_wgmma}
+
+
 def strides(_: int, t: int, h: int, d: int) -> tuple[int, int, int]:
     """Strides in elements of a contiguous [b, t, h, d] array, all but the last axis."""
     return t * h * d, h * d, d
 
 
+def whole_chunk(p: Problem) -> int:
+    """Tokens of the one chunk of the attention form: the padded length."""
+    return -(-max(p.t, 1) // PADDING) * PADDING
+
+
 def chunk_tokens(p: Problem, c: Config) -> int:
     """Tokens a chunk: the config's, or the padded length."""
-    return c.chunk or -(-max(p.t, 1) // PADDING) * PADDING
+    return c.chunk or whole_chunk(p)
 
 
-def stages(p: Problem, c: Config) -> list[Stage]:
-    chunk, table = chunk_tokens(p, c), {"gated": p.gated, "normalized": p.normalized}
-    sizes = {"b": p.b, "t": p.t, "h": p.h, "chunk": chunk}
-    launches = []
-    if p.gated:
-        launches.append(Stage(gates.power_gates, gates.Problem(**sizes, block=c.attend.keys, log_g_stride=p.log_g_stride), gates.Config()))
-    if c.chunk:
-        problem = scan.Problem(p.dtype, p.d, p.e, **table, **sizes, k_stride=p.k_stride, v_stride=p.v_stride)
-        launches.append(Stage(scan.power_scan, problem, c.scan, "scan"))
-        if c.scan.segments > 1:
-            join = scan.CarryProblem(p.d, p.e, **table, **sizes, segments=c.scan.segments)
-            launches.append(Stage(scan.power_carry, join, scan.CarryConfig(), "scan"))
-    problem = attend.Problem(
-        p.dtype,
-        p.d,
-        p.e,
-        p.degree,
-        **table,
-        stateful=c.chunk > 0,
-        **sizes,
+@lru_cache(maxsize=256)
+def _problems(p: Problem, chunk: int) -> tuple[scan.Problem, attend.Problem]:
+    """What scan and attend are asked; of a whole space's configs these are the few that differ."""
+    facts = {"dtype": p.dtype, "d": p.d, "e": p.e, "gated": p.gated, "normalized": p.normalized}
+    facts |= {"b": p.b, "t": p.t, "h": p.h, "chunk": chunk or whole_chunk(p), "k_stride": p.k_stride, "v_stride": p.v_stride}
+    return scan.Problem(**facts), attend.Problem(
+        **facts,
+        degree=p.degree,
+        stateful=chunk > 0,
         hq=p.hq,
         weight_scale=p.scale**p.degree,
         q_stride=p.q_stride,
-        k_stride=p.k_stride,
-        v_stride=p.v_stride,
         y_stride=p.y_stride,
     )
-    launches.append(Stage(attend.power_attend, problem, c.attend, "attend"))
+
+
+def stages(p: Problem, c: Config) -> list[Stage]:
+    scanned, attended = _problems(p, c.chunk)
+    sizes, launches = {"b": p.b, "t": p.t, "h": p.h, "chunk": scanned.chunk}, []
+    if p.gated:
+        launches.append(Stage(gates.power_gates, gates.Problem(**sizes, block=c.attend.keys, log_g_stride=p.log_g_stride), gates.Config()))
+    if c.chunk:
+        launches.append(Stage(SCANS[c.scan.mma], scanned, c.scan, "scan"))
+        if c.scan.segments > 1:
+            join = scan.CarryProblem(p.d, p.e, p.gated, p.normalized, **sizes, segments=c.scan.segments)
+            launches.append(Stage(scan.power_carry, join, scan.CarryConfig(), "scan"))
+    launches.append(Stage(attend.power_attend, attended, c.attend, "attend"))
     return launches
 
 
@@ -213,7 +222,7 @@ def check(p: Problem, inputs: Mapping[str, np.ndarray], results: Mapping[str, np
 
 op = Op(
     name="power_retention",
-    kernels=(gates.power_gates, scan.power_scan, scan.power_carry, attend.power_attend),
+    kernels=(gates.power_gates, *SCANS.values(), scan.power_carry, attend.power_attend),
     problem=Problem,
     config=Config,
     stages=stages,

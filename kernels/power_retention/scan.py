@@ -58,13 +58,16 @@ class Problem:
 
 @dataclass(frozen=True)
 class Config:
-    """`tokens` a stage of the pipeline; `columns` of the state a warp; `segments` of the sequence scanned side by side."""
+    """`tokens` a stage of the pipeline; `tiles` of 64 rows x `columns` of the state a warp, or a warpgroup by wgmma; `segments` of the
+    sequence scanned side by side; `mma`: by which instruction."""
 
-    tokens: int = choice(64, 128, 32)
+    tokens: int = choice(64, 32, 128)
     stages: int = choice(3, 4, 5)
     warps: int = choice(4, 8)
-    columns: int = choice(64, 32)
+    columns: int = choice(64, 32, 128)
     segments: int = choice(1, 2, 3, 4, 6, 8)
+    tiles: int = choice(1, 2, 3, 5)
+    mma: str = choice("sync", "wgmma")
 
 
 ARGS = Arguments(
@@ -141,30 +144,53 @@ def grid(p: Problem, c: Config) -> tuple[int, int, int]:
 
 
 def rules(p: Problem, c: Config, device: Device) -> Iterator[tuple[bool, str]]:
+    yield c.tiles == 1, f"tiles={c.tiles}: by mma.sync a warp owns one"
+    yield c.columns <= 64, f"columns={c.columns}: a warp has registers for 64"
     yield p.d % c.columns == 0 and p.e % c.columns == 0, f"columns={c.columns} must divide d={p.d} and e={p.e}"
     yield c.stages >= 3, f"stages={c.stages}: a block, the next one's factors and a fetch need 3"
+    yield from common_rules(p, c)
+
+
+def common_rules(p: Problem, c: Config) -> Iterator[tuple[bool, str]]:
+    """What holds by either instruction."""
     yield p.chunk % c.tokens == 0, f"tokens={c.tokens} must divide chunk={p.chunk}"
     yield c.segments == 1 or c.segments < p.chunks, f"segments={c.segments} must be fewer than the {p.chunks} chunks"
 
 
-def cost(p: Problem, c: Config, device: Device) -> Cost:
+def longest_segment(p: Problem, c: Config) -> int:
+    """Tokens that the longest segment scans: all others wait for it."""
+    return min(-(-p.chunks // c.segments), p.chunks - 1) * p.chunk
+
+
+def traffic_bytes(p: Problem) -> int:
+    """Bytes that cross device memory: keys and values once, every snapshot."""
     scanned, size = (p.chunks - 1) * p.chunk, snapshot_elements(p.d, p.e, p.normalized)
+    return 2 * p.b * p.h * (scanned * (p.d + p.e) + (p.chunks - 1) * size)
+
+
+def cost(p: Problem, c: Config, device: Device) -> Cost:
+    size = snapshot_elements(p.d, p.e, p.normalized)
     ctas = -(-units(p, c) // c.warps) * p.b * p.h * c.segments
     # Measured on an H200, which holds two CTAs of 4 such warps an SM; narrow slices make phi twice as often.
     efficiency = (0.42 if c.columns == 64 else 0.37) * (1.0 if c.tokens == 64 else 0.95) * (1.0 if c.warps == 4 else 0.9)
     return Cost(
-        flops=2 * p.b * p.h * scanned * size,
-        bytes=2 * p.b * p.h * (scanned * (p.d + p.e) + (p.chunks - 1) * size),
+        flops=2 * p.b * p.h * longest_segment(p, c) * c.segments * size,
+        bytes=traffic_bytes(p),
         ctas=ctas,
         ctas_per_sm=8 // c.warps,
         efficiency=efficiency,
     )
 
 
-def traffic(p: Problem, c: Config, tiles: Tiles) -> dict[str, Counts]:
+def schedule(p: Problem, c: Config) -> tuple[int, range, int]:
+    """Heads; the chunks that segments begin with; blocks of tokens that each unit of work goes through, over all heads."""
     heads, per_segment = p.b * p.h, -(-p.chunks // c.segments)
     starts = range(0, p.chunks, per_segment)
-    blocks = sum(min(s + per_segment, p.chunks - 1) - s for s in starts) * (p.chunk // c.tokens) * heads
+    return heads, starts, sum(min(s + per_segment, p.chunks - 1) - s for s in starts) * (p.chunk // c.tokens) * heads
+
+
+def traffic(p: Problem, c: Config, tiles: Tiles) -> dict[str, Counts]:
+    heads, starts, blocks = schedule(p, c)
     copied = grid(p, c)[0] * blocks
     pairs = pair_tiles(p.d) * (p.e // c.columns)
     # The factors of a segment's first block are loaded before its loop, those of the block after the last one in vain.

@@ -3,6 +3,7 @@
 // A CTA owns `Tiles::rows` queries of one head. Through one ring of shared memory it streams the state before its chunk (Z, then the
 // pair tiles of S) and then the keys and values of the chunk up to its own rows. phi(q) is made in registers; the scores' accumulator
 // becomes the A operand of the second product without leaving them. The weights carry no scale: it meets them in the epilogue.
+// The products are mma.sync or wgmma, by the tiled objects; wgmma runs on while the next factors and weights are made.
 //
 // Decay is exact and never overflows. With r = a just before the query tile, every factor is at most 1:
 //   state                2^r 2^(a_i - r)
@@ -28,24 +29,24 @@ CUTE_DEVICE float power(float x) {
 // From the snapshot's order of columns to that of V: a transposition of 4 x 4 among the four threads of a row.
 template <int M, int N>
 CUTE_DEVICE void restore_columns(float (&o)[M][N][4]) {
-  int const t = threadIdx.x % 4;
+  // With the thread whose number differs in one bit: its half of what this one does not keep.
+  auto exchange = [](bool upper, int bit, float& low, float& high) {
+    float const got = __shfl_xor_sync(~0u, upper ? low : high, bit);
+    low = upper ? got : low;
+    high = upper ? high : got;
+  };
+  bool const first = threadIdx.x & 1, second = threadIdx.x & 2;
   CUTE_UNROLL
   for (int m = 0; m < M; ++m) {
     CUTE_UNROLL
     for (int n = 0; n < N; n += 4) {
       CUTE_UNROLL
       for (int v = 0; v < 4; ++v) {
-        CUTE_UNROLL
-        for (int d = 1; d < 4; d *= 2) {
-          CUTE_UNROLL
-          for (int i = 0; i < 4; ++i) {
-            if (i & d) continue;
-            float &low = o[m][n + i][v], &high = o[m][n + i + d][v];
-            float const got = __shfl_xor_sync(~0u, t & d ? low : high, d);
-            if (t & d) low = got;
-            else high = got;
-          }
-        }
+        float &a = o[m][n][v], &b = o[m][n + 1][v], &c = o[m][n + 2][v], &d = o[m][n + 3][v];
+        exchange(first, 1, a, b);
+        exchange(first, 1, c, d);
+        exchange(second, 2, a, c);
+        exchange(second, 2, b, d);
       }
     }
   }
@@ -61,24 +62,28 @@ CUTE_DEVICE void power_attend(Args const& p) {
   constexpr int D = Tiles::d, kRows = Tiles::rows, kKeys = Tiles::keys, kStages = Tiles::stages, kDegree = Tiles::degree;
   constexpr int M = PV::M, kBlocks = D / 8, kPairs = kBlocks * (kBlocks + 1) / 2;
   constexpr bool kGated = Tiles::gated, kNormalized = Tiles::normalized;
+  // Stages that are being read: wgmma reads the one before while the next is waited for, so that one is refilled a step later.
+  constexpr int kRead = PV::kAsync ? 2 : 1;
+  // Groups of products that run on while the next one's factors are made: some 128 cycles of them.
+  constexpr int kRunning = PV::N > 8 ? 1 : 2;
   VIDRIAL_SHARED_MEMORY(raw);
 
   int const thread = threadIdx.x, lane = thread % 32, warp = __shfl_sync(~0u, thread / 32, 0);
   int const group = p.hq / p.h, batch = blockIdx.y / p.hq, q_head = blockIdx.y % p.hq, kv_head = q_head / group, head = batch * p.h + kv_head;
   int const m0 = blockIdx.x * kRows, chunk = m0 / p.chunk, c0 = chunk * p.chunk, chunks = (p.t + p.chunk - 1) / p.chunk;
   int const before = (m0 - c0) / kKeys, key_blocks = (min(m0 + kRows, p.t) - c0 + kKeys - 1) / kKeys;
-  int64_t const gates = int64_t(head) * chunks * p.chunk;
-  float2 const* a = p.a + gates;
-  float const* to_block = p.to_block + gates;
+  // NOTE: rows of the gates' tables fit an int, since the arrays have at most 2^31 elements; two pointers would be two registers more each.
+  int const gates = head * chunks * p.chunk;
+  auto a = [&](int token) { return p.a[gates + token]; };
   // What the gates have forgotten altogether by the first query, the state or the first blocks of keys, weighs 0: it is not read.
-  float2 const r0 = kGated && m0 > c0 ? a[m0 - 1] : make_float2(0.f, 0.f);
+  float2 const r0 = kGated && m0 > c0 ? a(m0 - 1) : make_float2(0.f, 0.f);
   float const state_decay = kGated ? exp2_approx(r0.x + r0.y) : 1.f;
   bool const has_state = Tiles::stateful && chunk > 0 && state_decay > 0.f;
   int forgotten = 0;
   if (kGated) {
     for (unsigned zeros = ~0u; forgotten < before && zeros == ~0u;) {
       int const j = forgotten + lane;
-      zeros = __ballot_sync(~0u, j < before && exp2_approx(minus(r0, a[c0 + (j + 1) * kKeys - 1])) == 0.f);
+      zeros = __ballot_sync(~0u, j < before && exp2_approx(minus(r0, a(c0 + (j + 1) * kKeys - 1))) == 0.f);
       forgotten += zeros == ~0u ? 32 : __ffs(~zeros) - 1;
     }
   }
@@ -92,10 +97,11 @@ CUTE_DEVICE void power_attend(Args const& p) {
   typename Tiles::CopyZ copy_z(snapshot, D, ring, thread);
   typename Tiles::CopyS copy_s(snapshot + (kNormalized ? D * D : 0), Tiles::e, ring, thread);
 
-  int fetched = 0, read = 0, write = kStages - 1;
-  auto fetch = [&](int stage) {
+  int fetched = 0, read = 0, write = kStages - kRead;
+  // `state`: whether it may still be a part of the state; false costs neither instructions nor registers.
+  auto fetch = [&](int stage, bool state) {
     uint32_t const at = stage * Tiles::stage_bytes;
-    if (fetched < state_stages) {
+    if (state && fetched < state_stages) {
       if (fetched < Tiles::z_stages) { copy_z.full(at); copy_z.source += Tiles::z_rows * D; }
       else { copy_s.full(at); copy_s.source += Tiles::s_tiles * 64 * Tiles::e; }
     } else if (int const j = forgotten + fetched - state_stages; j < key_blocks) {
@@ -104,7 +110,7 @@ CUTE_DEVICE void power_attend(Args const& p) {
       copy_v(at, p.t - j0); copy_v.source += kKeys * p.v_stride[1];
       if (kGated) {
         bool const diagonal = j >= before;
-        char const* source = diagonal ? reinterpret_cast<char const*>(a + j0) : reinterpret_cast<char const*>(to_block + j0);
+        char const* source = diagonal ? reinterpret_cast<char const*>(p.a + gates + j0) : reinterpret_cast<char const*>(p.to_block + gates + j0);
         if (thread < (diagonal ? kKeys / 2 : kKeys / 4)) {
           cute::SM80_CP_ASYNC_CACHEGLOBAL<cute::uint128_t>::copy(*reinterpret_cast<cute::uint128_t const*>(source + thread * 16),
                                                                 shared_vector(decay + stage * (kKeys * 8) + thread * 16));
@@ -114,11 +120,12 @@ CUTE_DEVICE void power_attend(Args const& p) {
     ++fetched;
     cute::cp_async_fence();
   };
-  // The oldest stage has landed and the one before it is free: refill that, hand out this.
-  auto next = [&] {
-    cute::cp_async_wait<kStages - 2>();
+  // The oldest stage has landed and the one before it, or before that, is free: refill that, hand out this.
+  auto next = [&](bool state) {
+    cute::cp_async_wait<kStages - 1 - kRead>();
+    if (PV::kAsync) fence_async_proxy();
     __syncthreads();
-    fetch(write);
+    fetch(write, state);
     write = write + 1 == kStages ? 0 : write + 1;
     int const stage = read;
     read = read + 1 == kStages ? 0 : read + 1;
@@ -133,11 +140,12 @@ CUTE_DEVICE void power_attend(Args const& p) {
   };
 
   copy_q(0, p.t - m0);
-  CUTE_UNROLL
-  for (int s = 0; s < kStages - 1; ++s) fetch(s);
+  CUTE_NO_UNROLL
+  for (int s = 0; s < kStages - kRead; ++s) fetch(s, Tiles::stateful);
 
   typename QK::A load_q(smem + Smem::Q, thread);
-  int const row = m0 + PV::row(thread), band = m0 + warp * (M * 16);
+  // The band of rows that is multiplied together, by a warp or a warpgroup, ends before `band`.
+  int const row = m0 + PV::row(thread), band = m0 + (warp / Tiles::band_warps + 1) * Tiles::band;
 
   if constexpr (Tiles::stateful) {
     if (has_state) {
@@ -146,32 +154,50 @@ CUTE_DEVICE void power_attend(Args const& p) {
         using QZ = typename Tiles::QZ;
         CUTE_NO_UNROLL
         for (int s = 0; s < Tiles::z_stages; ++s) {
-          int const stage = next();
+          int const stage = next(true);
           CUTE_NO_UNROLL
-          for (int c = 0; c < D; c += 32) {            // 32 columns of these rows of Z
+          for (int c = 0; c < D; c += QZ::N * 8) {     // some columns of these rows of Z
             typename QZ::B load_z(ring, thread, 0, c);
-            float z[M][QZ::N][4] = {};
-            CUTE_NO_UNROLL
-            for (int k = 0; k < Tiles::z_rows / 16; ++k) {
-              uint32_t fq[M][4], fz[QZ::N][2];
-              load_q.load(0, s * (Tiles::z_rows / 16) + k, fq);
-              load_z.load(stage * Tiles::stage_bytes, k, fz);
-              CUTE_UNROLL
-              for (int m = 0; m < M; ++m) {
-                CUTE_UNROLL
-                for (int r = 0; r < 4; ++r) fq[m][r] = Pair::to_bf16(fq[m][r]);
-              }
-              QZ::multiply(z, fq, fz);
-            }
-            CUTE_UNROLL
-            for (int m = 0; m < M; ++m) {
+            // q Z of 16 rows a warp, times q.
+            auto add = [&](int m, float const (&z)[QZ::N][4]) {
+              float sum[2] = {};
               CUTE_UNROLL
               for (int h = 0; h < 2; ++h) {
                 uint32_t x[4];                         // the features that the snapshot's order gives to this thread's columns
-                load_i(m * 16 + h * 8, c + lane % 4 * 8, x);
                 CUTE_UNROLL
-                for (int n = 0; n < 4; ++n) l[m][h] += z[m][n][2 * h] * Pair::low(x[n]) + z[m][n][2 * h + 1] * Pair::high(x[n]);
+                for (int n = 0; n < QZ::N; ++n) {
+                  if (n % 4 == 0) load_i(QZ::row_of(m, 2 * h), c + n * 8 + lane % 4 * 8, x);
+                  sum[h] += z[n][2 * h] * Pair::low(x[n % 4]) + z[n][2 * h + 1] * Pair::high(x[n % 4]);
+                }
               }
+              CUTE_UNROLL
+              for (int i = 0; i < M; ++i) { l[i][0] += i == m ? sum[0] : 0.f; l[i][1] += i == m ? sum[1] : 0.f; }
+            };
+            if constexpr (QZ::kAsync) {
+              CUTE_NO_UNROLL
+              for (int m = 0; m < M; ++m) {
+                float z[QZ::N][4] = {};
+                QZ::fence(z);
+                QZ::product(z, load_q, m, s * QZ::K, load_z, stage * Tiles::stage_bytes);
+                QZ::template settle<0>();
+                QZ::fence(z);
+                add(m, z);
+              }
+            } else {
+              float z[M][QZ::N][4] = {};
+              CUTE_NO_UNROLL
+              for (int k = 0; k < QZ::K; ++k) {
+                uint32_t fq[M][4];
+                load_q.load(0, s * QZ::K + k, fq);
+                CUTE_UNROLL
+                for (int m = 0; m < M; ++m) {
+                  CUTE_UNROLL
+                  for (int r = 0; r < 4; ++r) fq[m][r] = Pair::to_bf16(fq[m][r]);
+                }
+                QZ::step(z, fq, load_z, stage * Tiles::stage_bytes, k);
+              }
+              CUTE_UNROLL
+              for (int m = 0; m < M; ++m) add(m, z[m]);
             }
           }
         }
@@ -181,9 +207,10 @@ CUTE_DEVICE void power_attend(Args const& p) {
       typename Tiles::RowsJ load_j(smem + Smem::Q, thread, 0, 0);
       uint32_t qi[M][2][4];
       int i = 0, j = 0;
+      PS::fence(o);
       CUTE_NO_UNROLL
       for (int s = 0; s < Tiles::s_stages; ++s) {
-        int const stage = next();
+        int const stage = next(true);
         CUTE_NO_UNROLL
         for (int tile = 0; tile < Tiles::s_tiles; ++tile) {
           if (i == j) {                                // a new block I: its features, as pairs, for every row
@@ -191,7 +218,7 @@ CUTE_DEVICE void power_attend(Args const& p) {
             for (int m = 0; m < M; ++m) {
               CUTE_UNROLL
               for (int h = 0; h < 2; ++h) {
-                load_i(m * 16 + h * 8, i * 8, qi[m][h]);
+                load_i(PS::row_of(m, 2 * h), i * 8, qi[m][h]);
                 CUTE_UNROLL
                 for (int x = 0; x < 4; ++x) qi[m][h][x] = Pair::to_bf16(qi[m][h][x]);
               }
@@ -199,29 +226,31 @@ CUTE_DEVICE void power_attend(Args const& p) {
           }
           uint32_t qj[M][2];
           CUTE_UNROLL
-          for (int m = 0; m < M; m += 2) load_j(0, m * 16, j * 8, qj[m][0], qj[m][1], qj[m + 1][0], qj[m + 1][1]);
+          for (int m = 0; m < M; m += 2) load_j(0, PS::row_of(m, 0), j * 8, qj[m][0], qj[m][1], qj[m + 1][0], qj[m + 1][1]);
           CUTE_UNROLL
           for (int m = 0; m < M; ++m) {
             CUTE_UNROLL
             for (int h = 0; h < 2; ++h) qj[m][h] = Pair::to_bf16(qj[m][h]);
           }
+          uint32_t phi[4][M][4];
           CUTE_UNROLL
           for (int k = 0; k < 4; ++k) {
-            uint32_t phi[M][4], fs[PV::N][2];
+            PS::template settle<kRunning>();           // the products before these have read their phi
             CUTE_UNROLL
             for (int m = 0; m < M; ++m) {
               CUTE_UNROLL
               for (int r = 0; r < 4; ++r) {
                 uint32_t const x = qi[m][r % 2][k];
-                phi[m][r] = multiply_bf16(r / 2 ? splat_high(x) : splat_low(x), qj[m][r % 2]);
+                phi[k][m][r] = multiply_bf16(r / 2 ? splat_high(x) : splat_low(x), qj[m][r % 2]);
               }
             }
-            load_s.load(stage * Tiles::stage_bytes, tile * 4 + k, fs);
-            PS::multiply(o, phi, fs);
+            PS::step(o, phi[k], load_s, stage * Tiles::stage_bytes, tile * 4 + k);
           }
           if (++j == kBlocks) j = ++i;
         }
       }
+      PS::template settle<0>();
+      PS::fence(o);
       restore_columns(o);
     }
   }
@@ -233,87 +262,114 @@ CUTE_DEVICE void power_attend(Args const& p) {
 
   typename QK::B load_k(ring, thread);
   typename PV::B load_v(ring + Tiles::K::kBytes, thread);
-  float2 ai[M][2];
   CUTE_NO_UNROLL
   for (int j = forgotten; j < key_blocks; ++j) {
-    int const stage = next(), j0 = c0 + j * kKeys;
+    int const stage = next(false), j0 = c0 + j * kKeys;
     uint32_t const at = stage * Tiles::stage_bytes, gate = decay + stage * (kKeys * 8);
     bool const diagonal = j >= before;
     if (kGated && j == before) {
+      PV::fence(o);
       CUTE_UNROLL
       for (int m = 0; m < M; ++m) {
         CUTE_UNROLL
         for (int h = 0; h < 2; ++h) {
-          ai[m][h] = a[row + QK::row_of(m, 2 * h)];
-          rescale(m, h, exp2_approx(minus(ai[m][h], r0)));
+          rescale(m, h, exp2_approx(minus(a(row + QK::row_of(m, 2 * h)), r0)));
         }
       }
+      PV::fence(o);
     }
-    if (j0 > band + M * 16 - 1) continue;              // the whole block lies above this warp's diagonal
-    float s[M][QK::N][4] = {};
-    CUTE_UNROLL
-    for (int k = 0; k < D / 16; ++k) {
-      uint32_t fq[M][4], fk[QK::N][2];
-      load_q.load(0, k, fq);
-      load_k.load(at, k, fk);
-      QK::multiply(s, fq, fk);
-    }
-    if (!diagonal) {
-      float const f = kGated ? exp2_approx(minus(r0, a[j0 + kKeys - 1])) : 1.f;
-      CUTE_UNROLL
-      for (int n = 0; n < QK::N; ++n) {
-        float2 g = make_float2(1.f, 1.f);
-        if (kGated) {
-          g = load_shared_float2(gate + n * 32 + lane % 4 * 8);
-          g.x *= f; g.y *= f;
-        }
+    if (j0 >= band) continue;                          // the whole block lies above this band's diagonal
+    // Scores become weights, in place.
+    auto weigh = [&](int m, float (&s)[QK::N][4]) {
+      if (!diagonal) {
+        float const f = kGated ? exp2_approx(minus(r0, a(j0 + kKeys - 1))) : 1.f;
         CUTE_UNROLL
-        for (int m = 0; m < M; ++m) {
+        for (int n = 0; n < QK::N; ++n) {
+          float2 g = make_float2(1.f, 1.f);
+          if (kGated) {
+            g = load_shared_float2(gate + n * 32 + lane % 4 * 8);
+            g.x *= f; g.y *= f;
+          }
           CUTE_UNROLL
           for (int v = 0; v < 4; ++v) {
-            float w = power<kDegree>(s[m][n][v]);
+            float w = power<kDegree>(s[n][v]);
             if (kGated) w *= v % 2 ? g.y : g.x;
-            s[m][n][v] = w;
+            s[n][v] = w;
             l[m][v / 2] += w;
           }
         }
-      }
-    } else {
-      CUTE_UNROLL
-      for (int n = 0; n < QK::N; ++n) {
-        float4 g = make_float4(0.f, 0.f, 0.f, 0.f);
-        if (kGated) g = load_shared_float4(gate + n * 64 + lane % 4 * 16);
+      } else {
+        // NOTE: read again, from L1, rather than kept in registers that the other blocks need.
+        int const column = j0 + QK::column(thread);
+        float2 ai[2] = {};
         CUTE_UNROLL
-        for (int m = 0; m < M; ++m) {
+        for (int h = 0; h < 2; ++h) if (kGated) ai[h] = a(row + QK::row_of(m, 2 * h));
+        CUTE_UNROLL
+        for (int n = 0; n < QK::N; ++n) {
+          float4 g = make_float4(0.f, 0.f, 0.f, 0.f);
+          if (kGated) g = load_shared_float4(gate + n * 64 + lane % 4 * 16);
           CUTE_UNROLL
           for (int v = 0; v < 4; ++v) {
-            float w = power<kDegree>(s[m][n][v]);
-            if (kGated) w *= exp2_approx(minus(ai[m][v / 2], v % 2 ? make_float2(g.z, g.w) : make_float2(g.x, g.y)));
+            float w = power<kDegree>(s[n][v]);
+            if (kGated) w *= exp2_approx(minus(ai[v / 2], v % 2 ? make_float2(g.z, g.w) : make_float2(g.x, g.y)));
             // NOTE: select, do not multiply: above the diagonal the decay may be infinite.
-            w = j0 + QK::column(thread) + QK::column_of(n, v) <= row + QK::row_of(m, v) ? w : 0.f;
-            s[m][n][v] = w;
+            w = column + QK::column_of(n, v) <= row + QK::row_of(m, v) ? w : 0.f;
+            s[n][v] = w;
             l[m][v / 2] += w;
           }
         }
       }
-    }
-    CUTE_UNROLL
-    for (int k = 0; k < kKeys / 16; ++k) {
-      uint32_t fp[M][4], fv[PV::N][2];
+    };
+    // Weights as the A operand of the second product, step k.
+    auto pack = [&](float const (&s)[QK::N][4], int k, uint32_t (&fp)[4]) {
+      CUTE_UNROLL
+      for (int r = 0; r < 4; ++r) fp[r] = pack_bf16(s[2 * k + r / 2][2 * (r % 2)], s[2 * k + r / 2][2 * (r % 2) + 1]);
+    };
+    if constexpr (PV::kAsync) {
+      // One buffer of scores: while those of 64 rows become weights, the product of the 64 before runs on.
+      float s[QK::N][4] = {};
+      uint32_t fp[M][kKeys / 16][4];
+      QK::fence(s);
+      QK::product(s, load_q, 0, 0, load_k, at);
       CUTE_UNROLL
       for (int m = 0; m < M; ++m) {
+        if (m == 0) QK::template settle<0>();
+        else QK::template settle<1>();
+        QK::fence(s);
+        weigh(m, s);
         CUTE_UNROLL
-        for (int r = 0; r < 4; ++r) {
-          float const (&w)[4] = s[m][2 * k + r / 2];
-          fp[m][r] = pack_bf16(w[2 * (r % 2)], w[2 * (r % 2) + 1]);
+        for (int k = 0; k < kKeys / 16; ++k) pack(s, k, fp[m][k]);
+        PV::fence(fp[m]);
+        if (m + 1 < M) {
+          QK::product(s, load_q, m + 1, 0, load_k, at);
         }
+        PV::product(o[m], fp[m], load_v, at);
       }
-      load_v.load(at, k, fv);
+      // NOTE: nothing may run on into the next block: ptxas would serialise all products (C7513).
+      PV::template settle<0>();
+    } else {
+      float s[M][QK::N][4] = {};
       CUTE_UNROLL
-      for (int n = 0; n < PV::N; ++n) { fv[n][0] = Pair::to_bf16(fv[n][0]); fv[n][1] = Pair::to_bf16(fv[n][1]); }
-      PV::multiply(o, fp, fv);
+      for (int k = 0; k < D / 16; ++k) {
+        uint32_t fq[M][4];
+        load_q.load(0, k, fq);
+        QK::step(s, fq, load_k, at, k);
+      }
+      CUTE_UNROLL
+      for (int m = 0; m < M; ++m) weigh(m, s[m]);
+      CUTE_UNROLL
+      for (int k = 0; k < kKeys / 16; ++k) {
+        uint32_t fp[M][4], fv[PV::N][2];
+        CUTE_UNROLL
+        for (int m = 0; m < M; ++m) pack(s[m], k, fp[m]);
+        load_v.load(at, k, fv);
+        CUTE_UNROLL
+        for (int n = 0; n < PV::N; ++n) { fv[n][0] = Pair::to_bf16(fv[n][0]); fv[n][1] = Pair::to_bf16(fv[n][1]); }
+        PV::multiply(o, fp, fv);
+      }
     }
   }
+  PV::fence(o);
 
   Elem* y = p.y + batch * p.y_stride[0] + int64_t(row) * p.y_stride[1] + q_head * p.y_stride[2] + PV::column(thread);
   CUTE_UNROLL

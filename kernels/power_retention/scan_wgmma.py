@@ -1,0 +1,162 @@
+"""Stage 2 on Hopper: the same scan by wgmma (`power_scan_wgmma.cuh`); a warpgroup owns `tiles` pair tiles x `columns` columns.
+
+Tile m of a warpgroup joins block I of features with block I + d, d = first + m, modulo the number n of blocks: with d from 0 to n / 2, and
+d = n / 2 for half of the I only, each pair is met once, and the tiles of a warpgroup share block I.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from vidrial.kernels.power_retention import scan
+from vidrial.kernels.power_retention.scan import ARGS, Config, Problem
+from vidrial.templates import TEMPLATES
+
+from vidrial.atoms import cp_async, ldmatrix
+from vidrial.counts import Counts, copies, loads, products, vectors
+from vidrial.device import Device
+from vidrial.dtypes import DType
+from vidrial.kernel import Kernel
+from vidrial.render import Tiles
+from vidrial.space import Cost
+from vidrial.tiled import LoadMatrix, Pipeline, SharedMemory, SmemLayout, TiledCopy, WarpgroupMma
+
+# Fragments, addresses and loop state, beside the accumulators; seen in ptxas's reports.
+REGISTERS_BESIDE = 62
+WARPGROUP = 128
+
+
+def state_units(p: Problem, c: Config) -> int:
+    """Warpgroups of a head that own pair tiles: full groups of d for each block I, and the last d alone for half of them."""
+    n: int = p.d // 8
+    groups, last = -(-n // 2 // c.tiles), n // 2 % c.tiles == 0
+    units: int = (groups * n + last * n // 2) * (p.e // c.columns)
+    return units
+
+
+def z_columns(p: Problem, c: Config) -> int:
+    """Columns of Z that a warpgroup owns, of 64 rows."""
+    columns: int = min(p.d, c.columns)
+    return columns
+
+
+def z_units(p: Problem, c: Config) -> int:
+    """Warpgroups of a head that own a part of Z."""
+    return p.d // 64 * (p.d // z_columns(p, c)) if p.normalized else 0
+
+
+def tiles(p: Problem, c: Config) -> Tiles:
+    threads, warpgroups = 32 * c.warps, c.warps // 4
+    Pipeline(c.stages)
+    k, v = SmemLayout(p.dtype, c.tokens, p.d, stages=c.stages), SmemLayout(p.dtype, c.tokens, p.e, stages=c.stages)
+    # k_I^T of a warpgroup, [8 features][tokens], rows padded so that a broadcast ldmatrix meets no bank twice.
+    products = SmemLayout(p.dtype, 8, c.tokens + 8, swizzle=None, stages=2)
+    trans, plain, copy = ldmatrix(4, transposed=True), ldmatrix(4), cp_async(16, zero_fill=True)
+    blocks, steps = tuple((0, i) for i in range(0, p.d, 8)), tuple((t, 0) for t in range(0, c.tokens, 16))
+    return Tiles(
+        threads=threads,
+        min_blocks=2 // warpgroups,
+        smem=SharedMemory(K=k, V=v, Decay=4 * c.tokens * c.stages, Products=2 * warpgroups * products.bytes),
+        Elem=p.dtype,
+        d=p.d,
+        e=p.e,
+        gated=p.gated,
+        normalized=p.normalized,
+        tokens=c.tokens,
+        stages=c.stages,
+        state_units=state_units(p, c),
+        z_units=z_units(p, c),
+        K=k,
+        V=v,
+        Products=products,
+        products_bytes=2 * products.bytes,
+        State=WarpgroupMma(p.dtype, 1, (64 * c.tiles, c.columns, c.tokens), v.transposed),
+        Z=WarpgroupMma(p.dtype, 1, (64, z_columns(p, c), c.tokens), k.transposed),
+        CopyK=TiledCopy(copy, k, threads),
+        CopyV=TiledCopy(copy, v, threads),
+        # Lane t gives token t of 32, of one block of features; tokens 0 to 15 of two blocks; 16 features of 16 tokens.
+        Tokens=LoadMatrix(k, trans, 32, lambda lane: (lane, 0), origins=tuple((t, i) for t in range(0, c.tokens, 32) for _, i in blocks)),
+        Pairs=LoadMatrix(k, trans, 32, lambda lane: (lane % 16, 0), steps, blocks),
+        Rows=LoadMatrix(
+            k,
+            trans,
+            WARPGROUP,
+            lambda t: (t % 8 + t // 16 % 2 * 8, t // 32 * 16 + t // 8 % 2 * 8),
+            steps,
+            tuple((0, i) for i in range(0, p.d, 64)),
+        ),
+        Broadcast=LoadMatrix(
+            products, plain, WARPGROUP, lambda t: (t // 32 * 2 + t // 8 % 2, t // 16 % 2 * 8), tuple((0, t) for t in range(0, c.tokens, 16))
+        ),
+    )
+
+
+def grid(p: Problem, c: Config) -> tuple[int, int, int]:
+    return -(-(state_units(p, c) + z_units(p, c)) // (c.warps // 4)), c.segments, p.b * p.h
+
+
+def rules(p: Problem, c: Config, device: Device) -> Iterator[tuple[bool, str]]:
+    yield device.arch == "sm_90a", f"wgmma is an instruction of sm_90a; {device.name} is {device.arch}"
+    yield p.dtype == DType.bfloat16, f"wgmma takes V as it is stored, and the state is bfloat16; got {p.dtype}"
+    yield p.d % 64 == 0, f"a warpgroup owns 64 rows of Z; got d={p.d}"
+    yield p.e % c.columns == 0 and p.d % z_columns(p, c) == 0, f"columns={c.columns} must divide d={p.d} and e={p.e}"
+    yield c.tokens >= 64, f"tokens={c.tokens}: a block's products run on into the next one, which takes 64"
+    yield c.stages >= 4, f"stages={c.stages}: a block that is read, the ones before and after it, and a fetch need 4"
+    yield c.tiles <= p.d // 16 + 1, f"tiles={c.tiles}: a block of features meets {p.d // 16 + 1} at most"
+    accumulators, allowed = c.tiles * c.columns // 2, 255 - REGISTERS_BESIDE
+    yield accumulators <= allowed, f"{accumulators} accumulators a thread: {REGISTERS_BESIDE} other registers leave {allowed}"
+    yield from scan.common_rules(p, c)
+
+
+def ctas_per_sm(p: Problem, c: Config, device: Device) -> int:
+    """CTAs that an SM holds at once, by an estimate of their registers and of their ring, which is most of their shared memory."""
+    registers = 32 * c.warps * -(-(c.tiles * c.columns // 2 + 76) // 8) * 8
+    ring = c.stages * c.tokens * (p.dtype.bytes * (p.d + p.e) + 4) + 4096
+    resident: int = max(1, min(device.registers_per_sm // registers, device.smem_per_sm // ring))
+    return resident
+
+
+def cost(p: Problem, c: Config, device: Device) -> Cost:
+    state, z, resident = state_units(p, c), z_units(p, c), ctas_per_sm(p, c, device)
+    # Warpgroups of Z are done soon. Those of the last segment are, too, but in a single wave all wait for the longest.
+    ctas = -(-state // (c.warps // 4)) * p.b * p.h * c.segments
+    single = ctas <= device.sms * resident
+    tokens = scan.longest_segment(p, c) * c.segments if single else (p.chunks - 1) * p.chunk
+    # Measured on an H200: one tile is too little for what is loaded for it, a second warpgroup costs barriers, and a snapshot as much as
+    # 64 tokens.
+    together = 1.0 if c.warps == 4 or c.columns == 128 else 0.95 if c.tokens == 128 else 0.85
+    tile = {1: 0.6, 2: 0.97, 3: 0.9 if c.columns < 128 else 1.0}.get(c.tiles, 1.0) * min(1.0, c.columns / p.e + 0.1)
+    efficiency = 0.6 * tile * together * (1.0 if c.stages >= 5 else 0.98) / (1 + 64 / p.chunk)
+    return Cost(
+        flops=2 * p.b * p.h * tokens * 64 * (state * c.tiles * c.columns + z * z_columns(p, c)),
+        bytes=scan.traffic_bytes(p),
+        ctas=ctas,
+        ctas_per_sm=resident,
+        efficiency=efficiency,
+        uneven=not single,
+    )
+
+
+def traffic(p: Problem, c: Config, tiles: Tiles) -> dict[str, Counts]:
+    heads, starts, blocks = scan.schedule(p, c)
+    copied = grid(p, c)[0] * blocks
+    units, z, k_steps = state_units(p, c), z_units(p, c), c.tokens // 16
+    # The products of a segment's first block are made before its loop, those of the block after the last one in vain.
+    made = units * (blocks + len(starts) * heads)
+    return {
+        "CopyK": copies(tiles.CopyK, c.tokens, p.k_stride[1] * p.dtype.bytes) * copied,
+        "CopyV": copies(tiles.CopyV, c.tokens, p.v_stride[1] * p.dtype.bytes) * copied,
+        "Decay": vectors(c.tokens // 4) * (copied * p.gated),
+        "Tokens": loads(tiles.Tokens, c.tokens // 32) * made,
+        "Broadcast": loads(tiles.Broadcast, 4 * k_steps) * (units * blocks),
+        "Pairs": loads(tiles.Pairs, 4 * k_steps * -(-c.tiles // 2)) * (units * blocks),
+        "Rows": loads(tiles.Rows, 4 * k_steps) * (z * blocks),
+        "State": products(tiles.State) * (units * blocks),
+        "Z": products(tiles.Z) * (z * blocks),
+    }
+
+
+power_scan_wgmma = Kernel(
+    "power_scan_wgmma", Path(TEMPLATES, "power_scan_wgmma.cu.j2"), Problem, Config, ARGS, tiles, grid, rules, cost, traffic=traffic
+)

@@ -1,0 +1,52 @@
+"""Power retention on the host target: run, judge, and plant a mistake in the device code."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from vidrial.kernels.power_retention.op import RELATIVE_BOUND, Config, Problem, check, chunk_tokens, op, reference
+from vidrial.templates import TEMPLATES
+
+from vidrial import plan as plans
+from vidrial.host import SCHEDULES, HostStats, Schedule
+from vidrial.plan import HostPlan, poison
+
+Arrays = dict[str, np.ndarray]
+
+
+def run(
+    p: Problem, config: Config, inputs: Arrays, schedule: Schedule = SCHEDULES[0], sanitizer: str | None = None
+) -> tuple[Arrays, dict[str, HostStats]]:
+    """Outputs, poisoned before (as is the workspace), and what the kernels did."""
+    results = {name: poison(buffer.shape, buffer.dtype) for name, buffer in op.outputs(p).items()}
+    stats = HostPlan(op, p, config, sanitizer).run({**inputs, **results}, schedule)
+    return results, stats
+
+
+def late_error(p: Problem, config: Config, results: Arrays, exact: Arrays) -> float:
+    """Relative to the norm, over the rows that read a state: an error in it does not hide behind the first chunk."""
+    rows = slice(chunk_tokens(p, config), None)
+    y, wanted = p.dtype.widen(results["y"])[:, rows], exact["y"][:, rows]
+    return float(np.linalg.norm(y - wanted) / max(np.linalg.norm(wanted), 1e-30))
+
+
+def assert_right(p: Problem, config: Config, inputs: Arrays, results: Arrays) -> None:
+    exact = reference(p, inputs)
+    found = check(p, inputs, results, exact)
+    assert found.ok, found
+    assert late_error(p, config, results, exact) <= RELATIVE_BOUND
+
+
+def plant(monkeypatch: pytest.MonkeyPatch, name: str, right: str, wrong: str) -> None:
+    """From here on, in every plan, `wrong` stands in `vidrial/<name>.cuh` where `right` stands."""
+    header = Path(TEMPLATES, "include", "vidrial", f"{name}.cuh").read_text()
+    assert header.count(right) == 1
+    compile_host = plans.compile_host
+
+    def compile_wrong(text: str, *arguments: Any, **options: Any) -> Any:
+        return compile_host(text.replace(f"#include <vidrial/{name}.cuh>", header.replace(right, wrong)), *arguments, **options)
+
+    monkeypatch.setattr(plans, "compile_host", compile_wrong)
