@@ -165,6 +165,9 @@ class Tensor:
     def stride(self) -> tuple[int, ...]:
         return self._strides
 
+    def new_empty(self, shape: tuple[int, ...], dtype: str) -> Tensor:
+        return Tensor(np.empty(shape, {"bfloat16": np.uint16, "float32": np.float32, "uint8": np.uint8}[dtype]), dtype)
+
     def get_device(self) -> int:
         return 0
 
@@ -179,10 +182,6 @@ class Torch:
         _cuda_getCurrentRawStream = staticmethod(lambda index: 77)  # noqa: N815
 
     bfloat16, float32, uint8 = "bfloat16", "float32", "uint8"
-
-    @staticmethod
-    def empty(shape: tuple[int, ...], dtype: str, device: str) -> Tensor:
-        return Tensor(np.empty(shape, {"bfloat16": np.uint16, "float32": np.float32, "uint8": np.uint8}[dtype]), dtype)
 
     @staticmethod
     def is_grad_enabled() -> bool:

@@ -31,8 +31,9 @@ def test_a_first_call_with_a_warm_cache(tmp_path: Path, monkeypatch: pytest.Monk
     assert cold["nvrtc"] and len(cold["compiled"]) == cold["launches"] >= 1
     assert warm["launches"] == cold["launches"]
     assert warm["compiled"] == [] and not warm["nvrtc"], "NVRTC, 100 MB, is not loaded to learn its version"
-    assert warm["imported"] == [], "what a call imports, importing power_retention has imported"
+    # But a codec, which Jinja's lexer asks for at the first string in a template.
+    assert set(warm["imported"]) <= {"encodings.unicode_escape"}, "what a call imports, importing power_retention has imported"
     # Nothing was measured for D = 32: the cost model chooses among thousands of configs, and makes the tiles of few.
     assert warm["tiles"] <= warm["launches"] + 4
-    # The templates and what they include, the headers' versions, rankings, and three files a binary.
-    assert len(warm["opened"]) <= 25 + 5 * warm["launches"]
+    # Five templates and fifteen headers that they include, the toolchain's versions, rankings, and three files a binary.
+    assert len(warm["opened"]) <= 32 + 5 * warm["launches"]

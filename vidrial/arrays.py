@@ -85,7 +85,7 @@ def _read_torch(x: Any) -> Array:
         device = CPU
     else:
         raise ArgumentTypeError(f"device {x.device} is not served; accepted: cuda, cpu")
-    return Array(x.data_ptr(), x.shape, x.stride(), DType.of(x.dtype), device, "torch", x)
+    return Array(x.data_ptr(), x.shape, x.stride(), _dtype_of(x.dtype), device, "torch", x)
 
 
 def _read_numpy(x: Any) -> Array:
@@ -121,6 +121,8 @@ def contiguous_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(reversed(strides))
 
 
+# Without the class method around it, which takes as long as the look-up.
+_dtype_of = lru_cache(maxsize=256)(DType.of)
 _READERS: dict[str, Callable[[Any], Array]] = {"torch": _read_torch, "cupy": _read_cupy, "jax": _read_jax, "numpy": _read_numpy}
 
 
@@ -156,8 +158,7 @@ def capturing() -> bool:
 def empty(shape: tuple[int, ...], dtype: DType, like: Array) -> Array:
     """A new array of `like`'s library and device, contents undefined. For JAX memory comes from CuPy; see `give_back`."""
     if like.library == "torch":
-        torch = sys.modules["torch"]
-        x = torch.empty(shape, dtype=_torch_dtype(torch, dtype), device=like.owner.device)
+        x = like.owner.new_empty(shape, dtype=_torch_dtype(sys.modules["torch"], dtype))
         # Its strides are known; asking for them again takes as long as a launch does.
         return Array(x.data_ptr(), shape, contiguous_strides(shape), dtype, like.device, "torch", x)
     if like.device == CPU:
@@ -170,6 +171,15 @@ def empty(shape: tuple[int, ...], dtype: DType, like: Array) -> Array:
     with cupy.cuda.Device(like.device):
         bits = cupy.empty(shape, cupy.dtype(f"uint{dtype.bits}") if dtype is DType.bfloat16 else dtype.label)
         return Array(bits.data.ptr, shape, tuple(s // dtype.bytes for s in bits.strides), dtype, like.device, like.library, bits)
+
+
+def scratch(size: int, like: Array) -> tuple[int, Any]:
+    """`size` bytes on `like`'s device, contents undefined: the address, and what keeps them."""
+    if like.library == "torch":
+        x = like.owner.new_empty(size, dtype=sys.modules["torch"].uint8)
+        return x.data_ptr(), x
+    made = empty((size,), DType.uint8, like)
+    return made.pointer, made
 
 
 def give_back(x: Array) -> Any:

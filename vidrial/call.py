@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import Any
 
 import numpy as np
 
-from vidrial.arrays import CPU, Array, current_stream, empty
+from vidrial.arrays import CPU, Array, current_stream, empty, scratch
 from vidrial.device import Device
 from vidrial.dtypes import DType
 from vidrial.errors import ArgumentError, ArgumentTypeError
@@ -43,10 +43,16 @@ class use_target:
 
 
 def current_target(target: str | None = None) -> str:
-    """The target of a call: its argument, else that of `use_target`, else VIDRIAL_TARGET, else `cuda`."""
+    """The target of a call: its argument, else that of `use_target`, else VIDRIAL_TARGET as the process began with it, else `cuda`."""
     if target is not None:
         return _checked(target)
-    return _target[0] if _target else Settings.read_target()
+    return _target[0] if _target else _environment_target()
+
+
+@cache
+def _environment_target() -> str:
+    # Once: to look a variable up takes a tenth of a launch.
+    return Settings.read_target()
 
 
 def _checked(target: str) -> str:
@@ -126,9 +132,8 @@ def run(inputs: Mapping[str, Array], plan: CudaPlan) -> dict[str, Array]:
     pointers = {name: array.pointer for name, array in inputs.items()}
     for name, array in outputs.items():
         pointers[name] = array.pointer
-    size = plan.workspace.bytes
-    scratch = empty((size,), DType.uint8, like) if size else None
-    plan.run(pointers, scratch.pointer if scratch is not None else 0, current_stream(like))
+    workspace, _kept = scratch(plan.workspace.bytes, like) if plan.workspace.bytes else (0, None)
+    plan.run(pointers, workspace, current_stream(like))
     return outputs
 
 

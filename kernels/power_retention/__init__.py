@@ -71,9 +71,13 @@ def power_retention(
     if log_g is not None:
         arrays["log_g"] = as_array(log_g, "log_g")
     _refuse_gradients(arrays)
-    _check_options(degree, scale, normalize, chunk)
     place = current_target(target)
-    asked = _asked(tuple([a.facts for a in arrays.values()]), degree, scale, normalize, chunk, place)
+    try:
+        asked = _asked(tuple([a.facts for a in arrays.values()]), degree, scale, normalize, chunk, place)
+    except TypeError:
+        # Something that cannot be looked up: it is refused by its name.
+        _check_options(degree, scale, normalize, chunk)
+        raise
     if asked.on_cpu:
         return _on_cpu(arrays, asked.problem, normalize, asked.chunk)
     if not asked.ready:
@@ -125,9 +129,10 @@ class _Asked:
     planned: Planned
 
 
-@lru_cache(maxsize=4096)
+@lru_cache(maxsize=4096, typed=True)
 def _asked(facts: tuple[tuple[Any, ...], ...], degree: int, scale: float | None, normalize: str, chunk: int | None, target: str) -> _Asked:
     """What arrays of these facts ask for; refuses what is not served. This is the one look-up of the warm path."""
+    _check_options(degree, scale, normalize, chunk)
     names = ("q", "k", "v", "log_g")[: len(facts)]
     shapes = {name: fact[0] for name, fact in zip(names, facts, strict=True)}
     strides = {name: tuple(fact[1]) for name, fact in zip(names, facts, strict=True)}
