@@ -173,7 +173,7 @@ class Group:
 
 
 def group(rows: Iterable[Row]) -> tuple[str, list[Group]]:
-    """(what the lengths are, the groups by rising length). The axis is the number that differs among the problems."""
+    """(what the lengths are, the groups by rising length). The axis is the number that differs most among the problems."""
     problems: dict[str, dict[str, Row]] = {}
     facts: dict[str, dict[str, Any]] = {}
     for row in rows:
@@ -188,7 +188,8 @@ def group(rows: Iterable[Row]) -> tuple[str, list[Group]]:
     differ = [n for n in names if len({str(fact.get(n)) for fact in facts.values()}) > 1]
     numeric = [n for n in differ if all(type(fact.get(n)) in (int, float) for fact in facts.values())]
     one = next(iter(facts.values()))
-    axis = numeric[0] if numeric else next((n for n in ("t", "n") if n in one), "problem")
+    values = {n: len({fact[n] for fact in facts.values()}) for n in numeric}
+    axis = max(numeric, key=values.__getitem__) if numeric else next((n for n in ("t", "n") if n in one), "problem")
     groups = []
     for number, (key, kept) in enumerate(problems.items(), 1):
         label = ", ".join(f"{n}={facts[key].get(n)}" for n in differ or [axis] if n in facts[key]) or f"problem {number}"
@@ -235,7 +236,8 @@ def write_png(rows: Sequence[Row], out: Path) -> Path:
         axes.scatter([g.length] * len(g.timed), [r.ms for r in g.timed], s=10, color="#9aa5b1", linewidths=0, zorder=2)
     best = [(g.length, g.timed[0].ms) for g in timed]
     axes.plot([x for x, _ in best], [y for _, y in best], color="#1f6feb", marker="o", markersize=4, zorder=3, label="fastest")
-    axes.set(xscale="log", yscale="log", xlabel=axis, ylabel="milliseconds", title=_title(rows))
+    axes.set(xscale="log", yscale="log", xlabel=axis, ylabel="milliseconds")
+    axes.set_title(_title(rows), fontsize=9)
     # A label an eighth of an octave from the last one would lie on it.
     labelled = [x for n, (x, _) in enumerate(best) if n == 0 or x > 1.5 * best[n - 1][0]]
     axes.set_xticks(labelled, [f"{x:g}" for x in labelled], rotation=45 if len(labelled) > 8 else 0)
