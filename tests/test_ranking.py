@@ -18,7 +18,8 @@ from vidrial.device import Device
 from vidrial.dtypes import DType
 from vidrial.errors import ConfigError, FrozenError, SweepError
 from vidrial.problem import size_class
-from vidrial.ranking import Measured, Ranked, Ranking, config_order, forget, freeze, local, pick, publish, rank, shipped
+from vidrial.ranking import Measured, Ranked, Ranking, forget, freeze, local, pick, publish, rank, shipped
+from vidrial.space import config_order
 from vidrial.store import Store
 from vidrial.timing import Timing
 from vidrial.trial import Status, Trial

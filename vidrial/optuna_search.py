@@ -15,7 +15,7 @@ from vidrial.device import Device
 from vidrial.errors import ToolchainError
 from vidrial.op import Op
 from vidrial.problem import CHOICES, KIND
-from vidrial.ranking import config_order
+from vidrial.space import config_order
 
 # Configs proposed at a time; draws, most of them illegal perhaps, before the space counts as exhausted.
 BATCH, DRAWS = 8, 300

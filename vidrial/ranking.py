@@ -31,8 +31,8 @@ from vidrial.files import locked
 from vidrial.kernel import Kernel
 from vidrial.model import Model, work
 from vidrial.op import Op
-from vidrial.problem import CHOICES, KIND, StaticView, fields, keyed_fields, size_class, specialized
-from vidrial.space import describe
+from vidrial.problem import StaticView, fields, keyed_fields, size_class, specialized
+from vidrial.space import config_order, describe
 from vidrial.store import Store
 from vidrial.timing import Timing
 from vidrial.trial import Trial, decode, encode, latest
@@ -150,18 +150,6 @@ def rank(configs: Sequence[tuple[Any, Timing]]) -> tuple[Ranked, ...]:
         waiting = [c for c in waiting if not c[1].ties(leader)]
         ranked += [Ranked(config, timing, len(group) > 1) for config, timing in sorted(group, key=lambda c: config_order(c[0]))]
     return tuple(ranked)
-
-
-def config_order(config: Any) -> tuple[int, ...]:
-    """Position of a config in the order of declaration: the index of each of its choices, parts included."""
-    order: tuple[int, ...] = ()
-    for field in dataclasses.fields(config):
-        value, choices = getattr(config, field.name), field.metadata.get(CHOICES, ())
-        if field.metadata.get(KIND) == "part":
-            order += config_order(value)
-        else:
-            order += (choices.index(value) if value in choices else len(choices),)
-    return order
 
 
 def sizes(problem: Any) -> tuple[int, ...]:

@@ -105,6 +105,18 @@ def configs(config: type) -> Iterator[Any]:
         yield config(**dict(combination))
 
 
+def config_order(config: Any) -> tuple[int, ...]:
+    """Position of a config in the order of declaration: the index of each of its choices, parts included."""
+    order: tuple[int, ...] = ()
+    for field in dataclasses.fields(config):
+        value, choices = getattr(config, field.name), field.metadata.get(CHOICES, ())
+        if field.metadata.get(KIND) == "part":
+            order += config_order(value)
+        else:
+            order += (choices.index(value) if value in choices else len(choices),)
+    return order
+
+
 def check_choices(config: Any) -> None:
     """Refuse a config whose value is not among its field's choices.
 
