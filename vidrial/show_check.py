@@ -59,7 +59,9 @@ def show_report(console: Console, report: Report) -> None:
         for o, problem, config in zip(outcomes, problems, configs, strict=True)
     ]
     title = " ".join(word for word in (f"{report.op} on the host target;", common, alike) if word)
-    show_table(console, title, ("problem", "config", "sanitizer", ">schedules", ">error", ">worst", "", ">took"), rows)
+    show_table(
+        console, title, ("problem" if any(problems) else "", "config", "sanitizer", ">schedules", ">error", ">worst", "", ">took"), rows
+    )
     for o in report.failures:
         console.print(Text(f"\n{facts(o.problem)}\n{describe(o.config)}, {o.sanitizer or 'plain'}\n{o.summary}", "red"))
     console.print(
