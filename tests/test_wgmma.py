@@ -24,7 +24,7 @@ ATOMS = [wgmma(n, dtype) for n in WGMMA_N for dtype in (BF16, HALF)]
 @pytest.mark.parametrize("atom", ATOMS, ids=lambda atom: atom.name)
 def test_fragments_are_those_of_the_ptx_manual(atom: MmaAtom) -> None:
     m, n, k = atom.shape
-    assert (m, k, atom.threads, atom.arch, atom.kind) == (64, 16, 128, 90, "wgmma")
+    assert (m, k, atom.c_layout.mode(0).size, atom.arch, atom.kind) == (64, 16, 128, 90, "wgmma")
     thread, value = np.ogrid[:128, : n // 2]
     row, column = thread // 32 * 16 + thread % 32 // 4 + value // 2 % 2 * 8, thread % 4 * 2 + value % 2 + value // 4 * 8
     assert np.array_equal(atom.c_layout.indices().reshape(n // 2, 128).T, row + m * column)

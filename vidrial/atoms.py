@@ -36,11 +36,6 @@ class MmaAtom:
     arch: int = 80
     kind: Literal["mma.sync", "wgmma"] = "mma.sync"
 
-    @property
-    def threads(self) -> int:
-        """Threads that issue it together."""
-        return self.c_layout.mode(0).size
-
 
 @dataclasses.dataclass(frozen=True)
 class CopyAtom:
