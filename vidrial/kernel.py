@@ -172,8 +172,7 @@ class Kernel:
 
     def digest(self) -> str:
         """sha256 of the template and its include closure: rankings of another text do not count."""
-        text = self.template.read_text()
-        return closure_digest(text + f'\n#include "{self.template.name}"', (self.template.parent, vidrial_include()))
+        return closure_digest(f'#include "{self.template.name}"', (self.template.parent, vidrial_include()))
 
     def __post_init__(self) -> None:
         if not self.template.is_file():
