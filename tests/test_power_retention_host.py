@@ -192,7 +192,11 @@ def test_sanitizers(sanitizer: str, t: int) -> None:
 WRONG = {
     "multiplicity": ("power_scan", "pair.x == pair.y ? 1.f : 2.f", "true ? 1.f : 2.f"),
     "diagonal counted twice": ("power_scan", "is_z || pair.x == pair.y ?", "is_z ?"),
-    "state not discounted to the row": ("power_attend", "rescale(m, 0, state_decay); rescale(m, 1, state_decay);", ""),
+    "state not discounted to the row": (
+        "power_attend",
+        "const state = Tiles::stateful && j == forgotten ? state_decay : 1.f;",
+        "const state = 1.f;",
+    ),
     "own token left out": ("power_attend", "QK::column_of(n, v) <= row", "QK::column_of(n, v) < row"),
     "one key too many": ("power_attend", "QK::column_of(n, v) <= row", "QK::column_of(n, v) <= 1 + row"),
     "keys not discounted to the tile": ("power_attend", "kGated ? exp2_approx(minus(r0, a(j0 + kKeys - 1))) : 1.f", "1.f"),

@@ -159,6 +159,14 @@ def tiles(p: Problem, c: Config) -> Tiles:
         CopyV=TiledCopy(copy, v, threads),
         CopyS=TiledCopy(copy, s, threads),
         CopyZ=TiledCopy(copy, z, threads),
+        # q beside q Z, as the accumulator holds its columns: two atoms' at once.
+        RowsZ=LoadMatrix(
+            q,
+            ldmatrix(4),
+            threads,
+            lambda t: (row_of(t) + t % 16, t % 32 // 16 * 8),
+            tuple((step * m, j) for m in range(c.m) for j in range(0, p.d, 16)),
+        ),
         # For phi(q): features of block J as fragments, features of block I as the pairs of one row.
         RowsJ=LoadMatrix(
             q,
@@ -285,6 +293,7 @@ def traffic(p: Problem, c: Config, tiles: Tiles) -> dict[str, Counts]:
     q = Counts() if c.mma == "wgmma" else loads(tiles.QK.A.load, tiles.QK.A.loads * tiles.QZ.k_steps)
     total |= {
         "CopyZ": copies(tiles.CopyZ, tiles.z_rows, 2 * p.d) * (stateful * tiles.z_stages),
+        "RowsZ": loads(tiles.RowsZ, c.m * p.d // 16 * tiles.z_stages) * (stateful * c.warps),
         "CopyS": copies(tiles.CopyS, 64 * tiles.s_tiles, 2 * p.e) * (stateful * tiles.s_stages),
         "QZ": (products(tiles.QZ) + q) * (z_blocks * bands),
         "RowsJ": loads(tiles.RowsJ, c.m // 2 * pairs) * (stateful * c.warps),

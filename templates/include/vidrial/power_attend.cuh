@@ -9,7 +9,7 @@
 //   state                2^r 2^(a_i - r)
 //   keys before the tile 2^(r - a_blockend) 2^(a_blockend - a_j) 2^(a_i - r)
 //   keys in the tile     2^(a_i - a_j), after the mask
-// so the row factor 2^(a_i - r) is applied once, between the second kind and the third.
+// so 2^r is applied before the first keys, the row factor 2^(a_i - r) before those in the tile; where there are no others, both at once.
 #pragma once
 #include <vidrial/power_gates.cuh>
 #include <vidrial/shared_memory.cuh>
@@ -26,32 +26,6 @@ CUTE_DEVICE float power(float x) {
   return Degree == 2 ? square : square * square;
 }
 
-// From the snapshot's order of columns to that of V: a transposition of 4 x 4 among the four threads of a row.
-template <int M, int N>
-CUTE_DEVICE void restore_columns(float (&o)[M][N][4]) {
-  // With the thread whose number differs in one bit: its half of what this one does not keep.
-  auto exchange = [](bool upper, int bit, float& low, float& high) {
-    float const got = __shfl_xor_sync(~0u, upper ? low : high, bit);
-    low = upper ? got : low;
-    high = upper ? high : got;
-  };
-  bool const first = threadIdx.x & 1, second = threadIdx.x & 2;
-  CUTE_UNROLL
-  for (int m = 0; m < M; ++m) {
-    CUTE_UNROLL
-    for (int n = 0; n < N; n += 4) {
-      CUTE_UNROLL
-      for (int v = 0; v < 4; ++v) {
-        float &a = o[m][n][v], &b = o[m][n + 1][v], &c = o[m][n + 2][v], &d = o[m][n + 3][v];
-        exchange(first, 1, a, b);
-        exchange(first, 1, c, d);
-        exchange(second, 2, a, c);
-        exchange(second, 2, b, d);
-      }
-    }
-  }
-}
-
 template <class Tiles, class Args>
 CUTE_DEVICE void power_attend(Args const& p) {
   using Elem = typename Tiles::Elem;
@@ -60,7 +34,7 @@ CUTE_DEVICE void power_attend(Args const& p) {
   using PV = typename Tiles::PV;
   using Smem = typename Tiles::Smem;
   constexpr int D = Tiles::d, kRows = Tiles::rows, kKeys = Tiles::keys, kStages = Tiles::stages, kDegree = Tiles::degree;
-  constexpr int M = PV::M, kBlocks = D / 8, kPairs = kBlocks * (kBlocks + 1) / 2;
+  constexpr int M = PV::M, kBlocks = D / 8;
   constexpr bool kGated = Tiles::gated, kNormalized = Tiles::normalized;
   // Stages that are being read: wgmma reads the one before while the next is waited for, so that one is refilled a step later.
   constexpr int kRead = PV::kAsync ? 2 : 1;
@@ -133,11 +107,6 @@ CUTE_DEVICE void power_attend(Args const& p) {
   };
 
   float o[M][PV::N][4] = {}, l[M][2] = {};
-  auto rescale = [&](int m, int h, float f) {
-    l[m][h] *= f;
-    CUTE_UNROLL
-    for (int n = 0; n < PV::N; ++n) { o[m][n][2 * h] *= f; o[m][n][2 * h + 1] *= f; }
-  };
 
   copy_q(0, p.t - m0);
   CUTE_NO_UNROLL
@@ -148,10 +117,11 @@ CUTE_DEVICE void power_attend(Args const& p) {
   int const row = m0 + PV::row(thread), band = m0 + (warp / Tiles::band_warps + 1) * Tiles::band;
 
   if constexpr (Tiles::stateful) {
+    PV::fence(o);
     if (has_state) {
-      typename Tiles::RowsI load_i(smem + Smem::Q, thread, 0, 0);
       if constexpr (kNormalized) {                     // l = q^T Z q
         using QZ = typename Tiles::QZ;
+        typename Tiles::RowsZ load_x(smem + Smem::Q, thread, 0, 0);
         CUTE_NO_UNROLL
         for (int s = 0; s < Tiles::z_stages; ++s) {
           int const stage = next(true);
@@ -162,13 +132,11 @@ CUTE_DEVICE void power_attend(Args const& p) {
             auto add = [&](int m, float const (&z)[QZ::N][4]) {
               float sum[2] = {};
               CUTE_UNROLL
-              for (int h = 0; h < 2; ++h) {
-                uint32_t x[4];                         // the features that the snapshot's order gives to this thread's columns
+              for (int n = 0; n < QZ::N; n += 2) {
+                uint32_t x[2][2];
+                load_x(0, QZ::row_of(m, 0), c + n * 8, x[0][0], x[0][1], x[1][0], x[1][1]);
                 CUTE_UNROLL
-                for (int n = 0; n < QZ::N; ++n) {
-                  if (n % 4 == 0) load_i(QZ::row_of(m, 2 * h), c + n * 8 + lane % 4 * 8, x);
-                  sum[h] += z[n][2 * h] * Pair::low(x[n % 4]) + z[n][2 * h + 1] * Pair::high(x[n % 4]);
-                }
+                for (int i = 0; i < 4; ++i) sum[i % 2] += z[n + i / 2][i % 2 * 2] * Pair::low(x[i / 2][i % 2]) + z[n + i / 2][i % 2 * 2 + 1] * Pair::high(x[i / 2][i % 2]);
               }
               CUTE_UNROLL
               for (int i = 0; i < M; ++i) { l[i][0] += i == m ? sum[0] : 0.f; l[i][1] += i == m ? sum[1] : 0.f; }
@@ -204,10 +172,10 @@ CUTE_DEVICE void power_attend(Args const& p) {
       }
       using PS = typename Tiles::PS;
       typename PS::B load_s(ring, thread);
+      typename Tiles::RowsI load_i(smem + Smem::Q, thread, 0, 0);
       typename Tiles::RowsJ load_j(smem + Smem::Q, thread, 0, 0);
       uint32_t qi[M][2][4];
       int i = 0, j = 0;
-      PS::fence(o);
       CUTE_NO_UNROLL
       for (int s = 0; s < Tiles::s_stages; ++s) {
         int const stage = next(true);
@@ -249,15 +217,9 @@ CUTE_DEVICE void power_attend(Args const& p) {
           if (++j == kBlocks) j = ++i;
         }
       }
-      PS::template settle<0>();
-      PS::fence(o);
-      restore_columns(o);
     }
-  }
-
-  if (kGated && has_state) {
-    CUTE_UNROLL
-    for (int m = 0; m < M; ++m) { rescale(m, 0, state_decay); rescale(m, 1, state_decay); }
+    Tiles::PS::template settle<0>();
+    PV::fence(o);
   }
 
   typename QK::B load_k(ring, thread);
@@ -267,13 +229,17 @@ CUTE_DEVICE void power_attend(Args const& p) {
     int const stage = next(false), j0 = c0 + j * kKeys;
     uint32_t const at = stage * Tiles::stage_bytes, gate = decay + stage * (kKeys * 8);
     bool const diagonal = j >= before;
-    if (kGated && j == before) {
+    if (kGated && (j == before || (Tiles::stateful && j == forgotten))) {
       PV::fence(o);
+      float const state = Tiles::stateful && j == forgotten ? state_decay : 1.f;
       CUTE_UNROLL
       for (int m = 0; m < M; ++m) {
         CUTE_UNROLL
         for (int h = 0; h < 2; ++h) {
-          rescale(m, h, exp2_approx(minus(a(row + QK::row_of(m, 2 * h)), r0)));
+          float const f = j == before ? state * exp2_approx(minus(a(row + QK::row_of(m, 2 * h)), r0)) : state;
+          l[m][h] *= f;
+          CUTE_UNROLL
+          for (int n = 0; n < PV::N; ++n) { o[m][n][2 * h] *= f; o[m][n][2 * h + 1] *= f; }
         }
       }
       PV::fence(o);

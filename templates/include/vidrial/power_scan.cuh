@@ -8,21 +8,13 @@
 // that one load is the k_i of a whole fragment.
 //
 // Snapshot of (head, chunk): Z [D][D] (if normalised), then pair tiles [64][E], (I, J) lexicographic, row 8 (i % 8) + j % 8, those with
-// I < J times 2: each of their products stands for two of the square. Of every 32 columns, column 8 j + 2 t + b lies at 8 t + 2 j + b:
-// the order in which a thread holds them.
+// I < J times 2: each of their products stands for two of the square.
 #pragma once
 #include <vidrial/power_gates.cuh>
+#include <vidrial/power_snapshot.cuh>
 #include <vidrial/shared_memory.cuh>
-#include <vidrial/tiled.cuh>
 
 namespace vidrial {
-
-// Pair p of the lexicographic list of (I <= J) over n blocks.
-CUTE_DEVICE int2 block_pair(int p, int n) {
-  int i = 0;
-  while (p >= n - i) { p -= n - i; ++i; }
-  return make_int2(i, i + p);
-}
 
 template <class Tiles, class Args>
 CUTE_DEVICE void power_scan(Args const& p) {
@@ -149,14 +141,14 @@ CUTE_DEVICE void power_scan(Args const& p) {
   if (is_state) {
     load_factors(0, 0);
   }
-  // Where this thread's share of a row lies: 8 elements of every 32, so that it is stored in whole vectors.
-  int const rows = is_z ? kZRows : 64, own_row = Mma::row(lane), own_column = column + lane % 4 * 8;
-  int const place = is_z ? (tile * kZRows + own_row) * D + own_column : kZSize + (tile * 64 + own_row) * E + own_column;
+  // Where this thread's rows lie in a snapshot.
+  int const rows = is_z ? kZRows : 64, own_row = Mma::row(lane);
+  int const place = (is_z ? (tile * kZRows + own_row) * D : kZSize + (tile * 64 + own_row) * E) + column;
   float const count = is_z || pair.x == pair.y ? 1.f : 2.f;
   CUTE_NO_UNROLL
   for (int n = first; n < last; ++n) {
     if (n > first && active) {
-      cutlass::bfloat16_t* out = p.snapshots + int64_t(head * chunks + n) * kSnapshot + place;
+      cutlass::bfloat16_t* out = p.snapshots + int64_t(head * chunks + n) * kSnapshot + place + lane % 4 * 8;
       CUTE_UNROLL
       for (int m = 0; m < 4; ++m) {
         if (m * 16 >= rows) break;
@@ -165,7 +157,7 @@ CUTE_DEVICE void power_scan(Args const& p) {
           CUTE_UNROLL
           for (int h = 0; h < 2; ++h) {
             auto pair_of = [&](int i) { return pack_bf16(count * acc[m][j + i][2 * h], count * acc[m][j + i][2 * h + 1]); };
-            *reinterpret_cast<uint4*>(out + Mma::row_of(m, 2 * h) * width + j * 8) = make_uint4(pair_of(0), pair_of(1), pair_of(2), pair_of(3));
+            *reinterpret_cast<uint4*>(out + Mma::row_of(m, 2 * h) * width + j * 8) = gather_columns(pair_of(0), pair_of(1), pair_of(2), pair_of(3));
           }
         }
       }
@@ -202,7 +194,7 @@ CUTE_DEVICE void power_scan(Args const& p) {
   }
   // What this segment adds to the states of the next ones (power_carry).
   if (active && last < chunks) {
-    float* out = p.ends + (int64_t(head) * (gridDim.y - 1) + blockIdx.y) * kSnapshot + place;
+    float* out = p.ends + (int64_t(head) * (gridDim.y - 1) + blockIdx.y) * kSnapshot + place + lane % 4 * 2;
     CUTE_UNROLL
     for (int m = 0; m < 4; ++m) {
       if (m * 16 >= rows) break;
@@ -210,7 +202,7 @@ CUTE_DEVICE void power_scan(Args const& p) {
       for (int j = 0; j < Mma::N; ++j) {
         CUTE_UNROLL
         for (int h = 0; h < 2; ++h) {
-          *reinterpret_cast<float2*>(out + Mma::row_of(m, 2 * h) * width + j / 4 * 32 + j % 4 * 2) = make_float2(count * acc[m][j][2 * h], count * acc[m][j][2 * h + 1]);
+          *reinterpret_cast<float2*>(out + Mma::row_of(m, 2 * h) * width + j * 8) = make_float2(count * acc[m][j][2 * h], count * acc[m][j][2 * h + 1]);
         }
       }
     }

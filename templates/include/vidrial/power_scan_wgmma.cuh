@@ -6,8 +6,8 @@
 // r % 8 of block J, so the first one is the same for all tiles: one *broadcast* ldmatrix of a copy of k_I^T with the decay in it.
 #pragma once
 #include <vidrial/power_gates.cuh>
+#include <vidrial/power_snapshot.cuh>
 #include <vidrial/shared_memory.cuh>
-#include <vidrial/tiled.cuh>
 #include <vidrial/wgmma.cuh>
 
 namespace vidrial {
@@ -124,7 +124,7 @@ CUTE_DEVICE void power_scan_wgmma(Args const& p) {
     }
   };
 
-  // Where this thread's share of a row lies: 8 elements of every 32. Rows of a tile that wrapped around are columns of the pair.
+  // Where this thread's rows lie in a snapshot. Rows of a tile that wrapped around are columns of the pair.
   auto stored = [&](int m) {
     if (!is_state) return active && m == 0;
     int const d = first_d + m;
@@ -132,10 +132,10 @@ CUTE_DEVICE void power_scan_wgmma(Args const& p) {
   };
   auto place = [&](int m, int h) {
     int const lane = opaque(thread) % 32;
-    if (!is_state) return (z_row + own_warp * 16 + h * 8 + lane / 4) * D + column + lane % 4 * 8;
+    if (!is_state) return (z_row + own_warp * 16 + h * 8 + lane / 4) * D + column;
     int const j = block_j(m), low = min(block_i, j), high = max(block_i, j), tile = low * kBlocks - low * (low - 1) / 2 + high - low;
     int const feature = own_warp * 2 + h, in_tile = block_i <= j ? feature * 8 + lane / 4 : lane / 4 * 8 + feature;
-    return kZSize + (tile * 64 + in_tile) * E + column + lane % 4 * 8;
+    return kZSize + (tile * 64 + in_tile) * E + column;
   };
   auto count = [&](int m) { return is_state && first_d + m > 0 ? 2.f : 1.f; };
   int const width = is_state ? State::N : Z::N;
@@ -158,12 +158,12 @@ CUTE_DEVICE void power_scan_wgmma(Args const& p) {
         float const c = count(m);
         CUTE_UNROLL
         for (int h = 0; h < 2; ++h) {
-          cutlass::bfloat16_t* out = p.snapshots + int64_t(head * chunks + n) * kSnapshot + place(m, h);
+          cutlass::bfloat16_t* out = p.snapshots + int64_t(head * chunks + n) * kSnapshot + place(m, h) + lane % 4 * 8;
           CUTE_UNROLL
           for (int j = 0; j < State::N; j += 4) {
             if (j >= width) break;
             auto pair_of = [&](int i) { return pack_bf16(c * acc[m][j + i][2 * h], c * acc[m][j + i][2 * h + 1]); };
-            *reinterpret_cast<uint4*>(out + j * 8) = make_uint4(pair_of(0), pair_of(1), pair_of(2), pair_of(3));
+            *reinterpret_cast<uint4*>(out + j * 8) = gather_columns(pair_of(0), pair_of(1), pair_of(2), pair_of(3));
           }
         }
       }
@@ -210,11 +210,11 @@ CUTE_DEVICE void power_scan_wgmma(Args const& p) {
       float const c = count(m);
       CUTE_UNROLL
       for (int h = 0; h < 2; ++h) {
-        float* out = p.ends + (int64_t(head) * (gridDim.y - 1) + blockIdx.y) * kSnapshot + place(m, h);
+        float* out = p.ends + (int64_t(head) * (gridDim.y - 1) + blockIdx.y) * kSnapshot + place(m, h) + lane % 4 * 2;
         CUTE_UNROLL
         for (int j = 0; j < State::N; ++j) {
           if (j >= width) break;
-          *reinterpret_cast<float2*>(out + j / 4 * 32 + j % 4 * 2) = make_float2(c * acc[m][j][2 * h], c * acc[m][j][2 * h + 1]);
+          *reinterpret_cast<float2*>(out + j * 8) = make_float2(c * acc[m][j][2 * h], c * acc[m][j][2 * h + 1]);
         }
       }
     }
