@@ -15,7 +15,7 @@ import tracemalloc
 import weakref
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, NamedTuple
 
 import cupy
 import numpy as np
@@ -25,8 +25,9 @@ from vidrial.kernels.power_retention.op import example as power_example
 from vidrial.kernels.power_retention.op import op as power_op
 
 from vidrial import arrays, call, plan, ranking
-from vidrial.arrays import CPU, as_array, contiguous_strides
+from vidrial.arrays import CPU, Facts, as_array, contiguous_strides, survey
 from vidrial.device import Device
+from vidrial.dtypes import DType
 from vidrial.errors import ArgumentError, FrozenError
 from vidrial.launch import Binary
 from vidrial.ranking import Ranking, forget, freeze
@@ -34,6 +35,7 @@ from vidrial.timing import Timing
 from vidrial.trial import Status, Trial
 
 H200 = Device.of("h200")
+SCRATCH = 1 << 40
 
 
 class Driver:
@@ -150,13 +152,20 @@ def test_prepare_makes_a_first_call_in_a_capture_possible(driver: Driver, monkey
         call.prepare(op, example(), depth=3)
 
 
+class Place(NamedTuple):
+    """A torch device."""
+
+    type: str
+    index: int
+
+
 class Tensor:
     """A torch tensor's interface over NumPy memory, said to be on GPU 0."""
 
-    is_cuda, requires_grad = True, False
+    requires_grad, device = False, Place("cuda", 0)
 
     def __init__(self, x: np.ndarray, dtype: Any) -> None:
-        self.x, self.shape, self.dtype, self.device = x, x.shape, dtype, "cuda:0"
+        self.x, self.shape, self.dtype = x, x.shape, dtype
         self._strides = tuple(s // x.itemsize for s in x.strides)
 
     def data_ptr(self) -> int:
@@ -165,11 +174,10 @@ class Tensor:
     def stride(self) -> tuple[int, ...]:
         return self._strides
 
-    def new_empty(self, shape: tuple[int, ...], dtype: str) -> Tensor:
-        return Tensor(np.empty(shape, {"bfloat16": np.uint16, "float32": np.float32, "uint8": np.uint8}[dtype]), dtype)
-
-    def get_device(self) -> int:
-        return 0
+    def new_empty_strided(self, shape: tuple[int, ...], strides: tuple[int, ...]) -> Tensor:
+        made = Tensor(np.empty(shape, self.x.dtype), self.dtype)
+        assert made.stride() == strides
+        return made
 
 
 Tensor.__module__ = "torch"
@@ -181,7 +189,18 @@ class Torch:
     class _C:
         _cuda_getCurrentRawStream = staticmethod(lambda index: 77)  # noqa: N815
 
-    bfloat16, float32, uint8 = "bfloat16", "float32", "uint8"
+        @staticmethod
+        def _cuda_cudaCachingAllocator_raw_alloc(size: int, stream: int) -> int:  # noqa: N802
+            Torch.taken.append((size, stream))
+            return SCRATCH
+
+        @staticmethod
+        def _cuda_cudaCachingAllocator_raw_delete(pointer: int) -> None:  # noqa: N802
+            Torch.given.append(pointer)
+
+    Tensor, bfloat16, float32 = Tensor, "bfloat16", "float32"
+    taken: ClassVar[list[tuple[int, int]]] = []
+    given: ClassVar[list[int]] = []
 
     @staticmethod
     def is_grad_enabled() -> bool:
@@ -195,12 +214,15 @@ def test_a_call_of_power_retention_on_torch_tensors(driver: Driver, monkeypatch:
     monkeypatch.setitem(sys.modules, "torch", Torch)
     q, k, v = (Tensor(np.zeros((1, 2000, 2, 64), np.uint16), "bfloat16") for _ in range(3))
     log_g = Tensor(np.zeros((1, 2000, 2), np.float32), "float32")
+    Torch.taken, Torch.given = [], []
     y = power_retention(q, k, v, log_g, chunk=128)
     launches = len(driver.launches)
     assert launches >= 3 and y.shape == (1, 2000, 2, 64) and all(stream == 77 for _, _, stream in driver.launches)
     gates, *_, attend = driver.launches
     assert struct.unpack_from("@P", gates[1])[0] == log_g.data_ptr()
     assert struct.unpack_from("@PP", attend[1]) == (q.data_ptr(), k.data_ptr())
+    # The scratch memory is the stream's, and given back.
+    assert [stream for _, stream in Torch.taken] == [77] and Torch.given == [SCRATCH] and Torch.taken[0][0] > 2**18
     taken = []
     for _ in range(20):
         begin = time.perf_counter()
@@ -263,7 +285,9 @@ def test_thousands_of_shapes_keep_memory_bounded(driver: Driver, monkeypatch: py
 
 def test_facts_of_arrays() -> None:
     x = np.zeros((3, 5, 8), np.float32)
-    a = as_array(x, "x")
-    assert a.facts == ((3, 5, 8), (40, 8, 1), a.dtype, CPU, "numpy", x.ctypes.data % 16 == 0)
+    key, pointers = survey((x, x[1:]), ("x", "y", "z"))
+    assert pointers == {"x": x.ctypes.data, "y": x.ctypes.data + 160}
+    facts = Facts.of(key[0], "x")
+    assert facts == ((3, 5, 8), (40, 8, 1), DType.float32, CPU, "numpy", x.ctypes.data % 16 == 0) == as_array(x, "x").facts
     assert contiguous_strides((3, 5, 8)) == (40, 8, 1) and contiguous_strides(()) == ()
-    assert as_array(x[:, :, 1:], "x").vectorised is False
+    assert as_array(x[:, :, 1:], "x").facts.vectorised is False and as_array(x[:, :, :4], "x").facts.vectorised is facts.aligned

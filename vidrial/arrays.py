@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -12,6 +12,39 @@ from vidrial.errors import ArgumentTypeError, ToolchainError
 
 CPU = -1
 VECTOR_BYTES = 16
+
+
+class Facts(NamedTuple):
+    """What another array must agree in to be served by the same launches. `strides` in elements; `device` a CUDA index, or CPU."""
+
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    dtype: DType
+    device: int
+    library: str
+    aligned: bool
+
+    @classmethod
+    def of(cls, key: tuple[Any, ...], name: str) -> Facts:
+        """The facts that a `survey` saw; `name` is the argument's name in errors.
+
+        Raises:
+            ArgumentTypeError: the dtype is not known, or the device not served.
+        """
+        shape, strides, dtype, device, library, aligned = key
+        try:
+            return cls(tuple(shape), tuple(strides), DType.of(dtype), _index_of(device), library, aligned)
+        except ArgumentTypeError as error:
+            raise ArgumentTypeError(f"{name}: {error}") from None
+
+    @property
+    def vectorised(self) -> bool:
+        """Rows are contiguous and begin at multiples of 16 bytes, as 16-byte copies need."""
+        return (
+            self.aligned
+            and (self.strides[-1] == 1 or self.shape[-1] <= 1)
+            and all(s * self.dtype.bytes % VECTOR_BYTES == 0 for s, n in zip(self.strides[:-1], self.shape[:-1], strict=True) if n > 1)
+        )
 
 
 class Array(NamedTuple):
@@ -26,23 +59,31 @@ class Array(NamedTuple):
     owner: Any
 
     @property
-    def facts(self) -> tuple[Any, ...]:
-        """What another array must agree in to be served by the same launches: (shape, strides, dtype, device, library, aligned)."""
-        return *self[1:6], self.pointer % VECTOR_BYTES == 0
-
-    @property
-    def vectorised(self) -> bool:
-        """Rows are contiguous and begin at multiples of 16 bytes, as 16-byte copies need."""
-        return vectorised(*self.facts)
+    def facts(self) -> Facts:
+        """What decides which launches serve it."""
+        return Facts(*self[1:6], self.pointer % VECTOR_BYTES == 0)
 
 
-def vectorised(shape: tuple[int, ...], strides: tuple[int, ...], dtype: DType, device: int, library: str, aligned: bool) -> bool:
-    """`Array.vectorised`, of an array's facts."""
-    return (
-        aligned
-        and (strides[-1] == 1 or shape[-1] <= 1)
-        and all(s * dtype.bytes % VECTOR_BYTES == 0 for s, n in zip(strides[:-1], shape[:-1], strict=True) if n > 1)
-    )
+def survey(arrays: Iterable[Any], names: Iterable[str]) -> tuple[tuple[tuple[Any, ...], ...], dict[str, int]]:
+    """A key of what decides which launches serve these arrays, of which `Facts.of` makes facts, and their addresses by name.
+
+    It is the first step of every call, so of torch's tensors it takes shape, dtype and device as torch has them.
+
+    Raises:
+        ArgumentTypeError: that of `as_array`.
+    """
+    torch = sys.modules.get("torch")
+    tensor = torch.Tensor if torch is not None else None
+    key, pointers = [], {}
+    for name, x in zip(names, arrays, strict=False):
+        if type(x) is tensor:
+            pointers[name] = pointer = x.data_ptr()
+            key.append((x.shape, x.stride(), x.dtype, x.device, "torch", pointer % VECTOR_BYTES == 0))
+        else:
+            array = as_array(x, name)
+            pointers[name] = array.pointer
+            key.append(array.facts)
+    return tuple(key), pointers
 
 
 def library_of(x: Any) -> str:
@@ -78,14 +119,17 @@ def as_array(x: Any, name: str) -> Array:
         raise ArgumentTypeError(f"{name}: {error}") from None
 
 
+def _index_of(device: Any) -> int:
+    """A CUDA index, or CPU, of that number itself or of a torch device."""
+    if isinstance(device, int):
+        return device
+    if device.type not in ("cuda", "cpu"):
+        raise ArgumentTypeError(f"device {device} is not served; accepted: cuda, cpu")
+    return CPU if device.type == "cpu" else int(device.index)
+
+
 def _read_torch(x: Any) -> Array:
-    if x.is_cuda:
-        device = x.get_device()
-    elif x.device.type == "cpu":
-        device = CPU
-    else:
-        raise ArgumentTypeError(f"device {x.device} is not served; accepted: cuda, cpu")
-    return Array(x.data_ptr(), x.shape, x.stride(), _dtype_of(x.dtype), device, "torch", x)
+    return Array(x.data_ptr(), x.shape, x.stride(), DType.of(x.dtype), _index_of(x.device), "torch", x)
 
 
 def _read_numpy(x: Any) -> Array:
@@ -121,8 +165,6 @@ def contiguous_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(reversed(strides))
 
 
-# Without the class method around it, which takes as long as the look-up.
-_dtype_of = lru_cache(maxsize=256)(DType.of)
 _READERS: dict[str, Callable[[Any], Array]] = {"torch": _read_torch, "cupy": _read_cupy, "jax": _read_jax, "numpy": _read_numpy}
 
 
@@ -131,15 +173,15 @@ def _reader(kind: type) -> Callable[[Any], Array]:
     return _READERS[_library_of(kind)]
 
 
-def current_stream(like: Array) -> int:
-    """The CUDA stream (its handle) that the array's library works on now, on the array's device."""
-    if like.library == "torch":
+def current_stream(library: str, device: int) -> int:
+    """The CUDA stream (its handle) that the library works on now, on that device."""
+    if library == "torch":
         # NOTE: torch.cuda.current_stream makes an object of its own each time, and takes as long as a launch.
-        stream: int = sys.modules["torch"]._C._cuda_getCurrentRawStream(like.device)
+        stream: int = sys.modules["torch"]._C._cuda_getCurrentRawStream(device)
         return stream
     import cupy
 
-    with cupy.cuda.Device(like.device):
+    with cupy.cuda.Device(device):
         pointer: int = cupy.cuda.get_current_stream().ptr
         return pointer
 
@@ -155,45 +197,62 @@ def capturing() -> bool:
     return stream is not None and stream.ptr != 0 and bool(stream.is_capturing())
 
 
-def empty(shape: tuple[int, ...], dtype: DType, like: Array) -> Array:
-    """A new array of `like`'s library and device, contents undefined. For JAX memory comes from CuPy; see `give_back`."""
-    if like.library == "torch":
-        x = like.owner.new_empty(shape, dtype=_torch_dtype(sys.modules["torch"], dtype))
-        # Its strides are known; asking for them again takes as long as a launch does.
-        return Array(x.data_ptr(), shape, contiguous_strides(shape), dtype, like.device, "torch", x)
-    if like.device == CPU:
+def empty(shape: tuple[int, ...], dtype: DType, like: Any, library: str, device: int) -> tuple[int, Any]:
+    """A new contiguous array on a device, contents undefined: its address and the library's own object.
+
+    `like`: an array of that library and device. For JAX memory comes from CuPy; see `give_back`.
+    """
+    if library == "torch":
+        wanted = _torch_dtype(sys.modules["torch"], dtype)
+        # NOTE: named strides and no dtype are what torch reads fastest; with both it takes half as long again.
+        strides = contiguous_strides(shape)
+        x = like.new_empty_strided(shape, strides) if like.dtype is wanted else like.new_empty_strided(shape, strides, dtype=wanted)
+        return x.data_ptr(), x
+    if device == CPU:
         import numpy as np
 
         x = np.empty(shape, _numpy_dtype(dtype))
-        return _read_numpy(x)
+        return x.ctypes.data, x
     import cupy
 
-    with cupy.cuda.Device(like.device):
+    with cupy.cuda.Device(device):
         bits = cupy.empty(shape, cupy.dtype(f"uint{dtype.bits}") if dtype is DType.bfloat16 else dtype.label)
-        return Array(bits.data.ptr, shape, tuple(s // dtype.bytes for s in bits.strides), dtype, like.device, like.library, bits)
+        return bits.data.ptr, bits
 
 
-def scratch(size: int, like: Array) -> tuple[int, Any]:
-    """`size` bytes on `like`'s device, contents undefined: the address, and what keeps them."""
-    if like.library == "torch":
-        x = like.owner.new_empty(size, dtype=sys.modules["torch"].uint8)
-        return x.data_ptr(), x
-    made = empty((size,), DType.uint8, like)
-    return made.pointer, made
+def scratch(size: int, library: str, device: int, stream: int) -> tuple[int, Any]:
+    """`size` bytes of the library's memory on the current device, contents undefined, for work on `stream`: the address, and what keeps them.
+
+    To be returned by `release` when that work is queued.
+    """
+    if library == "torch":
+        # NOTE: a tensor takes four times as long.
+        pointer: int = sys.modules["torch"]._C._cuda_cudaCachingAllocator_raw_alloc(size, stream)
+        return pointer, None
+    return empty((size,), DType.uint8, None, library, device)
+
+
+def release(library: str, pointer: int) -> None:
+    """Return what `scratch` took; later work on its stream may have it."""
+    if library == "torch":
+        sys.modules["torch"]._C._cuda_cudaCachingAllocator_raw_delete(pointer)
 
 
 def give_back(x: Array) -> Any:
     """The array as its library's own object: what the caller gets."""
-    if x.library == "jax" and x.device != CPU:
+    return own(x.owner, x.dtype, x.library, x.device)
+
+
+def own(x: Any, dtype: DType, library: str, device: int) -> Any:
+    """What `empty` made as the library's own array of that dtype."""
+    if library == "jax" and device != CPU:
         import cupy
         import jax
 
         cupy.cuda.get_current_stream().synchronize()
-        raw = jax.dlpack.from_dlpack(x.owner)
-        return jax.lax.bitcast_convert_type(raw, jax.numpy.bfloat16) if x.dtype is DType.bfloat16 else raw
-    if x.library == "cupy" and x.dtype is DType.bfloat16:
-        return x.owner.view(_numpy_dtype(x.dtype))
-    return x.owner
+        raw = jax.dlpack.from_dlpack(x)
+        return jax.lax.bitcast_convert_type(raw, jax.numpy.bfloat16) if dtype is DType.bfloat16 else raw
+    return x.view(_numpy_dtype(dtype)) if library == "cupy" and dtype is DType.bfloat16 else x
 
 
 @lru_cache

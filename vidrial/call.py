@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from vidrial.arrays import CPU, Array, current_stream, empty, scratch
+from vidrial.arrays import CPU, Array, current_stream, empty, own, release, scratch
 from vidrial.device import Device
 from vidrial.dtypes import DType
 from vidrial.errors import ArgumentError, ArgumentTypeError
@@ -125,19 +125,28 @@ def host_plan(op: Op, problem: Any, fixed: tuple[tuple[str, Any], ...] = ()) -> 
     return HostPlan(op, problem, op.predicted(problem, Device.of("h200"), dict(fixed)))
 
 
-def run(inputs: Mapping[str, Array], plan: CudaPlan) -> dict[str, Array]:
-    """Run an op on GPU arrays, on their library's current stream; its outputs, newly made."""
-    like = next(iter(inputs.values()))
-    outputs = {name: empty(buffer.shape, buffer.dtype, like) for name, buffer in plan.outputs.items()}
-    pointers = {name: array.pointer for name, array in inputs.items()}
-    for name, array in outputs.items():
-        pointers[name] = array.pointer
-    workspace, _kept = scratch(plan.workspace.bytes, like) if plan.workspace.bytes else (0, None)
-    plan.run(pointers, workspace, current_stream(like))
-    return outputs
+def run(plan: CudaPlan, pointers: dict[str, int], like: Any, library: str) -> dict[str, Any]:
+    """Run an op on its library's current stream; its outputs, newly made, as the library's own arrays.
+
+    Args:
+        pointers: addresses of the inputs on the plan's GPU, by name; those of the outputs are added.
+        like: one of the inputs. library: whose it is.
+    """
+    device, outputs = plan.index, {}
+    for name, buffer in plan.outputs.items():
+        pointers[name], outputs[name] = empty(buffer.shape, buffer.dtype, like, library, device)
+    stream, size = current_stream(library, device), plan.workspace.bytes
+    with plan.on_device():
+        workspace, _kept = scratch(size, library, device, stream) if size else (0, None)
+        try:
+            plan.enqueue(pointers, workspace, stream)
+        finally:
+            if size:
+                release(library, workspace)
+    return outputs if library == "torch" else {name: own(x, plan.outputs[name].dtype, library, device) for name, x in outputs.items()}
 
 
-def run_on_host(op: Op, problem: Any, inputs: Mapping[str, Array], plan: HostPlan) -> dict[str, Array]:
+def run_on_host(op: Op, problem: Any, inputs: Mapping[str, Array], plan: HostPlan) -> dict[str, Any]:
     """Run an op's kernels on CPU arrays; its outputs, newly made.
 
     Raises:
@@ -148,16 +157,17 @@ def run_on_host(op: Op, problem: Any, inputs: Mapping[str, Array], plan: HostPla
             raise ArgumentTypeError(
                 f"{name} is on CUDA device {array.device}; the host target takes NumPy arrays and CPU tensors: move it with .cpu()"
             )
-    like = next(iter(inputs.values()))
-    outputs = {name: empty(buffer.shape, buffer.dtype, like) for name, buffer in op.outputs(problem).items()}
-    plan.run({name: bits(array) for name, array in {**inputs, **outputs}.items()})
-    return outputs
+    like, outputs = next(iter(inputs.values())), op.outputs(problem)
+    made = {name: empty(buffer.shape, buffer.dtype, like.owner, like.library, CPU)[1] for name, buffer in outputs.items()}
+    shared = {name: bits(array.owner, array.dtype, array.library) for name, array in inputs.items()}
+    plan.run(shared | {name: bits(x, outputs[name].dtype, like.library) for name, x in made.items()})
+    return {name: own(x, outputs[name].dtype, like.library, CPU) for name, x in made.items()}
 
 
-def bits(array: Array) -> np.ndarray:
+def bits(owner: Any, dtype: DType, library: str) -> np.ndarray:
     """A CPU array as NumPy's own, sharing its memory; bfloat16 as uint16."""
-    owner, half = array.owner, array.dtype is DType.bfloat16
-    if array.library == "torch":
+    half = dtype is DType.bfloat16
+    if library == "torch":
         import torch
 
         tensor = owner.detach()
@@ -167,13 +177,17 @@ def bits(array: Array) -> np.ndarray:
     return shared
 
 
-def apply(op: Op, problem: Any, inputs: Mapping[str, Array], target: str | None = None) -> dict[str, Array]:
+def apply(op: Op, problem: Any, inputs: Mapping[str, Array], target: str | None = None) -> dict[str, Any]:
     """Run an op where its inputs lie, with the config that an untold call takes: on their GPU, or, CPU arrays, its kernels on the CPU.
+
+    Returns:
+        The outputs by name, arrays of the inputs' library.
 
     Raises:
         ArgumentTypeError: target `host` and an array on a GPU. CompileError, LaunchError, ToolchainError: it could not be built or run.
     """
-    device = next(iter(inputs.values())).device
-    if device == CPU or current_target(target) == "host":
+    like = next(iter(inputs.values()))
+    if like.device == CPU or current_target(target) == "host":
         return run_on_host(op, problem, inputs, host_plan(op, problem))
-    return run(inputs, cuda_plan(op, problem, device))
+    pointers = {name: array.pointer for name, array in inputs.items()}
+    return run(cuda_plan(op, problem, like.device), pointers, like.owner, like.library)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import struct
 import threading
 from collections.abc import Mapping
 from functools import lru_cache
@@ -58,12 +60,16 @@ class CudaPlan:
         for stage in op.stages(problem, config):
             binary = _binary(stage.kernel.source(stage.problem, stage.config), device.arch, index, describe(stage.config))
             with binary.on_device():
-                self._launches.append(_Launch(binary, stage, self.workspace))
+                self._launches.append(_Launch(binary, stage))
 
     @property
     def stages(self) -> int:
         """How many launches it is."""
         return len(self._launches)
+
+    def on_device(self) -> contextlib.AbstractContextManager[object]:
+        """The plan's GPU as the current one, until the end of the block."""
+        return self._launches[0].binary.on_device()
 
     def run(self, pointers: Mapping[str, int], workspace: int, stream: int, stage: int | None = None) -> None:
         """Enqueue all launches, or the one of index `stage`, on `stream`.
@@ -72,28 +78,36 @@ class CudaPlan:
             pointers: addresses of the op's inputs and outputs by name.
             workspace: address of `self.workspace.bytes` bytes, aligned to 256.
         """
-        launches = self._launches if stage is None else self._launches[stage : stage + 1]
+        with self.on_device():
+            self.enqueue(pointers, workspace, stream, stage)
+
+    def enqueue(self, pointers: Mapping[str, int], workspace: int, stream: int, stage: int | None = None) -> None:
+        """`run` where the plan's GPU is the current one."""
+        table = dict(pointers)
+        for name, offset in self.workspace.offsets.items():
+            table[name] = workspace + offset
+        address = table.get
         # The structs are this plan's own: one thread at a time writes them, and the driver copies them at each launch.
-        with self._lock, self._launches[0].binary.on_device():
-            for launch in launches:
-                words = launch.words
-                for word, name in launch.named:
-                    words[word] = pointers.get(name, 0)
-                for word, offset in launch.scratch:
-                    words[word] = workspace + offset
+        with self._lock:
+            for launch in self._launches if stage is None else self._launches[stage : stage + 1]:
+                for pack, offset, names in launch.slots:
+                    pack(launch.packed, offset, *[address(name, 0) for name in names])
                 launch.run(stream)
 
 
 class _Launch(Launch):
-    """One stage: where its struct takes the op's arrays (word, name), and where the workspace (word, offset in bytes)."""
+    """One stage. `slots`: what packs pointers that lie together into its struct, from which byte on, and their names."""
 
-    def __init__(self, binary: Binary, stage: Stage, workspace: Workspace) -> None:
-        packed, offsets = stage.kernel.pack(stage.problem, stage.config), workspace.offsets
-        super().__init__(binary, stage.kernel.geometry(stage.problem, stage.config), packed)
-        self.words = (ctypes.c_size_t * (len(packed) // POINTER)).from_buffer(packed)
-        slots = [(offset // POINTER, name) for name, offset in stage.kernel.args.pointers.items()]
-        self.named = tuple((word, name) for word, name in slots if name not in offsets)
-        self.scratch = tuple((word, offsets[name]) for word, name in slots if name in offsets)
+    def __init__(self, binary: Binary, stage: Stage) -> None:
+        self.packed = stage.kernel.pack(stage.problem, stage.config)
+        super().__init__(binary, stage.kernel.geometry(stage.problem, stage.config), self.packed)
+        runs: list[tuple[int, list[str]]] = []
+        for name, offset in stage.kernel.args.pointers.items():
+            if runs and offset == runs[-1][0] + POINTER * len(runs[-1][1]):
+                runs[-1][1].append(name)
+            else:
+                runs.append((offset, [name]))
+        self.slots = tuple((struct.Struct(f"={len(names)}Q").pack_into, offset, tuple(names)) for offset, names in runs)
 
 
 class HostPlan:

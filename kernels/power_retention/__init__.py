@@ -16,7 +16,7 @@ import numpy as np
 from vidrial.kernels.power_retention.cpu import power_retention_cpu
 from vidrial.kernels.power_retention.op import Config, Problem, op
 
-from vidrial.arrays import CPU, Array, as_array, contiguous, give_back, vectorised
+from vidrial.arrays import CPU, Array, Facts, as_array, contiguous, library_of, survey
 from vidrial.call import Planned, current_target, host_plan, run, run_on_host
 from vidrial.dtypes import DType
 from vidrial.errors import ArgumentError, ArgumentTypeError, UnsupportedError
@@ -24,6 +24,7 @@ from vidrial.problem import CHOICES
 
 __all__ = ["power_retention"]
 
+NAMES = ("q", "k", "v", "log_g")
 DIMS = (32, 64, 128)
 DEGREES = (2, 4)
 NORMALIZE = ("sum", "none")
@@ -67,35 +68,35 @@ def power_retention(
         ArgumentError, ArgumentTypeError, UnsupportedError: before anything runs, naming the argument.
         CompileError, LaunchError, ToolchainError: the kernel could not be built or launched.
     """
-    arrays = {"q": as_array(q, "q"), "k": as_array(k, "k"), "v": as_array(v, "v")}
-    if log_g is not None:
-        arrays["log_g"] = as_array(log_g, "log_g")
-    _refuse_gradients(arrays)
+    inputs = (q, k, v) if log_g is None else (q, k, v, log_g)
+    key, pointers = survey(inputs, NAMES)
+    _refuse_gradients(inputs)
     place = current_target(target)
     try:
-        asked = _asked(tuple([a.facts for a in arrays.values()]), degree, scale, normalize, chunk, place)
+        asked = _asked(key, degree, scale, normalize, chunk, place)
     except TypeError:
         # Something that cannot be looked up: it is refused by its name.
         _check_options(degree, scale, normalize, chunk)
         raise
+    if asked.ready:
+        return run(asked.planned.plan(), pointers, q, asked.library)["y"]
+    arrays = {name: as_array(x, name) for name, x in zip(NAMES, inputs, strict=False)}
     if asked.on_cpu:
         return _on_cpu(arrays, asked.problem, normalize, asked.chunk)
-    if not asked.ready:
-        arrays = {name: a if name == "log_g" or a.vectorised else contiguous(a) for name, a in arrays.items()}
-        asked = _asked(tuple([a.facts for a in arrays.values()]), degree, scale, normalize, chunk, place)
+    arrays = {name: a if name == "log_g" or a.facts.vectorised else contiguous(a) for name, a in arrays.items()}
+    asked = _asked(tuple(a.facts for a in arrays.values()), degree, scale, normalize, chunk, place)
     if place == "host":
-        outputs = run_on_host(op, asked.problem, arrays, host_plan(op, asked.problem, asked.fixed))
-    else:
-        outputs = run(arrays, asked.planned.plan())
-    return give_back(outputs["y"])
+        return run_on_host(op, asked.problem, arrays, host_plan(op, asked.problem, asked.fixed))["y"]
+    pointers = {name: a.pointer for name, a in arrays.items()}
+    return run(asked.planned.plan(), pointers, arrays["q"].owner, asked.library)["y"]
 
 
-def _refuse_gradients(arrays: dict[str, Array]) -> None:
+def _refuse_gradients(inputs: tuple[Any, ...]) -> None:
     torch = sys.modules.get("torch")
     if torch is None or not torch.is_grad_enabled():
         return
-    for name, array in arrays.items():
-        if array.library == "torch" and array.owner.requires_grad:
+    for name, x in zip(NAMES, inputs, strict=False):
+        if library_of(x) == "torch" and x.requires_grad:
             raise UnsupportedError(
                 f"{name} requires a gradient, which power_retention does not compute yet; call it under torch.no_grad(), or pass {name}.detach()"
             )
@@ -119,30 +120,31 @@ def _check_options(degree: Any, scale: Any, normalize: Any, chunk: Any) -> None:
 
 @dataclass(frozen=True, slots=True)
 class _Asked:
-    """What a call asks for: its problem and chunk, whether NumPy serves it, and whether all rows can be copied 16 bytes at a time."""
+    """What a call asks for: its problem and chunk, whose arrays, whether NumPy serves it, and whether the GPU does with these arrays as
+    they lie, all rows copied 16 bytes at a time."""
 
     problem: Problem
     chunk: int | None
     fixed: tuple[tuple[str, int], ...]
+    library: str
     on_cpu: bool
     ready: bool
     planned: Planned
 
 
 @lru_cache(maxsize=4096, typed=True)
-def _asked(facts: tuple[tuple[Any, ...], ...], degree: int, scale: float | None, normalize: str, chunk: int | None, target: str) -> _Asked:
-    """What arrays of these facts ask for; refuses what is not served. This is the one look-up of the warm path."""
+def _asked(key: tuple[tuple[Any, ...], ...], degree: int, scale: float | None, normalize: str, chunk: int | None, target: str) -> _Asked:
+    """What arrays that were surveyed ask for; refuses what is not served. This is the one look-up of the warm path."""
     _check_options(degree, scale, normalize, chunk)
-    names = ("q", "k", "v", "log_g")[: len(facts)]
-    shapes = {name: fact[0] for name, fact in zip(names, facts, strict=True)}
-    strides = {name: tuple(fact[1]) for name, fact in zip(names, facts, strict=True)}
+    facts = {name: Facts.of(seen, name) for name, seen in zip(NAMES, key, strict=False)}
+    shapes, strides = {name: f.shape for name, f in facts.items()}, {name: f.strides for name, f in facts.items()}
     _check_shapes(shapes)
-    _check_places(dict(zip(names, facts, strict=True)), target)
+    _check_places(facts, target)
     (b, t, hq, d), (h, e) = shapes["q"], shapes["v"][2:]
     if chunk is not None and chunk >= t:
         chunk = 0
     problem = Problem(
-        facts[0][2],
+        facts["q"].dtype,
         d,
         e,
         int(degree),
@@ -159,9 +161,10 @@ def _asked(facts: tuple[tuple[Any, ...], ...], degree: int, scale: float | None,
         (t * hq * e, hq * e, e),
         strides.get("log_g", (0, 0, 0)),
     )
-    device, fixed = facts[0][3], () if chunk is None else (("chunk", chunk),)
-    ready = all(vectorised(*fact) for fact in facts[:3])
-    return _Asked(problem, chunk, fixed, device == CPU and target == "cuda", ready, Planned(op, problem, device, fixed))
+    device, fixed = facts["q"].device, () if chunk is None else (("chunk", chunk),)
+    ready = device != CPU and target == "cuda" and all(facts[name].vectorised for name in "qkv")
+    on_cpu = device == CPU and target == "cuda"
+    return _Asked(problem, chunk, fixed, facts["q"].library, on_cpu, ready, Planned(op, problem, device, fixed))
 
 
 def _check_shapes(shapes: dict[str, tuple[int, ...]]) -> None:
@@ -191,7 +194,7 @@ def _check_shapes(shapes: dict[str, tuple[int, ...]]) -> None:
         raise UnsupportedError(f"q has B x HQ = {b * hq} heads; accepted: at most {MAX_HEADS}. Split the batch")
 
 
-def _check_places(facts: dict[str, tuple[Any, ...]], target: str) -> None:
+def _check_places(facts: dict[str, Facts], target: str) -> None:
     _, _, dtype, device, library, _ = facts["q"]
     for name, (_, _, other, place, owner, _) in facts.items():
         if (place, owner) != (device, library):
