@@ -17,8 +17,9 @@ from vidrial import cli
 from vidrial.device import Device
 from vidrial.errors import SweepError
 from vidrial.op import Check
-from vidrial.report import group, read_journals, rejected_rows, rows_of, write_png, write_report
+from vidrial.report import group, read_journals, rejected_rows, rows_of, write_report
 from vidrial.report_page import chart
+from vidrial.report_png import write_png
 from vidrial.space import describe
 from vidrial.timing import Timing
 from vidrial.trial import Journal, KernelResources, Status, Trial, encode
@@ -129,6 +130,15 @@ def test_the_axis_is_what_differs() -> None:
     heads = [dataclasses.replace(trial, problem=op.example(t=1000, h=h, hq=16)) for h in (2, 8) for trial in trials(1000)]
     assert group(rows_of(heads))[0] == "h"
     assert group(rows_of(trials(1000)))[1][0].label == "t=1000"
+
+
+def test_a_line_joins_problems_that_differ_in_length_only() -> None:
+    wide = [dataclasses.replace(trial, problem=op.example(t=t, d=128)) for t in (1000, 3000) for trial in trials(t)]
+    axis, groups = group(rows_of([*trials(5001), *trials(1000), *trials(65), *wide]))
+    assert axis == "t" and [g.series for g in groups] == ["d=64", "d=128", "d=64", "d=128", "d=64"]
+    svg = chart(axis, [[(g.length, 1.0, "x")] for g in groups], series=[g.series for g in groups])
+    lines = re.findall(r'class="line" points="([^"]+)"><title>the fastest, d=(\d+)', svg)
+    assert [(len(points.split()), d) for points, d in lines] == [(3, "64"), (2, "128")]
 
 
 def test_a_failure_counts_whatever_was_timed_before() -> None:

@@ -213,7 +213,7 @@ def gpus_of(text: str) -> int | tuple[int, ...] | str:
 @click.option("--png", type=click.Path(dir_okay=False, path_type=Path), help="Also draw the times as a PNG; needs matplotlib.")
 def report(journals: tuple[Path, ...], out: Path, png: Path | None) -> None:
     """Write one HTML page, which needs no network, from the journals of sweeps: files, or folders of them; by default the cache's."""
-    from vidrial.report import read_journals, rejected_rows, write_png, write_report
+    from vidrial.report import read_journals, rejected_rows, write_report
     from vidrial.store import Store
 
     rows = read_journals(journals or [Store.shared().root / "journals"])
@@ -221,6 +221,8 @@ def report(journals: tuple[Path, ...], out: Path, png: Path | None) -> None:
         rows += rejected_rows(find_op(name), rows)
     click.echo(write_report(rows, out))
     if png is not None:
+        from vidrial.report_png import write_png
+
         click.echo(write_png(rows, png))
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from vidrial.device import TABLE, Device
-from vidrial.errors import SweepError, ToolchainError
+from vidrial.errors import SweepError
 from vidrial.op import Op
 from vidrial.report_page import Section, chart, page, table, text_of
 from vidrial.space import describe
@@ -160,11 +160,15 @@ def _words(config: Mapping[str, Any]) -> Iterator[str]:
 
 @dataclass(frozen=True)
 class Group:
-    """The trials of one problem on one device, one a config, fastest first; `label` tells it from the others, `length` places it."""
+    """The trials of one problem on one device, one a config, fastest first; `label` tells it from the others, `length` places it.
+
+    `series`: what it shares with others that differ in length only; a line joins these.
+    """
 
     label: str
     length: float
     rows: tuple[Row, ...]
+    series: str = ""
 
     @property
     def timed(self) -> tuple[Row, ...]:
@@ -190,11 +194,19 @@ def group(rows: Iterable[Row]) -> tuple[str, list[Group]]:
     one = next(iter(facts.values()))
     values = {n: len({fact[n] for fact in facts.values()}) for n in numeric}
     axis = max(numeric, key=values.__getitem__) if numeric else next((n for n in ("t", "n") if n in one), "problem")
+    # Of the other facts the ones that tell problems apart which those before them do not.
+    apart: list[str] = []
+    for name in (n for n in differ if n != axis):
+        if len({tuple(str(f.get(n)) for n in (*apart, name)) for f in facts.values()}) > len(
+            {tuple(str(f.get(n)) for n in apart) for f in facts.values()}
+        ):
+            apart.append(name)
     groups = []
     for number, (key, kept) in enumerate(problems.items(), 1):
         label = ", ".join(f"{n}={facts[key].get(n)}" for n in differ or [axis] if n in facts[key]) or f"problem {number}"
         ordered = tuple(sorted(kept.values(), key=lambda row: row.ms))
-        groups.append(Group(label, float(facts[key].get(axis, number)), ordered))
+        series = ", ".join(f"{n}={facts[key].get(n)}" for n in apart)
+        groups.append(Group(label, float(facts[key].get(axis, number)), ordered, series))
     return axis, sorted(groups, key=lambda g: (g.length, g.label))
 
 
@@ -209,53 +221,14 @@ def write_report(rows: Sequence[Row], out: Path) -> Path:
     axis, groups = group(rows)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(page(_title(rows), _summary(rows, groups), _sections(axis, groups)))
+        out.write_text(page(title(rows), _summary(rows, groups), _sections(axis, groups)))
     except OSError as error:
         raise SweepError(f"{out} cannot be written ({error}); give --out a place that can") from None
     return out
 
 
-def write_png(rows: Sequence[Row], out: Path) -> Path:
-    """Draw the time of every config by length as a PNG, and return its path.
-
-    Raises:
-        ToolchainError: matplotlib is missing. SweepError: nothing was timed, or the file cannot be written.
-    """
-    try:
-        from matplotlib.figure import Figure
-        from matplotlib.ticker import LogLocator
-    except ImportError as error:
-        raise ToolchainError(f"matplotlib cannot be imported ({error}); install it: pip install matplotlib") from None
-    axis, groups = group(rows)
-    timed = [g for g in groups if g.timed]
-    if not timed:
-        raise SweepError("no config was timed; there is nothing to plot")
-    figure = Figure(figsize=(8, 4.5), dpi=160, layout="constrained")
-    axes = figure.subplots()
-    for g in timed:
-        axes.scatter([g.length] * len(g.timed), [r.ms for r in g.timed], s=10, color="#9aa5b1", linewidths=0, zorder=2)
-    best = [(g.length, g.timed[0].ms) for g in timed]
-    axes.plot([x for x, _ in best], [y for _, y in best], color="#1f6feb", marker="o", markersize=4, zorder=3, label="fastest")
-    axes.set(xscale="log", yscale="log", xlabel=axis, ylabel="milliseconds")
-    axes.set_title(_title(rows), fontsize=9)
-    # A label an eighth of an octave from the last one would lie on it.
-    labelled = [x for n, (x, _) in enumerate(best) if n == 0 or x > 1.5 * best[n - 1][0]]
-    axes.set_xticks(labelled, [f"{x:g}" for x in labelled], rotation=45 if len(labelled) > 8 else 0)
-    axes.minorticks_off()
-    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=20))
-    axes.yaxis.set_major_formatter("{x:g}")
-    axes.grid(alpha=0.25, linewidth=0.5)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False)
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(out)
-    except OSError as error:
-        raise SweepError(f"{out} cannot be written ({error}); give --png a place that can") from None
-    return out
-
-
-def _title(rows: Sequence[Row]) -> str:
+def title(rows: Sequence[Row]) -> str:
+    """What was swept, on which devices."""
     names = {device.key: f"{device.name} ({device.key})" for device in TABLE}
     return f"{', '.join(sorted({r.op for r in rows}))} on {', '.join(sorted({names.get(r.device, r.device) for r in rows}))}"
 
@@ -276,7 +249,7 @@ def _summary(rows: Sequence[Row], groups: Sequence[Group]) -> list[str]:
 def _sections(axis: str, groups: Sequence[Group]) -> list[Section]:
     return [
         Section("Winners", _winners(groups)),
-        Section(f"Time of every config by {axis}", chart(axis, _points(groups))),
+        Section(f"Time of every config by {axis}", chart(axis, _points(groups), series=[g.series for g in groups if g.timed])),
         *([Section("How much slower than the fastest", ratios)] if (ratios := _ratios(axis, groups)) else []),
         Section("What failed or was rejected, and why", _failures(groups)),
         Section("Resources of the winners", _resources(groups)),
@@ -303,7 +276,7 @@ def _ratios(axis: str, groups: Sequence[Group]) -> str:
             if r.config in paths:
                 paths[r.config].append((g.length, r.ms / g.timed[0].ms))
     note = "<p>Each line is a config that is the fastest somewhere: where lines cross, another one takes over. Hover for the config.</p>"
-    return note + chart(axis, points, "times the fastest", paths)
+    return note + chart(axis, points, "times the fastest", paths, [g.series for g in timed])
 
 
 def _winners(groups: Sequence[Group]) -> str:

@@ -81,11 +81,15 @@ def text_of(x: float) -> str:
 
 
 def chart(
-    axis: str, groups: Sequence[Sequence[Point]], unit: str = "ms", paths: Mapping[str, Sequence[tuple[float, float]]] | None = None
+    axis: str,
+    groups: Sequence[Sequence[Point]],
+    unit: str = "ms",
+    paths: Mapping[str, Sequence[tuple[float, float]]] | None = None,
+    series: Sequence[str] | None = None,
 ) -> str:
-    """An SVG of milliseconds over lengths, both logarithmic: every (length, ms, hover text) a dot, the first of each group on a line.
+    """An SVG of milliseconds over lengths, both logarithmic: every (length, ms, hover text) a dot, the first of each group on the line of its series.
 
-    `unit`: what the heights are instead. `paths`: hover text -> the points of a thin line.
+    `unit`: what the heights are instead. `paths`: hover text -> the points of a thin line. `series`: of each group; by default all are one.
     """
     points = [p for g in groups for p in g if p[1] > 0]
     if not points:
@@ -104,7 +108,10 @@ def chart(
     for g in groups:
         parts += [_circle(x_scale(x), y_scale(ms), 4, "dot", hint) for x, ms, hint in g[1:] if ms > 0]
     best = [g[0] for g in groups if g and g[0][1] > 0]
-    parts.append(_path([(x_scale(x), y_scale(ms)) for x, ms, _ in best], "line", "the fastest"))
+    lines: dict[str, list[tuple[float, float]]] = {}
+    for g, name in zip(groups, series or [""] * len(groups), strict=True):
+        lines.setdefault(name, []).extend((x_scale(x), y_scale(ms)) for x, ms, _ in g[:1] if ms > 0)
+    parts += [_path(line, "line", f"the fastest, {name}" if name else "the fastest") for name, line in lines.items()]
     parts += [_circle(x_scale(x), y_scale(ms), 5, "best", hint) for x, ms, hint in best]
     note = "<p>Blue: the fastest; grey: every other config that passed its check. Both axes are logarithmic; hover for the config.</p>"
     svg = f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(unit)} by {escape(axis)}">{"".join(parts)}</svg>'
