@@ -136,6 +136,8 @@ def test_a_line_joins_problems_that_differ_in_length_only() -> None:
     wide = [dataclasses.replace(trial, problem=op.example(t=t, d=128)) for t in (1000, 3000) for trial in trials(t)]
     axis, groups = group(rows_of([*trials(5001), *trials(1000), *trials(65), *wide]))
     assert axis == "t" and [g.series for g in groups] == ["d=64", "d=128", "d=64", "d=128", "d=64"]
+    # e and scale go with d.
+    assert groups[1].label == "d=128, t=1000"
     svg = chart(axis, [[(g.length, 1.0, "x")] for g in groups], series=[g.series for g in groups])
     lines = re.findall(r'class="line" points="([^"]+)"><title>the fastest, d=(\d+)', svg)
     assert [(len(points.split()), d) for points, d in lines] == [(3, "64"), (2, "128")]

@@ -201,9 +201,10 @@ def group(rows: Iterable[Row]) -> tuple[str, list[Group]]:
             {tuple(str(f.get(n)) for n in apart) for f in facts.values()}
         ):
             apart.append(name)
+    names = [n for n in differ if n == axis or n in apart]
     groups = []
     for number, (key, kept) in enumerate(problems.items(), 1):
-        label = ", ".join(f"{n}={facts[key].get(n)}" for n in differ or [axis] if n in facts[key]) or f"problem {number}"
+        label = ", ".join(f"{n}={facts[key].get(n)}" for n in names or [axis] if n in facts[key]) or f"problem {number}"
         ordered = tuple(sorted(kept.values(), key=lambda row: row.ms))
         series = ", ".join(f"{n}={facts[key].get(n)}" for n in apart)
         groups.append(Group(label, float(facts[key].get(axis, number)), ordered, series))
