@@ -27,7 +27,7 @@ SOURCE = """// includes sha256:0
 #include <vidrial/smem.cuh>
 struct Args { float* out; int64_t n; };
 using Tile = vidrial::SmemTile<cutlass::half_t, cute::ComposedLayout<cute::Swizzle<3, 3, 3>, cute::_0,
-                               cute::Layout<cute::Shape<cute::_64, cute::_64>, cute::Stride<cute::_64, cute::_1>>>>;
+                               cute::Layout<cute::Shape<cute::Int<64>, cute::Int<64>>, cute::Stride<cute::Int<64>, cute::Int<1>>>>>;
 extern "C" __global__ void __launch_bounds__(128) tiny(__grid_constant__ Args const args) {
   __shared__ float row[128];
   int const t = threadIdx.x;

@@ -47,9 +47,14 @@ class Case:
 
 
 def text(file: str, *definitions: str) -> str:
-    """A unit's source: the prelude, the definitions that make it one case, and the file, whose lines errors name."""
-    head = ["#include <vidrial/prelude.cuh>", "#pragma nv_hdrstop", "#include <vidrial/shared_memory.cuh>"]
-    return "\n".join([*head, *definitions, f'#line 1 "{file}"', (FOLDER / file).read_text()])
+    """A unit's source: the prelude, the definitions that make it one case, and the file, whose lines errors name.
+
+    A unit that asks CuTe's traits gets CuTe's own headers, before the prelude.
+    """
+    unit = (FOLDER / file).read_text()
+    cute = ["#include <cute/layout.hpp>"] if "#include <cute/" in unit else []
+    head = [*cute, "#include <vidrial/prelude.cuh>", "#pragma nv_hdrstop", "#include <vidrial/shared_memory.cuh>"]
+    return "\n".join([*head, *definitions, f'#line 1 "{file}"', unit])
 
 
 def bf16_bits(x: Array) -> Array:

@@ -30,8 +30,8 @@ CUTE_DEVICE float exp2_approx(float x) { float r; asm("ex2.approx.ftz.f32 %0, %1
 CUTE_DEVICE int opaque(int x) { asm volatile("" : "+r"(x)); return x; }
 
 // What is written to these registers before, or read after it, stays on its side of this.
-CUTE_DEVICE void fence_registers(float (&x)[4]) { asm volatile("" : "+f"(x[0]), "+f"(x[1]), "+f"(x[2]), "+f"(x[3]) :: "memory"); }
-CUTE_DEVICE void fence_registers(uint32_t (&x)[4]) { asm volatile("" : "+r"(x[0]), "+r"(x[1]), "+r"(x[2]), "+r"(x[3]) :: "memory"); }
+CUTE_DEVICE void fence_registers(float (&x)[4]) { asm volatile("" : "+f"(x[0]), "+f"(x[1]), "+f"(x[2]), "+f"(x[3])); }
+CUTE_DEVICE void fence_registers(uint32_t (&x)[4]) { asm volatile("" : "+r"(x[0]), "+r"(x[1]), "+r"(x[2]), "+r"(x[3])); }
 
 // What this thread has written to shared memory is seen by wgmma and TMA, whose reads go another way; a barrier comes after it.
 CUTE_DEVICE void fence_async_proxy() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
