@@ -119,12 +119,18 @@ CUTE_DEVICE void power_attend(Args const& p) {
   if constexpr (Tiles::stateful) {
     PV::fence(o);
     if (has_state) {
-      if constexpr (kNormalized) {                     // l = q^T Z q
-        using QZ = typename Tiles::QZ;
-        typename Tiles::RowsZ load_x(smem + Smem::Q, thread, 0, 0);
-        CUTE_NO_UNROLL
-        for (int s = 0; s < Tiles::z_stages; ++s) {
-          int const stage = next(true);
+      using QZ = typename Tiles::QZ;
+      using PS = typename Tiles::PS;
+      typename PS::B load_s(ring, thread);
+      typename Tiles::RowsI load_i(smem + Smem::Q, thread, 0, 0);
+      typename Tiles::RowsJ load_j(smem + Smem::Q, thread, 0, 0);
+      typename Tiles::RowsZ load_x(smem + Smem::Q, thread, 0, 0);
+      uint32_t qi[M][2][4];
+      int i = 0, j = 0;
+      CUTE_NO_UNROLL
+      for (int s = 0; s < Tiles::z_stages + Tiles::s_stages; ++s) {
+        int const stage = next(true);
+        if (kNormalized && s < Tiles::z_stages) {      // l = q^T Z q
           CUTE_NO_UNROLL
           for (int c = 0; c < D; c += QZ::N * 8) {     // some columns of these rows of Z
             typename QZ::B load_z(ring, thread, 0, c);
@@ -168,17 +174,8 @@ CUTE_DEVICE void power_attend(Args const& p) {
               for (int m = 0; m < M; ++m) add(m, z[m]);
             }
           }
+          continue;
         }
-      }
-      using PS = typename Tiles::PS;
-      typename PS::B load_s(ring, thread);
-      typename Tiles::RowsI load_i(smem + Smem::Q, thread, 0, 0);
-      typename Tiles::RowsJ load_j(smem + Smem::Q, thread, 0, 0);
-      uint32_t qi[M][2][4];
-      int i = 0, j = 0;
-      CUTE_NO_UNROLL
-      for (int s = 0; s < Tiles::s_stages; ++s) {
-        int const stage = next(true);
         CUTE_NO_UNROLL
         for (int tile = 0; tile < Tiles::s_tiles; ++tile) {
           if (i == j) {                                // a new block I: its features, as pairs, for every row

@@ -83,8 +83,8 @@ struct TiledCopy {
       : source(origin + ThreadMap<Row>::at(thread) * row_stride + ThreadMap<Column>::at(thread)), step(RowStep * row_stride),
         target(tile + Tile::offset(ThreadMap<Row>::at(thread), ThreadMap<Column>::at(thread))), row(ThreadMap<Row>::at(thread)) {}
   CUTE_DEVICE void operator()(uint32_t stage, int rows) const {      // rows at and beyond `rows` become zero and are not read
-    // NOTE: a tile of 16 steps unrolled all the way costs 0.1 s of compile time and gains nothing: it is copied once.
-    _Pragma("unroll 4")
+    // NOTE: a tile of more steps, such as Q's, is copied once: unrolled, it costs up to 0.1 s of compile time and gains nothing.
+    _Pragma("unroll (Steps > 8 ? 1 : 4)")
     for (int i = 0; i < Steps; ++i) {
       Atom::copy(*reinterpret_cast<cute::uint128_t const*>(source + i * step), shared_vector(Tile::at(target, i * RowStep, 0) + stage), row + i * RowStep < rows);
     }
