@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
 from collections import Counter
+from itertools import product
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,10 +17,12 @@ from vidrial.kernels.power_retention.attend import Config as Attend
 from vidrial.kernels.power_retention.op import RELATIVE_BOUND, Config, check, example, op, reference, sample
 from vidrial.kernels.power_retention.scan import Config as Scan
 
+from vidrial.compile import CompilePool, Cubin, Job
 from vidrial.counts import Counts
 from vidrial.device import Device
 from vidrial.errors import LaunchError
 from vidrial.host import SCHEDULES, Schedule
+from vidrial.toolchain import vidrial_include
 
 H200 = Device.of("h200")
 SCAN = Scan(tokens=64, stages=4, warps=4, columns=64, segments=1, tiles=5, mma="wgmma")
@@ -192,3 +197,25 @@ def test_what_a_h200_is_predicted_to_take() -> None:
     assert half.attend.mma == half.scan.mma == "sync"
     assert op.predicted(example(t=65536, h=8), Device.of("a100")).attend.mma == "sync"
     assert attend.power_attend.reject(op.stages(example(t=5000), BOTH)[-1].problem, ATTEND, H200) is None
+
+
+def test_products_run_on(tmp_path: Path) -> None:
+    """ptxas makes each wgmma wait for the one before if registers of theirs are written or read in between (C7510 and on)."""
+    sources = {}
+    for (shape, config), gated in product(CASES.values(), (True, False)):
+        problem = example(**{"gated": gated} | shape)
+        stage = op.stages(problem, config)[-1]
+        if config.attend.mma == "wgmma":
+            sources[stage.kernel.source(stage.problem, stage.config)] = None
+    assert len(sources) > 20
+    # The same with scores that are read before they are waited for.
+    shutil.copytree(vidrial_include() / "vidrial", tmp_path / "vidrial")
+    header, right = tmp_path / "vidrial/power_attend.cuh", "else QK::template settle<1>();"
+    assert right in header.read_text()
+    header.write_text(header.read_text().replace(right, right.replace("1", "2")))
+    last = next(reversed(sources))
+    jobs = [Job(source.text, source.text, source.entry, "sm_90a") for source in sources]
+    with CompilePool() as pool:
+        for key, cubin in pool.compile_many([*jobs, Job("bad", last.text, last.entry, "sm_90a", includes=(str(tmp_path),))]):
+            assert isinstance(cubin, Cubin), cubin
+            assert ("serialized" in cubin.log) == (key == "bad"), cubin.log

@@ -96,8 +96,8 @@ ARGS = Arguments(
     y_stride="int64_t[3]",
     t="int",
     h="int",
-    hq="int",
     chunk="int",
+    chunks="int",
     weight_scale="float",
 )
 
@@ -221,7 +221,8 @@ def _by_wgmma(p: Problem, c: Config, *tiles: SmemLayout) -> Products:
 
 
 def grid(p: Problem, c: Config) -> tuple[int, int, int]:
-    return -(-p.t // c.rows), p.b * p.hq, 1
+    """Row blocks, query heads of a key head, key heads."""
+    return -(-p.t // c.rows), p.hq // p.h, p.b * p.h
 
 
 def rules(p: Problem, c: Config, device: Device) -> Iterator[tuple[bool, str]]:
@@ -304,5 +305,15 @@ def traffic(p: Problem, c: Config, tiles: Tiles) -> dict[str, Counts]:
 
 
 power_attend = Kernel(
-    "power_attend", Path(TEMPLATES, "power_attend.cu.j2"), Problem, Config, ARGS, tiles, grid, rules, cost, traffic=traffic
+    "power_attend",
+    Path(TEMPLATES, "power_attend.cu.j2"),
+    Problem,
+    Config,
+    ARGS,
+    tiles,
+    grid,
+    rules,
+    cost,
+    values=lambda p, c: {"chunks": p.chunks},
+    traffic=traffic,
 )

@@ -171,7 +171,7 @@ def warp() -> Case:
 
 
 def intrinsics() -> Case:
-    """Conversions bit by bit, 2^x to two units in the last place."""
+    """Conversions bit by bit, 2^x to two units in the last place, 1/x to one."""
     rng = np.random.default_rng(RNG_SEED)
     low = np.concatenate([rng.uniform(-8, 8, 61), [-127.5, 1.0 + 2.0**-8, 1.0 + 3 * 2.0**-8]]).astype(np.float32)
     high = np.concatenate([rng.uniform(-300, 300, 61), [0.0, -0.0, 65504.0]]).astype(np.float32)
@@ -190,9 +190,11 @@ def intrinsics() -> Case:
     ).astype(np.uint32)
     power = np.exp2(low.astype(np.float64))
     power[low < -126] = 0.0
-    floats = np.stack([h[0].astype(np.float64), h[1].astype(np.float64), power, values[0].astype(np.float64)])
+    inverse = 1 / (high + np.float32(0.5)).astype(np.float64)
+    floats = np.stack([h[0].astype(np.float64), h[1].astype(np.float64), power, values[0].astype(np.float64), inverse])
     tolerance = np.zeros_like(floats)
     tolerance[2] = power * 2.0**-22
+    tolerance[4] = np.abs(inverse) * 2.0**-23
     arrays = [low, high, np.zeros_like(bits), np.full(floats.shape, np.nan, np.float32)]
     return Case("intrinsics", text("intrinsics.cu"), 64, 0, arrays, (64,), {2: (bits, 0.0), 3: (floats, tolerance)})
 

@@ -18,6 +18,7 @@ extern "C" __global__ void __launch_bounds__(64) unit(__grid_constant__ Args con
     args.floats[n + i] = high_fp16(h);
     args.floats[2 * n + i] = exp2_approx(low);
     args.floats[3 * n + i] = bits_as_float(b << 16);
+    args.floats[4 * n + i] = reciprocal_approx(high + 0.5f);
   }
   uint32_t const base = shared_address(exchange);
   store_shared(base + 4 * thread, uint32_t(thread));

@@ -11,17 +11,21 @@ CUTE_DEVICE void* shared_pointer(uint32_t address) { return __cvta_shared_to_gen
 CUTE_DEVICE uint32_t shared_address(void const* pointer) { return uint32_t(__cvta_generic_to_shared(pointer)); }
 
 // Two floats rounded to nearest even; `low` lands in the lower half.
-CUTE_DEVICE uint32_t pack_bf16(float low, float high) { uint32_t r; asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(high), "f"(low)); return r; }
+// NOTE: volatile, as the product below: both make operands of wgmma, which have to be there before its `arrive`.
+CUTE_DEVICE uint32_t pack_bf16(float low, float high) { uint32_t r; asm volatile("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(high), "f"(low)); return r; }
 CUTE_DEVICE uint32_t pack_fp16(float low, float high) { uint32_t r; asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(high), "f"(low)); return r; }
 CUTE_DEVICE float low_fp16(uint32_t x) { float r; asm("{.reg .b16 l, h; mov.b32 {l, h}, %1; cvt.f32.f16 %0, l;}" : "=f"(r) : "r"(x)); return r; }
 CUTE_DEVICE float high_fp16(uint32_t x) { float r; asm("{.reg .b16 l, h; mov.b32 {l, h}, %1; cvt.f32.f16 %0, h;}" : "=f"(r) : "r"(x)); return r; }
 
 // Element-wise product of two pairs, one rounding.
-CUTE_DEVICE uint32_t multiply_bf16(uint32_t a, uint32_t b) { uint32_t r; asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(r) : "r"(a), "r"(b), "r"(0x80008000u)); return r; }
+CUTE_DEVICE uint32_t multiply_bf16(uint32_t a, uint32_t b) { uint32_t r; asm volatile("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(r) : "r"(a), "r"(b), "r"(0x80008000u)); return r; }
 
 // One half in both halves. NOTE: written as moves, ptxas folds it into the operand of the multiplication; __byte_perm it does not.
 CUTE_DEVICE uint32_t splat_low(uint32_t x) { uint32_t r; asm("{.reg .b16 l, h; mov.b32 {l, h}, %1; mov.b32 %0, {l, l};}" : "=r"(r) : "r"(x)); return r; }
 CUTE_DEVICE uint32_t splat_high(uint32_t x) { uint32_t r; asm("{.reg .b16 l, h; mov.b32 {l, h}, %1; mov.b32 %0, {h, h};}" : "=r"(r) : "r"(x)); return r; }
+
+// 1/x, one ulp. NOTE: a division, rounded to nearest, has a subroutine for odd cases: 40 instructions each, and a call.
+CUTE_DEVICE float reciprocal_approx(float x) { float r; asm("rcp.approx.f32 %0, %1;" : "=f"(r) : "f"(x)); return r; }
 
 // 2^x, two ulp, subnormal results flushed to zero.
 CUTE_DEVICE float exp2_approx(float x) { float r; asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(x)); return r; }
@@ -31,7 +35,6 @@ CUTE_DEVICE int opaque(int x) { asm volatile("" : "+r"(x)); return x; }
 
 // What is written to these registers before, or read after it, stays on its side of this.
 CUTE_DEVICE void fence_registers(float (&x)[4]) { asm volatile("" : "+f"(x[0]), "+f"(x[1]), "+f"(x[2]), "+f"(x[3])); }
-CUTE_DEVICE void fence_registers(uint32_t (&x)[4]) { asm volatile("" : "+r"(x[0]), "+r"(x[1]), "+r"(x[2]), "+r"(x[3])); }
 
 // What this thread has written to shared memory is seen by wgmma and TMA, whose reads go another way; a barrier comes after it.
 CUTE_DEVICE void fence_async_proxy() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }

@@ -43,8 +43,8 @@ CUTE_DEVICE void power_attend(Args const& p) {
   VIDRIAL_SHARED_MEMORY(raw);
 
   int const thread = threadIdx.x, lane = thread % 32, warp = __shfl_sync(~0u, thread / 32, 0);
-  int const group = p.hq / p.h, batch = blockIdx.y / p.hq, q_head = blockIdx.y % p.hq, kv_head = q_head / group, head = batch * p.h + kv_head;
-  int const m0 = blockIdx.x * kRows, chunk = m0 / p.chunk, c0 = chunk * p.chunk, chunks = (p.t + p.chunk - 1) / p.chunk;
+  int const head = blockIdx.z, batch = head / p.h, kv_head = head - batch * p.h, q_head = kv_head * gridDim.y + blockIdx.y, chunks = p.chunks;
+  int const m0 = blockIdx.x * kRows, chunk = m0 / p.chunk, c0 = chunk * p.chunk;
   int const before = (m0 - c0) / kKeys, key_blocks = (min(m0 + kRows, p.t) - c0 + kKeys - 1) / kKeys;
   // NOTE: rows of the gates' tables fit an int, since the arrays have at most 2^31 elements; two pointers would be two registers more each.
   int const gates = head * chunks * p.chunk;
@@ -119,18 +119,12 @@ CUTE_DEVICE void power_attend(Args const& p) {
   if constexpr (Tiles::stateful) {
     PV::fence(o);
     if (has_state) {
-      using QZ = typename Tiles::QZ;
-      using PS = typename Tiles::PS;
-      typename PS::B load_s(ring, thread);
-      typename Tiles::RowsI load_i(smem + Smem::Q, thread, 0, 0);
-      typename Tiles::RowsJ load_j(smem + Smem::Q, thread, 0, 0);
-      typename Tiles::RowsZ load_x(smem + Smem::Q, thread, 0, 0);
-      uint32_t qi[M][2][4];
-      int i = 0, j = 0;
-      CUTE_NO_UNROLL
-      for (int s = 0; s < Tiles::z_stages + Tiles::s_stages; ++s) {
-        int const stage = next(true);
-        if (kNormalized && s < Tiles::z_stages) {      // l = q^T Z q
+      if constexpr (kNormalized) {                     // l = q^T Z q
+        using QZ = typename Tiles::QZ;
+        typename Tiles::RowsZ load_x(smem + Smem::Q, thread, 0, 0);
+        CUTE_NO_UNROLL
+        for (int s = 0; s < Tiles::z_stages; ++s) {
+          int const stage = next(true);
           CUTE_NO_UNROLL
           for (int c = 0; c < D; c += QZ::N * 8) {     // some columns of these rows of Z
             typename QZ::B load_z(ring, thread, 0, c);
@@ -174,8 +168,17 @@ CUTE_DEVICE void power_attend(Args const& p) {
               for (int m = 0; m < M; ++m) add(m, z[m]);
             }
           }
-          continue;
         }
+      }
+      using PS = typename Tiles::PS;
+      typename PS::B load_s(ring, thread);
+      typename Tiles::RowsI load_i(smem + Smem::Q, thread, 0, 0);
+      typename Tiles::RowsJ load_j(smem + Smem::Q, thread, 0, 0);
+      uint32_t qi[M][2][4];
+      int i = 0, j = 0;
+      CUTE_NO_UNROLL
+      for (int s = 0; s < Tiles::s_stages; ++s) {
+        int const stage = next(true);
         CUTE_NO_UNROLL
         for (int tile = 0; tile < Tiles::s_tiles; ++tile) {
           if (i == j) {                                // a new block I: its features, as pairs, for every row
@@ -302,7 +305,6 @@ CUTE_DEVICE void power_attend(Args const& p) {
         weigh(m, s);
         CUTE_UNROLL
         for (int k = 0; k < kKeys / 16; ++k) pack(s, k, fp[m][k]);
-        PV::fence(fp[m]);
         if (m + 1 < M) {
           QK::product(s, load_q, m + 1, 0, load_k, at);
         }
@@ -342,7 +344,7 @@ CUTE_DEVICE void power_attend(Args const& p) {
       float norm = l[m][h];
       norm += __shfl_xor_sync(~0u, norm, 1);
       norm += __shfl_xor_sync(~0u, norm, 2);
-      float const f = kNormalized ? p.weight_scale / fmaxf(norm * p.weight_scale, kLowestNormaliser) : p.weight_scale;
+      float const f = kNormalized ? p.weight_scale * reciprocal_approx(fmaxf(norm * p.weight_scale, kLowestNormaliser)) : p.weight_scale;
       int const r = PV::row_of(m, 2 * h);
       if (row + r < p.t) {
         CUTE_UNROLL

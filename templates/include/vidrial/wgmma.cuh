@@ -38,7 +38,6 @@ struct WarpgroupMma {
   CUTE_DEVICE static void step(float (&c)[M][N][4], uint32_t (&a)[M][4], B const& b, uint32_t stage, int k) { step<M>(c, 0, a, b, stage, k); }
   template <int Count>
   CUTE_DEVICE static void step(float (&c)[M][N][4], int m, uint32_t (&a)[Count][4], B const& b, uint32_t stage, int k) {
-    fence(a);
     cute::warpgroup_arrive();
     uint64_t const at = b(stage, k);
     CUTE_UNROLL
@@ -65,10 +64,10 @@ struct WarpgroupMma {
 
   template <int Groups>
   CUTE_DEVICE static void settle() { cute::warpgroup_wait<Groups>(); }
-  // What is written to registers before this, or read after it, stays on its side.
-  // NOTE: an operand made later than `arrive`, and ptxas serialises all wgmmas (C7513).
-  template <class T, int R>
-  CUTE_DEVICE static void fence(T (&c)[R][4]) {
+  // What is written to accumulators before this, or read after it, stays on its side. Operands in registers need no fence: what makes
+  // them is volatile. NOTE: one made later than `arrive`, and ptxas serialises all wgmmas (C7513).
+  template <int R>
+  CUTE_DEVICE static void fence(float (&c)[R][4]) {
     CUTE_UNROLL
     for (int n = 0; n < R; ++n) fence_registers(c[n]);
   }

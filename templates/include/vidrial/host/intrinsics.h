@@ -40,6 +40,8 @@ inline void fence_registers(T (&)[4]) {}
 
 inline void fence_async_proxy() { host::fence_async_proxy(); }
 
+inline float reciprocal_approx(float x) { return 1.0f / x; }
+
 inline float exp2_approx(float x) {
   float const y = exp2f(x);
   return y < 0x1p-126f ? 0.0f : y;
