@@ -28,7 +28,7 @@ from vidrial.toolchain import Toolchain, nvrtc
 
 # NOTE: without --no-cache NVRTC has a cache of its own beside the driver's, and what comes out of that says nothing of registers and spills.
 OPTIONS = ("-std=c++17", "-default-device", "--ptxas-options=-v", "--no-cache")
-# The default heap of 256 MB is too small for the larger preludes: then nothing is precompiled and the source compiles twice.
+# The default heap of 256 MB is too small where a kernel includes much of CuTe: then nothing is precompiled and the source compiles twice.
 PCH_HEAP_BYTES = 1 << 29
 # Suppressed: the remark that nothing after a #line can be precompiled.
 PCH_OPTIONS = ("--pch", "--pch-messages=false", "-diag-suppress=20283")
