@@ -3,8 +3,8 @@
     python benchmarks/compile.py            # a few minutes; writes results/compile.json
     python benchmarks/compile.py --quick    # under a minute: one architecture, d = 64, one compile each
 
-Each source is compiled in a fresh process: first without precompiled headers, then with (the first such compile makes the header
-and is reported apart). Seconds are medians; `cpu` is the processor time of the process, which a busy machine does not stretch.
+Each source is compiled in a fresh process, set up as a worker of `CompilePool`: first without precompiled headers, then with (the first
+such compile makes the header and is reported apart). Seconds are medians; `cpu` is the processor time of the process, which a busy machine does not stretch.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from vidrial.templates import TEMPLATES
 
 from benchmarks.common import RESULTS, command_line, date, table
 from benchmarks.styles import pairs
-from vidrial.compile import compile_source
+from vidrial.compile import compile_source, worker_environment
 from vidrial.device import Device
 from vidrial.kernel import Kernel
 from vidrial.registry import find_op
@@ -146,7 +146,7 @@ def measure(unit: Unit, repeats: int) -> Row:
         text=True,
         check=False,
         cwd=ROOT,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        env=worker_environment() | {"PYTHONPATH": str(ROOT)},
     )
     if done.returncode:
         raise SystemExit(f"{unit.name} ({unit.style}, {unit.arch}) failed:\n{done.stderr[-2000:]}")

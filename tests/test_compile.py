@@ -15,7 +15,7 @@ import pytest
 
 from vidrial import build as build_module
 from vidrial import toolchain
-from vidrial.compile import CompilePool, Cubin, Job, Resources, compile_source, cubin_key
+from vidrial.compile import MALLOC, CompilePool, Cubin, Job, Resources, compile_source, cubin_key, worker_environment
 from vidrial.errors import CompileError, ToolchainError
 from vidrial.render import Source
 from vidrial.store import Store
@@ -252,3 +252,16 @@ def test_workers_die_with_their_parent(number: int) -> None:
     while (Path(f"/proc/{workers[0]}").exists() or Path(folder[0]).exists()) and time.monotonic() < deadline:
         time.sleep(0.05)
     assert not Path(f"/proc/{workers[0]}").exists() and not Path(folder[0]).exists()
+
+
+def test_a_worker_keeps_its_memory_unless_told_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("GLIBC_TUNABLES", raising=False)
+    assert worker_environment()["GLIBC_TUNABLES"] == MALLOC
+    monkeypatch.setenv("GLIBC_TUNABLES", "glibc.malloc.arena_max=4")
+    assert worker_environment()["GLIBC_TUNABLES"] == f"{MALLOC}:glibc.malloc.arena_max=4"
+    with CompilePool(1) as pool:
+        ((_, cubin),) = pool.compile_many([Job("k", source(1), "tiny", "sm_90a")])
+        assert isinstance(cubin, Cubin)
+        environment = Path(f"/proc/{pool._idle[0].process.pid}/environ").read_bytes()
+    # glibc may have put zeros where the colons were.
+    assert f"\0GLIBC_TUNABLES={MALLOC.partition(':')[0]}".encode() in b"\0" + environment

@@ -33,6 +33,8 @@ PCH_HEAP_BYTES = 1 << 29
 # Suppressed: the remark that nothing after a #line can be precompiled.
 PCH_OPTIONS = ("--pch", "--pch-messages=false", "-diag-suppress=20283")
 HEADER_STOP = "#pragma nv_hdrstop\n"
+# A compile asks for the same memory as the one before: kept by malloc, in large pages, it costs 4 % less time. Other C libraries ignore this.
+MALLOC = "glibc.malloc.hugetlb=1:glibc.malloc.mmap_threshold=33554432:glibc.malloc.top_pad=16777216:glibc.malloc.trim_threshold=4294967296"
 TIMEOUT_SECONDS = 120.0
 
 _ERROR = re.compile(r"^(?P<file>[^\s(][^(\n]*)\((?P<line>\d+)\): (?:catastrophic )?error(?: #[\w-]+)?: (?P<text>.*)$", re.MULTILINE)
@@ -156,6 +158,11 @@ def _headers_first(source: str) -> str:
     return "\n".join(includes) + f'\n{HEADER_STOP}#line 1 "kernel.cu"\n{head}\n{body}'
 
 
+def worker_environment() -> dict[str, str]:
+    """The environment of a process that compiles many; what GLIBC_TUNABLES says already counts more."""
+    return os.environ | {"GLIBC_TUNABLES": ":".join(filter(None, (MALLOC, os.environ.get("GLIBC_TUNABLES"))))}
+
+
 @lru_cache
 def _reserve_pch_heap() -> None:
     """Enlarge the heap of precompiled headers, in the very library that CuPy loaded, before it first compiles."""
@@ -245,6 +252,7 @@ class _Worker:
             [sys.executable, "-c", self.PROGRAM, *arguments, *sys.path],
             pass_fds=[theirs.fileno()],
             stdin=subprocess.DEVNULL,
+            env=worker_environment(),
             start_new_session=True,
         )
         theirs.close()
