@@ -4,7 +4,8 @@
     python benchmarks/compile.py --quick    # under a minute: one architecture, d = 64, one compile each
 
 Each source is compiled in a fresh process, set up as a worker of `CompilePool`: first without precompiled headers, then with (the first
-such compile makes the header and is reported apart). Seconds are medians; `cpu` is the processor time of the process, which a busy machine does not stretch.
+such compile makes the header and is reported apart). Seconds are medians; `cpu` is the processor time of the process, which a busy machine
+does not stretch.
 """
 
 from __future__ import annotations
