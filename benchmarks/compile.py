@@ -29,13 +29,14 @@ from vidrial.templates import TEMPLATES
 
 from benchmarks.common import RESULTS, command_line, date, table
 from benchmarks.styles import pairs
-from vidrial.compile import compile_source, worker_environment
+from vidrial.build.nvrtc import compile_source
+from vidrial.build.pool import worker_environment
+from vidrial.build.toolchain import Toolchain
 from vidrial.device import Device
-from vidrial.kernel import Kernel
-from vidrial.registry import find_op
-from vidrial.render import Source
-from vidrial.space import describe
-from vidrial.toolchain import Toolchain
+from vidrial.spec.choices import describe
+from vidrial.spec.kernel import Kernel
+from vidrial.spec.registry import find_op
+from vidrial.spec.source import Source
 
 ROOT = Path(__file__).parent.parent
 DEVICES = {"sm_90a": "h200", "sm_80": "a100"}

@@ -27,10 +27,10 @@ from benchmarks.peers import OverBudget, compile_ahead, inputs, peer_errors, ret
 from benchmarks.record import CUBLAS, OURS, PEER, SDPA, Book, Entry, Row, plot, show
 from vidrial.call import cuda_plan
 from vidrial.device import Device
-from vidrial.plan import CudaPlan
-from vidrial.ranking import pick
-from vidrial.space import describe
-from vidrial.timing import CudaClock, Timing, drift, measure, slowdowns
+from vidrial.runtime.plan import CudaPlan
+from vidrial.spec.choices import describe
+from vidrial.tune.pick import pick
+from vidrial.tune.timing import CudaClock, Timing, drift, measure, slowdowns
 
 WARM_SECONDS, CASE_MS, CALL_MS, LEAST_ROUNDS = 1.0, 4000.0, 150.0, 5
 CUBLAS_SIZE = 8192

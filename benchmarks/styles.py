@@ -6,10 +6,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vidrial.atoms import MMA_16x8x16, cp_async
 from vidrial.dtypes import DType
-from vidrial.render import Arguments, Source, Tiles, render
-from vidrial.tiled import SharedMemory, SmemLayout, TiledCopy, TiledMma
+from vidrial.layout.atoms import MMA_16x8x16, cp_async
+from vidrial.layout.copies import TiledCopy
+from vidrial.layout.mma import TiledMma
+from vidrial.layout.smem import SharedMemory, SmemLayout
+from vidrial.spec.source import Arguments, Source, Tiles, render
 
 HERE = Path(__file__).parent
 BF16 = DType.bfloat16

@@ -68,7 +68,7 @@ def calls() -> dict[str, Any]:
     from vidrial.kernels.power_retention.op import example, op
 
     from vidrial.call import cuda_plan
-    from vidrial.space import describe
+    from vidrial.spec.choices import describe
 
     x = inputs(CASE)
     problem = example(t=CASE.t, b=CASE.b, h=CASE.h, d=CASE.d)

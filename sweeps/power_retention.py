@@ -17,13 +17,14 @@ from typing import Any
 from vidrial.kernels.power_retention.op import example, op
 from vidrial.sweeps.common import RESULTS, copy_journal, copy_out, facts, table, this_device, write_json
 
+from vidrial.build.files import check_writable
 from vidrial.device import Device
 from vidrial.errors import VidrialError
-from vidrial.files import check_writable
-from vidrial.ranking import publish
-from vidrial.space import describe
-from vidrial.sweep import Options, sweep_lengths
-from vidrial.sweep_result import SweepResult
+from vidrial.spec.choices import describe
+from vidrial.tune.options import Options
+from vidrial.tune.ranking import publish
+from vidrial.tune.result import SweepResult
+from vidrial.tune.sweeper import sweep_lengths
 
 JOBS, TRIALS = 16, 48
 # Problems of one head size share their static facts, and so their binaries. In a group the problems that the benchmarks name come first,

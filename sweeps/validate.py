@@ -30,19 +30,20 @@ from typing import Any
 from vidrial.kernels.power_retention.op import Config, Problem, example, op, rules
 from vidrial.sweeps.common import RESULTS, copy_journal, copy_out, facts, table, this_device, write_json
 
-from vidrial.build import build_many
-from vidrial.compile import Cubin
+from vidrial.build.cubins import build_many
+from vidrial.build.nvrtc import Cubin
 from vidrial.device import Device
 from vidrial.errors import SweepError, VidrialError
-from vidrial.names import reference_of
-from vidrial.op import Stage
-from vidrial.problem import StaticView
-from vidrial.ranking import Pick, forget, leading, pick, shipped
-from vidrial.search import Search
-from vidrial.space import describe
-from vidrial.sweep import sweep
-from vidrial.trial import Status, latest
-from vidrial.worker import CUDA_BENCH, Job, Workers
+from vidrial.spec.choices import describe
+from vidrial.spec.fields import StaticView
+from vidrial.spec.op import Stage
+from vidrial.spec.registry import reference_of
+from vidrial.tune.pick import Pick, pick
+from vidrial.tune.ranking import forget, leading, shipped
+from vidrial.tune.search import Search
+from vidrial.tune.sweeper import sweep
+from vidrial.tune.trial import Status, latest
+from vidrial.tune.workers import CUDA_BENCH, Job, Workers
 
 BENCH = CUDA_BENCH
 JOBS, TRIALS, LIMIT, SEARCH_CASES = 16, 48, 20.0, ({"t": 10007}, {"t": 4096, "b": 8}, {"t": 1000})

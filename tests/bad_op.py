@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 
 from vidrial.dtypes import DType
-from vidrial.kernel import Kernel
-from vidrial.op import Buffer, Check, Op
-from vidrial.problem import choice, dynamic, static
-from vidrial.render import Arguments, Tiles
-from vidrial.tiled import SharedMemory
+from vidrial.layout.smem import SharedMemory
+from vidrial.spec.fields import choice, dynamic, static
+from vidrial.spec.kernel import Kernel
+from vidrial.spec.op import Buffer, Check, Op
+from vidrial.spec.source import Arguments, Tiles
 
 NONE, WRONG, TAIL, OUTSIDE, RANDOM, FAULT, HANG, SMEM = range(8)
 ARGS = Arguments(x="int const*", y="int*", n="int")

@@ -18,13 +18,13 @@ import numpy as np
 from vidrial.device import Device
 from vidrial.dtypes import DType
 from vidrial.errors import LaunchError
-from vidrial.kernel import Kernel
-from vidrial.op import Buffer, Check, Op, Stage
-from vidrial.problem import choice, dynamic, part, static
-from vidrial.render import Arguments, Tiles
-from vidrial.space import Cost
-from vidrial.timing import Timing
-from vidrial.worker import Job, Verdict
+from vidrial.spec.cost import Cost
+from vidrial.spec.fields import choice, dynamic, part, static
+from vidrial.spec.kernel import Kernel
+from vidrial.spec.op import Buffer, Check, Op, Stage
+from vidrial.spec.source import Arguments, Tiles
+from vidrial.tune.timing import Timing
+from vidrial.tune.workers import Job, Verdict
 
 TEMPLATE = Path(__file__).parent / "fake_op.cu.j2"
 H200 = Device.of("h200")

@@ -8,9 +8,9 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from vidrial.device import Device
-from vidrial.op import Check, Op
-from vidrial.timing import Timing
-from vidrial.worker import Job, Verdict
+from vidrial.spec.op import Check, Op
+from vidrial.tune.timing import Timing
+from vidrial.tune.workers import Job, Verdict
 
 H200 = Device.of("h200")
 

@@ -13,9 +13,11 @@ import numpy as np
 from test_call import H200, Driver, Runtime, Tensor, Torch
 from vidrial.kernels.power_retention import power_retention
 
-from vidrial import build, kernel, plan
+from vidrial.build import cubins as build
 from vidrial.device import Device
-from vidrial.launch import Binary
+from vidrial.runtime import plan
+from vidrial.runtime.launch import Binary
+from vidrial.spec import kernel
 
 
 def main() -> None:

@@ -25,6 +25,11 @@ class Killer:
                 words = (folder / "cmdline").read_bytes().split(b"\0")
             except OSError:
                 continue
-            if len(words) > 8 and b"vidrial.worker" in words[2] and words[4] == b"%d" % os.getpid() and words[7] == b"%d" % self.index:
+            if (
+                len(words) > 8
+                and b"vidrial.tune.workers" in words[2]
+                and words[4] == b"%d" % os.getpid()
+                and words[7] == b"%d" % self.index
+            ):
                 os.kill(int(folder.name), signal.SIGKILL)
                 self.killed.append(int(folder.name))

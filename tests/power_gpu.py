@@ -7,12 +7,12 @@ import os
 import numpy as np
 from vidrial.kernels.power_retention.op import RELATIVE_BOUND, Config, Problem, check, op, reference
 
-from vidrial.build import build_many
-from vidrial.compile import Cubin
+from vidrial.build.cubins import build_many
+from vidrial.build.nvrtc import Cubin
 from vidrial.device import Device
 from vidrial.dtypes import DType
-from vidrial.plan import CudaPlan
-from vidrial.space import describe
+from vidrial.runtime.plan import CudaPlan
+from vidrial.spec.choices import describe
 
 Arrays = dict[str, np.ndarray]
 GUARD = 4096  # bytes before and behind every array: all bits set, so NaN to whoever reads them

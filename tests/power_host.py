@@ -7,12 +7,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from vidrial.kernels.power_retention.op import RELATIVE_BOUND, Config, Problem, check, chunk_tokens, op, reference
-from vidrial.templates import TEMPLATES
 
-from vidrial import plan as plans
-from vidrial.host import SCHEDULES, HostStats, Schedule
-from vidrial.plan import HostPlan, poison
+from vidrial.host.plan import HostPlan, poison
+from vidrial.host.target import SCHEDULES, HostStats, Schedule
+from vidrial.kernels.power_retention.op import RELATIVE_BOUND, Config, Problem, check, chunk_tokens, op, reference
+from vidrial.runtime import plan as plans
+from vidrial.templates import TEMPLATES
 
 Arrays = dict[str, np.ndarray]
 
@@ -41,12 +41,12 @@ def assert_right(p: Problem, config: Config, inputs: Arrays, results: Arrays) ->
 
 
 def plant(monkeypatch: pytest.MonkeyPatch, name: str, right: str, wrong: str) -> None:
-    """From here on, in every plan, `wrong` stands in `vidrial/<name>.cuh` where `right` stands."""
-    header = Path(TEMPLATES, "include", "vidrial", f"{name}.cuh").read_text()
+    """From here on, in every plan, `wrong` stands in `<name>.cuh` where `right` stands."""
+    header = Path(TEMPLATES, "power_retention", f"{name}.cuh").read_text()
     assert header.count(right) == 1
     compile_host = plans.compile_host
 
     def compile_wrong(text: str, *arguments: Any, **options: Any) -> Any:
-        return compile_host(text.replace(f"#include <vidrial/{name}.cuh>", header.replace(right, wrong)), *arguments, **options)
+        return compile_host(text.replace(f'#include "{name}.cuh"', header.replace(right, wrong)), *arguments, **options)
 
     monkeypatch.setattr(plans, "compile_host", compile_wrong)

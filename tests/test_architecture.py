@@ -77,7 +77,7 @@ def writes(event, arguments):
 
 sys.addaudithook(lambda event, arguments: seen.append((event, str(arguments[0]))) if event in EVENTS or writes(event, arguments) else None)
 sys.dont_write_bytecode = True
-import vidrial.cli, vidrial.sweep, vidrial.kernels.power_retention
+import vidrial.cli.main, vidrial.tune.sweeper, vidrial.kernels.power_retention
 print(seen)
 """
     ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=ROOT)

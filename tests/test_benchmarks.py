@@ -17,7 +17,7 @@ from benchmarks.common import CASES, Case, Work, geometric_mean, short, slug, ta
 from benchmarks.peers import OverBudget, peer_errors, within
 from benchmarks.record import CUBLAS, CUBLAS_FLOPS, Book, Entry, Row, plot, show, summary
 from vidrial.device import Device
-from vidrial.host import compile_host
+from vidrial.host.target import compile_host
 
 
 def row(case: Case, ms: float, peer: float | None = None) -> Row:

@@ -24,15 +24,18 @@ from fake_op import Config, example, op
 from vidrial.kernels.power_retention.op import example as power_example
 from vidrial.kernels.power_retention.op import op as power_op
 
-from vidrial import arrays, call, plan, ranking
-from vidrial.arrays import CPU, Facts, as_array, contiguous_strides, survey
+from vidrial import call
 from vidrial.device import Device
 from vidrial.dtypes import DType
 from vidrial.errors import ArgumentError, FrozenError
-from vidrial.launch import Binary
-from vidrial.ranking import Ranking, forget, freeze
-from vidrial.timing import Timing
-from vidrial.trial import Status, Trial
+from vidrial.runtime import arrays, plan
+from vidrial.runtime.arrays import CPU, Facts, as_array, contiguous_strides, survey
+from vidrial.runtime.launch import Binary
+from vidrial.tune import ranking
+from vidrial.tune.pick import freeze
+from vidrial.tune.ranking import Ranking, forget
+from vidrial.tune.timing import Timing
+from vidrial.tune.trial import Status, Trial
 
 H200 = Device.of("h200")
 SCRATCH = 1 << 40

@@ -67,7 +67,7 @@ def test_a_bad_value_names_its_variable(name: str, value: str) -> None:
 
 def test_nothing_is_read_at_import() -> None:
     program = (
-        "import sys, vidrial, vidrial.compile, vidrial.launch, vidrial.store\n"
+        "import sys, vidrial, vidrial.build.nvrtc, vidrial.runtime.launch, vidrial.build.store\n"
         "assert not {'cupy', 'torch', 'numpy', 'jinja2'} & set(sys.modules), sys.modules.keys()"
     )
     environment = os.environ | {"VIDRIAL_JOBS": "nonsense", "PYTHONPATH": str(Path(__file__).parent.parent)}

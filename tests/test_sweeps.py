@@ -16,11 +16,12 @@ from fake_power import H200
 from vidrial.kernels.power_retention.op import example, op
 from vidrial.sweeps import power_retention, validate
 
-from vidrial import ranking
-from vidrial.compile import Cubin, Resources
+from vidrial.build.nvrtc import Cubin, Resources
 from vidrial.device import Device
-from vidrial.ranking import forget, pick
-from vidrial.sweep import sweep, sweep_lengths
+from vidrial.tune import ranking
+from vidrial.tune.pick import pick
+from vidrial.tune.ranking import forget
+from vidrial.tune.sweeper import sweep, sweep_lengths
 
 CUBIN = Cubin(b"", "sm_90a", Resources(0, 0, 0, 0, 0), "", 0.0)
 FAKE: dict[str, Any] = {"bench": "fake_power:Bench", "device": H200}

@@ -6,7 +6,6 @@ Public names are resolved on first use: importing Vidrial touches no GPU, no fil
 from __future__ import annotations
 
 import importlib
-from pathlib import Path
 from typing import Any
 
 __version__ = "1.0.0"
@@ -14,39 +13,34 @@ __version__ = "1.0.0"
 PUBLIC = {
     "apply": "call",
     "ArgumentError": "errors",
-    "Arguments": "render",
-    "as_array": "arrays",
-    "Binary": "launch",
-    "Buffer": "op",
-    "Check": "op",
-    "choice": "problem",
-    "contiguous": "arrays",
-    "Cost": "space",
+    "Arguments": "spec.source",
+    "as_array": "runtime.arrays",
+    "Binary": "runtime.launch",
+    "Buffer": "spec.op",
+    "Check": "spec.op",
+    "choice": "spec.fields",
+    "contiguous": "runtime.arrays",
+    "Cost": "spec.cost",
     "Device": "device",
     "DType": "dtypes",
-    "dynamic": "problem",
-    "freeze": "ranking",
-    "Geometry": "launch",
-    "give_back": "arrays",
-    "Kernel": "kernel",
-    "Op": "op",
-    "part": "problem",
+    "dynamic": "spec.fields",
+    "freeze": "tune.pick",
+    "Geometry": "spec.kernel",
+    "give_back": "runtime.arrays",
+    "Kernel": "spec.kernel",
+    "Op": "spec.op",
+    "part": "spec.fields",
     "prepare": "call",
     "Settings": "settings",
-    "specialize": "problem",
-    "Stage": "op",
-    "static": "problem",
-    "Store": "store",
-    "Tiles": "render",
-    "Toolchain": "toolchain",
+    "specialize": "spec.fields",
+    "Stage": "spec.op",
+    "static": "spec.fields",
+    "Store": "build.store",
+    "Tiles": "spec.source",
+    "Toolchain": "build.toolchain",
     "use_target": "call",
     "VidrialError": "errors",
 }
-
-# In a source tree `vidrial.kernels` and `vidrial.templates` are the folders beside `vidrial/`; an installed package has them inside.
-_ROOT = Path(__file__).parent.parent
-if (_ROOT / "pyproject.toml").is_file():
-    __path__.append(str(_ROOT))
 
 
 def __getattr__(name: str) -> Any:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from vidrial.cli import main
+from vidrial.cli.main import main
 
 if __name__ == "__main__":
     main()

@@ -9,14 +9,16 @@ from typing import Any
 
 import numpy as np
 
-from vidrial.arrays import CPU, Array, current_stream, empty, own, release, scratch
 from vidrial.device import Device
 from vidrial.dtypes import DType
 from vidrial.errors import ArgumentError, ArgumentTypeError
-from vidrial.op import Op
-from vidrial.plan import CudaPlan, HostPlan
-from vidrial.ranking import generation, pick
+from vidrial.host.plan import HostPlan
+from vidrial.runtime.arrays import CPU, Array, current_stream, empty, own, release, scratch
+from vidrial.runtime.plan import CudaPlan
 from vidrial.settings import Settings
+from vidrial.spec.op import Op
+from vidrial.tune.pick import pick
+from vidrial.tune.ranking import generation
 
 TARGETS = ("cuda", "host")
 _target: list[str] = []

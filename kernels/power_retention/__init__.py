@@ -13,14 +13,14 @@ from numbers import Integral, Real
 from typing import Any
 
 import numpy as np
-from vidrial.kernels.power_retention.cpu import power_retention_cpu
-from vidrial.kernels.power_retention.op import Config, Problem, op
 
-from vidrial.arrays import CPU, Array, Facts, as_array, contiguous, library_of, survey
 from vidrial.call import Planned, current_target, host_plan, run, run_on_host
 from vidrial.dtypes import DType
 from vidrial.errors import ArgumentError, ArgumentTypeError, UnsupportedError
-from vidrial.problem import CHOICES
+from vidrial.kernels.power_retention.cpu import power_retention_cpu
+from vidrial.kernels.power_retention.op import Config, Problem, op
+from vidrial.runtime.arrays import CPU, Array, Facts, as_array, contiguous, library_of, survey
+from vidrial.spec.fields import CHOICES
 
 __all__ = ["power_retention"]
 

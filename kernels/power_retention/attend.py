@@ -10,29 +10,20 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from vidrial.kernels.power_retention.scan import pair_tiles, snapshot_elements
-from vidrial.templates import TEMPLATES
-
-from vidrial.atoms import MMA_16x8x16, cp_async, ldmatrix
-from vidrial.counts import Counts, copies, loads, products, vectors
 from vidrial.device import Device
 from vidrial.dtypes import DType
-from vidrial.kernel import Kernel
-from vidrial.problem import choice, dynamic, static
-from vidrial.render import Arguments, Tiles
-from vidrial.space import Cost
-from vidrial.tiled import (
-    Accumulator,
-    LoadMatrix,
-    LoadVector,
-    Pipeline,
-    SharedMemory,
-    SmemLayout,
-    TiledCopy,
-    TiledMma,
-    Transposed,
-    WarpgroupMma,
-)
+from vidrial.kernels.power_retention.scan import pair_tiles, snapshot_elements
+from vidrial.layout.atoms import MMA_16x8x16, cp_async, ldmatrix
+from vidrial.layout.copies import LoadMatrix, LoadVector, TiledCopy
+from vidrial.layout.counts import Counts, copies, loads, products, vectors
+from vidrial.layout.mma import Accumulator, TiledMma
+from vidrial.layout.smem import Pipeline, SharedMemory, SmemLayout, Transposed
+from vidrial.layout.wgmma import WarpgroupMma
+from vidrial.spec.cost import Cost
+from vidrial.spec.fields import choice, dynamic, static
+from vidrial.spec.kernel import Kernel
+from vidrial.spec.source import Arguments, Tiles
+from vidrial.templates import TEMPLATES
 
 # Fragments, addresses and loop state, beside the accumulators, before and from sm_90 on; seen in ptxas's reports.
 REGISTERS_BESIDE, REGISTERS_BESIDE_WGMMA = (80, 64), 60
@@ -306,7 +297,7 @@ def traffic(p: Problem, c: Config, tiles: Tiles) -> dict[str, Counts]:
 
 power_attend = Kernel(
     "power_attend",
-    Path(TEMPLATES, "power_attend.cu.j2"),
+    Path(TEMPLATES, "power_retention", "power_attend.cu.j2"),
     Problem,
     Config,
     ARGS,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 from numpy.typing import NDArray
+
 from vidrial.kernels.power_retention.reference import LOWEST_LOG_GATE, LOWEST_NORMALISER
 
 Float32 = NDArray[np.float32]

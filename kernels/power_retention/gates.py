@@ -5,13 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from vidrial.templates import TEMPLATES
-
 from vidrial.device import Device
-from vidrial.kernel import Kernel
-from vidrial.problem import choice, dynamic
-from vidrial.render import Arguments, Tiles
-from vidrial.space import Cost
+from vidrial.spec.cost import Cost
+from vidrial.spec.fields import choice, dynamic
+from vidrial.spec.kernel import Kernel
+from vidrial.spec.source import Arguments, Tiles
+from vidrial.templates import TEMPLATES
 
 
 @dataclass(frozen=True)
@@ -58,4 +57,4 @@ def cost(p: Problem, c: Config, device: Device) -> Cost:
     return Cost(flops=0, bytes=20 * p.b * p.h * p.t, ctas=-(-p.t // p.chunk) * p.b * p.h, ctas_per_sm=4)
 
 
-power_gates = Kernel("power_gates", Path(TEMPLATES, "power_gates.cu.j2"), Problem, Config, ARGS, tiles, grid, cost=cost)
+power_gates = Kernel("power_gates", Path(TEMPLATES, "power_retention", "power_gates.cu.j2"), Problem, Config, ARGS, tiles, grid, cost=cost)

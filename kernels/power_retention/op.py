@@ -10,12 +10,12 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
-from vidrial.kernels.power_retention import attend, gates, scan, scan_wgmma
-from vidrial.kernels.power_retention.reference import attention_form
 
 from vidrial.dtypes import DType
-from vidrial.op import Buffer, Check, Op, Stage
-from vidrial.problem import choice, dynamic, part, static
+from vidrial.kernels.power_retention import attend, gates, scan, scan_wgmma
+from vidrial.kernels.power_retention.reference import attention_form
+from vidrial.spec.fields import choice, dynamic, part, static
+from vidrial.spec.op import Buffer, Check, Op, Stage
 
 # Rows of tables are padded to this many tokens when the sequence is one chunk: every tile's rows divide it.
 PADDING = 512

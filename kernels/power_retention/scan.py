@@ -12,17 +12,18 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from vidrial.templates import TEMPLATES
-
-from vidrial.atoms import MMA_16x8x16, cp_async, ldmatrix
-from vidrial.counts import Counts, copies, loads, products, vectors
 from vidrial.device import Device
 from vidrial.dtypes import DType
-from vidrial.kernel import Kernel
-from vidrial.problem import choice, dynamic, static
-from vidrial.render import Arguments, Tiles
-from vidrial.space import Cost
-from vidrial.tiled import LoadMatrix, Pipeline, SharedMemory, SmemLayout, TiledCopy, TiledMma
+from vidrial.layout.atoms import MMA_16x8x16, cp_async, ldmatrix
+from vidrial.layout.copies import LoadMatrix, TiledCopy
+from vidrial.layout.counts import Counts, copies, loads, products, vectors
+from vidrial.layout.mma import TiledMma
+from vidrial.layout.smem import Pipeline, SharedMemory, SmemLayout
+from vidrial.spec.cost import Cost
+from vidrial.spec.fields import choice, dynamic, static
+from vidrial.spec.kernel import Kernel
+from vidrial.spec.source import Arguments, Tiles
+from vidrial.templates import TEMPLATES
 
 
 def pair_tiles(d: int) -> int:
@@ -206,7 +207,9 @@ def traffic(p: Problem, c: Config, tiles: Tiles) -> dict[str, Counts]:
     }
 
 
-power_scan = Kernel("power_scan", Path(TEMPLATES, "power_scan.cu.j2"), Problem, Config, ARGS, tiles, grid, rules, cost, traffic=traffic)
+power_scan = Kernel(
+    "power_scan", Path(TEMPLATES, "power_retention", "power_scan.cu.j2"), Problem, Config, ARGS, tiles, grid, rules, cost, traffic=traffic
+)
 
 
 @dataclass(frozen=True)
@@ -250,5 +253,12 @@ def carry_cost(p: CarryProblem, c: CarryConfig, device: Device) -> Cost:
 
 
 power_carry = Kernel(
-    "power_carry", Path(TEMPLATES, "power_carry.cu.j2"), CarryProblem, CarryConfig, CARRY_ARGS, carry_tiles, carry_grid, cost=carry_cost
+    "power_carry",
+    Path(TEMPLATES, "power_retention", "power_carry.cu.j2"),
+    CarryProblem,
+    CarryConfig,
+    CARRY_ARGS,
+    carry_tiles,
+    carry_grid,
+    cost=carry_cost,
 )

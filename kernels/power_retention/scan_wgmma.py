@@ -9,18 +9,19 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from vidrial.kernels.power_retention import scan
-from vidrial.kernels.power_retention.scan import ARGS, Config, Problem
-from vidrial.templates import TEMPLATES
-
-from vidrial.atoms import cp_async, ldmatrix
-from vidrial.counts import Counts, copies, loads, products, vectors
 from vidrial.device import Device
 from vidrial.dtypes import DType
-from vidrial.kernel import Kernel
-from vidrial.render import Tiles
-from vidrial.space import Cost
-from vidrial.tiled import LoadMatrix, Pipeline, SharedMemory, SmemLayout, TiledCopy, WarpgroupMma
+from vidrial.kernels.power_retention import scan
+from vidrial.kernels.power_retention.scan import ARGS, Config, Problem
+from vidrial.layout.atoms import cp_async, ldmatrix
+from vidrial.layout.copies import LoadMatrix, TiledCopy
+from vidrial.layout.counts import Counts, copies, loads, products, vectors
+from vidrial.layout.smem import Pipeline, SharedMemory, SmemLayout
+from vidrial.layout.wgmma import WarpgroupMma
+from vidrial.spec.cost import Cost
+from vidrial.spec.kernel import Kernel
+from vidrial.spec.source import Tiles
+from vidrial.templates import TEMPLATES
 
 # Fragments, addresses and loop state, beside the accumulators; seen in ptxas's reports.
 REGISTERS_BESIDE = 62
@@ -158,5 +159,14 @@ def traffic(p: Problem, c: Config, tiles: Tiles) -> dict[str, Counts]:
 
 
 power_scan_wgmma = Kernel(
-    "power_scan_wgmma", Path(TEMPLATES, "power_scan_wgmma.cu.j2"), Problem, Config, ARGS, tiles, grid, rules, cost, traffic=traffic
+    "power_scan_wgmma",
+    Path(TEMPLATES, "power_retention", "power_scan_wgmma.cu.j2"),
+    Problem,
+    Config,
+    ARGS,
+    tiles,
+    grid,
+    rules,
+    cost,
+    traffic=traffic,
 )

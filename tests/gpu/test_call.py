@@ -10,10 +10,11 @@ import pytest
 from vidrial.kernels.power_retention import power_retention
 from vidrial.kernels.power_retention.op import example, op
 
-from vidrial import plan
 from vidrial.call import prepare
 from vidrial.errors import FrozenError
-from vidrial.ranking import forget, freeze
+from vidrial.runtime import plan
+from vidrial.tune.pick import freeze
+from vidrial.tune.ranking import forget
 
 torch: Any = pytest.importorskip("torch")
 

@@ -9,7 +9,7 @@ from vidrial.kernels.power_retention.op import Config, chunk_tokens, example, op
 from vidrial.kernels.power_retention.scan import Config as Scan
 
 from vidrial.device import Device
-from vidrial.space import describe
+from vidrial.spec.choices import describe
 
 LENGTHS = (1, 2, 7, 63, 64, 65, 127, 129, 257, 383, 513, 641, 1000, 1021)
 SYNC, WGMMA = (Scan(64, 3, 4, 64, 1), Attend()), (Scan(64, 4, 4, 64, 1, 5, "wgmma"), Attend(64, 2, 4, 4, 2, "wgmma"))

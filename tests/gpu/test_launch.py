@@ -6,10 +6,11 @@ from typing import Any
 
 import pytest
 
-from vidrial.compile import Cubin, compile_source
+from vidrial.build.nvrtc import Cubin, compile_source
 from vidrial.device import Device
 from vidrial.errors import LaunchError
-from vidrial.launch import Binary, Geometry
+from vidrial.runtime.launch import Binary
+from vidrial.spec.kernel import Geometry
 
 SOURCE = """
 struct Args { float* out; long long n; float scale; int bias; };

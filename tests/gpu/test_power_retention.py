@@ -15,7 +15,7 @@ from vidrial.kernels.power_retention.op import RELATIVE_BOUND, Problem, chunk_to
 
 from vidrial.device import Device
 from vidrial.errors import ArgumentTypeError, UnsupportedError
-from vidrial.space import describe
+from vidrial.spec.choices import describe
 
 TWO_RESULTS = 2 * RELATIVE_BOUND
 

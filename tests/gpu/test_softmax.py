@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from vidrial.device import Device
-from vidrial.worker import resolve
+from vidrial.spec.registry import resolve
 
 SOFTMAX = Path(__file__).parent.parent.parent / "examples/softmax/softmax.py"
 
@@ -30,7 +30,7 @@ def test_against_float64(example: ModuleType, shape: tuple[int, int]) -> None:
 @pytest.mark.parametrize("n", [63, 1000, 4097])
 def test_every_tenth_legal_config(example: ModuleType, n: int) -> None:
     cupy = pytest.importorskip("cupy")
-    from vidrial.plan import CudaPlan
+    from vidrial.runtime.plan import CudaPlan
 
     for dtype in ("float32", "bfloat16"):
         problem = example.example(m=37, n=n, dtype=dtype)

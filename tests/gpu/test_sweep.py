@@ -12,12 +12,12 @@ from bad_op import Config, example
 from vidrial.kernels.power_retention.op import example as power_example
 from vidrial.kernels.power_retention.op import op as power_op
 
-from vidrial.bench import CudaBench
 from vidrial.device import Device
-from vidrial.ranking import pick
-from vidrial.sweep import sweep
-from vidrial.timing import CudaClock, measure
-from vidrial.trial import Status
+from vidrial.tune.measure import CudaBench
+from vidrial.tune.pick import pick
+from vidrial.tune.sweeper import sweep
+from vidrial.tune.timing import CudaClock, measure
+from vidrial.tune.trial import Status
 
 
 @pytest.fixture(autouse=True)

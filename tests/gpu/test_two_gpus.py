@@ -12,12 +12,13 @@ from killed_worker import Killer
 from vidrial.kernels.power_retention.op import example as power_example
 from vidrial.kernels.power_retention.op import op as power_op
 
-from vidrial.build import build
+from vidrial.build.cubins import build
 from vidrial.device import Device, gpu_count
-from vidrial.problem import fields
-from vidrial.ranking import local, pick
-from vidrial.sweep import sweep
-from vidrial.trial import Status
+from vidrial.spec.fields import fields
+from vidrial.tune.pick import pick
+from vidrial.tune.ranking import local
+from vidrial.tune.sweeper import sweep
+from vidrial.tune.trial import Status
 
 pytestmark = pytest.mark.skipif(gpu_count() < 2, reason="fewer than two GPUs")
 

@@ -7,9 +7,10 @@ import struct
 import pytest
 from units import Case, cases
 
-from vidrial.compile import compile_source
+from vidrial.build.nvrtc import compile_source
 from vidrial.device import Device
-from vidrial.launch import Binary, Geometry
+from vidrial.runtime.launch import Binary
+from vidrial.spec.kernel import Geometry
 
 pytestmark = pytest.mark.gpu
 

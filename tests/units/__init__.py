@@ -53,7 +53,7 @@ def text(file: str, *definitions: str) -> str:
     """
     unit = (FOLDER / file).read_text()
     cute = ["#include <cute/layout.hpp>"] if "#include <cute/" in unit else []
-    head = [*cute, "#include <vidrial/prelude.cuh>", "#pragma nv_hdrstop", "#include <vidrial/shared_memory.cuh>"]
+    head = [*cute, "#include <vidrial/prelude.cuh>", "#pragma nv_hdrstop", "#include <vidrial/arch/shared_memory.cuh>"]
     return "\n".join([*head, *definitions, f'#line 1 "{file}"', unit])
 
 

@@ -1,5 +1,5 @@
 // C[M][N] = A[M][K] B[N][K]^T in bf16, 64 x 64 x 64 tiles, two stages, four warps: the style of a rendered kernel.
-#include <vidrial/tiled.cuh>
+#include <vidrial/tile/mma.cuh>
 using namespace cute;
 using bf16 = cutlass::bfloat16_t;
 

@@ -1,5 +1,5 @@
-// Each intrinsic of vidrial/intrinsics.cuh on `count` pairs of floats (low, high), or on the bits of the pair packed as bf16 or fp16.
-#include <vidrial/tiled.cuh>
+// Each intrinsic of vidrial/arch/ptx.cuh on `count` pairs of floats (low, high), or on the bits of the pair packed as bf16 or fp16.
+#include <vidrial/tile/mma.cuh>
 
 struct Args { float const* low; float const* high; uint32_t* bits; float* floats; int count; };
 

@@ -2,7 +2,7 @@
 // shared memory as CuTe's canonical layouts have it: lines of 16 WIDTH bytes along k or along the other mode, swizzled.
 #include <cute/arch/mma_sm90_desc.hpp>
 #include <cute/arch/mma_sm90_gmma.hpp>
-#include <vidrial/intrinsics.cuh>
+#include <vidrial/arch/ptx.cuh>
 using namespace cute;
 using namespace cute::SM90;
 

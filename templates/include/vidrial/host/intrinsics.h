@@ -1,4 +1,4 @@
-// Host bodies of what vidrial/intrinsics.cuh says in PTX on the device.
+// Host bodies of what vidrial/arch/ptx.cuh says in PTX on the device.
 #pragma once
 #include <vidrial/host/runtime.h>
 

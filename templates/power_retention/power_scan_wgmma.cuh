@@ -1,0 +1,224 @@
+// The state of power retention before every chunk, as power_scan.cuh has it (there: the recurrence, and what a snapshot is), by wgmma.
+//
+// A warpgroup owns `M` pair tiles of one block I: (I, I + d), ..., (I, I + d + M - 1), counted modulo the number of blocks, so that each pair
+// of blocks is met once and most warpgroups have M of them: one of I <= J as it is, one that wrapped around with its rows and columns
+// exchanged. Their A operand phi(k)^T is made in registers: rows 16 w + r of a tile are feature 2 w + r / 8 of block I times feature
+// r % 8 of block J, so the first one is the same for all tiles: one *broadcast* ldmatrix of a copy of k_I^T with the decay in it.
+#pragma once
+#include "power_gates.cuh"
+#include "power_snapshot.cuh"
+#include <vidrial/arch/shared_memory.cuh>
+#include <vidrial/tile/wgmma.cuh>
+
+namespace vidrial {
+
+template <class Tiles, class Args>
+CUTE_DEVICE void power_scan_wgmma(Args const& p) {
+  using State = typename Tiles::State;
+  using Z = typename Tiles::Z;
+  using Smem = typename Tiles::Smem;
+  constexpr int D = Tiles::d, E = Tiles::e, kTokens = Tiles::tokens, kStages = Tiles::stages, kColumns = State::N * 8;
+  constexpr int kBlocks = D / 8, kParts = E / kColumns, M = State::M, kPairs = kBlocks * (kBlocks + 1) / 2;
+  constexpr int kZSize = Tiles::normalized ? D * D : 0, kSnapshot = kZSize + kPairs * 64 * E;
+  // Groups of products that run on while the next one's factors are made: some 128 cycles of them.
+  constexpr int kRunning = State::N > 8 ? 1 : 2;
+  VIDRIAL_SHARED_MEMORY(raw);
+
+  // NOTE: through a shuffle, so that the compiler knows the warp's index to be uniform.
+  int const thread = threadIdx.x, lane = thread % 32, warp = __shfl_sync(~0u, thread / 32, 0), head = blockIdx.z;
+  int const own_warp = warp % 4, own_thread = thread % 128, unit = blockIdx.x * (Tiles::threads / 128) + warp / 4;
+  bool const active = unit < Tiles::state_units + Tiles::z_units, is_state = unit < Tiles::state_units;
+  // Of a unit of state: block I, the first d, and the columns of V; of one of Z: its rows and columns.
+  int const in_kind = is_state ? unit : active ? unit - Tiles::state_units : 0;
+  int const block_i = in_kind / kParts % kBlocks, first_d = in_kind / kParts / kBlocks * M;
+  int const z_row = in_kind / (D / (Z::N * 8)) * 64, column = is_state ? in_kind % kParts * kColumns : in_kind % (D / (Z::N * 8)) * (Z::N * 8);
+  auto block_j = [&](int m) { return (block_i + first_d + m) % kBlocks; };
+
+  int const chunks = (p.t + p.chunk - 1) / p.chunk, per_segment = (chunks + gridDim.y - 1) / gridDim.y;
+  int const first = blockIdx.y * per_segment, last = min(first + per_segment, chunks);
+  // The last chunk of all updates nothing: no state is asked for behind it. So every token read here exists.
+  int const blocks = (min(last, chunks - 1) - first) * (p.chunk / kTokens);
+  if (first >= last) return;
+
+  uint32_t const smem = shared_address(raw), own = smem + Smem::Products + warp / 4 * Tiles::products_bytes;
+  int64_t const batch = head / p.h, kv_head = head % p.h, token = int64_t(first) * p.chunk;
+  typename Tiles::CopyK copy_k(p.k + batch * p.k_stride[0] + token * p.k_stride[1] + kv_head * p.k_stride[2], p.k_stride[1], smem + Smem::K, thread);
+  typename Tiles::CopyV copy_v(p.v + batch * p.v_stride[0] + token * p.v_stride[1] + kv_head * p.v_stride[2], p.v_stride[1], smem + Smem::V, thread);
+  // NOTE: rows of the gates' tables fit an int, since the arrays have at most 2^31 elements.
+  int const row = (head * chunks + first) * p.chunk;
+  auto fetch = [&](int block, int stage) {
+    if (block < blocks) {
+      copy_k.full(stage * Tiles::K::kBytes); copy_k.source += kTokens * p.k_stride[1];
+      copy_v.full(stage * Tiles::V::kBytes); copy_v.source += kTokens * p.v_stride[1];
+      if (Tiles::gated && thread < kTokens / 4) {
+        cute::SM80_CP_ASYNC_CACHEGLOBAL<cute::uint128_t>::copy(*reinterpret_cast<cute::uint128_t const*>(p.to_end + row + block * kTokens + thread * 4),
+                                                              shared_vector(smem + Smem::Decay + stage * (kTokens * 4) + thread * 16));
+      }
+    }
+    cute::cp_async_fence();
+  };
+  // Two neighbouring tokens' decay to the end of their chunk, in a pair.
+  auto discount = [&](uint32_t x, int stage, int token) {
+    if (!Tiles::gated) return x;
+    float2 const g = load_shared_float2(smem + Smem::Decay + stage * (kTokens * 4) + token * 4 + lane % 4 * 8);
+    return scale_bf16(x, g.x, g.y);
+  };
+
+  // k_I^T of one block of tokens, discounted, for the whole warpgroup: 32 tokens a warp. It is made one block ahead: the barrier that
+  // the next block begins with orders it.
+  typename Tiles::Tokens load_i(smem + Smem::K, lane, own_warp * 32 % kTokens, block_i * 8);
+  auto make_products = [&](int stage, int half) {
+    if (own_warp * 32 >= kTokens) return;
+    uint32_t ki[4];
+    load_i(stage * Tiles::K::kBytes, 0, 0, ki[0], ki[1], ki[2], ki[3]);
+    CUTE_UNROLL
+    for (int m = 0; m < 4; ++m) {
+      int const t = own_warp * 32 + m * 8;
+      store_shared(own + half * Tiles::Products::kBytes + Tiles::Products::offset(lane / 4, t + lane % 4 * 2), discount(ki[m], stage, t));
+    }
+  };
+
+  float acc[M][State::N][4] = {};
+  typename Tiles::Broadcast load_splat(own, own_thread);
+  typename State::B load_v(smem + Smem::V, own_thread, 0, is_state ? column : 0);
+  // Features of blocks J and J', 16 tokens: two tiles' at once, in an odd one's case its own twice.
+  uint32_t pair_base[(M + 1) / 2];
+  CUTE_UNROLL
+  for (int m = 0; m < M; m += 2) {
+    typename Tiles::Pairs const load_j(smem + Smem::K, lane, 0, (lane < 16 ? block_j(m) : block_j(min(m + 1, M - 1))) * 8);
+    pair_base[m / 2] = load_j.base;
+  }
+  auto update_state = [&](int stage, int half) {
+    CUTE_UNROLL
+    for (int k = 0; k < kTokens / 16; ++k) {
+      uint32_t ki[4];
+      load_splat(half * Tiles::Products::kBytes, 0, k * 16, ki[0], ki[1], ki[2], ki[3]);
+      CUTE_UNROLL
+      for (int m = 0; m < M; m += 2) {
+        uint32_t kj[2][2], phi[2][4];
+        typename Tiles::Pairs const load_j(pair_base[m / 2]);
+        load_j(stage * Tiles::K::kBytes, k * 16, 0, kj[0][0], kj[0][1], kj[1][0], kj[1][1]);
+        State::template settle<kRunning>();            // the products before these have read their phi
+        CUTE_UNROLL
+        for (int i = 0; i < 2; ++i) {
+          CUTE_UNROLL
+          for (int r = 0; r < 4; ++r) phi[i][r] = multiply_bf16(ki[r], kj[i][r / 2]);
+        }
+        if (m + 1 < M) State::template step<2>(acc, m, phi, load_v, stage * Tiles::V::kBytes, k);
+        else State::template step<1>(acc, m, reinterpret_cast<uint32_t (&)[1][4]>(phi), load_v, stage * Tiles::V::kBytes, k);
+      }
+    }
+  };
+  // And into 64 rows of Z: the A operand is k^T itself, discounted, the B operand the keys.
+  auto update_z = [&](int stage) {
+    typename Tiles::Rows load_rows(smem + Smem::K, own_thread, 0, z_row);
+    typename Z::B load_columns(smem + Smem::K, own_thread, 0, column);
+    CUTE_UNROLL
+    for (int k = 0; k < kTokens / 16; ++k) {
+      uint32_t a[1][4];
+      load_rows(stage * Tiles::K::kBytes, k * 16, 0, a[0][0], a[0][1], a[0][2], a[0][3]);
+      Z::template settle<1>();
+      CUTE_UNROLL
+      for (int r = 0; r < 4; ++r) a[0][r] = discount(a[0][r], stage, k * 16 + r / 2 * 8);
+      Z::step(reinterpret_cast<float (&)[1][Z::N][4]>(acc), a, load_columns, stage * Tiles::K::kBytes, k);
+    }
+  };
+
+  // Where this thread's rows lie in a snapshot. Rows of a tile that wrapped around are columns of the pair.
+  auto stored = [&](int m) {
+    if (!is_state) return active && m == 0;
+    int const d = first_d + m;
+    return d < kBlocks / 2 || (d == kBlocks / 2 && block_i < kBlocks / 2);
+  };
+  auto place = [&](int m, int h) {
+    int const lane = opaque(thread) % 32;
+    if (!is_state) return (z_row + own_warp * 16 + h * 8 + lane / 4) * D + column;
+    int const j = block_j(m), low = min(block_i, j), high = max(block_i, j), tile = low * kBlocks - low * (low - 1) / 2 + high - low;
+    int const feature = own_warp * 2 + h, in_tile = block_i <= j ? feature * 8 + lane / 4 : lane / 4 * 8 + feature;
+    return kZSize + (tile * 64 + in_tile) * E + column;
+  };
+  auto count = [&](int m) { return is_state && first_d + m > 0 ? 2.f : 1.f; };
+  int const width = is_state ? State::N : Z::N;
+
+  CUTE_UNROLL
+  for (int s = 0; s < kStages - 2; ++s) fetch(s, s);
+  // The stages: the one before `read`, which wgmma may still read, `read`, and `after`, of which products are made; the others are on their way.
+  int block = 0, read = 0, write = kStages - 2;
+  cute::cp_async_wait<kStages - 3>();
+  __syncthreads();
+  if (is_state) make_products(0, 0);
+  CUTE_NO_UNROLL
+  for (int n = first; n < last; ++n) {
+    State::template settle<0>();
+    State::fence(acc);
+    if (n > first) {
+      CUTE_UNROLL
+      for (int m = 0; m < M; ++m) {
+        if (!stored(m)) continue;
+        float const c = count(m);
+        CUTE_UNROLL
+        for (int h = 0; h < 2; ++h) {
+          cutlass::bfloat16_t* out = p.snapshots + int64_t(head * chunks + n) * kSnapshot + place(m, h) + lane % 4 * 8;
+          CUTE_UNROLL
+          for (int j = 0; j < State::N; j += 4) {
+            if (j >= width) break;
+            auto pair_of = [&](int i) { return pack_bf16(c * acc[m][j + i][2 * h], c * acc[m][j + i][2 * h + 1]); };
+            *reinterpret_cast<uint4*>(out + j * 8) = gather_columns(pair_of(0), pair_of(1), pair_of(2), pair_of(3));
+          }
+        }
+      }
+    }
+    if (n + 1 == chunks) break;
+    if (Tiles::gated && n > first) {
+      float2 const total = p.a[(head * chunks + n + 1) * p.chunk - 1];
+      float const f = exp2_approx(total.x + total.y);
+      CUTE_UNROLL
+      for (int m = 0; m < M; ++m) {
+        CUTE_UNROLL
+        for (int j = 0; j < State::N; ++j) {
+          CUTE_UNROLL
+          for (int v = 0; v < 4; ++v) acc[m][j][v] *= f;
+        }
+      }
+    }
+    State::fence(acc);
+    CUTE_NO_UNROLL
+    for (int end = block + p.chunk / kTokens; block < end; ++block) {
+      // Block and the one after it have landed; nobody reads the one before the last any more.
+      cute::cp_async_wait<kStages - 4>();
+      fence_async_proxy();
+      __syncthreads();
+      fetch(block + kStages - 2, write);
+      int const after = read + 1 == kStages ? 0 : read + 1;
+      if (is_state) {
+        make_products(after, (block + 1) % 2);
+        update_state(read, block % 2);
+      } else if (active) {
+        update_z(read);
+      }
+      read = after;
+      write = write + 1 == kStages ? 0 : write + 1;
+    }
+  }
+  // What this segment adds to the states of the next ones (power_carry).
+  if (last < chunks) {
+    State::template settle<0>();
+    State::fence(acc);
+    CUTE_UNROLL
+    for (int m = 0; m < M; ++m) {
+      if (!stored(m)) continue;
+      float const c = count(m);
+      CUTE_UNROLL
+      for (int h = 0; h < 2; ++h) {
+        float* out = p.ends + (int64_t(head) * (gridDim.y - 1) + blockIdx.y) * kSnapshot + place(m, h) + lane % 4 * 2;
+        CUTE_UNROLL
+        for (int j = 0; j < State::N; ++j) {
+          if (j >= width) break;
+          *reinterpret_cast<float2*>(out + j * 8) = make_float2(c * acc[m][j][2 * h], c * acc[m][j][2 * h + 1]);
+        }
+      }
+    }
+  }
+}
+
+}  // namespace vidrial

@@ -1,0 +1,268 @@
+from __future__ import annotations
+
+import dataclasses
+import os
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from vidrial.build import cubins as build_module
+from vidrial.build import toolchain
+from vidrial.build.nvrtc import Cubin, Resources, compile_source, cubin_key
+from vidrial.build.pool import MALLOC, CompilePool, Job, worker_environment
+from vidrial.build.store import Store
+from vidrial.errors import CompileError, ToolchainError
+from vidrial.spec.source import Source
+
+SOURCE = """// includes sha256:0
+#line 1 "tiny.cu.j2"
+#include <vidrial/prelude.cuh>
+#pragma nv_hdrstop
+#include <vidrial/tile/smem.cuh>
+struct Args { float* out; int64_t n; };
+using Tile = vidrial::SmemTile<cutlass::half_t, cute::ComposedLayout<cute::Swizzle<3, 3, 3>, cute::_0,
+                               cute::Layout<cute::Shape<cute::Int<64>, cute::Int<64>>, cute::Stride<cute::Int<64>, cute::Int<1>>>>>;
+extern "C" __global__ void __launch_bounds__(128) tiny(__grid_constant__ Args const args) {
+  __shared__ float row[128];
+  int const t = threadIdx.x;
+  row[t ^ 1] = float(Tile::offset(t % 64, VALUE));
+  __syncthreads();
+  if (t < args.n) args.out[t] += row[t];
+}
+"""
+
+
+def source(value: object) -> str:
+    return SOURCE.replace("VALUE", str(value))
+
+
+@pytest.fixture(scope="module")
+def pool() -> Iterator[CompilePool]:
+    with CompilePool(2) as pool:
+        yield pool
+
+
+@pytest.fixture(scope="module")
+def plain() -> Cubin:
+    return compile_source(source(8), "tiny", "sm_90a")
+
+
+def machine(image: bytes) -> int:
+    """The architecture that a cubin's ELF header names: 80, 90, ..."""
+    flags = int.from_bytes(image[0x30:0x34], "little")
+    return flags >> 8 & 0xFF
+
+
+def test_a_library_of_another_version_than_its_files_say_is_keyed_by_its_own(
+    plain: Cubin, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("VIDRIAL_CACHE_DIR", str(tmp_path))
+    rendered, said, loaded = Source(source(8), "tiny", "tiny", ()), (13, 99), list[tuple[int, int]]()
+    monkeypatch.setattr(build_module, "compile_source", lambda *_, **__: plain)
+    monkeypatch.setattr(toolchain, "_loaded_nvrtc", lambda: loaded[0] if loaded else None)
+    monkeypatch.setattr(toolchain, "_wheel_nvrtc", lambda path: said)
+    monkeypatch.setattr(build_module, "nvrtc", lambda: loaded.append((13, 0)))
+    guessed = cubin_key(rendered.text, "sm_90a")
+    assert build_module.build(rendered, "sm_90a") is plain
+    certain = cubin_key(rendered.text, "sm_90a")
+    assert certain != guessed and Store.shared().get(guessed) is None and Store.shared().get(certain) is not None
+    loaded.clear()
+    assert build_module.look_up(rendered, "sm_90a") == (certain, dataclasses.replace(plain, log="", seconds=0.0))
+
+
+def test_cubin(plain: Cubin) -> None:
+    assert plain.image[:4] == b"\x7fELF" and plain.arch == "sm_90a"
+    sections, size, count = (int.from_bytes(plain.image[a:b], "little") for a, b in ((0x28, 0x30), (0x3A, 0x3C), (0x3C, 0x3E)))
+    segments, each, number = (int.from_bytes(plain.image[a:b], "little") for a, b in ((0x20, 0x28), (0x36, 0x38), (0x38, 0x3A)))
+    assert max(sections + size * count, segments + each * number) == len(plain.image)
+    assert plain.resources.static_smem == 128 * 4
+    assert (plain.resources.spill_stores, plain.resources.spill_loads, plain.resources.stack) == (0, 0, 0)
+    assert 8 <= plain.resources.registers <= 32 and plain.seconds > 0
+
+
+def test_sm_90_means_sm_90a(plain: Cubin) -> None:
+    cubin = compile_source(source(8), "tiny", "sm_90")
+    assert cubin.arch == "sm_90a" and cubin.image == plain.image
+    assert cubin_key(source(8), "sm_90") == cubin_key(source(8), "sm_90a")
+    assert len({cubin_key(source(8), "sm_80"), cubin_key(source(8), "sm_90a"), cubin_key(source(9), "sm_90a")}) == 3
+
+
+def test_architectures_differ(plain: Cubin) -> None:
+    assert machine(plain.image) == 90
+    assert machine(compile_source(source(8), "tiny", "sm_80").image) == 80
+
+
+def test_precompiled_headers_change_the_time_only(plain: Cubin, tmp_path: Path) -> None:
+    first = compile_source(source(8), "tiny", "sm_90a", pch=str(tmp_path))
+    again = [compile_source(source(8).replace("sha256:0", f"sha256:{n}"), f"other{n}", "sm_90a", pch=str(tmp_path)) for n in range(2)]
+    assert {len(cubin.image) for cubin in (plain, first, *again)} == {len(plain.image)}
+    assert {cubin.resources for cubin in (plain, first, *again)} == {plain.resources}
+    assert len(list((tmp_path / "sm_90a").iterdir())) == 1
+    assert min(cubin.seconds for cubin in again) < 0.6 * first.seconds
+
+
+def test_resources_of_a_log() -> None:
+    log = """ptxas info    : Compiling entry function 'k' for 'sm_90a'
+ptxas info    : Function properties for k
+ptxas         .     72 bytes stack frame, 52 bytes spill stores, 36 bytes spill loads
+ptxas info    : Used 255 registers, used 1 barriers, 72 bytes cumulative stack size, 4096 bytes smem, 360 bytes cmem[0]"""
+    assert Resources.parse(log) == Resources(registers=255, stack=72, spill_stores=52, spill_loads=36, static_smem=4096)
+
+
+@pytest.mark.parametrize("folder", [False, True])
+def test_an_error_names_the_template_and_the_config(tmp_path: Path, folder: bool) -> None:
+    broken = source("undeclared")
+    with pytest.raises(CompileError) as caught:
+        compile_source(broken, "tiny", "sm_80", config="Config(m=128)", pch=str(tmp_path) if folder else None)
+    first, place, config, saved = str(caught.value).splitlines()
+    line = SOURCE.splitlines().index("  row[t ^ 1] = float(Tile::offset(t % 64, VALUE));") - 1
+    assert first == 'tiny for sm_80 does not compile: identifier "undeclared" is undefined'
+    assert place == f"  at tiny.cu.j2:{line}" and config == "  config: Config(m=128)"
+    log = Path(saved.partition(": ")[2])
+    assert 'identifier "undeclared" is undefined' in log.read_text() and (log.parent / "kernel.cu").read_text() == broken
+
+
+def test_an_error_in_a_header_names_who_used_it(tmp_path: Path) -> None:
+    (tmp_path / "mine.cuh").write_text('template <int N> struct Odd { static_assert(N % 2, "N must be odd"); };\n')
+    text = source(8).replace("#include <vidrial/tile/smem.cuh>", "#include <vidrial/tile/smem.cuh>\n#include <mine.cuh>\nOdd<4> even;")
+    with pytest.raises(CompileError) as caught:
+        compile_source(text, "tiny", "sm_80", includes=(str(tmp_path),))
+    first, place, used, _ = str(caught.value).splitlines()
+    assert "N must be odd" in first and place.endswith("mine.cuh:1") and used == "  used at tiny.cu.j2:5"
+
+
+def test_an_error_without_a_place() -> None:
+    with pytest.raises(CompileError, match="tiny for sm_12345 does not compile: .*gpu-architecture"):
+        compile_source(source(8), "tiny", "sm_12345")
+
+
+def test_nvrtc_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("vidrial.build.toolchain.nvrtc", lambda: (_ for _ in ()).throw(ToolchainError("NVRTC cannot be loaded")))
+    with pytest.raises(ToolchainError, match="NVRTC"):
+        compile_source(source(8), "tiny", "sm_80")
+
+
+def test_pool_equals_serial(pool: CompilePool) -> None:
+    jobs = [(n, source("undeclared" if n == 3 else n), "tiny", "sm_80" if n % 2 else "sm_90a") for n in range(5)]
+    found = dict(pool.compile_many(jobs))
+    assert sorted(map(int, map(str, found))) == [0, 1, 2, 3, 4]
+    assert isinstance(found[3], CompileError) and "tiny.cu.j2" in str(found[3])
+    for n in (1, 2):
+        cubin, alone = found[n], compile_source(source(n), "tiny", jobs[n][3])
+        assert isinstance(cubin, Cubin)
+        assert (len(cubin.image), cubin.arch, cubin.resources) == (len(alone.image), alone.arch, alone.resources)
+
+
+def test_pool_passes_everything_on(pool: CompilePool, tmp_path: Path) -> None:
+    (tmp_path / "mine.cuh").write_text("#define EIGHT 8\n")
+    text = source("EIGHT").replace("#include <vidrial/tile/smem.cuh>", "#include <vidrial/tile/smem.cuh>\n#include <mine.cuh>")
+    good, bad = Job("good", text, "tiny", "sm_80", "C(1)", (str(tmp_path),)), Job("bad", text, "tiny", "sm_80", "C(2)")
+    found = dict(pool.compile_many([good, bad]))
+    assert isinstance(found["good"], Cubin) and isinstance(found["bad"], CompileError)
+    assert "config: C(2)" in str(found["bad"])
+
+
+def test_a_killed_worker_costs_its_job_and_no_other(pool: CompilePool) -> None:
+    results = pool.compile_many([(n, source(n), "tiny", "sm_80") for n in range(4)])
+    outcome = dict([next(results)])
+    victim = next(worker for worker in pool_workers() if worker != os.getpid())
+    os.kill(victim, signal.SIGKILL)
+    outcome |= dict(results)
+    failed = [result for result in outcome.values() if isinstance(result, CompileError)]
+    assert len(outcome) == 4 and len(failed) <= 1
+    assert all("SIGKILL" in str(error) for error in failed)
+    assert all(isinstance(result, Cubin) for _, result in pool.compile_many([(n, source(n), "tiny", "sm_80") for n in range(2)]))
+
+
+def pool_workers() -> list[int]:
+    """Processes of this one that run the pool's program."""
+    children = Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
+    return [int(pid) for pid in children if b"vidrial.build.nvrtc" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+
+
+def test_a_crash_is_named() -> None:
+    with CompilePool(1) as pool:
+        results = pool.compile_many([("crash", source(1), "tiny", "sm_80", "Config(m=1)"), ("fine", source(2), "tiny", "sm_80")])
+        worker = pool._take
+        pool._take = lambda: _dying(worker())  # type: ignore[method-assign]
+        key, error = next(results)
+        pool._take = worker  # type: ignore[method-assign]
+        assert key == "crash" and isinstance(error, CompileError)
+        assert "SIGABRT" in str(error) and "Config(m=1)" in str(error)
+        assert isinstance(next(results)[1], Cubin)
+
+
+def _dying(worker: object) -> object:
+    os.kill(worker.process.pid, signal.SIGABRT)  # type: ignore[attr-defined]
+    return worker
+
+
+def test_a_compile_that_takes_too_long_is_stopped() -> None:
+    with CompilePool(1, timeout=0.05) as pool:
+        ((key, error),) = pool.compile_many([("slow", source(8), "tiny", "sm_80")])
+    assert key == "slow" and isinstance(error, CompileError) and "took more than 0.05 s" in str(error)
+
+
+def test_toolchain_errors_are_not_compile_errors(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("VIDRIAL_CUTLASS_INCLUDE", str(tmp_path))
+    with CompilePool(1) as pool, pytest.raises(ToolchainError, match="cute/layout.hpp"):
+        list(pool.compile_many([(0, source(8), "tiny", "sm_80")]))
+
+
+def test_nothing_is_left(pool: CompilePool) -> None:
+    before = set(os.listdir(tempfile.gettempdir()))
+    with CompilePool(2) as own:
+        results = own.compile_many([(n, source(n), "tiny", "sm_80") for n in range(3)])
+        next(results)
+        mine = set(os.listdir(tempfile.gettempdir())) - before
+        assert any(name.startswith("vidrial-pch-") for name in mine)
+        results.close()  # type: ignore[attr-defined]
+    assert not {name for name in os.listdir(tempfile.gettempdir()) if name.startswith("vidrial-pch-")} - before
+
+
+# No `if __name__ == "__main__"`: a user's script need not have one.
+SCRIPT = """
+import sys
+from vidrial.compile import CompilePool
+with CompilePool(1) as pool:
+    for key, cubin in pool.compile_many([(n, sys.argv[1], "tiny", "sm_80") for n in range(1000)]):
+        print(key, flush=True)
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
+def test_workers_die_with_their_parent(number: int) -> None:
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
+    command = [sys.executable, "-c", SCRIPT, source(8)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+    assert process.stdout and process.stdout.readline() == "0\n"
+    workers = [int(pid) for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
+    folder = re.search(r"\S*vidrial-pch-\w+", Path(f"/proc/{workers[0]}/cmdline").read_text().replace("\0", " "))
+    assert len(workers) == 1 and folder is not None
+    os.kill(process.pid, number)
+    process.communicate(timeout=30)
+    assert process.returncode == -number
+    deadline = time.monotonic() + 10
+    while (Path(f"/proc/{workers[0]}").exists() or Path(folder[0]).exists()) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not Path(f"/proc/{workers[0]}").exists() and not Path(folder[0]).exists()
+
+
+def test_a_worker_keeps_its_memory_unless_told_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("GLIBC_TUNABLES", raising=False)
+    assert worker_environment()["GLIBC_TUNABLES"] == MALLOC
+    monkeypatch.setenv("GLIBC_TUNABLES", "glibc.malloc.arena_max=4")
+    assert worker_environment()["GLIBC_TUNABLES"] == f"{MALLOC}:glibc.malloc.arena_max=4"
+    with CompilePool(1) as pool:
+        ((_, cubin),) = pool.compile_many([Job("k", source(1), "tiny", "sm_90a")])
+        assert isinstance(cubin, Cubin)
+        environment = Path(f"/proc/{pool._idle[0].process.pid}/environ").read_bytes()
+    # glibc may have put zeros where the colons were.
+    assert f"\0GLIBC_TUNABLES={MALLOC.partition(':')[0]}".encode() in b"\0" + environment

@@ -1,0 +1,135 @@
+from __future__ import annotations
+
+import builtins
+import importlib.util
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from vidrial.build import toolchain
+from vidrial.build.toolchain import HostCompiler, Toolchain, nvrtc_version
+from vidrial.errors import ToolchainError
+from vidrial.settings import Settings
+
+
+def headers(root: Path, cccl: int = 3_000_001, cutlass: str = "4 2 0") -> Settings:
+    """A made-up set of headers, and the settings that point to it."""
+    major, minor, patch = cutlass.split()
+    files = {
+        "cutlass/cute/layout.hpp": "",
+        "cutlass/cutlass/version.h": f"#define CUTLASS_MAJOR {major}\n#define CUTLASS_MINOR {minor}\n#define CUTLASS_PATCH {patch} \n",
+        "cuda/cuda_fp16.h": "",
+        "cuda/cccl/cuda/std/__cccl/version.h": f"#  define CCCL_VERSION_H\n#define CCCL_VERSION {cccl}\n",
+    }
+    for name, text in files.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(text)
+    return Settings.read({"VIDRIAL_CUTLASS_INCLUDE": str(root / "cutlass"), "VIDRIAL_CUDA_INCLUDE": str(root / "cuda")})
+
+
+def test_find() -> None:
+    found = Toolchain.find()
+    assert [(folder / header).is_file() for folder, header in zip(found.includes, HEADERS, strict=True)] == [True] * 4
+    assert found.cutlass_version == "4.2.0"
+    assert found.version == f"nvrtc {'.'.join(map(str, nvrtc_version()))}, cutlass 4.2.0, cccl {found.cccl_version}"
+    assert toolchain.missing() == []
+
+
+HEADERS = ("vidrial/prelude.cuh", "cute/layout.hpp", "cuda_fp16.h", "cuda/std/utility")
+
+
+def test_settings_come_first(tmp_path: Path) -> None:
+    found = Toolchain.find(headers(tmp_path))
+    assert (found.cutlass_include, found.cuda_include, found.cccl_version) == (tmp_path / "cutlass", tmp_path / "cuda", "3.0.1")
+
+
+def wheel(root: Path, *versions: str) -> str:
+    """An entry of sys.path with a wheel of NVRTC, whose second library is of these versions."""
+    folder = root / "nvidia/cu13/lib"
+    folder.mkdir(parents=True)
+    for name in (toolchain.NVRTC, "libnvrtc-builtins.alt.so.13.0", *(f"libnvrtc-builtins.so.{version}" for version in versions)):
+        (folder / name).write_text("")
+    return str(root)
+
+
+def test_a_wheel_tells_its_version_without_being_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first, second = wheel(tmp_path / "first", "13.7"), wheel(tmp_path / "second", "13.8.1")
+    assert toolchain._wheel_nvrtc((str(tmp_path), first, second)) == (13, 7)
+    assert toolchain._wheel_nvrtc((second, first)) == (13, 8)
+    assert toolchain._wheel_nvrtc((wheel(tmp_path / "both", "13.7", "13.8"),)) is None
+    assert toolchain._wheel_nvrtc((wheel(tmp_path / "neither"), second)) is None, "the first library found is the one that is loaded"
+    monkeypatch.setattr(sys, "path", [first, *sys.path])
+    monkeypatch.setattr(toolchain, "_loaded_nvrtc", lambda: None)
+    assert nvrtc_version() == (13, 7) and "nvrtc 13.7, cutlass" in Toolchain.find().version
+    monkeypatch.setattr(toolchain, "_loaded_nvrtc", lambda: (13, 9))
+    assert nvrtc_version() == (13, 9), "what is loaded counts, and compiles"
+    monkeypatch.undo()
+    monkeypatch.setattr(toolchain, "_wheel_nvrtc", lambda path: None)
+    binding = toolchain.nvrtc()
+    assert nvrtc_version() == binding.getVersion() == toolchain._loaded_nvrtc()
+
+
+def test_cccl_that_breaks_cutlass(tmp_path: Path) -> None:
+    with pytest.raises(ToolchainError, match=r"CCCL 3\.2\.0 .* CUTLASS 4\.2\.0.*cuda-toolkit\[nvrtc,cudart,cccl\]==13\.0"):
+        Toolchain.find(headers(tmp_path / "a", cccl=3_002_000))
+    assert Toolchain.find(headers(tmp_path / "b", cccl=3_001_009)).cccl_version == "3.1.9"
+    assert Toolchain.find(headers(tmp_path / "c", cccl=3_002_000, cutlass="4 4 0")).cutlass_version == "4.4.0"
+
+
+@pytest.mark.parametrize(
+    ("lost", "hint"),
+    [
+        ("cutlass/cute/layout.hpp", "VIDRIAL_CUTLASS_INCLUDE.*nvidia-cutlass"),
+        ("cutlass/cutlass/version.h", "CUTLASS_MAJOR"),
+        ("cuda/cuda_fp16.h", "VIDRIAL_CUDA_INCLUDE.*cuda-toolkit"),
+        ("cuda/cccl/cuda/std/__cccl/version.h", "VIDRIAL_CUDA_INCLUDE.*cuda-toolkit"),
+    ],
+)
+def test_a_lost_header_is_named(tmp_path: Path, lost: str, hint: str) -> None:
+    settings = headers(tmp_path)
+    (tmp_path / lost).unlink()
+    with pytest.raises(ToolchainError, match=hint):
+        Toolchain.find(settings)
+
+
+def test_nothing_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Everything missing at once: each is reported with the command that installs it."""
+    real_import, real_spec = builtins.__import__, importlib.util.find_spec
+
+    def no_cupy(name: str, *args: Any, **kwargs: Any) -> Any:
+        if name.startswith("cupy"):
+            raise ImportError(f"No module named {name!r}")
+        return real_import(name, *args, **kwargs)
+
+    toolchain._find.cache_clear()
+    toolchain._find_compiler.cache_clear()
+    monkeypatch.setattr(builtins, "__import__", no_cupy)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == "cutlass_library" else real_spec(name, *a))
+    monkeypatch.setenv("PATH", "/nowhere")
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.delenv("VIDRIAL_CUTLASS_INCLUDE", raising=False)
+    headers_line, nvrtc_line, compiler_line = toolchain.missing()
+    assert "pip install --no-deps nvidia-cutlass==4.2.0.0" in headers_line
+    assert "pip install cupy-cuda13x==14.2.0" in nvrtc_line
+    assert "g++" in compiler_line and "CXX" in compiler_line
+    toolchain._find_compiler.cache_clear()
+
+
+def test_cuda_headers_from_a_toolkit(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    headers(tmp_path)
+    os.rename(tmp_path / "cuda", tmp_path / "include")
+    monkeypatch.setattr(sys, "path", [str(tmp_path / "empty")])
+    assert toolchain._cuda_include(tmp_path) == tmp_path / "include"
+
+
+def test_host_compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    compiler = tmp_path / "cxx"
+    compiler.write_text("#!/bin/sh\necho 'cxx 99.1'\n")
+    compiler.chmod(0o755)
+    assert HostCompiler.find(Settings.read({"CXX": str(compiler)})) == HostCompiler(str(compiler), "cxx 99.1")
+    assert "g++" in HostCompiler.find(Settings.read({})).path
+    with pytest.raises(ToolchainError, match="CXX='no-such-compiler' does not run"):
+        HostCompiler.find(Settings.read({"CXX": "no-such-compiler"}))

@@ -1,0 +1,294 @@
+"""`vidrial check`: every kernel here is right under every schedule and sanitizer, and planted bugs are found with their line."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import vidrial as vd
+from vidrial.cli import main as cli
+from vidrial.errors import ArgumentError, CheckError, LaunchError, ToolchainError, UnsupportedError
+from vidrial.host.check import GUARD_BYTES, Outcome, Report, assert_op_correct, check, odd_problems, unlike_configs
+from vidrial.host.plan import HostPlan
+from vidrial.kernels.power_retention import attend
+from vidrial.layout.atoms import MMA_16x8x16
+from vidrial.layout.smem import SharedMemory
+from vidrial.spec.op import Op
+from vidrial.spec.registry import find_op
+
+EXAMPLE = Path(__file__).parents[2] / "examples/softmax"
+SOFTMAX = f"{EXAMPLE / 'softmax.py'}:op"
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
+    """Runs the command line: exit code, standard output, standard error."""
+
+    def call(*words: str) -> tuple[int, str, str]:
+        with pytest.raises(SystemExit) as ended:
+            cli.main(list(words))
+        return int(ended.value.code or 0), *capsys.readouterr()
+
+    return call
+
+
+def launched(op: Op, report: Report) -> set[str]:
+    return {s.kernel.name for o in report.outcomes for s in op.stages(o.problem, o.config)}
+
+
+def test_power_retention() -> None:
+    op = find_op("power_retention")
+    report = check(op, configs=3)
+    assert report.ok, report
+    # Both forms, by both instructions, so that every kernel runs, plain and under both sanitizers.
+    assert launched(op, report) == {kernel.name for kernel in op.kernels}
+    last = [o for o in report.outcomes if o.problem.t == 257]
+    assert {(o.config.chunk > 0, o.sanitizer) for o in last} == {(c, s) for c in (False, True) for s in (None, "address", "thread")}
+    assert all(o.schedules >= 2 and o.check is not None and o.check.ok for o in report.outcomes)
+
+
+def test_power_retention_at_other_facts() -> None:
+    op = find_op("power_retention")
+    facts: dict[str, Any] = {"d": 32, "hq": 4, "h": 2, "dtype": "float16", "normalize": "none"}
+    assert_op_correct(op, [op.example(t=t, **facts) for t in (7, 263)], sanitizers=(None,))
+
+
+def test_softmax(run: Callable[..., tuple[int, str, str]]) -> None:
+    code, out, _ = run("check", SOFTMAX, "--m", "5", "--n", "63", "--n", "1000", "--dtype", "bfloat16")
+    assert code == 0
+    assert "dtype=bfloat16 m=5" in out and "all 9 right" in out
+    # The config of two elements a load is not legal for the odd length.
+    assert [line.split()[0] for line in out.splitlines() if "address" in line] == ["n=63", "n=1000", "n=1000"]
+
+
+# In the example's template: what stands there, what stands there instead; what is said, and a part of the line that is named.
+BUGS = {
+    "missing barrier": ("    __syncthreads();\n", "", "data race", "parts[first + w].x"),
+    "mask off by one": ("i < vectors; i += Tiles::row_threads) y", "i <= vectors; i += Tiles::row_threads) y", "heap-buffer", "i <= v"),
+    "wrong values": ("1.f / row.sum", "1.001f / row.sum", "wrong values", ""),
+    "early return": ("  Part part;\n  if", "  if (row >= args.m) return;\n  Part part;\n  if", "have returned", "__syncthreads"),
+    "no C++": ("  return v;\n}", "  return w;\n}", "does not compile", "return w;"),
+}
+
+
+@pytest.mark.parametrize("bug", BUGS)
+def test_a_planted_bug_is_found(bug: str, tmp_path: Path, run: Callable[..., tuple[int, str, str]]) -> None:
+    right, wrong, said, line = BUGS[bug]
+    template, description = tmp_path / "softmax.cu.j2", tmp_path / "planted.py"
+    text = (EXAMPLE / template.name).read_text()
+    assert text.count(right) == 1
+    template.write_text(text.replace(right, wrong))
+    # Few configs: several warps share a row, rows are read twice, and two are a CTA's.
+    source = (EXAMPLE / "softmax.py").read_text().replace("vd.choice(128, 32, 8, 256, 512)", "vd.choice(64)")
+    description.write_text(source.replace("vd.choice(1, 2, 4, 8, 16)", "vd.choice(2)").replace("vd.choice(0, 1, 2, 4, 8)", "vd.choice(0)"))
+    code, out, err = run("check", f"{description}:op", "--m", "3", "--n", "129", "--configs", "1")
+    assert (code, err) == (1, "")
+    assert said in " ".join(out.split())
+    if line:
+        numbers = [n for n, x in enumerate(template.read_text().splitlines(), 1) if line in x]
+        assert any(f"softmax.cu.j2:{n}" in out for n in numbers), out
+    assert "FAILED" in out and "failed" in out
+
+
+def test_no_compiler_is_no_finding(run: Callable[..., tuple[int, str, str]], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    code, _, err = run("check", SOFTMAX, "--n", "7", "--quick")
+    assert code == 2 and "apt-get install g" in err
+    with pytest.raises(ToolchainError, match="no-such-compiler"):
+        assert_op_correct(find_op(SOFTMAX))
+
+
+def test_the_helper_raises_what_a_test_shows() -> None:
+    op = find_op(SOFTMAX)
+    impossible = dataclasses.replace(op, check=lambda *_: vd.Check(1.0, float("nan"), 1e-3, 1e-3))
+    said = r"softmax: 1 of 1 runs failed\n.*row_threads=.*plain, 3 schedules: FAILED: wrong values: 1.0e\+00 relative"
+    with pytest.raises(CheckError, match=said):
+        assert_op_correct(impossible, [op.example(n=3, m=2)], configs=1, sanitizers=(None,))
+    assert issubclass(CheckError, AssertionError)
+
+
+def test_outcomes_keep_a_summary_and_the_report() -> None:
+    outcome = Outcome(1, vd.Check, "thread", 2, None, "data race\n  at a.cu:3\nwhole report:\nlong", 0.0)
+    assert outcome.summary == "data race\n  at a.cu:3"
+
+
+def test_odd_problems_and_unlike_configs() -> None:
+    op = find_op("power_retention")
+    problems = odd_problems(op, {"d": 32})
+    assert [p.t for p in problems] == [1, 129, 257] and {p.d for p in problems} == {32} and {p.h for p in problems} == {2}
+    assert [p.t for p in odd_problems(op, {"t": 77})] == [77]
+    device = vd.Device.of("h200")
+    first, second, third = unlike_configs(op, problems[-1], 3)
+    assert first == op.predicted(problems[-1], device)
+    kernels = [{s.kernel.name for s in op.stages(problems[-1], c)} for c in (first, second)]
+    # Of 32 features no warpgroup has its fill.
+    assert kernels[0] | kernels[1] == {k.name for k in op.kernels} - {"power_scan_wgmma"}
+    assert third not in (first, second) and op.reject(problems[-1], third, device) is None
+    only = dataclasses.replace(find_op(SOFTMAX), rules=lambda p, c: iter([(c == type(c)(), "no")]))
+    assert unlike_configs(only, only.example(n=129), 3) == [only.config()]
+    with pytest.raises(ArgumentError, match="0 problems and 2 configs check nothing"):
+        check(op, [])
+
+
+# A kernel of two regions: each thread fills its own 16 bytes of the first, and reads what is there.
+REGIONS = """#include <vidrial/prelude.cuh>
+#pragma nv_hdrstop
+#include <vidrial/tile/smem.cuh>
+{{ tiles }}
+{{ args }}
+extern "C" __global__ void __launch_bounds__(Tiles::threads) regions(__grid_constant__ Args const args) {
+  VIDRIAL_SHARED_MEMORY(raw);
+  float* const first = reinterpret_cast<float*>(raw + Tiles::Smem::First);
+  float* const second = reinterpret_cast<float*>(raw + Tiles::Smem::Second);
+  int const t = threadIdx.x;
+  second[t] = 1.f;
+  __syncthreads();
+  WRITE
+  __syncthreads();
+  args.y[t] = second[t] + (t < 31 ? first[t] : 0.f);
+}
+"""
+WRITES = {
+    "plain": (None, "first[t + 1] = 2.f;", "written 0 bytes past the end of a region"),
+    "address": ("address", "first[t + 1] = 2.f;", "use-after-poison"),
+    "ldmatrix": (
+        None,
+        "uint32_t r; cute::SM75_U32x1_LDSM_N::copy(*reinterpret_cast<cute::uint128_t*>(first + 4 * t + 4), r); first[t] = r;",
+        "not in shared memory",
+    ),
+    "cp.async": (
+        None,
+        "cute::SM80_CP_ASYNC_CACHEALWAYS<float>::copy(args.y[t], first[t + 1]); cute::cp_async_wait<0>();",
+        "not in shared memory",
+    ),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Nothing:
+    n: int = vd.dynamic()
+
+
+@dataclasses.dataclass(frozen=True)
+class One:
+    threads: int = vd.choice(32)
+
+
+def regions_op(folder: Path, write: str) -> Op:
+    template = folder / "regions.cu.j2"
+    template.write_text(REGIONS.replace("WRITE", write))
+    kernel = vd.Kernel(
+        "regions",
+        template,
+        Nothing,
+        One,
+        vd.Arguments(y="float*", n="int"),
+        lambda p, c: vd.Tiles(threads=32, smem=SharedMemory(First=128, Second=1024)),
+        lambda p, c: (1, 1, 1),
+    )
+    return vd.Op.of(
+        kernel,
+        example=lambda n: Nothing(n),
+        sample=lambda p, seed: {},
+        reference=lambda p, x: {},
+        check=lambda p, x, y, z: vd.Check(float(np.isnan(y["y"][:31]).sum()), 0.0, 0.5, 0.5),
+        outputs=lambda p: {"y": vd.Buffer((32,), vd.DType.float32)},
+        small=lambda p: p,
+    )
+
+
+@pytest.mark.parametrize("how", WRITES)
+def test_an_overflow_into_the_next_region_is_found(how: str, tmp_path: Path) -> None:
+    sanitizer, write, said = WRITES[how]
+    op = regions_op(tmp_path, write)
+    # As on the GPU, the second region begins where the first one ends, or where its alignment allows.
+    report = check(op, [Nothing(1)], 1, (sanitizer,))
+    assert not report.ok and said in str(report)
+    if how != "plain":
+        assert f"regions.cu.j2:{1 + REGIONS.split('WRITE')[0].count(chr(10))}" in str(report)
+    assert check(regions_op(tmp_path, "first[t] = 2.f;"), [Nothing(1)], 1, (sanitizer,)).ok
+
+
+def test_guards_move_regions_and_nothing_else() -> None:
+    plain = SharedMemory(First=100, Second=100, Third=2048)
+    assert plain.members() == {"First": 0, "Second": 128, "Third": 1024} and plain.gaps() == ((100, 28), (228, 796))
+    guarded = plain.guarded(GUARD_BYTES)
+    assert guarded.members() == {"First": 0, "Second": 1152, "Third": 3072} and guarded.gaps() == ((100, 1052), (1252, 1820))
+    assert [guarded.size(name) for name in guarded.members()] == [100, 100, 2048]
+    assert all(size >= GUARD_BYTES for _, size in guarded.gaps())
+
+
+def test_the_high_water_mark_does_not_see_guards(tmp_path: Path) -> None:
+    op = regions_op(tmp_path, "first[t] = 2.f;")
+    y = np.zeros(32, np.float32)
+    for guard, start in ((0, 1024), (GUARD_BYTES, 2048)):
+        stats = HostPlan(op, Nothing(1), One(), guard=guard).run({"y": y})["regions"]
+        assert stats.shared_memory_high_water == start + 32 * 4
+        assert (y[:31] == 3).all()
+
+
+def test_what_is_not_emulated_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    op = find_op("power_retention")
+    problem = op.example(t=129, h=1, d=32)
+    config = op.predicted(problem, vd.Device.of("a100"))
+    newer = {dtype: dataclasses.replace(atom, arch=100, name="tcgen05 like mma.sync") for dtype, atom in MMA_16x8x16.items()}
+    monkeypatch.setattr(attend, "MMA_16x8x16", newer)
+    # Another kernel object, whose tiles nobody has kept.
+    kernel = dataclasses.replace(attend.power_attend)
+    last = dataclasses.replace(op.stages(problem, config)[-1], kernel=kernel)
+    op = dataclasses.replace(op, stages=lambda p, c: (last,))
+    with pytest.raises(UnsupportedError, match=r"power_attend: QK is made of tcgen05 like mma\.sync, which begins with sm_100; the host"):
+        HostPlan(op, problem, config)
+    device = dataclasses.replace(vd.Device.of("h200"), arch="sm_80")
+    monkeypatch.setattr(vd.Device, "of", classmethod(lambda cls, name: device))
+    report = check(op, [problem], 1, (None,))
+    assert not report.ok and "begins with sm_100" in str(report)
+
+
+def test_inputs_are_read_only(tmp_path: Path) -> None:
+    op = regions_op(tmp_path, "first[t] = 2.f;")
+    wrong = dataclasses.replace(op, sample=lambda p, seed: {"y": np.zeros(32, np.float32)}, outputs=lambda p: {})
+    report = check(wrong, [Nothing(1)], 1, (None,))
+    assert "which is read-only" in str(report)
+    with pytest.raises(LaunchError, match="read-only"):
+        x = np.zeros(32, np.float32)
+        x.flags.writeable = False
+        HostPlan(op, Nothing(1), One()).run({"y": x})
+
+
+def test_analyse_prints_what_was_counted(run: Callable[..., tuple[int, str, str]]) -> None:
+    code, out, _ = run("analyse", "power_retention", "--t", "257", "--h", "2", "--d", "64", "--arch", "sm_80")
+    op = find_op("power_retention")
+    problem = op.example(t=257, h=2)
+    stage = op.stages(problem, op.predicted(problem, vd.Device.of("a100")))[-1]
+    counts = stage.kernel.counts(stage.problem, stage.config)
+    row = next(line.split() for line in out.splitlines() if line.startswith("QK "))
+    assert code == 0 and row[3:] == ["16", str(counts["QK"].mma), str(counts["QK"].ldmatrix), "1", "0"]
+    copy = next(line.split() for line in out.splitlines() if line.startswith("CopyK "))
+    assert copy[3:6] == ["1", str(counts["CopyK"].cp_async_requests), "15.9"]
+    assert "CTAs an SM" in out
+
+
+def test_analyse_counts_wgmma(run: Callable[..., tuple[int, str, str]]) -> None:
+    code, out, _ = run("analyse", "power_retention", "--t", "5001", "--h", "2", "--d", "64", "--arch", "h200")
+    op, device = find_op("power_retention"), vd.Device.of("h200")
+    problem = op.example(t=5001, h=2)
+    found = [(s, s.kernel.counts(s.problem, s.config)) for s in op.stages(problem, op.predicted(problem, device))]
+    by_wgmma = [(stage, counts) for stage, counts in found if any(n.wgmma for n in counts.values())]
+    assert code == 0 and by_wgmma
+    for stage, counts in by_wgmma:
+        members = stage.kernel.resolve(stage.problem, stage.config).members
+        flops = 0
+        for name in (name for name, n in counts.items() if n.wgmma):
+            row = next(line.split() for line in out.splitlines() if line.startswith(f"{name} "))
+            (m, n, k), mma = members[name].atom.shape, members[name]
+            # B, and A if it is there; what an instruction of 64 x n x 16 multiplies.
+            assert row[1:] == [mma.atom.name, str(2 * k * (n + (m if mma.a else 0))), str(counts[name].wgmma), "1"]
+            flops += 2 * m * n * k * counts[name].wgmma
+        launch = next(line.split() for line in out.splitlines() if line.startswith(f"{stage.kernel.name} ") and "MB" in line)
+        assert f"{flops:.2e}" in launch

@@ -1,0 +1,204 @@
+"""The host target on a kernel in the style of rendered ones, and its own promises: arrays, arguments, errors, counters, the cache."""
+
+from __future__ import annotations
+
+import struct
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from units import bf16_bits, bf16_values, text
+
+from vidrial.build.store import Store
+from vidrial.errors import ArgumentError, CompileError, LaunchError, ToolchainError
+from vidrial.host.target import SCHEDULES, HostStats, Schedule, compile_host
+
+SCALE = """struct Args { float const* x; float* y; int rows, stride; float factor; };
+extern "C" __global__ void __launch_bounds__(32) scale(__grid_constant__ Args const args) {
+  int const row = blockIdx.x, column = threadIdx.x;
+  args.y[row * 32 + column] = args.factor * args.x[row * args.stride + column];
+}
+"""
+GEMM_SMEM = 4 * 64 * 64 * 2
+
+
+def gemm(m: int, n: int, k: int, schedule: Schedule = SCHEDULES[0], sanitizer: str | None = None) -> HostStats:
+    """Run the GEMM unit and compare: bf16 products are exact in float32, sums of k of them are not."""
+    rng = np.random.default_rng(m)
+    a, b = (bf16_bits(rng.standard_normal((rows, k))) for rows in (m, n))
+    c = np.full((m, n), np.nan, np.float32)
+    packed = bytes(24) + struct.pack("3i4x", m, n, k)
+    stats = compile_host(text("gemm.cu"), "gemm", sanitizer=sanitizer).launch(
+        (-(-m // 64), -(-n // 64)), 128, GEMM_SMEM, packed, {0: a, 8: b, 16: c}, schedule
+    )
+    expected = bf16_values(a).astype(np.float64) @ bf16_values(b).T.astype(np.float64)
+    magnitude = np.abs(bf16_values(a)).astype(np.float64) @ np.abs(bf16_values(b)).T
+    assert (np.abs(c - expected) <= k * 2.0**-24 * magnitude).all()
+    return stats
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 64), (65, 63, 128), (100, 129, 192), (64, 64, 320)])
+def test_gemm(shape: tuple[int, int, int]) -> None:
+    for schedule in SCHEDULES:
+        gemm(*shape, schedule)
+
+
+def test_gemm_is_clean_under_the_sanitizers() -> None:
+    for sanitizer in ("address", "thread"):
+        for schedule in SCHEDULES[:2]:
+            gemm(65, 63, 128, schedule, sanitizer)
+
+
+def test_counters() -> None:
+    stats = gemm(64, 64, 128)
+    # 4 warps, 2 x 4 atoms, 4 steps of k in a tile, 2 tiles; ldmatrix x4: 2 for A and 2 for B a step.
+    assert (stats.mma, stats.ldmatrix, stats.ldmatrix_conflicts) == (4 * 2 * 4 * 4 * 2, 4 * 4 * 4 * 2, 0)
+    # A tile is 64 rows of 128 bytes; a warp's request covers 4 rows.
+    assert (stats.cp_async_bytes, stats.cp_async_sectors, stats.cp_async_requests) == (2 * 2 * 64 * 128, 2 * 2 * 64 * 4, 2 * 2 * 16)
+    assert stats.shared_memory_high_water == GEMM_SMEM
+    assert stats.switches > 128
+    assert gemm(33, 64, 64).cp_async_bytes == (33 + 64) * 128
+
+
+def test_bank_conflicts_are_counted() -> None:
+    source = text("ldmatrix.cu", "using Atom = cute::SM75_U32x4_LDSM_N;").replace("8 * lane", "64 * lane")
+    elements = np.arange(256, dtype=np.uint16)
+    stats = compile_host(source, "unit").launch((1,), 32, 4096, bytes(16), {0: elements, 8: np.zeros_like(elements)})
+    assert stats.ldmatrix_conflicts == 4 * 7
+
+
+def test_arrays_keep_their_strides_and_the_rest_of_their_memory() -> None:
+    whole = np.arange(5 * 50, dtype=np.float32).reshape(5, 50)
+    x, y = whole[::2, 3:35], np.full((4, 32), -1, np.float32)
+    packed = bytes(16) + struct.pack("2if4x", 3, 100, 2.0)
+    compile_host(SCALE, "scale").launch((3,), 32, 0, packed, {0: x, 8: y[:3]})
+    assert (y[:3] == 2 * x).all() and (y[3] == -1).all() and (whole == np.arange(250).reshape(5, 50)).all()
+    back = np.arange(3 * 32, dtype=np.float32).reshape(3, 32)
+    compile_host(SCALE, "scale").launch((3,), 32, 0, bytes(16) + struct.pack("2if4x", 3, -32, 1.0), {0: back[::-1], 8: y[:3]})
+    assert (y[:3] == back[::-1]).all()
+
+
+def test_an_array_may_be_passed_twice_but_not_overlap() -> None:
+    x = np.arange(64, dtype=np.float32).reshape(2, 32)
+    packed = bytes(16) + struct.pack("2if4x", 2, 32, 3.0)
+    compile_host(SCALE, "scale").launch((2,), 32, 0, packed, {0: x, 8: x})
+    assert (x == 3 * np.arange(64).reshape(2, 32)).all()
+    with pytest.raises(ArgumentError, match="overlaps"):
+        compile_host(SCALE, "scale").launch((1,), 32, 0, packed, {0: x[:, :20], 8: x})
+
+
+def test_addresses_are_aligned_as_on_a_gpu() -> None:
+    source = """struct Args { char const* x; long* y; };
+extern "C" __global__ void where(__grid_constant__ Args const args) { args.y[0] = long(args.x) % 256; }"""
+    owner, y = np.zeros(1000, np.uint8), np.full(1, -1)
+    for offset in (0, 2, 300):
+        compile_host(source, "where").launch((1,), 1, 0, bytes(16), {0: owner[offset:], 8: y})
+        assert y[0] == offset % 256
+
+
+def test_several_parameters_and_dimensions() -> None:
+    source = """extern "C" __global__ void __launch_bounds__(12) fill(char tag, double* x, short n, float2 pair) {
+  int const thread = threadIdx.x + blockDim.x * (threadIdx.y + blockDim.y * threadIdx.z);
+  int const block = blockIdx.x + gridDim.x * (blockIdx.y + gridDim.y * blockIdx.z);
+  if (thread < n) x[block * n + thread] = tag + 100 * thread + 10000 * block + pair.y;
+}"""
+    x = np.zeros((12, 11))
+    packed = struct.pack("b7xqh6x2f", 7, 0, 11, 1.0, 0.5)
+    compile_host(source, "fill").launch((2, 3, 2), (3, 2, 2), 0, packed, {8: x})
+    assert (x == 7.5 + 100 * np.arange(11) + 10000 * np.arange(12)[:, None]).all()
+    with pytest.raises(LaunchError, match="takes 32 bytes of arguments, the launch gives 16"):
+        compile_host(source, "fill").launch((1,), 1, 0, bytes(16), {8: x})
+
+
+def test_writing_a_read_only_array() -> None:
+    x, y = np.zeros((1, 32), np.float32), np.ones((1, 32), np.float32)
+    y.flags.writeable = False
+    with pytest.raises(LaunchError, match=r"float32\[1, 32\], which is read-only"):
+        compile_host(SCALE, "scale").launch((1,), 32, 0, bytes(16) + struct.pack("2if4x", 1, 32, 1.0), {0: x, 8: y})
+
+
+def test_empty_arrays_and_prints() -> None:
+    source = """struct Args { float* x; };
+extern "C" __global__ void say(__grid_constant__ Args const args) { printf("hello %d\\n", int(threadIdx.x)); }"""
+    assert compile_host(source, "say").launch((1,), 3, 0, bytes(8), {0: np.zeros(0, np.float32)}).mma == 0
+
+
+@pytest.mark.parametrize(
+    ("grid", "block", "shared_bytes", "pointers", "message"),
+    [
+        ((0,), 32, 0, {}, "grid"),
+        ((1,), 1025, 0, {}, "1025 threads"),
+        ((1, 1, 1, 1), 32, 0, {}, "grid"),
+        ((1,), 32, 228 << 10, {}, "shared memory"),
+        ((1,), 32, 0, {28: np.zeros(1)}, "offset 28"),
+    ],
+)
+def test_launches_that_cuda_would_refuse(grid, block, shared_bytes, pointers, message) -> None:  # type: ignore[no-untyped-def]
+    with pytest.raises(ArgumentError, match=message):
+        compile_host(SCALE, "scale").launch(grid, block, shared_bytes, bytes(32), pointers)
+
+
+@pytest.mark.parametrize("wrong", ["order", "sanitizer"])
+def test_unknown_options(wrong: str) -> None:
+    with pytest.raises(ArgumentError, match="sideways"):
+        if wrong == "order":
+            compile_host(SCALE, "scale").launch((1,), 1, 0, bytes(32), {}, Schedule(order="sideways"))
+        else:
+            compile_host(SCALE, "scale", sanitizer="sideways")
+
+
+def test_compile_errors_name_the_template() -> None:
+    source = f'#line 41 "scale.cu.j2"\n{SCALE}'.replace("args.factor", "args.faktor")
+    with pytest.raises(CompileError, match=r"scale does not compile for the host: .*faktor.*\n  at scale\.cu\.j2:44\n"):
+        compile_host(source, "scale")
+    with pytest.raises(CompileError, match="'other' was not declared"):
+        compile_host(SCALE, "other")
+    with pytest.raises(CompileError, match=r"twice\n  at shapes\.cuh:1\n  used at scale\.cu\.j2:2\n"):
+        compile_host(
+            '#line 1 "shapes.cuh"\ntemplate <int N> struct Even { static_assert(N % 2 == 0, "twice"); };\n#line 1 "scale.cu.j2"\n'
+            'struct Args {};\nextern "C" __global__ void scale(Args const) { Even<3> e; }',
+            "scale",
+        )
+
+
+def test_no_compiler_or_an_old_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(ToolchainError, match="apt-get install g"):
+        compile_host(SCALE, "scale")
+    old = tmp_path / "old-g++"
+    old.write_text('#!/bin/sh\ncase "$1" in --version) echo "g++ 9.4.0";; *) echo 9.4.0;; esac\n')
+    old.chmod(0o755)
+    monkeypatch.setenv("CXX", str(old))
+    with pytest.raises(ToolchainError, match=r"is g\+\+ 9.4.0; the host target needs g\+\+ 12 or later: apt-get install g"):
+        compile_host(SCALE, "scale")
+
+
+def test_the_store_keeps_executables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = Store(tmp_path / "cache")
+    compile_host(SCALE, "scale", store=store, pch=False)
+    assert store.stats.writes == 1
+    monkeypatch.setattr("vidrial.host.compiler.Build.executable", None)
+    again = compile_host(SCALE, "scale", store=Store(tmp_path / "cache"), pch=False)
+    y = np.zeros((1, 32), np.float32)
+    again.launch((1,), 32, 0, bytes(16) + struct.pack("2if4x", 1, 32, 4.0), {0: np.ones((1, 32), np.float32), 8: y})
+    assert (y == 4).all()
+
+
+def test_compiling_and_launching_is_quick() -> None:
+    compile_host(text("gemm.cu"), "gemm")
+    start = time.perf_counter()
+    compile_host(text("gemm.cu") + f"// {start}\n", "gemm")
+    seconds = time.perf_counter() - start
+    # 0.3 s on a quiet machine.
+    assert seconds < 3, f"compiling a kernel took {seconds:.1f} s: is the precompiled header used?"
+    start = time.perf_counter()
+    gemm(64, 64, 64)
+    assert time.perf_counter() - start < 2
+
+
+def test_importing_it_touches_nothing() -> None:
+    code = "import sys, vidrial.host.target; print([m for m in ('numpy', 'cupy', 'torch') if m in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"

@@ -1,0 +1,222 @@
+"""Power retention by wgmma: the same kernels as on a Hopper GPU, on the host target, against the float64 reference."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+from collections import Counter
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from power_host import assert_right, late_error, plant, run
+
+from vidrial.build.nvrtc import Cubin
+from vidrial.build.pool import CompilePool, Job
+from vidrial.device import Device
+from vidrial.errors import LaunchError
+from vidrial.host.target import SCHEDULES, Schedule
+from vidrial.kernels.power_retention import attend, scan, scan_wgmma
+from vidrial.kernels.power_retention.attend import Config as Attend
+from vidrial.kernels.power_retention.op import RELATIVE_BOUND, Config, check, example, op, reference, sample
+from vidrial.kernels.power_retention.scan import Config as Scan
+from vidrial.layout.counts import Counts
+from vidrial.templates import TEMPLATES
+
+H200 = Device.of("h200")
+SCAN = Scan(tokens=64, stages=4, warps=4, columns=64, segments=1, tiles=5, mma="wgmma")
+ATTEND = Attend(keys=64, m=2, warps=4, stages=3, blocks=2, mma="wgmma")
+BOTH = Config(128, SCAN, ATTEND)
+TWO_WARPGROUPS = Config(256, dataclasses.replace(SCAN, warps=8, tiles=3), Attend(64, 2, 8, 4, 1, "wgmma"))
+WIDE = Config(256, Scan(64, 4, 8, 128, 1, 3, "wgmma"), Attend(64, 2, 8, 3, 1, "wgmma"))
+
+
+def scanned(config: Config, **choices: Any) -> Config:
+    """The same with other choices of the scan."""
+    return dataclasses.replace(config, scan=dataclasses.replace(config.scan, **choices))
+
+
+CASES: dict[str, tuple[dict[str, Any], Config]] = {
+    "one token": ({"t": 1, "h": 2, "d": 64}, Config(0, Scan(), ATTEND)),
+    "attention form, D = 32": ({"t": 193, "h": 1, "d": 32}, Config(0, Scan(), ATTEND)),
+    "attention form, E < D = 128, grouped": ({"t": 259, "h": 1, "hq": 3, "d": 128, "e": 32}, Config(0, Scan(), ATTEND)),
+    "attention form, long blocks of keys": ({"t": 389, "h": 1, "d": 64}, Config(0, Scan(), Attend(128, 2, 8, 3, 1, "wgmma"))),
+    "degree 4, no sum, no gates": (
+        {"t": 131, "h": 1, "d": 64, "degree": 4, "normalize": "none", "gated": False},
+        Config(0, Scan(), ATTEND),
+    ),
+    "one token past a chunk": ({"t": 129, "h": 1, "d": 64}, BOTH),
+    "five tiles, two batches": ({"t": 391, "b": 2, "h": 1, "d": 64}, BOTH),
+    "three segments": ({"t": 643, "h": 1, "hq": 2, "d": 64}, scanned(BOTH, segments=3)),
+    "no gates": ({"t": 391, "h": 1, "d": 64, "gated": False}, scanned(BOTH, segments=2)),
+    "no sum": ({"t": 391, "h": 1, "d": 64, "normalize": "none"}, scanned(BOTH, segments=2)),
+    "two tiles, the last d alone": ({"t": 263, "h": 1, "d": 64}, scanned(BOTH, tiles=2, stages=5)),
+    "two warpgroups": ({"t": 777, "h": 1, "d": 64}, TWO_WARPGROUPS),
+    "128 tokens a block": ({"t": 521, "h": 1, "d": 64}, scanned(TWO_WARPGROUPS, tokens=128, tiles=2)),
+    "D = 128": ({"t": 521, "h": 1, "d": 128}, WIDE),
+    "D = 128, half the columns, two tiles": (
+        {"t": 263, "h": 1, "d": 128},
+        Config(128, dataclasses.replace(SCAN, warps=8, tiles=2), Attend(32, 2, 4, 4, 2, "wgmma")),
+    ),
+    "E = 128 > D = 64": ({"t": 521, "h": 1, "d": 64, "e": 128}, WIDE),
+    "E = 32 < D = 64": ({"t": 263, "h": 1, "d": 64, "e": 32}, scanned(BOTH, columns=32, tiles=3)),
+    "E = 64 < D = 128": ({"t": 263, "h": 1, "d": 128, "e": 64}, scanned(BOTH, tiles=3)),
+    "scan alone": ({"t": 391, "h": 1, "d": 64}, dataclasses.replace(BOTH, attend=Attend())),
+    "attend alone": ({"t": 391, "h": 1, "d": 64}, dataclasses.replace(BOTH, scan=Scan())),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_kernels(case: str) -> None:
+    keywords, config = CASES[case]
+    p = example(**keywords)
+    assert op.reject(p, config, H200) is None
+    inputs = sample(p, 21)
+    results, stats = run(p, config, inputs)
+    assert_right(p, config, inputs, results)
+    predicted = {s.kernel.name: sum(s.kernel.counts(s.problem, s.config).values(), Counts()) for s in op.stages(p, config)}
+    counted = {name: Counts(*(getattr(s, f.name) for f in dataclasses.fields(Counts))) for name, s in stats.items()}
+    assert predicted == counted
+    by_wgmma = [name for name, s in counted.items() if s.wgmma]
+    assert by_wgmma == [s.kernel.name for s in op.stages(p, config) if getattr(s.config, "mma", "") == "wgmma"]
+    assert all(counted[name].ldmatrix_conflicts == counted[name].mma == 0 for name in by_wgmma)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES, ids=str)
+def test_schedules_change_no_bit(schedule: Schedule) -> None:
+    p, config = example(t=515, h=1, d=64), scanned(BOTH, segments=2)
+    inputs = sample(p, 22)
+    first, _ = run(p, config, inputs)
+    again, _ = run(p, config, inputs, schedule)
+    assert_right(p, config, inputs, again)
+    assert (first["y"] == again["y"]).all()
+
+
+@pytest.mark.parametrize("gates", [0.0, 0.01, 20.0, 300.0, np.inf])
+def test_gates(gates: float) -> None:
+    p, config = example(t=515, h=1, d=64), scanned(BOTH, segments=2)
+    inputs = sample(p, 23)
+    with np.errstate(invalid="ignore"):
+        inputs["log_g"] = (inputs["log_g"] * np.float32(gates)).astype(np.float32)
+    results, _ = run(p, config, inputs)
+    assert_right(p, config, inputs, results)
+
+
+@pytest.mark.parametrize(("sanitizer", "t"), [("address", 393), ("thread", 261)])
+def test_sanitizers(sanitizer: str, t: int) -> None:
+    p, config = example(t=t, h=1, d=64), scanned(BOTH, segments=2)
+    inputs = sample(p, 24)
+    results, _ = run(p, config, inputs, sanitizer=sanitizer)
+    assert_right(p, config, inputs, results)
+
+
+# One change of the device code each, which the measures or the host target must see: file, what stands there, what stands there instead.
+WRONG = {
+    "multiplicity": ("power_scan_wgmma", "is_state && first_d + m > 0 ? 2.f : 1.f", "1.f"),
+    "a wrapped tile as it is": ("power_scan_wgmma", "block_i <= j ? feature * 8", "true ? feature * 8"),
+    "the last pairs left out": ("power_scan_wgmma", "return d < kBlocks / 2 ||", "return d < kBlocks / 2 || false &&"),
+    "keys not discounted in the state": ("power_scan_wgmma", "discount(ki[m], stage, t)", "ki[m]"),
+    "rows of Z not discounted": ("power_scan_wgmma", "a[0][r] = discount(a[0][r], stage, k * 16 + r / 2 * 8);", ""),
+    "another half of the products": ("power_scan_wgmma", "update_state(read, block % 2);", "update_state(read, (block + 1) % 2);"),
+    "state not discounted over a chunk": ("power_scan_wgmma", "float const f = exp2_approx(total.x + total.y);", "float const f = 1.f;"),
+    "no normaliser of the state": ("power_attend", "QZ::product(z, load_q", "if (m > 0) QZ::product(z, load_q"),
+    "the second 64 rows' keys": ("power_attend", "QK::product(s, load_q, m + 1, 0", "QK::product(s, load_q, m, 0"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_a_wrong_kernel_is_found(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    p, config = example(t=515, h=1, d=64), scanned(BOTH, segments=2)
+    inputs = sample(p, 25)
+    inputs["log_g"] *= np.float32(0.1)
+    exact = reference(p, inputs)
+    right, _ = run(p, config, inputs)
+    assert check(p, inputs, right, exact).ok
+    plant(monkeypatch, *WRONG[case])
+    results, _ = run(p, config, inputs)
+    assert not check(p, inputs, results, exact).ok
+    assert not late_error(p, config, results, exact) <= RELATIVE_BOUND
+
+
+# What wgmma's running on by itself makes possible, and the host target's sentence about it; none: the answer is wrong.
+EARLY: dict[str, tuple[str, str, str, str | None]] = {
+    "no wait for the scores": ("power_attend", "if (m == 0) QK::template settle<0>();", "if (m == 0) ;", "was written before the wait"),
+    "no wait before the state is written": (
+        "power_scan_wgmma",
+        "    State::template settle<0>();\n    State::fence(acc);\n    if (n > first) {",
+        "    if (n > first) {",
+        "never waited for",
+    ),
+    "a stage refilled while it is read": ("power_attend", "kRead = PV::kAsync ? 2 : 1", "kRead = 1", "was overwritten before the wait"),
+    "a stage of tokens refilled while it is read": (
+        "power_scan_wgmma",
+        "block = 0, read = 0, write = kStages - 2",
+        "block = 0, read = 0, write = kStages - 3",
+        None,
+    ),
+    "no fence": ("power_scan_wgmma", "      fence_async_proxy();\n", "", "no thread has called fence_async_proxy since"),
+}
+
+
+@pytest.mark.parametrize("case", EARLY)
+def test_what_comes_too_early_is_found(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    p, config = example(t=515, h=1, d=64), BOTH
+    inputs = sample(p, 26)
+    *change, sentence = EARLY[case]
+    plant(monkeypatch, *change)
+    if sentence:
+        with pytest.raises(LaunchError, match=sentence):
+            run(p, config, inputs)
+    else:
+        results, _ = run(p, config, inputs)
+        assert not check(p, inputs, results, reference(p, inputs)).ok
+
+
+@pytest.mark.parametrize("d", [64, 128])
+@pytest.mark.parametrize("tiles", [1, 2, 3, 5])
+def test_every_pair_of_blocks_is_met_once(d: int, tiles: int) -> None:
+    p = next(s.problem for s in op.stages(example(t=5000, d=d), Config()) if s.kernel is scan.power_scan)
+    c = Scan(tiles=tiles, mma="wgmma")
+    n, columns = d // 8, d // c.columns
+    met: Counter[tuple[int, int]] = Counter()
+    for unit in range(scan_wgmma.state_units(p, c)):
+        first, block = unit // columns // n * tiles, unit // columns % n
+        found = [x for x in range(first, first + tiles) if x < n // 2 or (x == n // 2 and block < n // 2)]
+        assert found, "a warpgroup without a tile"
+        met.update((min(block, j), max(block, j)) for j in ((block + x) % n for x in found))
+    assert met == {(i, j): columns for i in range(n) for j in range(i, n)}
+    assert len(met) == scan.pair_tiles(d)
+
+
+def test_what_a_h200_is_predicted_to_take() -> None:
+    for keywords in ({"t": 65536, "h": 8}, {"t": 65536, "d": 128}):
+        config = op.predicted(example(**keywords), H200)
+        assert config.attend.mma == config.scan.mma == "wgmma"
+    half = op.predicted(example(t=65536, h=8, dtype="float16"), H200)
+    assert half.attend.mma == half.scan.mma == "sync"
+    assert op.predicted(example(t=65536, h=8), Device.of("a100")).attend.mma == "sync"
+    assert attend.power_attend.reject(op.stages(example(t=5000), BOTH)[-1].problem, ATTEND, H200) is None
+
+
+def test_products_run_on(tmp_path: Path) -> None:
+    """ptxas makes each wgmma wait for the one before if registers of theirs are written or read in between (C7510 and on)."""
+    sources = {}
+    for (shape, config), gated in product(CASES.values(), (True, False)):
+        problem = example(**{"gated": gated} | shape)
+        stage = op.stages(problem, config)[-1]
+        if config.attend.mma == "wgmma":
+            sources[stage.kernel.source(stage.problem, stage.config)] = None
+    assert len(sources) > 20
+    # The same with scores that are read before they are waited for.
+    shutil.copytree(TEMPLATES / "power_retention", tmp_path / "planted")
+    header, right = tmp_path / "planted/power_attend.cuh", "else QK::template settle<1>();"
+    assert right in header.read_text()
+    header.write_text(header.read_text().replace(right, right.replace("1", "2")))
+    last = next(reversed(sources))
+    jobs = [Job(source.text, source.text, source.entry, "sm_90a", includes=source.include_dirs) for source in sources]
+    with CompilePool() as pool:
+        for key, cubin in pool.compile_many([*jobs, Job("bad", last.text, last.entry, "sm_90a", includes=(str(tmp_path / "planted"), *last.include_dirs))]):
+            assert isinstance(cubin, Cubin), cubin
+            assert ("serialized" in cubin.log) == (key == "bad"), cubin.log

@@ -1,0 +1,40 @@
+"""The first call of a process whose kernels are in the cache: what it must not do, whatever the machine's speed."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+HERE = Path(__file__).parents[1]
+
+
+def first_call() -> dict[str, Any]:
+    path = os.pathsep.join([str(HERE.parent), str(HERE), os.environ.get("PYTHONPATH", "")])
+    ended = subprocess.run(
+        [sys.executable, str(HERE / "first_call.py")], capture_output=True, text=True, check=False, env=os.environ | {"PYTHONPATH": path}
+    )
+    assert ended.returncode == 0, ended.stderr
+    told: dict[str, Any] = json.loads(ended.stdout)
+    return told
+
+
+def test_a_first_call_with_a_warm_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VIDRIAL_CACHE_DIR", str(tmp_path))
+    cold, warm = first_call(), first_call()
+    print(f"first call up to the launches: {cold['ms']:.0f} ms with an empty cache, {warm['ms']:.0f} ms with a warm one")
+    assert cold["nvrtc"] and len(cold["compiled"]) == cold["launches"] >= 1
+    assert warm["launches"] == cold["launches"]
+    assert warm["compiled"] == [] and not warm["nvrtc"], "NVRTC, 100 MB, is not loaded to learn its version"
+    # But a codec, which Jinja's lexer asks for at the first string in a template.
+    assert set(warm["imported"]) <= {"encodings.unicode_escape"}, "what a call imports, importing power_retention has imported"
+    # Nothing was measured for D = 32: the cost model chooses among thousands of configs, and makes the tiles of few.
+    assert warm["tiles"] <= warm["launches"] + 4
+    # Once each, 5 templates and 14 headers for the digest, then 2 rankings, 2 headers with the toolchain's versions and the codec;
+    # a launch: its template, the entry's folder, and 3 files in it by name and by descriptor.
+    assert len(warm["opened"]) <= 24 + 8 * warm["launches"]

@@ -1,0 +1,227 @@
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fake_op import Config, Problem, example, op, true_ms
+
+from vidrial.build.cubins import build
+from vidrial.build.store import Store
+from vidrial.device import Device
+from vidrial.dtypes import DType
+from vidrial.errors import ConfigError, FrozenError, SweepError
+from vidrial.spec.choices import config_order
+from vidrial.spec.fields import size_class
+from vidrial.tune import ranking as ranking_module
+from vidrial.tune.pick import freeze, pick
+from vidrial.tune.ranking import Measured, Ranked, Ranking, forget, local, publish, rank, shipped
+from vidrial.tune.timing import Timing
+from vidrial.tune.trial import Status, Trial
+
+H200, H100 = Device.of("h200"), Device.of("h100")
+
+
+@pytest.fixture(autouse=True)
+def _fresh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setenv("VIDRIAL_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setattr(ranking_module, "shipped_folder", lambda: tmp_path / "shipped")
+    forget()
+    yield
+    freeze(False)
+
+
+def ranking(times: dict[Config, float], n: int = 10007, device: Device = H200, **changes: Any) -> Ranking:
+    trials = [Trial("fake", example(n=n), c, Status.ok, timing=Timing(ms, 1e-3 * ms, 20)) for c, ms in times.items()]
+    found = Ranking.from_trials(op, device, trials)
+    assert found is not None
+    return dataclasses.replace(found, **changes)
+
+
+def test_ties_are_marked_and_ordered_by_declaration() -> None:
+    def timing(ms: float) -> Timing:
+        return Timing(ms, 0.0, 20)
+
+    ranked = rank([(Config(32), timing(1.001)), (Config(64), timing(1.002)), (Config(128), timing(1.05)), (Config(96), timing(1.0))])
+    assert [(r.config.tile, r.tied) for r in ranked] == [(64, True), (96, True), (32, True), (128, False)]
+    # Whatever the noise made of the order, every machine names the same winner.
+    again = rank([(Config(32), timing(1.0)), (Config(96), timing(1.002)), (Config(64), timing(1.001))])
+    assert again[0].config == Config(64)
+
+
+def test_config_order_counts_parts() -> None:
+    from fake_op import PartsConfig
+
+    assert config_order(PartsConfig(64, Config(96, 2), Config(32, 4))) == (1, 2, 1, 3, 3)
+
+
+def test_a_ranking_survives_json() -> None:
+    first = ranking({Config(64): 1.0, Config(128): 1.004, Config(32, 3): 2.0})
+    assert Ranking.from_json(op, json.loads(json.dumps(first.to_json(), allow_nan=False))) == first
+    with pytest.raises(SweepError, match="schema"):
+        Ranking.from_json(op, first.to_json() | {"schema": 99})
+
+
+def test_failed_trials_do_not_count() -> None:
+    trials = [Trial("fake", example(), Config(64), Status.ok, timing=Timing(1.0, 0, 3)), Trial("fake", example(), Config(64), Status.crash)]
+    assert Ranking.from_trials(op, H200, trials) is None
+
+
+def test_size_classes() -> None:
+    def of(n: int) -> Any:
+        return size_class(example(n=n))
+
+    assert of(1025) == of(2047) != of(1026)
+    assert of(1024) != of(2048) and of(1088) == of(1984) and of(1025) != of(513)
+    assert of(7) == size_class(dataclasses.replace(example(n=7), scale=3.0))
+
+
+def test_pick_takes_the_first_legal_config_of_this_class() -> None:
+    # Measured at 89, where a tile of 64 is legal; 73 is of the same class.
+    ranking({Config(64, 3): 1.0, Config(32, 2): 2.0}, n=89).save(op)
+    assert pick(op, example(n=73), H200) == (Config(64, 3), "ranking")
+    ranking({Config(128, 4): 1.0, Config(96): 1.5, Config(32, 2): 2.0}, n=127).save(op)
+    found = pick(op, example(n=125), H200)
+    assert found == (Config(96), "ranking"), "a tile of 128 is longer than 125"
+
+
+def test_predicted_where_nothing_was_measured_and_error_where_nothing_is_legal() -> None:
+    assert pick(op, example(n=10007), H200) == (op.predicted(example(n=10007), H200), "predicted")
+    with pytest.raises(ConfigError, match="no legal config"):
+        pick(op, example(n=31), H200)
+
+
+def test_other_devices_digests_and_dtypes_do_not_count() -> None:
+    slow = {Config(32, 4): 1.0}
+    ranking(slow, device=H100).save(op)
+    ranking(slow, digest="0" * 64).save(op)
+    other = [Measured(dataclasses.replace(m.problem, dtype=DType.bfloat16), m.configs) for m in ranking(slow).measured]
+    ranking(slow, measured=tuple(other)).save(op)
+    assert pick(op, example(), H200).origin == "predicted"
+    assert pick(op, example(), H100) == (Config(32, 4), "ranking")
+    assert pick(op, dataclasses.replace(example(), dtype=DType.bfloat16), H200) == (Config(32, 4), "ranking")
+
+
+def test_local_before_shipped_before_model(tmp_path: Path) -> None:
+    publish(op, [ranking({Config(64, 2): 1.0})], tmp_path / "shipped")
+    assert pick(op, example(), H200) == (Config(64, 2), "shipped")
+    assert pick(op, example(), H100).origin == "predicted"
+    assert pick(op, example(n=3001), H200) == (Config(64, 2), "model")
+    ranking({Config(96, 4): 1.0}).save(op)
+    assert pick(op, example(), H200) == (Config(96, 4), "ranking")
+
+
+def test_shipped_files_join_and_drop_other_templates(tmp_path: Path) -> None:
+    folder = tmp_path / "shipped"
+    publish(op, [ranking({Config(64): 1.0}, n=10007), ranking({Config(64): 1.0}, n=501)], folder)
+    (path,) = publish(op, [ranking({Config(128): 0.5}, n=10007)], folder)
+    assert path == folder / H200.key / "fake.json"
+    found = {r.measured[0].problem.n: r.measured[0].configs[0].config for r in shipped(op, H200.key)}
+    assert found == {10007: Config(128), 501: Config(64)}
+    path.write_text(path.read_text().replace(op.digest(), "0" * 64))
+    assert shipped(op, H200.key) == []
+
+
+def test_a_damaged_shipped_file_is_said_and_ignored(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (path,) = publish(op, [ranking({Config(64): 1.0})], tmp_path / "shipped")
+    path.write_text(path.read_text()[:-30])
+    with caplog.at_level(logging.WARNING, "vidrial"):
+        assert pick(op, example(), H200).origin == "predicted"
+    assert str(path) in caplog.text
+
+
+def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(SweepError, match="name another folder"):
+        publish(op, [ranking({Config(64): 1.0})], tmp_path / "file")
+
+
+def test_problems_of_one_class_share_a_document_and_the_nearest_counts() -> None:
+    ranking({Config(64): 1.0, Config(32): 2.0}, n=10007).save(op)
+    ranking({Config(32): 1.0, Config(64): 2.0}, n=15001).save(op)
+    ranking({Config(64): 3.0, Config(32): 4.0}, n=10007).save(op)
+    (found,) = local(op, {"dtype": DType.float16}, H200)
+    assert [(m.problem.n, m.configs[0].timing.median_ms) for m in found.measured] == [(10007, 3.0), (15001, 1.0)]
+    assert pick(op, example(n=10009), H200).config == Config(64)
+    assert pick(op, example(n=15003), H200).config == Config(32)
+
+
+def test_sweeps_that_end_together_lose_no_ranking() -> None:
+    lengths = range(10001, 10081, 2)
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda n: ranking({Config(64): 1.0}, n=n).save(op), lengths))
+    (found,) = local(op, {"dtype": DType.float16}, H200)
+    assert [m.problem.n for m in found.measured] == list(lengths)
+
+
+def test_the_model_answers_for_lengths_never_swept() -> None:
+    configs = [Config(tile, width) for tile in (128, 64, 32) for width in (3,)]
+    for n in (4001, 9001, 14001, 17001, 26001, 40001, 70001):
+        ranking({c: true_ms(n, c.tile, c.width) for c in configs}, n=n).save(op)
+    ratios, winners = [], set()
+    for n in range(5001, 60000, 1234):
+        config, origin = pick(op, example(n=n), H200)
+        best = min(configs, key=lambda c: true_ms(n, c.tile, c.width))
+        assert origin == "model"
+        winners.add(best)
+        ratios.append(true_ms(n, config.tile, config.width) / true_ms(n, best.tile, best.width))
+    assert len(winners) >= 2, "the teeth must make different winners"
+    assert sum(ratios) / len(ratios) < 1.02 and max(ratios) < 1.15
+    assert pick(op, example(n=14001), H200).origin == "ranking"
+
+
+def test_a_pick_is_remembered_and_fast() -> None:
+    ranking({Config(64): 1.0}).save(op)
+    pick(op, example(), H200)
+    begin = time.perf_counter()
+    for _ in range(100):
+        pick(op, example(), H200)
+    assert (time.perf_counter() - begin) / 100 < 1e-3
+    ranking({Config(32): 1.0}).save(op)
+    assert pick(op, example(), H200).config == Config(32), "a new ranking counts at once"
+
+
+def test_frozen_takes_what_is_compiled_or_refuses(caplog: pytest.LogCaptureFixture) -> None:
+    ranking({Config(64): 1.0, Config(32): 2.0}).save(op)
+    freeze()
+    with pytest.raises(FrozenError, match="compiled"):
+        pick(op, example(), H200)
+    with pytest.raises(FrozenError, match="fake for sm_90a is not compiled"):
+        build(op.kernels[0].source(example(), Config(32)), H200.arch)
+    freeze(False)
+    build(op.kernels[0].source(example(), Config(32)), H200.arch)
+    freeze()
+    with caplog.at_level(logging.WARNING, "vidrial"):
+        assert pick(op, example(), H200).config == Config(32)
+    assert "frozen" in caplog.text and "tile=32" in caplog.text
+    # What was compiled for one length serves another, also where nothing was measured.
+    assert pick(op, example(n=501), H200).config == Config(32)
+    freeze(False)
+    assert pick(op, example(), H200).config == Config(64)
+
+
+def test_fixed_choices_are_kept() -> None:
+    ranking({Config(64, 3): 1.0, Config(32, 2): 2.0}).save(op)
+    assert pick(op, example(), H200, (("width", 2),)) == (Config(32, 2), "ranking")
+    found = pick(op, example(), H200, (("width", 4),))
+    assert found.config.width == 4 and found.origin == "predicted"
+
+
+def test_a_damaged_local_ranking_is_ignored(caplog: pytest.LogCaptureFixture) -> None:
+    saved = ranking({Config(32): 1.0})
+    Store.shared().write_json("ranking", saved.key, saved.to_json() | {"measured": [{"problem": 3}]})
+    forget()
+    with caplog.at_level(logging.WARNING, "vidrial"):
+        assert pick(op, example(), H200).origin == "predicted"
+    assert "ignored" in caplog.text
+
+
+def test_ranked_keeps_problem_facts() -> None:
+    found = ranking({Config(64): 1.0})
+    assert found.measured == (Measured(Problem(DType.float16, 10007, 1.0), (Ranked(Config(64), Timing(1.0, 1e-3, 20)),)),)

@@ -1,0 +1,142 @@
+"""Source text to cubin by NVRTC, which needs neither a GPU nor a driver; and a pool of processes that compiles many."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import time
+from functools import lru_cache
+from pathlib import Path
+
+from vidrial.build.store import Store, binary_key
+from vidrial.build.toolchain import Toolchain, nvrtc
+from vidrial.device import arch_name
+from vidrial.errors import CompileError
+
+# NOTE: without --no-cache NVRTC has a cache of its own beside the driver's, and what comes out of that says nothing of registers and spills.
+OPTIONS = ("-std=c++17", "-default-device", "--ptxas-options=-v", "--no-cache")
+# The default heap of 256 MB is too small where a kernel includes much of CuTe: then nothing is precompiled and the source compiles twice.
+PCH_HEAP_BYTES = 1 << 29
+# Suppressed: the remark that nothing after a #line can be precompiled.
+PCH_OPTIONS = ("--pch", "--pch-messages=false", "-diag-suppress=20283")
+HEADER_STOP = "#pragma nv_hdrstop\n"
+_ERROR = re.compile(r"^(?P<file>[^\s(][^(\n]*)\((?P<line>\d+)\): (?:catastrophic )?error(?: #[\w-]+)?: (?P<text>.*)$", re.MULTILINE)
+_INSTANTIATED = re.compile(r'at line (\d+) of "?([^"\n]+?)"?$', re.MULTILINE)
+
+
+@dataclasses.dataclass(frozen=True)
+class Resources:
+    """What ptxas says that one thread, or one CTA, of a kernel takes: registers, and bytes."""
+
+    registers: int
+    stack: int
+    spill_stores: int
+    spill_loads: int
+    static_smem: int
+
+    @classmethod
+    def parse(cls, log: str) -> Resources:
+        """The largest of each figure in a log of `--ptxas-options=-v`; a source has one kernel as a rule."""
+
+        def largest(pattern: str) -> int:
+            return max((int(n) for n in re.findall(pattern, log)), default=0)
+
+        return cls(
+            registers=largest(r"Used (\d+) registers"),
+            stack=largest(r"(\d+) bytes stack frame"),
+            spill_stores=largest(r"(\d+) bytes spill stores"),
+            spill_loads=largest(r"(\d+) bytes spill loads"),
+            static_smem=largest(r"(\d+) bytes smem"),
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Cubin:
+    """A compiled kernel: the ELF image, what it takes, NVRTC's log, and the seconds that it took to compile."""
+
+    image: bytes
+    arch: str
+    resources: Resources
+    log: str
+    seconds: float
+
+
+def cubin_key(source: str, arch: str) -> str:
+    """The key under which a Store keeps the cubin of `source`.
+
+    Raises:
+        ToolchainError: NVRTC or a header is missing.
+    """
+    return binary_key(source, arch_name(arch), OPTIONS, Toolchain.find().version)
+
+
+def compile_source(source: str, name: str, arch: str, *, pch: str | None = None, config: str = "", includes: tuple[str, ...] = ()) -> Cubin:
+    """Compile one source for `arch` (`sm_80`, `sm_90a`; `sm_90` means `sm_90a`).
+
+    `name` and `config` appear in errors. `pch` is a folder of this process alone for precompiled headers: what is included before
+    `#pragma nv_hdrstop` is then parsed once. `includes` are folders to search before the toolchain's.
+
+    Raises:
+        CompileError: the source does not compile; names the template's line, and where the whole log is.
+        ToolchainError: NVRTC or a header is missing.
+    """
+    binding, toolchain, arch = nvrtc(), Toolchain.find(), arch_name(arch)
+    options = [f"--gpu-architecture={arch}", *(f"-I{folder}" for folder in (*includes, *toolchain.includes)), *OPTIONS]
+    if pch is not None:
+        _reserve_pch_heap()
+        folder = Path(pch, arch)
+        folder.mkdir(parents=True, exist_ok=True)
+        options += [*PCH_OPTIONS, f"--pch-dir={folder}"]
+    start = time.perf_counter()
+    program = binding.createProgram(source if pch is None else _headers_first(source), "kernel.cu", [], [])
+    try:
+        binding.compileProgram(program, options)
+        # NOTE: CuPy drops the image's last byte.
+        image = binding.getCUBIN(program) + b"\0"
+        log = binding.getProgramLog(program).rstrip("\0\n")
+    except binding.NVRTCError as error:
+        log = binding.getProgramLog(program).rstrip("\0\n") or str(error)
+        raise CompileError(_explain(log, f"{name} for {arch}", source, config)) from None
+    finally:
+        binding.destroyProgram(program)
+    return Cubin(image, arch, Resources.parse(log), log, time.perf_counter() - start)
+
+
+def _explain(log: str, title: str, source: str, config: str) -> str:
+    """The first error of a log, where its cause stands in the template, the config, and where the whole log is."""
+    found = _ERROR.search(log)
+    if found:
+        place, following = f"{found['file']}:{found['line']}", _ERROR.search(log, found.end())
+        users = _INSTANTIATED.findall(log, found.end(), following.start() if following else len(log))
+        lines = [f"{title} does not compile: {found['text']}", f"at {place}"]
+        if users:
+            lines.append(f"used at {users[-1][1]}:{users[-1][0]}")
+    else:
+        first = next((line for line in log.splitlines() if "error" in line.lower()), log.partition("\n")[0])
+        lines = [f"{title} does not compile: {first}"]
+    if config:
+        lines.append(f"config: {config}")
+    saved = Store.shared().save_failure(source, log)
+    lines.append(f"whole log and source: {saved}" if saved else f"whole log:\n{log}")
+    return "\n  ".join(lines)
+
+
+def _headers_first(source: str) -> str:
+    """The source with a copy of the includes before `#pragma nv_hdrstop` at its top: a #line above them forbids precompiling them."""
+    head, stop, body = source.partition(HEADER_STOP)
+    if not stop:
+        return source
+    includes = [line for line in head.splitlines() if line.startswith("#include")]
+    return "\n".join(includes) + f'\n{HEADER_STOP}#line 1 "kernel.cu"\n{head}\n{body}'
+
+
+@lru_cache
+def _reserve_pch_heap() -> None:
+    """Enlarge the heap of precompiled headers, in the very library that CuPy loaded, before it first compiles."""
+    import ctypes
+
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        path = line.split()[-1]
+        if re.search(r"/libnvrtc\.so[.\d]*$", path):
+            ctypes.CDLL(path).nvrtcSetPCHHeapSize(ctypes.c_size_t(PCH_HEAP_BYTES))
+            return

@@ -1,0 +1,363 @@
+"""The command line: `vidrial`, also `python -m vidrial`."""
+
+from __future__ import annotations
+
+import itertools
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+from vidrial import __version__
+from vidrial.device import Device
+from vidrial.errors import ArgumentError, VidrialError
+from vidrial.spec.op import Op
+from vidrial.spec.registry import KNOWN, find_op, make_problem, parse_keywords
+from vidrial.tune.search import STRATEGIES
+
+F = TypeVar("F", bound=Callable[..., Any])
+CONTEXT = {"help_option_names": ["-h", "--help"]}
+# The op's own keywords are not known to click: they are parsed by the op's `example`.
+OPEN = CONTEXT | {"ignore_unknown_options": True}
+KEYWORDS = "[--KEYWORD VALUE]..."
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command line and exit: 0 done, 1 or 2 a mistake, said in one line (`--debug` shows where), 130 interrupted."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    debug = "--debug" in words
+    try:
+        code = vidrial.main(args=[w for w in words if w != "--debug"], prog_name="vidrial", standalone_mode=False)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except (KeyboardInterrupt, click.Abort):
+        print("vidrial: interrupted", file=sys.stderr)
+        sys.exit(130)
+    except VidrialError as error:
+        if debug:
+            raise
+        print("\n".join([f"vidrial: {error}", *getattr(error, "__notes__", ())]), file=sys.stderr)
+        sys.exit(2)
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+@click.group(context_settings=CONTEXT)
+@click.version_option(__version__, prog_name="vidrial")
+@click.option("--debug", is_flag=True, expose_value=False, help="Show the traceback of an error.")
+def vidrial() -> None:
+    """GPU kernels described in Python, tuned by measurement.
+
+    OP is a known name (power_retention), module:attribute, or path/to/file.py:attribute. What it is asked comes as the
+    keywords of its `example`: --t 10007 --d 64. All commands but the timing of `sweep` work without a GPU.
+    """
+
+
+def op_command(name: str) -> Callable[[F], F]:
+    """A command on an op: OP, then any of its keywords among the options."""
+
+    def decorate(function: F) -> F:
+        function = click.argument("keywords", nargs=-1, type=click.UNPROCESSED, metavar=KEYWORDS)(function)
+        function = click.argument("reference", metavar="OP")(function)
+        vidrial.command(name, context_settings=OPEN)(function)
+        return function
+
+    return decorate
+
+
+def target_option(function: F) -> F:
+    """`--arch`: a GPU that need not be there."""
+    text = "h200, a100, ..., or sm_90a, sm_80, ...  [default: this machine's GPU, else h200]"
+    return click.option("--arch", metavar="GPU", help=text)(function)
+
+
+def read(reference: str, keywords: tuple[str, ...]) -> tuple[Op, list[Any]]:
+    """The op, and a problem for every combination of the keywords' values."""
+    if reference.startswith("-"):
+        known = ", ".join(KNOWN)
+        raise ArgumentError(f"{reference!r} stands where OP should; give {known}, module:attribute or path/to/file.py:attribute first")
+    op = find_op(reference)
+    values = parse_keywords(op, keywords)
+    return op, [make_problem(op, dict(zip(values, combination, strict=True))) for combination in itertools.product(*values.values())]
+
+
+def read_one(reference: str, keywords: tuple[str, ...]) -> tuple[Op, Any]:
+    """The op and its one problem.
+
+    Raises:
+        ArgumentError: a keyword came twice.
+    """
+    op, problems = read(reference, keywords)
+    if len(problems) > 1:
+        raise ArgumentError("a keyword came twice; only sweep takes several problems")
+    return op, problems[0]
+
+
+def device_of(arch: str | None) -> Device:
+    """The GPU that `--arch` names, else this machine's, else the H200 of the table."""
+    return Device.of(arch) if arch else Device.default()
+
+
+def write_text(path: Path, text: str) -> Path:
+    """Write a file, its folder made if need be, and return its path.
+
+    Raises:
+        ArgumentError: it cannot be written.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    except OSError as error:
+        raise ArgumentError(f"{path} cannot be written ({error}); give --out a place that can") from error
+    return path
+
+
+@vidrial.command()
+def env() -> None:
+    """Show versions, GPUs, what is missing and how to install it, the cache, and the rankings in force."""
+    from vidrial.cli.tables import make_console, show_environment
+
+    show_environment(make_console())
+
+
+@op_command("explain")
+@target_option
+@click.option("--limit", default=20, show_default=True, type=click.IntRange(1), help="Configs, and reasons, to show.")
+def explain(reference: str, keywords: tuple[str, ...], arch: str | None, limit: int) -> None:
+    """List the legal configs with their predicted times, and the others grouped by the rule that they break."""
+    from vidrial.cli.tables import make_console, show_space
+
+    op, problem = read_one(reference, keywords)
+    show_space(make_console(), op, problem, device_of(arch), limit)
+
+
+@op_command("compile")
+@target_option
+@click.option("--top", default=8, show_default=True, type=click.IntRange(1), help="How many of the predicted fastest configs.")
+@click.option("--jobs", type=click.IntRange(1), help="Processes.  [default: VIDRIAL_JOBS, else one a core]")
+def compile_(reference: str, keywords: tuple[str, ...], arch: str | None, top: int, jobs: int | None) -> None:
+    """Compile the configs predicted fastest and show what their kernels take."""
+    from vidrial.build.nvrtc import Cubin
+    from vidrial.cli.tables import compile_best, make_console, show_built
+
+    op, problem = read_one(reference, keywords)
+    console, device = make_console(), device_of(arch)
+    built = compile_best(console, op, problem, device, top, jobs)
+    show_built(console, built, f"{op.name}: kernels of the {top} configs predicted fastest on {device.name}, for {device.arch}")
+    failed = sum(not isinstance(b.result, Cubin) for b in built)
+    if failed:
+        raise click.exceptions.Exit(1)
+
+
+@op_command("sweep")
+@click.option("--seconds", type=click.FloatRange(0, min_open=True), help="Time to take for each problem, about.")
+@click.option("--trials", type=click.IntRange(1), help="Configs to try at most.  [default: 64, or as many as --seconds allows]")
+@click.option("--exhaustive", is_flag=True, help="Try every legal config.")
+@click.option("--resume", is_flag=True, help="Go on with the journals of the same sweeps.")
+@click.option(
+    "--strategy",
+    type=click.Choice(STRATEGIES),
+    default=STRATEGIES[0],
+    show_default=True,
+    help="optuna: for a space too large to enumerate.",
+)
+@click.option("--gpus", metavar="N|all|I,J", help="How many measure, or which CUDA indices (0,2 or 3,).  [default: 1; a Ray cluster's]")
+@click.option("--ray", metavar="ADDRESS", help="A Ray cluster whose CPUs compile and whose GPUs measure: host:port, ray://host:port, auto.")
+@click.option("--jobs", type=click.IntRange(1), help="Processes that compile.  [default: VIDRIAL_JOBS, else one a core]")
+@click.option("--out", type=click.Path(file_okay=False, path_type=Path), help="Also write the rankings to OUT/<device>/<op>.json.")
+def sweep_(reference: str, keywords: tuple[str, ...], out: Path | None, gpus: str | None, **options: Any) -> None:
+    """Measure which configs are fastest, and keep the ranking: calls take it from then on. A keyword given twice makes two problems.
+
+    Every trial is on disk before the next one begins: after Ctrl-C, --resume goes on.
+    """
+    from vidrial.build.files import check_writable
+    from vidrial.cli.tables import facts, make_console, show_winners
+    from vidrial.spec.fields import fields
+    from vidrial.tune.options import Options
+    from vidrial.tune.ranking import publish
+    from vidrial.tune.sweeper import sweep, sweep_lengths
+
+    op, problems = read(reference, keywords)
+    if out is not None:
+        check_writable(out)
+    chosen = Options(gpus=None if gpus is None else gpus_of(gpus), **options)
+    alike = all(fields(p, "static") == fields(problems[0], "static") for p in problems)
+    results = sweep_lengths(op, problems, chosen) if alike else [sweep(op, p, chosen) for p in problems]
+    for result in results:
+        click.echo(f"\n{facts(result.problem)}\n{result.table()}\n{len(result.trials)} trials in {result.journal}")
+    if len(results) > 1:
+        show_winners(make_console(), results)
+    if out is not None:
+        for path in publish(op, [r.ranking for r in results], out):
+            click.echo(f"ranking in {path}")
+
+
+def gpus_of(text: str) -> int | tuple[int, ...] | str:
+    """`2`: two GPUs; `all`: every one there is; `0,2` or `3,`: those of these CUDA indices.
+
+    Raises:
+        ArgumentError: it is none of these.
+    """
+    if text == "all":
+        return text
+    words = [word for word in text.split(",") if word]
+    if not words or not all(word.isdecimal() for word in words):
+        raise ArgumentError(f"--gpus {text!r}: accepted are a count, all, or CUDA indices with commas")
+    return int(text) if "," not in text else tuple(int(word) for word in words)
+
+
+@vidrial.command()
+@click.argument("journals", nargs=-1, metavar="[JOURNAL]...", type=click.Path(path_type=Path))
+@click.option("--out", required=True, type=click.Path(dir_okay=False, path_type=Path), help="The page.")
+@click.option("--png", type=click.Path(dir_okay=False, path_type=Path), help="Also draw the times as a PNG; needs matplotlib.")
+def report(journals: tuple[Path, ...], out: Path, png: Path | None) -> None:
+    """Write one HTML page, which needs no network, from the journals of sweeps: files, or folders of them; by default the cache's."""
+    from vidrial.build.store import Store
+    from vidrial.report.rows import read_journals, rejected_rows, write_report
+
+    rows = read_journals(journals or [Store.shared().root / "journals"])
+    for name in {row.op for row in rows} & set(KNOWN):
+        rows += rejected_rows(find_op(name), rows)
+    click.echo(write_report(rows, out))
+    if png is not None:
+        from vidrial.report.plot import write_png
+
+        click.echo(write_png(rows, png))
+
+
+@op_command("source")
+@target_option
+@click.option("--stage", help="Only the kernel of this name.")
+def source(reference: str, keywords: tuple[str, ...], arch: str | None, stage: str | None) -> None:
+    """Print the C++ of the config predicted fastest."""
+    op, problem = read_one(reference, keywords)
+    stages = [s for s in op.stages(problem, op.predicted(problem, device_of(arch))) if stage in (None, s.kernel.name)]
+    if not stages:
+        raise ArgumentError(f"--stage {stage!r} is not launched for this problem; its kernels: {', '.join(k.name for k in op.kernels)}")
+    for s in stages:
+        click.echo(s.kernel.source(s.problem, s.config).text)
+
+
+@op_command("analyse")
+@target_option
+def analyse(reference: str, keywords: tuple[str, ...], arch: str | None) -> None:
+    """Show what the config predicted fastest will do: its accesses, bank conflicts, sectors, occupancy and waves."""
+    from vidrial.cli.tables import make_console, show_analysis
+
+    op, problem = read_one(reference, keywords)
+    show_analysis(make_console(), op, problem, device_of(arch))
+
+
+@op_command("check")
+@click.option("--configs", default=2, show_default=True, type=click.IntRange(1), help="How many unlike configs, the best first.")
+@click.option("--quick", is_flag=True, help="Values only, no sanitizers.")
+def check_(reference: str, keywords: tuple[str, ...], configs: int, quick: bool) -> None:
+    """Run the kernels on the CPU at odd lengths: values, races, memory errors. No GPU is needed.
+
+    Lengths that no keyword gives are odd ones; a keyword given twice makes two problems. Large problems are cut to what is quick to check.
+    """
+    from vidrial.cli.tables import make_console, show_report
+    from vidrial.host.check import SANITIZERS, check, odd_problems
+    from vidrial.progress import reporting
+
+    op = find_op(reference)
+    values = parse_keywords(op, keywords)
+    combinations = [dict(zip(values, combination, strict=True)) for combination in itertools.product(*values.values())]
+    problems = list(dict.fromkeys(p for combination in combinations for p in odd_problems(op, combination)))
+    with reporting(None) as progress:
+        report = check(op, problems, configs, SANITIZERS[:1] if quick else SANITIZERS, progress)
+    show_report(make_console(), report)
+    if not report.ok:
+        raise click.exceptions.Exit(1)
+
+
+@op_command("draw")
+@target_option
+@click.option("--out", required=True, type=click.Path(file_okay=False, path_type=Path), help="Folder for the SVG files.")
+def draw(reference: str, keywords: tuple[str, ...], arch: str | None, out: Path) -> None:
+    """Draw the layouts, tiles, copies and MMAs of the config predicted fastest, as SVG."""
+    from vidrial.layout.copies import TiledCopy
+    from vidrial.layout.drawing import Part
+    from vidrial.layout.drawing import draw as svg
+    from vidrial.layout.mma import TiledMma
+    from vidrial.layout.smem import SmemLayout
+    from vidrial.layout.wgmma import WarpgroupMma
+    from vidrial.spec.choices import describe
+
+    op, problem = read_one(reference, keywords)
+    config = op.predicted(problem, device_of(arch))
+    click.echo(f"{op.name}: {describe(config)}")
+    pictures: dict[str, str] = {}
+    for stage in op.stages(problem, config):
+        for name, member in stage.kernel.resolve(stage.problem, stage.config).members.items():
+            if isinstance(member, (TiledMma, WarpgroupMma)):
+                parts: tuple[Part, ...] = ("A", "B", "C")
+                pictures.update({f"{stage.kernel.name}.{name}.{part}.svg": svg(member, part) for part in parts})
+            elif isinstance(member, (SmemLayout, TiledCopy)):
+                pictures[f"{stage.kernel.name}.{name}.svg"] = svg(member)
+    if not pictures:
+        click.echo("its tiles are plain numbers: nothing to draw")
+    for name, text in pictures.items():
+        path = write_text(out / name, text)
+        click.echo(path)
+
+
+@vidrial.group(context_settings=CONTEXT)
+def cache() -> None:
+    """Show or clean the cache of compiled kernels."""
+
+
+@cache.command("show")
+def cache_show() -> None:
+    """Where it is and what it holds."""
+    from vidrial.build.store import Store
+
+    store = Store.shared()
+    count, size = store.usage()
+    click.echo(f"{store.root}: {count} binaries, {size / 2**20:.1f} of at most {store.max_bytes >> 20} MB")
+
+
+@cache.command("verify")
+def cache_verify() -> None:
+    """Read every binary and remove the damaged ones."""
+    from vidrial.build.store import Store
+
+    store = Store.shared()
+    count, damaged = store.usage()[0], store.verify()
+    click.echo(f"{count} binaries read, {len(damaged)} damaged and removed")
+    for key in damaged:
+        click.echo(key)
+
+
+@cache.command("prune")
+@click.option("--max-mb", type=click.IntRange(0), help="Size to prune to.  [default: VIDRIAL_CACHE_MAX_MB]")
+def cache_prune(max_mb: int | None) -> None:
+    """Remove the least recently used binaries beyond the size limit."""
+    from vidrial.build.store import Store
+
+    removed = Store.shared().prune(None if max_mb is None else max_mb << 20)
+    click.echo(f"{removed} binaries removed")
+
+
+@cache.command("clear")
+@click.option("--yes", is_flag=True, help="Do not ask.")
+def cache_clear(yes: bool) -> None:
+    """Remove everything: binaries, local rankings, sources that did not compile."""
+    from vidrial.build.store import Store
+
+    store = Store.shared()
+    if not yes:
+        click.confirm(f"remove everything in {store.root}, local rankings included?", abort=True)
+    store.clear()
+    click.echo(f"{store.root} is empty")
+
+
+@vidrial.command()
+def demo() -> None:
+    """Show what Vidrial does, on this machine, in a few minutes."""
+    from vidrial.cli.demo import run_demo
+    from vidrial.cli.tables import make_console
+
+    run_demo(make_console())

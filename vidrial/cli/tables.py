@@ -1,0 +1,427 @@
+"""What the command line prints: tables of spaces, compiled kernels and the environment, with progress on long work."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import itertools
+import math
+import platform
+import sys
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.table import Table
+from rich.text import Text
+
+from vidrial import __version__
+from vidrial.build.cubins import build_many, cubin_of
+from vidrial.build.nvrtc import Cubin
+from vidrial.build.store import Store
+from vidrial.build.toolchain import HostCompiler, Toolchain, missing, nvrtc_version
+from vidrial.device import TABLE, Device, gpu_count
+from vidrial.errors import CompileError, ConfigError, ToolchainError
+from vidrial.host.check import Outcome, Report
+from vidrial.layout.access import analyse
+from vidrial.layout.copies import LoadMatrix, LoadVector, TiledCopy
+from vidrial.layout.counts import Counts
+from vidrial.layout.mma import TiledMma, atoms_of
+from vidrial.layout.occupancy import Waves
+from vidrial.layout.smem import VECTOR_BYTES
+from vidrial.layout.wgmma import WarpgroupMma
+from vidrial.settings import Settings
+from vidrial.spec.choices import describe
+from vidrial.spec.op import Op, Stage
+from vidrial.spec.registry import KNOWN, find_op
+from vidrial.spec.source import Source
+from vidrial.spec.space import Space
+from vidrial.tune.ranking import shipped, shipped_devices
+from vidrial.tune.result import SweepResult
+
+WIDTH_WITHOUT_TERMINAL = 160
+PACKAGES = ("numpy", "cupy-cuda13x", "nvidia-cutlass", "jinja2", "rich", "click", "torch", "jax", "matplotlib")
+
+
+def make_console(*, stderr: bool = False) -> Console:
+    """A console as wide as the terminal; wide enough for a config where there is none."""
+    stream = sys.stderr if stderr else sys.stdout
+    return Console(file=stream, width=None if stream.isatty() else WIDTH_WITHOUT_TERMINAL, highlight=False)
+
+
+def progress_bar(console: Console) -> Progress:
+    """A bar that counts steps and time; nothing where the output is no terminal."""
+    return Progress(
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        console=console,
+        transient=True,
+        disable=not console.is_terminal,
+    )
+
+
+def duration(seconds: float) -> str:
+    """Seconds as a person reads them: `12.3 us`, `4.56 ms`, `1.23 s`."""
+    for unit, size in (("s", 1.0), ("ms", 1e-3)):
+        if seconds >= size:
+            return f"{seconds / size:.3g} {unit}"
+    return f"{seconds / 1e-6:.3g} us"
+
+
+def show_table(console: Console, title: str, columns: Sequence[str], rows: Iterable[Iterable[Any]]) -> None:
+    """Print a plain table under its title; columns whose name begins with `>` are aligned to the right."""
+    made = Table(box=None, pad_edge=False, header_style="dim", show_header=any(columns))
+    for name in columns:
+        made.add_column(name.removeprefix(">"), justify="right" if name.startswith(">") else "left", overflow="fold")
+    for row in rows:
+        made.add_row(*(cell if isinstance(cell, Text) else Text(str(cell)) for cell in row))
+    if title:
+        console.print(Text(f"\n{title}", "bold"))
+    console.print(made)
+
+
+def split_words(texts: Sequence[str]) -> tuple[str, list[str]]:
+    """The words that all texts share, and what is left of each; nothing is shared by fewer than two texts."""
+    words = [text.split() for text in texts]
+    common = set(words[0]).intersection(*words[1:]) if len(words) > 1 else set()
+    return " ".join(w for w in (words[0] if words else ()) if w in common), [" ".join(w for w in own if w not in common) for own in words]
+
+
+def facts(problem: Any) -> str:
+    """A problem on one line, strides and other tuples left out."""
+    values = ((f.name, getattr(problem, f.name)) for f in dataclasses.fields(problem))
+    return " ".join(f"{name}={value}" for name, value in values if not isinstance(value, tuple))
+
+
+def show_space(console: Console, op: Op, problem: Any, device: Device, limit: int) -> Space:
+    """Print the legal configs, fastest-predicted first, and the rejected ones grouped by sentence."""
+    space = op.space(problem, device, limit=max(limit, 1))
+    total = f"the {len(space)} predicted fastest" if len(space) == limit else f"{len(space)} legal configs"
+    common, own = split_words([describe(c.config) for c in space.legal])
+    console.print(Text(f"{op.name} on {device.name} ({device.arch}): {facts(problem)}"))
+    ranked = enumerate(zip(space.legal, own, strict=True), 1)
+    show_table(
+        console,
+        total + (f"; all have {common}" if common else ""),
+        (">", ">predicted", "config"),
+        ((i, duration(c.seconds), text) for i, (c, text) in ranked),
+    )
+    reasons = space.reasons()
+    rows = [(len(configs), sentence, describe(configs[0])) for sentence, configs in itertools.islice(reasons.items(), limit)]
+    if rows:
+        show_table(console, f"{len(space.rejected)} rejected, for {len(reasons)} reasons", (">configs", "because", "for instance"), rows)
+    return space
+
+
+@dataclass(frozen=True)
+class Built:
+    """One kernel of some config, compiled: `result` is its cubin, or why there is none."""
+
+    stage: Stage
+    result: Cubin | CompileError
+    smem: int
+    predicted: float
+
+
+def compile_best(console: Console, op: Op, problem: Any, device: Device, top: int, jobs: int | None = None) -> list[Built]:
+    """Compile the kernels of the `top` configs predicted fastest, in parallel, each once; with progress.
+
+    Raises:
+        ToolchainError: NVRTC or a header is missing.
+    """
+    stages = {(s.kernel.name, s.config): s for config in op.space(problem, device, limit=top) for s in op.stages(problem, config)}
+    sources: Mapping[Hashable, tuple[Source, str]] = {
+        key: (s.kernel.source(s.problem, s.config), describe(s.config)) for key, s in stages.items()
+    }
+    results: dict[Hashable, Cubin | CompileError] = {}
+    with progress_bar(console) as bar:
+        task = bar.add_task(f"compiling for {device.arch}", total=len(sources))
+        for key, result in build_many(sources, device.arch, jobs):
+            results[key] = result
+            bar.advance(task)
+    return [
+        Built(s, results[key], s.kernel.resolve(s.problem, s.config).smem_bytes, s.kernel.seconds(s.problem, s.config, device))
+        for key, s in sorted(stages.items(), key=lambda item: [k.name for k in op.kernels].index(item[0][0]))
+    ]
+
+
+def show_built(console: Console, built: Iterable[Built], title: str) -> None:
+    """Print what each compiled kernel takes."""
+    rows: list[tuple[Any, ...]] = []
+    for b in built:
+        name, config = b.stage.kernel.name, describe(b.stage.config)
+        if isinstance(b.result, CompileError):
+            rows.append((name, config, Text("does not compile", "red"), "", "", "", duration(b.predicted)))
+            continue
+        r = b.result.resources
+        took = f"{b.result.seconds:.1f}" if b.result.seconds else "cached"
+        rows.append((name, config, took, r.registers, r.spill_stores + r.spill_loads, b.smem + r.static_smem, duration(b.predicted)))
+    show_table(console, title, ("stage", "config", ">seconds", ">registers", ">spills B", ">shared B", ">predicted"), rows)
+    for b in built:
+        if isinstance(b.result, CompileError):
+            console.print(Text(str(b.result), "red"))
+
+
+def show_environment(console: Console) -> None:
+    """Print versions, GPUs or what is missing and how to install it, the cache, the rankings in force and the settings."""
+    console.print(Text(f"vidrial {__version__}, Python {platform.python_version()}, {platform.system()} {platform.machine()}"))
+    show_table(console, "packages", ("", ""), [(name, _version(name)) for name in PACKAGES])
+    show_table(
+        console,
+        "toolchain",
+        ("", ""),
+        [
+            ("NVRTC", _ask(lambda: ".".join(map(str, nvrtc_version())))),
+            ("headers", _ask(lambda: Toolchain.find().version)),
+            ("host compiler", _ask(lambda: HostCompiler.find().version)),
+        ],
+    )
+    for sentence in missing():
+        console.print(Text(f"missing: {sentence}", "red"))
+    show_table(console, "GPUs", ("", "", "", ""), _gpus())
+    show_table(console, "rankings", ("", ""), _rankings())
+    store, settings = Store.shared(), Settings.read()
+    count, size = store.usage()
+    show_table(
+        console,
+        "settings",
+        ("", ""),
+        [
+            ("cache", f"{store.root} ({count} binaries, {size / 2**20:.1f} of at most {store.max_bytes >> 20} MB)"),
+            ("target", settings.target),
+            ("compile jobs", settings.jobs),
+        ],
+    )
+
+
+def _rankings() -> Iterator[tuple[str, str]]:
+    """For every known op and every kind of GPU here: what was measured for it, and what a call's config then comes from."""
+    count = gpu_count()
+    devices = {d.key: d for d in (Device.current(index) for index in range(count))} if count else {"": Device.default()}
+    for name, device in itertools.product(KNOWN, devices.values()):
+        op = find_op(name)
+        mine, stale = _local(op, device)
+        theirs = len(shipped(op, device.key))
+        here = device.name if count else f"no GPU here: as on an {device.name}"
+        yield f"{op.name}, {here}", _applies(mine, theirs, stale, device)
+
+
+def _local(op: Op, device: Device) -> tuple[int, int]:
+    """How many rankings this machine has of the op's present templates, and of others."""
+    store, digest = Store.shared(), op.digest()
+    documents = (store.read_json("ranking", key) for key in store.keys("ranking") if key.startswith(f"{op.name}-{device.key}-"))
+    current = [isinstance(found, dict) and found.get("digest") == digest for found in documents]
+    return sum(current), len(current) - sum(current)
+
+
+def _applies(mine: int, theirs: int, stale: int, device: Device) -> str:
+    """Which config a call takes on `device`, as a sentence; and what there is that does not count."""
+    if mine or theirs:
+        measured = " and ".join(f"{count} rankings {where}" for where, count in (("from this machine", mine), ("shipped", theirs)) if count)
+        said = f"{measured}: measured sizes take their winner, others the calibrated model's choice; other static facts the cost model's"
+    else:
+        said = f"nothing was measured on this kind of GPU ({device.key}): calls take the cost model's choice until you run vidrial sweep"
+    names = {known.key: f"{known.name} ({known.key})" for known in TABLE}
+    others = [names.get(key, key) for key in shipped_devices() if key != device.key]
+    if others and not theirs:
+        said += f"; rankings shipped for {', '.join(others)} are of another kind and do not count"
+    elif not theirs and device.key in shipped_devices():
+        said += "; those shipped for it are of other templates and do not count"
+    return said + (f"; {stale} from this machine are of other templates and do not count" if stale else "")
+
+
+def _gpus() -> list[tuple[str, ...]]:
+    count = gpu_count()
+    if count == 0:
+        return [(_ask(lambda: Device.current().name), "", "", "")]
+    devices = [Device.current(index) for index in range(count)]
+    return [(f"{i}: {d.name}", d.arch, f"{d.sms} SMs", d.key) for i, d in enumerate(devices)]
+
+
+def _ask(question: Any) -> str:
+    try:
+        return str(question())
+    except ToolchainError as error:
+        return str(error)
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def show_winners(console: Console, results: Sequence[SweepResult]) -> None:
+    """Print the winner of each sweep: its time and noise, errors, and how much slower the slowest legal config was."""
+    rows = []
+    for result, sizes in zip(results, split_words([facts(r.problem) for r in results])[1], strict=True):
+        winner, check = result.winner, result.winner.check
+        errors = (f"{check.relative:.1e}", f"{check.worst:.1e}") if check is not None else ("", "")
+        noise = f"{winner.timing.iqr_ms / winner.timing.median_ms:.1%}" if winner.timing is not None else ""
+        rows.append(
+            (
+                sizes,
+                describe(winner.config),
+                f"{winner.ms:.4f}",
+                noise,
+                *errors,
+                f"{result.worst_ms / winner.ms:.2f}",
+                len(result.trials),
+                duration(result.seconds),
+            )
+        )
+    columns = ("problem", "fastest config", ">ms", ">IQR", ">error", ">worst", ">slowest/fastest", ">trials", ">took")
+    show_table(console, f"{results[0].op} on {results[0].device.name}", columns, rows)
+    for note in dict.fromkeys(note for result in results for note in result.notes):
+        console.print(Text(note, "yellow"))
+
+
+ACCESS_COLUMNS = (
+    "",
+    "instruction",
+    ">B each",
+    ">MMA",
+    ">ldmatrix",
+    ">bank ways",
+    ">extra passes",
+    ">cp.async",
+    ">sectors each",
+    ">read",
+)
+LAUNCH_COLUMNS = (
+    "kernel",
+    ">CTAs",
+    ">threads",
+    ">registers",
+    ">shared B",
+    ">CTAs an SM",
+    "limited by",
+    ">waves",
+    ">last wave",
+    ">MMA FLOP",
+    ">cp.async",
+    ">memory",
+    ">predicted",
+)
+
+
+def show_report(console: Console, report: Report) -> None:
+    """Print one row a problem, config and sanitizer, then what is wrong."""
+    outcomes = report.outcomes
+    common, problems = split_words([facts(outcome.problem) for outcome in outcomes])
+    alike, configs = split_words([describe(outcome.config) for outcome in outcomes])
+    rows = [
+        (problem, config, o.sanitizer or "plain", o.schedules, *_errors(o), _verdict(o), duration(o.seconds))
+        for o, problem, config in zip(outcomes, problems, configs, strict=True)
+    ]
+    title = " ".join(word for word in (f"{report.op} on the host target;", common, alike) if word)
+    show_table(
+        console, title, ("problem" if any(problems) else "", "config", "sanitizer", ">schedules", ">error", ">worst", "", ">took"), rows
+    )
+    for o in report.failures:
+        console.print(Text(f"\n{facts(o.problem)}\n{describe(o.config)}, {o.sanitizer or 'plain'}\n{o.summary}", "red"))
+    console.print(
+        Text(
+            f"\n{len(report.failures)} of {len(outcomes)} failed" if report.failures else f"\nall {len(outcomes)} right",
+            "bold red" if report.failures else "green",
+        )
+    )
+
+
+def _errors(outcome: Outcome) -> tuple[str, str]:
+    found = outcome.check
+    return (f"{found.relative:.1e}", f"{found.worst:.1e}") if found is not None else ("", "")
+
+
+def _verdict(outcome: Outcome) -> Text:
+    return Text("FAILED", "bold red") if outcome.failure else Text("right", "green")
+
+
+def show_analysis(console: Console, op: Op, problem: Any, device: Device) -> None:
+    """Print what is known of the config predicted fastest before it runs: each access, arithmetic, occupancy and waves of every kernel.
+
+    Raises:
+        ConfigError: no config is legal. ToolchainError: the compiler, which tells the registers, is missing.
+    """
+    config = op.predicted(problem, device)
+    console.print(Text(f"{op.name} on {device.name} ({device.arch}): {facts(problem)}\n{describe(config)}"))
+    stages = [s for s in op.stages(problem, config) if 0 not in s.kernel.grid(s.problem, s.config)]
+    for stage in stages:
+        rows = list(_accesses(stage))
+        if rows:
+            show_table(console, stage.kernel.name, ACCESS_COLUMNS, rows)
+    show_table(console, "launches", LAUNCH_COLUMNS, [_launch(stage, device) for stage in stages])
+
+
+def _accesses(stage: Stage) -> Iterator[tuple[Any, ...]]:
+    """One row for each tiled object that is at work, and for what else the kernel's traffic names."""
+    members = stage.kernel.resolve(stage.problem, stage.config).members
+    counts = stage.kernel.counts(stage.problem, stage.config)
+    tiled = (LoadMatrix, LoadVector, TiledCopy, TiledMma, WarpgroupMma)
+    for name in dict.fromkeys((*counts, *(n for n, member in members.items() if isinstance(member, LoadVector)))):
+        member, n = members.get(name), counts.get(name, Counts())
+        findings = analyse(member, name) if isinstance(member, tiled) else []
+        ways = max((f.ways for f in findings if f.ways is not None), default=None)
+        # A thread moves so many bytes; an instruction of wgmma reads so many, both operands together.
+        sizes = [f.bytes for f in findings]
+        size = sum(sizes) if isinstance(member, WarpgroupMma) else max(sizes, default=VECTOR_BYTES)
+        if n == Counts() and not isinstance(member, LoadVector):
+            continue
+        instructions = ", ".join(dict.fromkeys(atom.name for atom in atoms_of(member))) or ("shared load" if member else "cp.async")
+        each = f"{n.cp_async_sectors / n.cp_async_requests:.1f}" if n.cp_async_requests else ""
+        passes = n.ldmatrix_conflicts if n.ldmatrix else ""
+        yield (
+            name,
+            instructions,
+            size,
+            n.mma or n.wgmma or "",
+            n.ldmatrix or "",
+            ways or "",
+            passes,
+            n.cp_async_requests or "",
+            each,
+            _bytes(n.cp_async_bytes),
+        )
+
+
+def _launch(stage: Stage, device: Device) -> tuple[Any, ...]:
+    kernel, tiles = stage.kernel, stage.kernel.resolve(stage.problem, stage.config)
+    resources = cubin_of(kernel, stage.problem, stage.config, device.arch).resources
+    shared = tiles.smem_bytes + resources.static_smem
+    occupancy = kernel.occupancy(stage.problem, stage.config, device, resources.registers)
+    if occupancy.ctas < 1:
+        raise ConfigError(f"{kernel.name}: no CTA fits an SM of {device.name}: {occupancy}; take another config")
+    ctas = math.prod(kernel.grid(stage.problem, stage.config))
+    waves = Waves(ctas, device.sms, occupancy.ctas)
+    cost = kernel.cost(stage.problem, stage.config, device) if kernel.cost is not None else None
+    counts = kernel.counts(stage.problem, stage.config)
+    flops = sum(
+        2 * math.prod(member.atom.shape) * (n.mma + n.wgmma)
+        for name, n in counts.items()
+        if isinstance(member := tiles.members.get(name), (TiledMma, WarpgroupMma))
+    )
+    return (
+        kernel.name,
+        ctas,
+        tiles.threads,
+        resources.registers,
+        shared,
+        occupancy.ctas,
+        ", ".join(occupancy.limited_by),
+        waves.waves,
+        f"{waves.tail:.0%}",
+        f"{flops:.2e}" if flops else "",
+        _bytes(sum(n.cp_async_bytes for n in counts.values())),
+        _bytes(int(cost.bytes)) if cost else "",
+        duration(cost.seconds(device)) if cost else "",
+    )
+
+
+def _bytes(size: int) -> str:
+    return f"{size / 1e6:.3g} MB" if size else ""

@@ -1,0 +1,286 @@
+"""The CPU target: a rendered source compiled by g++, unchanged, and run one CTA at a time in a process of its own.
+
+    binary = compile_host(source, "gemm")
+    stats = binary.launch((m // 128, n // 128, 1), 128, smem_bytes, packed, {0: a, 8: b, 16: c})
+
+Whatever a kernel does wrong ends as a LaunchError that names its line and its threads: every launch is a fresh process with a
+time limit, so a crash, a deadlock or an endless loop never reaches the caller.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import dataclasses
+import os
+import shutil
+import struct
+import subprocess
+import uuid
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from vidrial.build.store import Store, binary_key
+from vidrial.errors import ArgumentError, LaunchError
+from vidrial.host.compiler import TEXT, Build, execute, temporary
+from vidrial.host.messages import crash, resolve
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from vidrial.layout.smem import SharedMemory
+# The process is killed this long after its own time limit, which tells where it was.
+GRACE_SECONDS = 5.0
+MAX_THREADS, MAX_SHARED_BYTES, MAX_PACKED_BYTES, ARRAY_ALIGNMENT = 1024, 227 << 10, 4096, 256
+PAYLOAD = "kernel.host"
+ORDERS, SEEDS = ("up", "down"), 2**32 - 2
+
+
+@dataclasses.dataclass(frozen=True)
+class Schedule:
+    """How the threads of a CTA take turns, and for how long.
+
+    `lazy`: cp.async lands and wgmma is executed at the wait (NaN until then), else at once. `order`: which runnable lane goes on,
+    `up`, `down` or a random seed. `timeout`: seconds a launch.
+
+    Raises:
+        ArgumentError: an order that is not known, or no time.
+    """
+
+    lazy: bool = True
+    order: str | int = "up"
+    timeout: float = 60.0
+
+    def __post_init__(self) -> None:
+        if self.order not in ORDERS and not (isinstance(self.order, int) and 0 <= self.order < SEEDS):
+            raise ArgumentError(f"order {self.order!r}: accepted are {', '.join(ORDERS)} and a seed from 0 to {SEEDS - 1}")
+        if not 0 < self.timeout < 1e6:
+            raise ArgumentError(f"timeout of {self.timeout} s: it must be positive, and less than 1e6")
+
+    @property
+    def code(self) -> int:
+        """The order as the runtime takes it: 0 up, 1 down, else a seed."""
+        return self.order + len(ORDERS) if isinstance(self.order, int) else ORDERS.index(self.order)
+
+
+# A kernel that is right under one schedule may be wrong under another: tests run them all.
+SCHEDULES = (Schedule(), Schedule(lazy=False, order="down"), Schedule(order=5))
+
+
+@dataclasses.dataclass(frozen=True)
+class HostStats:
+    """What a launch did, in all CTAs together; `seconds` are the CPU's and say nothing about a GPU.
+
+    `mma`: those of warps, without `wgmma`, one a warpgroup. `ldmatrix_conflicts`: passes over the banks beyond one a matrix.
+    `cp_async_sectors`: 32-byte sectors read by `cp_async_requests` warp-wide cp.async. `cp_async_bytes`: read from global memory.
+    `shared_memory_high_water`: dynamic bytes up to the last one written.
+    """
+
+    switches: int
+    mma: int
+    wgmma: int
+    ldmatrix: int
+    ldmatrix_conflicts: int
+    cp_async_requests: int
+    cp_async_sectors: int
+    cp_async_bytes: int
+    shared_memory_high_water: int
+    seconds: float
+
+
+STATS, REQUEST, LENGTH = struct.Struct("=9qd"), struct.Struct("=3I3IIId5Q"), struct.Struct("=q")
+
+
+@dataclasses.dataclass(frozen=True)
+class HostBinary:
+    """A kernel compiled for the CPU: an executable, which lives as long as this process."""
+
+    name: str
+    executable: Path
+
+    def launch(
+        self,
+        grid: Sequence[int],
+        block: int | Sequence[int],
+        shared: int | SharedMemory,
+        packed: bytes | bytearray,
+        pointers: Mapping[int, np.ndarray[Any, Any]],
+        schedule: Schedule = SCHEDULES[0],
+    ) -> HostStats:
+        """Run every CTA of `grid` and write what the kernel changed back into the arrays.
+
+        Args:
+            grid: CTAs along x, y, z.
+            block: threads of a CTA, or threads along x, y, z.
+            shared: dynamic shared memory of a CTA, in bytes or by its regions: nothing may touch what lies between them.
+            packed: the parameters' bytes, laid out as a struct of them; pointers are filled in.
+            pointers: offset in `packed` -> the array whose address goes there. Any strides; the address modulo 256 is that of the
+                array's first element in the array that owns the memory, as if that had come from the GPU's allocator.
+            schedule: turns of the threads, landing of cp.async, time limit.
+
+        Raises:
+            ArgumentError: a size that CUDA does not allow, a pointer outside of `packed`, arrays that overlap in part.
+            LaunchError: the kernel crashed, deadlocked, ran out of time, left its memory or wrote to a read-only array.
+        """
+        threads = _three("block", block)
+        blocks = _three("grid", grid)
+        if not 1 <= threads[0] * threads[1] * threads[2] <= MAX_THREADS:
+            raise ArgumentError(f"block {threads} has {threads[0] * threads[1] * threads[2]} threads; accepted are 1 to {MAX_THREADS}")
+        shared_bytes, gaps = (shared, ()) if isinstance(shared, int) else (shared.bytes, shared.gaps())
+        used = shared_bytes - sum(size for _, size in gaps)
+        if not 0 <= used <= MAX_SHARED_BYTES:
+            raise ArgumentError(f"{used} bytes of shared memory; accepted are 0 to {MAX_SHARED_BYTES}")
+        if len(packed) > MAX_PACKED_BYTES:
+            raise ArgumentError(f"{len(packed)} bytes of arguments; accepted are up to {MAX_PACKED_BYTES}")
+        memory = Memory(pointers, len(packed))
+        head = REQUEST.pack(
+            *blocks,
+            *threads,
+            schedule.lazy,
+            schedule.code,
+            schedule.timeout,
+            shared_bytes,
+            len(packed),
+            len(memory.views),
+            len(pointers),
+            len(gaps),
+        )
+        places = b"".join(struct.pack("=2Q", *gap) for gap in gaps)
+        return self._run(b"".join((head, packed, memory.tables, places, *memory.views)), memory, schedule.timeout)
+
+    def _run(self, request: bytes, memory: Memory, timeout: float) -> HostStats:
+        try:
+            ended = execute([str(self.executable)], request, timeout + GRACE_SECONDS)
+            # ThreadSanitizer of GCC 13 and older cannot live with as random addresses as newer kernels give.
+            if b"unexpected memory mapping" in ended.stderr and (setarch := shutil.which("setarch")):
+                ended = execute([setarch, "-R", str(self.executable)], request, timeout + GRACE_SECONDS)
+        except PermissionError as error:
+            raise LaunchError(
+                f"kernel {self.name}: {self.executable} may not be run ({error}); set TMPDIR to a folder that allows it"
+            ) from error
+        except subprocess.TimeoutExpired as error:
+            raise LaunchError(
+                f"kernel {self.name} did not end within {timeout:g} s and had to be killed: look for an endless loop; "
+                "or give it a longer Schedule.timeout"
+            ) from error
+        reply, errors = ended.stdout, ended.stderr.decode(errors="replace")
+        if ended.returncode or len(reply) < STATS.size + LENGTH.size:
+            raise LaunchError(f"kernel {self.name}: {crash(self.executable, ended.returncode, errors)}")
+        (length,) = LENGTH.unpack_from(reply, STATS.size)
+        start = STATS.size + LENGTH.size
+        if length:
+            raise LaunchError(f"kernel {self.name}: {resolve(self.executable, reply[start : start + length].decode(errors='replace'))}")
+        memory.write_back(self.name, memoryview(reply)[start:])
+        return HostStats(*STATS.unpack_from(reply))
+
+
+class Memory:
+    """The arrays of one launch: what the process allocates, and where their addresses go."""
+
+    def __init__(self, pointers: Mapping[int, np.ndarray[Any, Any]], packed_bytes: int) -> None:
+        import numpy as np
+
+        self.views: list[memoryview] = []
+        self._arrays: list[np.ndarray[Any, Any]] = []
+        entries, places = b"", b""
+        for offset, array in pointers.items():
+            if not 0 <= offset <= packed_bytes - 8:
+                raise ArgumentError(f"pointer at offset {offset}: the arguments have {packed_bytes} bytes")
+            low, high = np.lib.array_utils.byte_bounds(array)
+            known = next((i for i, other in enumerate(self._arrays) if _extent(other) == (low, high)), None)
+            if known is None:
+                clash = next((other for other in self._arrays if np.may_share_memory(array, other)), None)
+                if clash is not None:
+                    raise ArgumentError(f"the array at offset {offset} overlaps another one in part; pass the same array twice, or copies")
+                known = len(self._arrays)
+                self._arrays.append(array)
+                self.views.append(_bytes_at(low, high - low))
+                entries += struct.pack("=2Q", high - low, (low - _owner(array).ctypes.data) % ARRAY_ALIGNMENT)
+            places += struct.pack("=3Q", offset, known, array.ctypes.data - low)
+        self.tables = entries + places
+
+    def write_back(self, kernel: str, changed: memoryview) -> None:
+        """Copy the arrays that the kernel changed, each after its index, into the caller's.
+
+        Raises:
+            LaunchError: one of them is read-only.
+        """
+        while changed:
+            (index,) = LENGTH.unpack_from(changed)
+            view, array = self.views[index], self._arrays[index]
+            if not array.flags.writeable:
+                raise LaunchError(f"kernel {kernel} wrote to array {index}, {array.dtype}{list(array.shape)}, which is read-only")
+            view[:] = changed[LENGTH.size : LENGTH.size + len(view)]
+            changed = changed[LENGTH.size + len(view) :]
+
+
+def compile_host(
+    source: str,
+    name: str,
+    *,
+    sanitizer: str | None = None,
+    optimise: str = "-O1",
+    pch: bool = True,
+    include_dirs: Sequence[Path | str] = (),
+    store: Store | None = None,
+) -> HostBinary:
+    """Compile kernel `name` of a rendered source for the CPU.
+
+    Args:
+        sanitizer: None, `address` (memory), `thread` (races between the threads of a CTA) or `undefined` (alignment, shifts, ...).
+        optimise: -O1 compiles and runs fastest altogether.
+        pch: precompile what all kernels include, once a set of flags (5 s), in the store's folder.
+        include_dirs: folders of the template's own headers, searched after Vidrial's.
+        store: keeps the executable; by default the one of this process.
+
+    Raises:
+        CompileError: g++ rejects the source; names the template's line.
+        ToolchainError: there is no host compiler, it is too old, or headers are missing.
+        ArgumentError: the sanitizer is not known.
+    """
+    store = store or Store.shared()
+    build = Build.find(sanitizer, optimise, tuple(str(folder) for folder in include_dirs), store.root / "host")
+    text = TEXT.format(source=source, name=name)
+    key = binary_key(text, "host", (*build.flags, *build.include_dirs), build.version)
+    entry = store.get(key, PAYLOAD)
+    if entry is None:
+        entry = store.put(key, build.executable(text, name, pch), text, {"kernel": name, "sanitizer": sanitizer}, PAYLOAD)
+    executable = temporary() / key[:32]
+    if not executable.exists():
+        _write_executable(executable, entry.image)
+    return HostBinary(name, executable)
+
+
+def _write_executable(path: Path, image: bytes) -> None:
+    staged = path.with_suffix(f".{uuid.uuid4().hex}")
+    staged.write_bytes(image)
+    staged.chmod(0o700)
+    os.replace(staged, path)
+
+
+def _three(what: str, sizes: int | Sequence[int]) -> tuple[int, int, int]:
+    given = (sizes,) if isinstance(sizes, int) else tuple(sizes)
+    if not 1 <= len(given) <= 3 or any(n < 1 for n in given):
+        raise ArgumentError(f"{what} {sizes}: accepted are one to three sizes of at least 1")
+    x, y, z = (*given, 1, 1)[:3]
+    return x, y, z
+
+
+def _extent(array: np.ndarray[Any, Any]) -> tuple[int, int]:
+    import numpy as np
+
+    low, high = np.lib.array_utils.byte_bounds(array)
+    return low, high
+
+
+def _owner(array: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """The array that owns the memory of a view."""
+    import numpy as np
+
+    while isinstance(array.base, np.ndarray):
+        array = array.base
+    return array
+
+
+def _bytes_at(address: int, count: int) -> memoryview:
+    return memoryview((ctypes.c_char * count).from_address(address)).cast("B")

@@ -1,0 +1,249 @@
+"""Tiles in shared memory, and the proof that device code's address arithmetic on them is right."""
+
+from __future__ import annotations
+
+import dataclasses
+from functools import cache, cached_property
+from typing import Any, Literal, TypeAlias
+
+import numpy as np
+
+from vidrial.dtypes import DType
+from vidrial.errors import LayoutError
+from vidrial.layout.algebra import ComposedLayout, Layout, Swizzle
+
+# ldmatrix rows, cp.async vectors and the swizzles' smallest unit.
+VECTOR_BYTES = 16
+# (rows, columns) that device code adds to a thread's own place.
+Steps: TypeAlias = tuple[tuple[int, int], ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class SmemLayout:
+    """A tile of `rows` x `columns` elements in shared memory, columns contiguous in blocks of at most 128 bytes.
+
+    `swizzle="auto"` takes the swizzle of the block's width, with which eight rows of 16 bytes hit all banks; `None` is plain
+    row-major. `stages` copies of the tile lie one behind the other.
+
+    Raises:
+        LayoutError: an extent or the number of stages is not positive, or the swizzle leads out of the tile.
+    """
+
+    dtype: DType
+    rows: int
+    columns: int
+    swizzle: Swizzle | None | Literal["auto"] = "auto"
+    stages: int = 1
+
+    def __post_init__(self) -> None:
+        if min(self.rows, self.columns, self.stages) < 1:
+            raise LayoutError(f"a tile of {self.rows} x {self.columns}, {self.stages} stages, is empty; give positive numbers")
+        if self.swizzle == "auto":
+            bits = (self.block * self.dtype.bytes // VECTOR_BYTES).bit_length() - 1
+            base = (VECTOR_BYTES // self.dtype.bytes).bit_length() - 1
+            object.__setattr__(self, "swizzle", Swizzle(bits, base, 3) if bits > 0 else None)
+        _prove_bijection(self)
+        if self.stages > 1 and self.bytes % self.period_bytes:
+            raise LayoutError(
+                f"stages of {self.rows} x {self.columns} {self.dtype} are {self.bytes} bytes apart, which is no multiple of "
+                f"the swizzle's period of {self.period_bytes} bytes; take a multiple of 8 rows"
+            )
+
+    @property
+    def block(self) -> int:
+        """Columns that lie side by side: the largest power of two that divides the row, at most 128 bytes."""
+        return min(self.columns & -self.columns, 128 // self.dtype.bytes)
+
+    @cached_property
+    def layout(self) -> Layout | ComposedLayout:
+        """(row, column) -> element offset."""
+        return self.plain if self.swizzle is None else ComposedLayout(self._swizzle, 0, self.plain)
+
+    @cached_property
+    def plain(self) -> Layout:
+        """(row, column) -> element offset before the swizzle."""
+        block = self.columns if self.swizzle is None else self.block
+        if block == self.columns:
+            return Layout((self.rows, block), (block, 1))
+        return Layout((self.rows, (block, self.columns // block)), (block, (1, self.rows * block)))
+
+    @property
+    def _swizzle(self) -> Swizzle:
+        return self.swizzle if isinstance(self.swizzle, Swizzle) else Swizzle(0, 0, 0)
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of one stage."""
+        return self.plain.cosize * self.dtype.bytes
+
+    @property
+    def period_bytes(self) -> int:
+        """The base of the tile, and the distance of stages, must be a multiple of this."""
+        return max(self._swizzle.period * self.dtype.bytes, VECTOR_BYTES)
+
+    @property
+    def transposed(self) -> Transposed:
+        """The tile, read by an MMA with its rows along k."""
+        return Transposed(self)
+
+    def offset(self, row: Any, column: Any) -> Any:
+        """Element offset of (row, column); integers or NumPy arrays."""
+        return self.layout((row, column))
+
+    def at(self, address: Any, row: Any, column: Any) -> Any:
+        """Byte address of (r + row, c + column), given that of (r, c): `SmemTile::at` of the device code.
+
+        Right only where `prove_access` has proved it.
+        """
+        y = self.plain((row, column))
+        low = (1 << (self._swizzle.base + self._swizzle.shift)) - 1 if self.swizzle else 0
+        return (address ^ ((y & low) * self.dtype.bytes)) + (y & ~low) * self.dtype.bytes
+
+    @property
+    def cpp(self) -> str:
+        """The C++ type (of one stage)."""
+        return f"vidrial::SmemTile<{self.dtype.cpp}, {self.layout.cpp}>"
+
+    def __str__(self) -> str:
+        return f"{self.rows} x {self.columns} {self.dtype} tile ({self.layout})"
+
+
+@dataclasses.dataclass(frozen=True)
+class Transposed:
+    """A tile whose rows run along k, as an MMA operand: ldmatrix.trans reads it."""
+
+    tile: SmemLayout
+
+
+@cache
+def _prove_bijection(tile: SmemLayout) -> None:
+    """The swizzle permutes the tile's elements among themselves."""
+    if not np.array_equal(np.sort(tile.layout.indices()), np.arange(tile.rows * tile.columns)):
+        raise LayoutError(f"{tile.swizzle} leads out of a tile of {tile.rows} x {tile.columns} {tile.dtype}; take swizzle='auto'")
+
+
+def prove_access(tile: SmemLayout, row: Layout, column: Layout, threads: int, steps: Steps, origins: Steps = ((0, 0),)) -> None:
+    """Proves that each thread, from its own 16 bytes at origin + (row, column), reaches those of each step, in each stage, by `at`.
+
+    Raises:
+        LayoutError: naming the first thread and step that would read another address, or leave the tile.
+    """
+    for origin in origins:
+        _prove_access(tile, row, column, threads, steps, origin)
+
+
+@cache
+def _prove_access(tile: SmemLayout, row: Layout, column: Layout, threads: int, steps: Steps, origin: tuple[int, int]) -> None:
+    size, vector, stage_bytes = tile.dtype.bytes, VECTOR_BYTES // tile.dtype.bytes, tile.bytes
+    thread = np.arange(threads)
+    r0, c0 = origin[0] + row(thread), origin[1] + column(thread)
+    dr, dc = np.array(steps, np.int64).reshape(-1, 2).T[:, :, None]
+    r, c = r0 + dr, c0 + dc
+
+    def refuse(wrong: Any, why: str) -> None:
+        if wrong.any():
+            s, t = np.argwhere(wrong)[0]
+            raise LayoutError(f"{tile}: thread {t} at ({r0[t]}, {c0[t]}), step {steps[s]}: {why}")
+
+    refuse((r >= tile.rows) | (c + vector > tile.columns), f"the 16 bytes at ({r.max()}, {c.max()}) are outside the tile")
+    first = tile.offset(r, c)
+    refuse(first % vector != 0, "its 16 bytes are not aligned to 16")
+    for v in range(1, vector):
+        refuse(tile.offset(r, c + v) != first + v, "its 16 bytes are not contiguous; the swizzle's base is too small")
+    base = tile.offset(r0, c0) * size
+    for stage in range(tile.stages):
+        reached = tile.at(base + stage * stage_bytes, dr, dc)
+        refuse(
+            reached != first * size + stage * stage_bytes,
+            f"its address in stage {stage} plus the step is not the element's: the step "
+            "changes bits that the swizzle reads, or carries into them; take steps of whole swizzle periods (8 rows)",
+        )
+
+
+class SharedMemory:
+    """Where each region of a CTA's shared memory lies: `SharedMemory(q=q, k=(k, 3), sums=512)`.
+
+    A region is a number of bytes, a tile (with its own stages), or (tile, stages). Regions begin at multiples of 128 bytes and
+    of the period of their swizzle; regions given in bytes, from 1024 bytes on, at multiples of 1024, so that tiles may lie in
+    them. `guard` unused bytes are left between them. The base itself must be aligned to `alignment`.
+
+    Raises:
+        LayoutError: a region is neither, or is empty.
+    """
+
+    def __init__(self, *, guard: int = 0, **regions: int | SmemLayout | tuple[SmemLayout, int]) -> None:
+        self.guard = guard
+        self.alignment = 128
+        self.bytes = 0
+        self._declared = regions
+        self._regions: dict[str, tuple[int, int]] = {}
+        for name, region in regions.items():
+            size, alignment = _region(name, region)
+            start = -(-(self.bytes + (guard if self._regions else 0)) // alignment) * alignment
+            self._regions[name] = start, size
+            self.alignment = max(self.alignment, alignment)
+            self.bytes = start + size
+
+    def offset(self, name: str) -> int:
+        """Byte offset of a region."""
+        return self._regions[name][0]
+
+    def size(self, name: str) -> int:
+        """Bytes of a region, all stages."""
+        return self._regions[name][1]
+
+    def guarded(self, guard: int) -> SharedMemory:
+        """The same regions, `guard` unused bytes or more between them."""
+        return SharedMemory(guard=guard, **self._declared)
+
+    def gaps(self) -> tuple[tuple[int, int], ...]:
+        """(offset, bytes) of what lies unused between the regions."""
+        places = sorted(self._regions.values())
+        return tuple(
+            (start + size, after - start - size)
+            for (start, size), (after, _) in zip(places, places[1:], strict=False)
+            if after > start + size
+        )
+
+    def members(self) -> dict[str, int]:
+        """Name -> byte offset: the constants that device code sees."""
+        return {name: start for name, (start, _) in self._regions.items()}
+
+    def __repr__(self) -> str:
+        return f"SharedMemory({', '.join(f'{name}={start}+{size}' for name, (start, size) in self._regions.items())})"
+
+
+def _region(name: str, region: int | SmemLayout | tuple[SmemLayout, int]) -> tuple[int, int]:
+    """(bytes, alignment) of a region."""
+    tile, stages = region if isinstance(region, tuple) else (region, None)
+    if isinstance(tile, SmemLayout):
+        count = tile.stages if stages is None else stages
+        if count < 1:
+            raise LayoutError(f"region {name} has {count} stages; give at least 1")
+        return count * tile.bytes, max(128, tile.period_bytes)
+    if isinstance(tile, bool) or not isinstance(tile, int) or tile < 1 or stages is not None:
+        raise LayoutError(f"region {name} is {region!r}; accepted: a positive number of bytes, a SmemLayout, (SmemLayout, stages)")
+    return tile, 1024 if tile >= 1024 else 128
+
+
+@dataclasses.dataclass(frozen=True)
+class Pipeline:
+    """Tiles in flight from global to shared memory: `stages` buffers, filled by `kind`.
+
+    Raises:
+        LayoutError: fewer than 2 stages, or an unknown kind.
+    """
+
+    stages: int
+    kind: str = "cp.async"
+
+    def __post_init__(self) -> None:
+        if self.kind != "cp.async":
+            raise LayoutError(f"a pipeline of kind {self.kind!r} is not known; accepted: 'cp.async'")
+        if self.stages < 2:
+            raise LayoutError(f"a pipeline of {self.stages} stages overlaps nothing; take at least 2, or no pipeline")
+
+    @property
+    def in_flight(self) -> int:
+        """Tiles that are being filled while one is read: what `cp_async_wait` may leave behind is one less."""
+        return self.stages - 1

@@ -1,0 +1,56 @@
+"""The legal configs of a problem, ranked by predicted time, and why the others are not legal. One statement of legality serves all."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Rejected:
+    """A config that a rule forbids, and the rule's sentence."""
+
+    config: Any
+    sentence: str
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A legal config and its predicted time in seconds."""
+
+    config: Any
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Space:
+    """All configs of a problem: legal ones fastest-predicted first (ties in order of declaration), and the rejected ones."""
+
+    legal: tuple[Candidate, ...]
+    rejected: tuple[Rejected, ...]
+
+    @classmethod
+    def of(cls, configs: Iterable[Any], reject: Callable[[Any], str | None], seconds: Callable[[Any], float]) -> Space:
+        """Split `configs` by `reject` (None: legal) and rank the legal ones by `seconds`."""
+        legal, rejected = [], []
+        for config in configs:
+            sentence = reject(config)
+            if sentence is None:
+                legal.append(Candidate(config, seconds(config)))
+            else:
+                rejected.append(Rejected(config, sentence))
+        return cls(tuple(sorted(legal, key=lambda c: c.seconds)), tuple(rejected))
+
+    def reasons(self) -> dict[str, list[Any]]:
+        """Sentence -> the configs it rejects, most frequent sentence first."""
+        groups: dict[str, list[Any]] = {}
+        for r in self.rejected:
+            groups.setdefault(r.sentence, []).append(r.config)
+        return dict(sorted(groups.items(), key=lambda item: -len(item[1])))
+
+    def __len__(self) -> int:
+        return len(self.legal)
+
+    def __iter__(self) -> Iterator[Any]:
+        return (c.config for c in self.legal)

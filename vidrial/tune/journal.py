@@ -1,0 +1,151 @@
+"""The journal of a sweep's trials: append-only JSON lines that no interruption damages."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import time
+import uuid
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from vidrial.errors import SweepError
+from vidrial.spec.op import Op
+from vidrial.tune.codec import encode
+from vidrial.tune.trial import Trial
+
+SCHEMA = 2
+KIND = "vidrial journal"
+
+
+class Journal:
+    """A file of trials: a header that says of what, then one trial a line, on disk before the next one begins.
+
+    It is locked while open, by one process at a time; a process that dies lets go of it. A torn last line is dropped.
+
+    Args:
+        path: the file; it is made if it does not exist, its folder too.
+        op: whose trials they are.
+        header: facts that must agree for trials to be comparable (problem, device, ...), as JSON.
+        fresh: begin a new file; one that is there is renamed, not lost.
+
+    Raises:
+        SweepError: the file cannot be written, is in use, is damaged before its last line, or is of another sweep or schema.
+    """
+
+    def __init__(self, path: Path, op: Op, header: Mapping[str, Any], fresh: bool = False) -> None:
+        self.path = path
+        self.trials: list[Trial] = []
+        self._header = {"kind": KIND, "schema": SCHEMA, "op": op.name, **header}
+        with contextlib.ExitStack() as undo:
+            self._file = undo.enter_context(self._open())
+            if fresh and self._file.seek(0, os.SEEK_END):
+                os.replace(path, path.with_suffix(f".{time.strftime('%Y%m%dT%H%M%S')}-{uuid.uuid4().hex[:4]}{path.suffix}"))
+                self._file = undo.enter_context(self._open())
+            self._read(op)
+            undo.pop_all()
+
+    def append(self, trial: Trial) -> None:
+        """Write one trial and wait until the disk has it.
+
+        Raises:
+            SweepError: the disk is full, say; everything before this trial is kept.
+        """
+        self._write(encode(trial))
+        self.trials.append(trial)
+
+    def close(self) -> None:
+        """Let go of the file."""
+        self._file.close()
+
+    def __enter__(self) -> Journal:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _open(self) -> BinaryIO:
+        """The file, locked."""
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            file = open(self.path, "a+b")  # noqa: SIM115
+        except OSError as error:
+            raise SweepError(
+                f"journal {self.path} cannot be written ({error}); name another with journal=..., or another cache with VIDRIAL_CACHE_DIR"
+            ) from None
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # Whoever held the lock may have renamed the file meanwhile.
+            if os.fstat(file.fileno()).st_ino == os.stat(self.path).st_ino:
+                return file
+        except (BlockingIOError, FileNotFoundError):
+            pass
+        except OSError as error:
+            file.close()
+            raise SweepError(f"journal {self.path} cannot be locked ({error}); put it on a local disk with journal=...") from None
+        file.close()
+        raise SweepError(f"journal {self.path} is in use by another sweep of the same thing: wait for it, or name another with journal=...")
+
+    def _write(self, value: Any) -> None:
+        end = self._file.seek(0, os.SEEK_END)
+        try:
+            self._file.write(json.dumps(value, allow_nan=False).encode() + b"\n")
+            self._file.flush()
+            os.fsync(self._file.fileno())
+        except OSError as error:
+            self._abandon(end)
+            raise SweepError(
+                f"journal {self.path} cannot be written ({error}); its {len(self.trials)} trials are kept: "
+                "make room, then sweep again with --resume (resume=True)"
+            ) from None
+
+    def _abandon(self, end: int) -> None:
+        """Drop what a failed write left, and the file with it: its buffer would try again at every close."""
+        descriptor = os.dup(self._file.fileno())
+        with contextlib.suppress(OSError):  # the disk is still full
+            self._file.close()
+        os.ftruncate(descriptor, end)
+        os.close(descriptor)
+
+    def _read(self, op: Op) -> None:
+        self._file.seek(0)
+        text = self._file.read()
+        whole = text.rfind(b"\n") + 1
+        if whole < len(text):
+            os.ftruncate(self._file.fileno(), whole)
+        lines = text[:whole].splitlines()
+        if not lines:
+            self._write(self._header)
+            return
+        self._check_header(self._parse(lines[0], 1))
+        for number, line in enumerate(lines[1:], 2):
+            data = self._parse(line, number)
+            try:
+                self.trials.append(Trial.from_json(op, data))
+            except SweepError as error:
+                raise self._damaged(number, str(error)) from None
+
+    def _parse(self, line: bytes, number: int) -> Any:
+        try:
+            return json.loads(line)
+        except ValueError as error:
+            raise self._damaged(number, str(error)) from None
+
+    def _damaged(self, number: int, why: str) -> SweepError:
+        return SweepError(
+            f"journal {self.path}, line {number} is damaged ({why}); "
+            "delete that line to keep the others, or move the file away to begin anew"
+        )
+
+    def _check_header(self, found: Any) -> None:
+        if not isinstance(found, dict) or found.get("kind") != KIND:
+            raise SweepError(f"{self.path} is not a journal: its first line is no header; name another file with journal=...")
+        for name, expected in self._header.items():
+            if found.get(name) != expected:
+                raise SweepError(
+                    f"journal {self.path} has {name} {found.get(name)!r}, this sweep {expected!r}: "
+                    "their trials do not compare; name another file with journal=..., or move this one away"
+                )

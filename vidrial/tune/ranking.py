@@ -1,0 +1,276 @@
+"""Which configs were fastest for such inputs; and, from that, which config a call takes.
+
+    pick(op, problem, device)      # (config, where the choice comes from)
+
+A ranking is one JSON document: what one device measured for one op (its very templates), one set of static facts and one size
+class. Those of this machine lie in the cache; those that come with Vidrial in `sweeps/results/<device key>/<op>.json`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import importlib.util
+import json
+import logging
+import math
+import os
+import threading
+import uuid
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from vidrial.build.files import locked
+from vidrial.build.store import Store
+from vidrial.device import Device
+from vidrial.errors import SweepError, VidrialError
+from vidrial.spec.choices import config_order
+from vidrial.spec.fields import fields, keyed_fields, size_class, specialized
+from vidrial.spec.op import Op
+from vidrial.tune.codec import decode, encode
+from vidrial.tune.timing import Timing
+from vidrial.tune.trial import Trial, latest
+
+SCHEMA = 1
+# Configs kept of each measured problem; of those, how many stand by for problems that were not measured, and how many in all.
+KEPT, LEADERS, CANDIDATES = 16, 3, 12
+log = logging.getLogger("vidrial")
+
+
+@dataclass(frozen=True)
+class Ranked:
+    """A measured config; `tied`: within the noise of the one before it or after it, and placed by order of declaration."""
+
+    config: Any
+    timing: Timing
+    tied: bool = False
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One problem's configs, fastest first."""
+
+    problem: Any
+    configs: tuple[Ranked, ...]
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """What one device measured for the problems of one size class. `device` is `Device.key`, `digest` that of the op's templates."""
+
+    op: str
+    digest: str
+    device: str
+    device_name: str
+    versions: str
+    measured: tuple[Measured, ...]
+
+    @classmethod
+    def from_trials(cls, op: Op, device: Device, trials: Iterable[Trial]) -> Ranking | None:
+        """The ranking of one problem's trials; None if none is ok."""
+        good = [t for t in latest(trials).values() if t.ok]
+        if not good:
+            return None
+        configs = rank([(t.config, t.timing) for t in good if t.timing is not None])
+        return cls(op.name, op.digest(), device.key, device.name, good[0].versions, (Measured(good[0].problem, configs[:KEPT]),))
+
+    @classmethod
+    def from_json(cls, op: Op, data: Any) -> Ranking:
+        """The ranking that `to_json` wrote.
+
+        Raises:
+            SweepError: it is of another schema or damaged.
+        """
+        if not isinstance(data, dict) or data.get("schema") != SCHEMA:
+            raise SweepError(f"a ranking of {op.name} is not of schema {SCHEMA}; sweep again to replace it")
+        plain = {**data, "measured": []}
+        del plain["schema"]
+        ranking: Ranking = decode(cls, plain)
+        measured = []
+        for entry in data.get("measured", ()):
+            configs = tuple(decode(Ranked, r, {"config": op.config}) for r in entry["configs"])
+            measured.append(Measured(decode(op.problem, entry["problem"]), configs))
+        return dataclasses.replace(ranking, measured=tuple(measured))
+
+    def to_json(self) -> Any:
+        """The ranking as JSON."""
+        return {"schema": SCHEMA, **encode(self)}
+
+    @property
+    def key(self) -> str:
+        """Name of its document in the cache."""
+        problem = self.measured[0].problem
+        return _family(self.op, self.digest, fields(problem, "static"), self.device) + _sha(size_class(problem))
+
+    def merged(self, other: Ranking) -> Ranking:
+        """Both rankings' problems; where both measured one, `other` counts."""
+        mine = {sizes(m.problem): m for m in self.measured} | {sizes(m.problem): m for m in other.measured}
+        return dataclasses.replace(other, measured=tuple(mine[key] for key in sorted(mine)))
+
+    def save(self, op: Op) -> None:
+        """Put the ranking into the cache, joined with what is there."""
+        store = Store.shared()
+        # Sweeps of two lengths of one class may end at the same moment.
+        with locked(store.root / "rankings.lock"):
+            before = _load(op, store.read_json("ranking", self.key), f"ranking {self.key}")
+            store.write_json("ranking", self.key, (before.merged(self) if before else self).to_json())
+        forget()
+
+    def nearest(self, problem: Any) -> Measured:
+        """The measured problem that is nearest in size, by ratio."""
+        return min(self.measured, key=lambda m: distance(m.problem, problem))
+
+
+def rank(configs: Sequence[tuple[Any, Timing]]) -> tuple[Ranked, ...]:
+    """Fastest first; those that tie with the fastest of their group in order of declaration, and marked."""
+    waiting = sorted(configs, key=lambda c: (c[1].median_ms, config_order(c[0])))
+    ranked: list[Ranked] = []
+    while waiting:
+        leader = waiting[0][1]
+        group = [c for c in waiting if c[1].ties(leader)]
+        waiting = [c for c in waiting if not c[1].ties(leader)]
+        ranked += [Ranked(config, timing, len(group) > 1) for config, timing in sorted(group, key=lambda c: config_order(c[0]))]
+    return tuple(ranked)
+
+
+def sizes(problem: Any) -> tuple[int, ...]:
+    """Values of the fields that make up the size class: problems that agree in them were measured alike."""
+    return tuple(keyed_fields(problem).values())
+
+
+def distance(a: Any, b: Any) -> float:
+    """How far two problems are apart: the sum of the logarithms of their sizes' ratios."""
+    return sum(abs(math.log(max(1, x) / max(1, y))) for x, y in zip(sizes(a), sizes(b), strict=True))
+
+
+def leading(measured: Iterable[Measured]) -> tuple[Any, ...]:
+    """The configs that stand by for problems that were not measured: those that lead most of the measured ones.
+
+    What bakes a length in does not: it would have to be compiled for every other one.
+    """
+    wins: dict[Any, int] = {}
+    for one in measured:
+        for place, ranked in enumerate(one.configs[:LEADERS]):
+            if not specialized(ranked.config):
+                wins[ranked.config] = wins.get(ranked.config, 0) + LEADERS - place
+    return tuple(sorted(wins, key=lambda c: (-wins[c], config_order(c)))[:CANDIDATES])
+
+
+def forget() -> None:
+    """Read the rankings again at the next pick, and decide again what was picked."""
+    with _state.lock:
+        _state.generation += 1
+
+
+def generation() -> int:
+    """A number that changes when picks may: with new rankings, `freeze` and `forget`."""
+    return _state.generation
+
+
+def shipped_folder() -> Path | None:
+    """Where the rankings that come with Vidrial lie, installed or in the source tree; None if there are none."""
+    spec = importlib.util.find_spec("vidrial.sweeps")
+    for folder in (spec and spec.submodule_search_locations) or ():
+        if Path(folder, "results").is_dir():
+            return Path(folder, "results")
+    return None
+
+
+def shipped_devices() -> list[str]:
+    """Keys of the devices that Vidrial comes with rankings for."""
+    folder = shipped_folder()
+    return sorted(path.name for path in folder.iterdir() if path.is_dir()) if folder else []
+
+
+def local(op: Op, static: Mapping[str, Any], device: Device) -> list[Ranking]:
+    """This machine's rankings of an op for such static facts."""
+    store, start = Store.shared(), _family(op.name, _digest(op, _state.generation), static, device.key)
+    found = (_load(op, store.read_json("ranking", key), f"ranking {key}") for key in store.keys("ranking") if key.startswith(start))
+    return [ranking for ranking in found if ranking is not None]
+
+
+def shipped(op: Op, device_key: str, folder: Path | None = None, static: Mapping[str, Any] | None = None) -> list[Ranking]:
+    """The rankings in `folder` (by default those that come with Vidrial) of this kind of device and the op's present templates.
+
+    With `static`, only those for such static facts.
+    """
+    folder = folder or shipped_folder()
+    path = Path(folder or "", device_key, f"{op.name}.json")
+    if folder is None or not path.is_file():
+        return []
+    try:
+        entries, digest = json.loads(path.read_text())["rankings"], _digest(op, _state.generation)
+        current = [entry for entry in entries if (entry["digest"], entry["device"]) == (digest, device_key) and _is_of(entry, static)]
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        log.warning("%s is ignored: %s: %s", path, type(error).__name__, error)
+        return []
+    return [ranking for ranking in (_load(op, entry, str(path)) for entry in current) if ranking is not None]
+
+
+def _is_of(entry: Any, static: Mapping[str, Any] | None) -> bool:
+    """Whether a ranking's JSON is for these static facts (None: any): what is not is not decoded."""
+    return static is None or encode(static).items() <= entry["measured"][0]["problem"].items()
+
+
+def publish(op: Op, rankings: Sequence[Ranking], folder: Path) -> list[Path]:
+    """Write rankings to `folder/<device key>/<op>.json`, joined with those of the same templates there; the files written.
+
+    Raises:
+        SweepError: the folder cannot be written.
+    """
+    written = []
+    for device in sorted({r.device for r in rankings}):
+        kept = {r.key: r for r in shipped(op, device, folder)}
+        for ranking in (r for r in rankings if r.device == device):
+            kept[ranking.key] = kept[ranking.key].merged(ranking) if ranking.key in kept else ranking
+        path = folder / device / f"{op.name}.json"
+        staged = path.with_suffix(f".{uuid.uuid4().hex}")
+        text = json.dumps({"schema": SCHEMA, "rankings": [kept[k].to_json() for k in sorted(kept)]}, indent=1, allow_nan=False)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            staged.write_text(text + "\n")
+            os.replace(staged, path)
+        except OSError as error:
+            raise SweepError(f"rankings cannot be written to {path} ({error}); name another folder. The cache has them as well") from None
+        written.append(path)
+    forget()
+    return written
+
+
+@dataclass
+class _State:
+    """`generation` changes when picks may."""
+
+    generation: int = 0
+    lock: threading.Lock = dataclasses.field(default_factory=threading.Lock)
+
+
+_state = _State()
+
+
+@functools.lru_cache(maxsize=256)
+def _digest(op: Op, generation: int) -> str:
+    """The digest of an op's templates, which is looked at anew with the rankings: every new problem asks for it."""
+    return op.digest()
+
+
+def _family(op: str, digest: str, static: Mapping[str, Any], device: str) -> str:
+    """What begins the keys of all rankings that differ in size class alone."""
+    return f"{op}-{device}-{_sha([digest, static])}-"
+
+
+def _load(op: Op, data: Any, what: str) -> Ranking | None:
+    if data is None:
+        return None
+    try:
+        return Ranking.from_json(op, data)
+    except (VidrialError, KeyError, TypeError) as error:
+        log.warning("%s is ignored: %s", what, error)
+        return None
+
+
+def _sha(value: Any) -> str:
+    return hashlib.sha256(json.dumps(encode(value), sort_keys=True).encode()).hexdigest()[:16]

@@ -1,0 +1,98 @@
+"""What a sweep found, as a value and as text."""
+
+from __future__ import annotations
+
+import itertools
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from vidrial.device import Device
+from vidrial.spec.choices import describe
+from vidrial.spec.op import Op
+from vidrial.tune.ranking import Ranked, Ranking
+from vidrial.tune.trial import Status, Trial, latest
+
+
+@dataclass(frozen=True)
+class SweepResult:
+    """What a sweep found. `winner` is the first of `ranked`; `notes` say what else one should know about the figures."""
+
+    op: str
+    problem: Any
+    device: Device
+    trials: tuple[Trial, ...]
+    ranking: Ranking
+    notes: tuple[str, ...]
+    journal: Path
+    seconds: float
+
+    @property
+    def ranked(self) -> tuple[Ranked, ...]:
+        """The measured configs, fastest first."""
+        return self.ranking.measured[0].configs
+
+    @property
+    def winner(self) -> Trial:
+        """The fastest config's trial; `tied` says whether others are as fast."""
+        return latest(self.trials)[self.ranked[0].config]
+
+    @property
+    def tied(self) -> bool:
+        """Whether the winner is within the noise of another config, and first in order of declaration only."""
+        return self.ranked[0].tied
+
+    @property
+    def failures(self) -> dict[Status, int]:
+        """How many configs ended otherwise than ok, by status."""
+        return dict(Counter(t.status for t in latest(self.trials).values() if not t.ok))
+
+    @property
+    def worst_ms(self) -> float:
+        """The slowest legal config that was timed, in milliseconds."""
+        return max(t.ms for t in latest(self.trials).values() if t.ok)
+
+    def table(self, rows: int = 8) -> str:
+        """The first `rows` configs as text: times, error beside the reference, how much slower than the winner, resources."""
+        best, known = self.winner.ms, latest(self.trials)
+        lines = [("", "ms", "+- ms", "x best", "error", "regs", "spill", "smem", "config")]
+        for place, ranked in enumerate(self.ranked[:rows], 1):
+            trial, r = known[ranked.config], known[ranked.config].resources
+            lines.append(
+                (
+                    f"{place}{'=' if ranked.tied else ''}",
+                    f"{ranked.timing.median_ms:.4f}",
+                    f"{ranked.timing.iqr_ms:.4f}",
+                    f"{ranked.timing.median_ms / best:.2f}",
+                    f"{trial.check.relative:.1e}" if trial.check else "",
+                    str(max((k.registers for k in r), default="")),
+                    str(sum(k.spill_bytes for k in r) if r else ""),
+                    str(max((k.smem_bytes for k in r), default="")),
+                    describe(ranked.config),
+                )
+            )
+        text = _columns(lines)
+        failed = ", ".join(f"{count} {status.name}" for status, count in self.failures.items()) or "none failed"
+        slowest = f"the worst legal one takes {self.worst_ms / best:.1f} times as long"
+        summary = f"{len(known)} configs tried in {self.seconds:.0f} s; {failed}; {slowest}"
+        return "\n".join([text, summary, *(f"note: {note}" for note in self.notes)])
+
+
+def no_valid_config(op: Op, problem: Any, device: Device, trials: Sequence[Trial]) -> str:
+    """The message of a sweep that found nothing: causes with their counts, and the most frequent sentence."""
+    failed = list(latest(trials).values())
+    if not failed:
+        reasons = op.space(problem, device).reasons()
+        some = "; ".join(f"{len(configs)} x {sentence}" for sentence, configs in itertools.islice(reasons.items(), 3))
+        return f"{op.name}: no config is legal for {problem} on {device.name}: {some or 'the space is empty'}"
+    counts = Counter(t.status.name for t in failed)
+    causes = ", ".join(f"{count} {name}" for name, count in counts.most_common())
+    sentence, count = Counter(t.sentence.partition("\n")[0] for t in failed).most_common(1)[0]
+    return f"{op.name}: all {len(failed)} configs failed for {problem} on {device.name}: {causes}. Most often ({count}): {sentence}"
+
+
+def _columns(lines: Sequence[Sequence[str]]) -> str:
+    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
+    return "\n".join("  ".join([*(w.rjust(n) for w, n in zip(line[:-1], widths, strict=False)), line[-1]]) for line in lines)

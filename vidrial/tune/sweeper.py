@@ -1,0 +1,364 @@
+"""Find the fastest config of an op for one problem: compile, check, time, rank; every trial is kept, whatever happens.
+
+result = sweep(op, problem, trials=64)
+print(result.table())
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import datetime
+import functools
+import hashlib
+import json
+import math
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from types import FrameType
+from typing import Any, Protocol
+
+from vidrial import __version__
+from vidrial.build.cubins import build_many
+from vidrial.build.store import Store
+from vidrial.build.toolchain import Toolchain
+from vidrial.device import Device
+from vidrial.errors import ArgumentError, NoValidConfig, SweepError, ToolchainError
+from vidrial.progress import Progress, reporting
+from vidrial.settings import Settings
+from vidrial.spec.choices import describe
+from vidrial.spec.op import Op
+from vidrial.spec.registry import resolve
+from vidrial.tune.candidates import Builds
+from vidrial.tune.codec import encode
+from vidrial.tune.journal import Journal
+from vidrial.tune.options import Options, check_problem, measuring
+from vidrial.tune.ranking import Ranking, leading
+from vidrial.tune.result import SweepResult, no_valid_config
+from vidrial.tune.search import Search
+from vidrial.tune.timing import drifts
+from vidrial.tune.trial import Status, Trial, latest
+from vidrial.tune.workers import Job, Pool, Reply
+
+TRIALS = 64
+# Samples of a first look; a config that is this many times behind the best gets the fewest.
+SCREEN_ROUNDS, GIVE_UP = 7, 3.0
+# (phase, how far behind the best a leader may be, how many leaders, samples of each): timed in turn.
+CONFIRM = (("confirm", 1.15, 8, 20), ("final", 1.04, 4, 60))
+# Share of a time budget after which nothing new is tried.
+SEARCH_SHARE = 0.8
+# Of several problems: share of the time for their own sweeps; how many shares the first one gets, which compiles for all; a share's least.
+FIRST_PASS, COMPILING, LEAST_SECONDS = 0.7, 4, 0.5
+
+
+class Strategy(Protocol):
+    """What names the configs to try."""
+
+    def propose(self, seen: dict[Any, float]) -> list[Any]:
+        """Configs to try next, given config -> ms (infinite for a failure) of those tried; none if the search is over."""
+
+
+def sweep(op: Op, problem: Any, options: Options | None = None, **changes: Any) -> SweepResult:
+    """Sweep one op for one problem and keep the ranking; `changes` are fields of `Options`.
+
+    Ctrl-C and SIGTERM rank what has been measured, then go on to the caller; the same sweep with `resume=True` repeats the config
+    that was being tried on each GPU, and no other.
+
+    Raises:
+        ArgumentError: a size that is not positive, a GPU that does not exist, an option's value.
+        NoValidConfig: no config is legal, or all failed; the message counts the causes.
+        SweepError: the journal cannot be used or written, or nothing can measure; what was measured is kept.
+    """
+    chosen = Options.of(options, changes)
+    check_problem(op, problem)
+    with measuring(op, chosen) as (workers, device):
+        return _Sweep(op, problem, chosen, workers, device).run()
+
+
+def sweep_lengths(
+    op: Op,
+    problems: Sequence[Any],
+    options: Options | None = None,
+    within: float | None = None,
+    done: Callable[[SweepResult], None] | None = None,
+    **changes: Any,
+) -> list[SweepResult]:
+    """Sweep several problems of the same static facts, then time the model's candidates on all of them: what it is calibrated with.
+
+    `within`: seconds for all together, about; problems that no time is left for are left out, the last ones first. `done` is called with
+    each result as soon as it is there, and again when the others' leaders were timed as well.
+
+    Raises:
+        as `sweep`. ArgumentError: one journal for several problems.
+    """
+    chosen = Options.of(options, changes)
+    if len(problems) > 1 and (chosen.journal is not None or isinstance(chosen.resume, str | Path)):
+        raise ArgumentError("a journal holds one problem's trials: sweep each on its own, or leave journal=... out and give resume=True")
+    for problem in problems:
+        check_problem(op, problem)
+    begun, found, done = time.monotonic(), list[SweepResult](), done or (lambda _: None)
+
+    def share(left: int, until: float, parts: int = 1) -> Options | None:
+        """Options with a fair share of the time that is left; None if it is too little to begin. The first problem is always swept."""
+        if within is None:
+            return chosen
+        rest = max(until * within - (time.monotonic() - begun), 0.0 if found else LEAST_SECONDS)
+        return dataclasses.replace(chosen, seconds=rest * parts / (left + parts - 1)) if rest >= LEAST_SECONDS else None
+
+    with measuring(op, chosen) as (workers, device):
+        for i, problem in enumerate(problems):
+            mine = share(len(problems) - i, FIRST_PASS, 1 if i else COMPILING)
+            if mine is not None:
+                found.append(_Sweep(op, problem, mine, workers, device).run())
+                done(found[-1])
+        candidates = leading(m for result in found for m in result.ranking.measured)
+        for i, result in enumerate(found):
+            have, mine = latest(result.trials), share(len(found) - i, 1.0)
+            missing = [c for c in candidates if c not in have and op.reject(result.problem, c, device) is None]
+            if missing and mine is not None:
+                mine = dataclasses.replace(mine, configs=[result.ranked[0].config, *missing], resume=result.journal)
+                found[i] = _Sweep(op, result.problem, mine, workers, device).run()
+                done(found[i])
+    return found
+
+
+class _Sweep:
+    """One sweep while it runs."""
+
+    def __init__(self, op: Op, problem: Any, options: Options, workers: Pool, device: Device) -> None:
+        self.op, self.problem, self.options, self.workers, self.device = op, problem, options, workers, device
+        self.needs_cubins = bool(resolve(options.bench).needs_cubins)
+        unlimited = options.exhaustive or options.configs is not None or options.seconds is not None
+        self.trials = options.trials or (sys.maxsize if unlimited else TRIALS)
+        self.begun = time.monotonic()
+        self.small = op.small(problem)
+        self.builds = Builds(
+            op, problem, self.small, device, functools.partial(build_many, arch=device.arch, jobs=options.jobs, compiler=workers.compiler)
+        )
+        self.notes: list[str] = []
+        self.replaced = workers.replaced
+        self.versions = _versions()
+        self.progress: Progress
+
+    def run(self) -> SweepResult:
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(_terminable())
+            self.journal = stack.enter_context(self._open_journal())
+            self.progress = stack.enter_context(reporting(self.options.progress))
+            try:
+                # What measures begins while this process compiles.
+                self.workers.turn_to(Job("prepare", self.problem, self.small, seed=self.options.seed))
+                self._search()
+                self._state()
+                self._confirm()
+                self._state()
+            except BaseException as error:
+                self._keep(error)
+                raise
+            return self._result()
+
+    @property
+    def latest(self) -> dict[Any, Trial]:
+        return latest(self.journal.trials)
+
+    def _open_journal(self) -> Journal:
+        resume = self.options.resume
+        named = resume if isinstance(resume, str | Path) else self.options.journal
+        facts = {"digest": self.op.digest(), "device": self.device.key, "problem": encode(self.problem)}
+        name = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
+        path = Path(named) if named else _journals() / f"{self.op.name}-{self.device.key}-{name}.jsonl"
+        journal = Journal(path, self.op, facts, fresh=resume is None or resume is False)
+        if resume is True and not journal.trials:
+            self.notes.append("there was no journal to go on with: begun anew")
+        return journal
+
+    def _keep(self, error: BaseException) -> None:
+        """What was measured, ranked; and how to go on."""
+        ranking = Ranking.from_trials(self.op, self.device, self.journal.trials)
+        if ranking is not None:
+            ranking.save(self.op)
+        note = f"{len(self.journal.trials)} trials are kept in {self.journal.path}; the same sweep with --resume (resume=True) goes on from there"
+        error.add_note(note)
+        if isinstance(error, KeyboardInterrupt | SystemExit):
+            print(f"\nvidrial: {note}", file=sys.stderr)
+
+    def _over(self, share: float = 1.0) -> bool:
+        return self.options.seconds is not None and time.monotonic() - self.begun > share * self.options.seconds
+
+    def _state(self) -> None:
+        for _, reply in self.workers.run([Job("state")] * self.workers.count):
+            which = f"GPU {reply.gpu}" if self.workers.count > 1 else "the GPU"
+            self.notes += [f"the driver slows {which} down: {note}" for note in reply.notes]
+
+    def _search(self) -> None:
+        asked = self.options.configs
+        if asked is not None:
+            for config in asked:
+                self.op.check_config(self.problem, config, self.device)
+            self._try([c for c in asked if c not in self.latest])
+            return
+        search = self._strategy()
+        while True:
+            seen = {config: trial.ms for config, trial in self.latest.items()}
+            proposed = search.propose(seen)
+            batch = proposed[: max(0, self.trials - len(seen))]
+            over = self._over(SEARCH_SHARE) and any(trial.ok for trial in self.latest.values())
+            if over or not batch:
+                if proposed and self.options.exhaustive:
+                    self.notes.append(f"the budget ended before every config was tried: at least {len(proposed)} are left")
+                return
+            self._try(batch)
+
+    def _strategy(self) -> Strategy:
+        if self.options.strategy == "optuna":
+            from vidrial.tune.optuna_search import OptunaSearch
+
+            return OptunaSearch(self.op, self.problem, self.device, self.options.seed)
+        return Search(self.op, self.problem, self.device, self.trials, self.options.exhaustive)
+
+    def _try(self, configs: Sequence[Any]) -> None:
+        """Compile, check and time configs; each ends as a trial in the journal."""
+        self.progress.begin("measure", len(configs))
+        for job, reply in self.workers.run(self._jobs(configs)):
+            timing = reply.timings[0] if reply.timings else None
+            self._add(job.configs[0], reply.status, reply, timing=timing)
+            self.progress.advance(str(self.journal.trials[-1]))
+
+    def _jobs(self, configs: Sequence[Any]) -> Iterator[Job]:
+        """A job for each config that can be measured, as soon as it is compiled; the others end as trials."""
+        ready = self.builds.ready(configs) if self.needs_cubins else ((config, "") for config in configs)
+        for config, fault in ready:
+            best = min((t.ms for t in self.latest.values()), default=math.inf)
+            # Whatever the time is, one config at least is measured.
+            if self._over(SEARCH_SHARE) and best < math.inf:
+                return
+            checked = self.builds.proxies(config)
+            if fault:
+                self._add(config, Status.compile, Reply(Status.compile, fault))
+            elif not checked:
+                self._add(config, Status.rejected, Reply(Status.rejected, f"it is not legal at {self.small}, so it cannot be checked"))
+            else:
+                yield Job("trial", self.problem, self.small, (config,), checked, self.options.seed, SCREEN_ROUNDS, GIVE_UP * best)
+
+    def _add(self, config: Any, status: Status, reply: Reply, **fields: Any) -> None:
+        self.journal.append(
+            Trial(
+                self.op.name,
+                self.problem,
+                config,
+                status,
+                check=reply.check,
+                sentence=reply.sentence,
+                reference_ms=reply.reference_ms,
+                resources=self.builds.resources(config),
+                device=self.device.key,
+                seed=self.options.seed,
+                versions=self.versions,
+                time=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+                gpu=reply.gpu,
+                **fields,
+            )
+        )
+
+    def _confirm(self) -> None:
+        """Time the leaders in turn, longer and longer; check the winner on other inputs."""
+        phases = ["screen", *(phase for phase, *_ in CONFIRM)]
+        for phase, behind, count, rounds in CONFIRM:
+            while (leaders := self._leaders(behind, count)) and not self._over():
+                if all(phases.index(t.phase) >= phases.index(phase) for t in leaders):
+                    break
+                self._time([t.config for t in leaders], phase, rounds)
+        while (leaders := self._leaders(1.0, 1)) and not self._recheck(leaders[0].config):
+            self.notes.append(f"{describe(leaders[0].config)} was fastest, but did not pass on other inputs")
+
+    def _leaders(self, behind: float, count: int) -> list[Trial]:
+        good = sorted((t for t in self.latest.values() if t.ok), key=lambda t: t.ms)
+        return [t for t in good if t.ms <= behind * good[0].ms][:count]
+
+    def _time(self, configs: Sequence[Any], phase: str, rounds: int) -> None:
+        self.progress.begin(phase, len(configs))
+        for job, reply in self.workers.run([Job("time", self.problem, self.small, tuple(configs), (), self.options.seed, rounds)]):
+            if reply.status is Status.ok:
+                for config, timing in zip(job.configs, reply.timings, strict=True):
+                    before = self.latest[config]
+                    self._add(config, Status.ok, dataclasses.replace(reply, check=before.check), timing=timing, phase=phase)
+                    self.progress.advance(str(self.journal.trials[-1]))
+            elif reply.at is not None or len(configs) == 1:
+                self._add(configs[reply.at or 0], reply.status, reply, phase=phase)
+            else:
+                # Whose fault it is shows when each runs on its own.
+                for config in configs:
+                    self._time([config], phase, rounds)
+
+    def _recheck(self, config: Any) -> bool:
+        if any(t.phase == "recheck" and t.config == config for t in self.journal.trials):
+            return True
+        checked = self.builds.proxies(config)
+        for _, reply in self.workers.run([Job("check", self.problem, self.small, (config,), checked, self.options.seed + 1)]):
+            self._add(config, reply.status, reply, phase="recheck")
+        return self.latest[config].ok
+
+    def _result(self) -> SweepResult:
+        trials = tuple(self.journal.trials)
+        ranking = Ranking.from_trials(self.op, self.device, trials)
+        if ranking is None:
+            error = NoValidConfig(no_valid_config(self.op, self.problem, self.device, trials))
+            error.add_note(f"{len(trials)} trials, with the causes, are in {self.journal.path}")
+            raise error
+        ranking.save(self.op)
+        references: dict[str, list[float]] = {}
+        for trial in trials:
+            if trial.reference_ms:
+                references.setdefault(trial.gpu, []).append(trial.reference_ms)
+        notes = [*dict.fromkeys([*self.workers.notes, *self.notes]), *drifts(references)]
+        replaced = self.workers.replaced - self.replaced
+        if replaced:
+            notes.append(f"the measuring process was replaced {replaced} times")
+        ranked = ranking.measured[0].configs
+        if ranked[0].tied:
+            tied = sum(r.tied and r.timing.ties(ranked[0].timing) for r in ranked)
+            notes.append(f"{tied} configs tie for the first place: the first of them in order of declaration is named the winner")
+        seconds = time.monotonic() - self.begun
+        return SweepResult(self.op.name, self.problem, self.device, trials, ranking, tuple(notes), self.journal.path, seconds)
+
+
+def _journals() -> Path:
+    """Where journals lie that nobody named a place for.
+
+    Raises:
+        SweepError: the cache is a temporary one, so that they would end with this process.
+    """
+    root = Store.shared().root
+    if root not in Settings.read().cache_dirs:
+        raise SweepError(
+            "no cache directory can be written, so trials would be lost: name one with VIDRIAL_CACHE_DIR, or a file with journal=..."
+        )
+    return root / "journals"
+
+
+def _versions() -> str:
+    try:
+        return f"vidrial {__version__}, {Toolchain.find().version}"
+    except ToolchainError:
+        return f"vidrial {__version__}"
+
+
+@contextlib.contextmanager
+def _terminable() -> Iterator[None]:
+    """SIGTERM ends this thread as Ctrl-C does, so that what was measured is kept."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def end(number: int, _: FrameType | None) -> None:
+        raise SystemExit(128 + number)
+
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -1,0 +1,95 @@
+"""One measured config as a value, and the journal of them: append-only JSON lines that no interruption damages."""
+
+from __future__ import annotations
+
+import enum
+import math
+import typing
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from vidrial.spec.choices import describe
+from vidrial.spec.op import Check, Op
+from vidrial.tune.codec import decode
+from vidrial.tune.timing import Timing
+
+
+class Status(enum.Enum):
+    """How a trial ended. `ok` alone counts in a ranking."""
+
+    ok = "checked and timed"
+    rejected = "a rule forbids it"
+    compile = "does not compile"
+    launch = "the driver refuses the launch"
+    wrong = "the result is wrong, or differs from run to run"
+    timeout = "took longer than the limit; the measuring process was killed"
+    crash = "ended the measuring process, or left its CUDA context unusable"
+
+
+@dataclass(frozen=True)
+class KernelResources:
+    """What one of an op's kernels takes: registers a thread, bytes spilled a thread, bytes of shared memory a CTA."""
+
+    kernel: str
+    registers: int
+    spill_bytes: int
+    smem_bytes: int
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One config tried on one problem.
+
+    `phase`: `screen` for a few samples, `confirm` and `final` where leaders were timed in turn, `recheck` for a winner's second check.
+    `device`: `Device.key`. `gpu`: which one measured, its CUDA index (`host:index` on a Ray cluster). `sentence`: why, if the status is
+    not ok. `versions`, `time`: of what, and when (UTC).
+    """
+
+    op: str
+    problem: Any
+    config: Any
+    status: Status
+    phase: str = "screen"
+    timing: Timing | None = None
+    check: Check | None = None
+    sentence: str = ""
+    resources: tuple[KernelResources, ...] = ()
+    reference_ms: float = 0.0
+    device: str = ""
+    seed: int = 0
+    versions: str = ""
+    time: str = ""
+    gpu: str = ""
+
+    @property
+    def ok(self) -> bool:
+        """Checked and timed."""
+        return self.status is Status.ok and self.timing is not None
+
+    @property
+    def ms(self) -> float:
+        """Median time in milliseconds; infinite if the trial failed."""
+        return self.timing.median_ms if self.timing is not None and self.status is Status.ok else math.inf
+
+    @classmethod
+    def from_json(cls, op: Op, data: Any) -> Trial:
+        """The trial that `encode` wrote.
+
+        Raises:
+            SweepError: a field is missing, unknown or of another type.
+        """
+        return typing.cast(Trial, decode(cls, data, {"problem": op.problem, "config": op.config}))
+
+    def __str__(self) -> str:
+        return f"{describe(self.config)}: {self.timing if self.ok else f'{self.status.name}: {self.sentence}'}"
+
+
+def latest(trials: Iterable[Trial]) -> dict[Any, Trial]:
+    """Config -> the trial that counts: a failure always does, else the last one timed."""
+    found: dict[Any, Trial] = {}
+    for trial in trials:
+        before = found.get(trial.config)
+        if before is None or (before.status is Status.ok and (trial.timing is not None or trial.status is not Status.ok)):
+            found[trial.config] = trial
+    return found

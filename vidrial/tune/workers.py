@@ -1,0 +1,400 @@
+"""The measuring process: one a GPU, with a CUDA context of its own, replaced when a config hangs, crashes or spoils it.
+
+What travels between the processes is JSON: ops by name (`module:attribute` or `file.py:attribute`), problems and configs by field.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+import multiprocessing
+import multiprocessing.connection
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+from vidrial.build.cubins import Compiler
+from vidrial.errors import CompileError, ConfigError, SweepError, VidrialError
+from vidrial.spec.op import Check, Op
+from vidrial.spec.registry import resolve
+from vidrial.tune.codec import decode, encode
+from vidrial.tune.timing import Timing
+from vidrial.tune.trial import Status
+
+CUDA_BENCH, HOST_BENCH = "vidrial.tune.measure:CudaBench", "vidrial.tune.measure:HostBench"
+# Starting CUDA and evaluating the reference take as long as they take; a config may not.
+PREPARE_SECONDS = 900.0
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """A result beside the reference; `fault`: what else is wrong with it, "" for nothing."""
+
+    check: Check
+    fault: str = ""
+
+    @property
+    def sentence(self) -> str:
+        """Why the result does not pass, "" if it does."""
+        c = self.check
+        if self.fault or c.ok:
+            return self.fault
+        return f"relative error {c.relative:.2e} (bound {c.relative_bound:.0e}), worst {c.worst:.2e} (bound {c.worst_bound:.0e})"
+
+
+class Pool(Protocol):
+    """What measures for a sweep: `count` at once; `replaced` were lost. `compiler`: what compiles, None: processes here."""
+
+    count: int
+    replaced: int
+    compiler: Compiler | None
+    notes: tuple[str, ...]
+
+    def turn_to(self, prepare: Job) -> None:
+        """From now on jobs are of this problem."""
+
+    def run(self, jobs: Iterable[Job]) -> Iterator[tuple[Job, Reply]]:
+        """Each job with its reply, as they are done."""
+
+
+class Bench(Protocol):
+    """What checks and times the configs of one op, made in the measuring process as `Bench(op, index)`."""
+
+    needs_cubins: bool
+
+    def prepare(self, problem: Any, small: Any, seeds: Sequence[int]) -> None:
+        """Make the inputs of the problem (first seed) and of the small one (all seeds), and the reference of the latter."""
+
+    def check(self, problem: Any, config: Any, seed: int) -> Verdict:
+        """Run twice on poisoned memory and compare with the reference."""
+
+    def measure(self, problem: Any, configs: Sequence[Any], job: Job, begin: Callable[[int], None]) -> tuple[list[Timing], float]:
+        """The timings of configs in turn, and the reference kernel's ms; `begin(i)` goes before the first run of config i."""
+
+    def usable(self) -> bool:
+        """Whether work can go on after an error."""
+
+    def slowdowns(self) -> list[str]:
+        """Why the device is slowed down now."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a measuring process is asked.
+
+    `task`: `prepare`; `check` (`proxies` at `small`); `time` (configs in turn); `trial` (`check`, then `time`); `state`.
+    """
+
+    task: str
+    problem: Any = None
+    small: Any = None
+    configs: tuple[Any, ...] = ()
+    proxies: tuple[Any, ...] = ()
+    seed: int = 0
+    rounds: int = 0
+    give_up_ms: float = math.inf
+
+
+def job_fields(op: Op) -> dict[str, Any]:
+    """The types of a job's fields that depend on the op, for `decode`."""
+    problem, configs = op.problem | None, tuple[op.config, ...]  # type: ignore[name-defined]
+    return {"problem": problem, "small": problem, "configs": configs, "proxies": configs}
+
+
+@dataclass(frozen=True)
+class Reply:
+    """How a job ended, on which `gpu`. `at`: the config (its index in the job) that a failure belongs to, None where that is not known."""
+
+    status: Status
+    sentence: str = ""
+    check: Check | None = None
+    timings: tuple[Timing, ...] = ()
+    reference_ms: float = 0.0
+    notes: tuple[str, ...] = ()
+    at: int | None = None
+    gpu: str = ""
+
+
+class Workers:
+    """One measuring process for each CUDA index; use it as a context manager.
+
+    Args:
+        op: name of the op, from `reference_of`.
+        bench: name of the class that measures.
+        indices: CUDA indices.
+        prepare: what every process does first, a new one too; None: `turn_to` says it.
+        limit: seconds for a job.
+    """
+
+    compiler: Compiler | None = None
+    notes: tuple[str, ...] = ()
+
+    def __init__(self, op: str, bench: str, indices: Sequence[int], prepare: Job | None, limit: float) -> None:
+        self._make = functools.partial(_Worker, op, bench)
+        self._prepare, self._limit = prepare or Job("prepare"), limit
+        self.count = len(indices)
+        self._idle = deque(self._make(index) for index in indices)
+        self._busy: dict[multiprocessing.connection.Connection, _Worker] = {}
+        self.replaced = 0
+
+    def turn_to(self, prepare: Job) -> None:
+        """From now on jobs are of this problem: every process gets ready for it, while the caller goes on."""
+        self._prepare = prepare
+        for worker in self._idle:
+            worker.begin(prepare)
+
+    def run(self, jobs: Iterable[Job]) -> Iterator[tuple[Job, Reply]]:
+        """Run jobs on whichever process is idle; each comes back with its reply when it is done.
+
+        A GPU whose process cannot begin (any more) is left out, with a note; its job runs on another.
+
+        Raises:
+            SweepError: no process can even prepare.
+        """
+        waiting, again, busy = iter(jobs), deque[Job](), self._busy
+        job = next(waiting, None)
+        try:
+            while job is not None or busy:
+                while job is not None and self._idle:
+                    worker = self._idle.popleft()
+                    worker.start(job, self._prepare, self._limit)
+                    busy[worker.connection] = worker
+                    job = again.popleft() if again else next(waiting, None)
+                soonest = min(worker.deadline for worker in busy.values())
+                ready = multiprocessing.connection.wait(busy, max(0.0, soonest - time.monotonic()))
+                now = time.monotonic()
+                for worker in [w for c, w in busy.items() if c in ready or w.deadline <= now]:
+                    try:
+                        reply = worker.receive(worker.connection in ready)
+                    except SweepError as error:
+                        self._leave_out(worker, error)
+                        again.append(worker.job)
+                        job = job or again.popleft()
+                        continue
+                    if reply is not None:
+                        del busy[worker.connection]
+                        self._idle.append(self._keep(worker))
+                        yield worker.job, replace(reply, gpu=str(worker.index))
+        finally:
+            while busy:
+                _, worker = busy.popitem()
+                worker.stop()
+                self._idle.append(self._make(worker.index))
+
+    def _keep(self, worker: _Worker) -> _Worker:
+        if worker.alive:
+            return worker
+        worker.stop()
+        self.replaced += 1
+        return self._make(worker.index)
+
+    def _leave_out(self, worker: _Worker, error: SweepError) -> None:
+        if self.count == 1:
+            raise error
+        del self._busy[worker.connection]
+        worker.stop()
+        self.count -= 1
+        self.notes += (f"GPU {worker.index} was left out: {error}",)
+
+    def close(self) -> None:
+        """End the processes."""
+        for worker in (*self._idle, *self._busy.values()):
+            worker.stop()
+
+    def __enter__(self) -> Workers:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+class _Worker:
+    """A process that is started when it has something to do."""
+
+    PROGRAM = "import sys; sys.path[:] = sys.argv[6:]; from vidrial.tune.workers import serve; serve(*sys.argv[1:6])"
+
+    def __init__(self, op: str, bench: str, index: int) -> None:
+        self.index = index
+        self._names = (op, bench)
+        self._process: subprocess.Popen[bytes] | None = None
+        # A process is told to prepare, and a job at the earliest when it has answered that.
+        self._told = self._prepared = False
+        self._at: int | None = None
+        self.alive = True
+        self.deadline = math.inf
+        self.job = Job("prepare")
+
+    def begin(self, prepare: Job) -> None:
+        """Send what has to come before the first job, and do not wait for it."""
+        if self._told and not self._prepared:
+            self.stop()
+        if self._process is None:
+            self._spawn()
+        self._told, self._prepared = True, False
+        self._send(prepare, PREPARE_SECONDS)
+
+    def start(self, job: Job, prepare: Job, limit: float) -> None:
+        """Send a job, after what has to come before the first one."""
+        self.job, self._limit, self._at = job, limit, None
+        if not self._told:
+            self.begin(prepare)
+        if self._prepared:
+            self._send(job, limit)
+
+    def receive(self, readable: bool) -> Reply | None:
+        """The job's reply, None while there is none yet."""
+        message: Any = None
+        if readable:
+            try:
+                message = json.loads(self.connection.recv_bytes())
+            except (EOFError, ConnectionResetError):
+                return self._lost(late=False)
+        if message is None:
+            return self._lost(late=True)
+        if "at" in message and "status" not in message:
+            self._at, self.deadline = message["at"], time.monotonic() + self._limit
+            return None
+        reply: Reply = decode(Reply, message)
+        if not self._prepared:
+            if reply.status is not Status.ok:
+                raise SweepError(f"measuring process for GPU {self.index} cannot begin: {reply.sentence}")
+            self._prepared = True
+            self._send(self.job, self._limit)
+            return None
+        self.alive = reply.status is not Status.crash
+        return reply
+
+    def stop(self) -> None:
+        """End the process, whatever it is doing."""
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+            self.connection.close()
+            self._errors.close()
+            self._process = None
+            self._told = self._prepared = False
+
+    def _spawn(self) -> None:
+        self.connection, theirs = multiprocessing.Pipe()
+        self._errors = tempfile.TemporaryFile()  # noqa: SIM115
+        arguments = [str(theirs.fileno()), str(os.getpid()), *self._names, str(self.index)]
+        # A session of its own: Ctrl-C reaches the sweep alone, which then ends its workers.
+        self._process = subprocess.Popen(
+            [sys.executable, "-c", self.PROGRAM, *arguments, *sys.path],
+            pass_fds=[theirs.fileno()],
+            stdin=subprocess.DEVNULL,
+            stderr=self._errors,
+            start_new_session=True,
+        )
+        theirs.close()
+
+    def _send(self, job: Job, limit: float) -> None:
+        self.deadline = time.monotonic() + limit
+        try:
+            self.connection.send_bytes(json.dumps(encode(job)).encode())
+        except OSError:
+            self.deadline = time.monotonic()  # receive() then reports how it ended
+
+    def _lost(self, late: bool) -> Reply:
+        process = self._process
+        if process is None:
+            raise SweepError(f"measuring process for GPU {self.index} was not started")
+        self.alive = False
+        if late and process.poll() is None:
+            process.kill()
+            process.wait()
+            reply = Reply(Status.timeout, f"no answer within {self._limit:g} s: it hangs, or is far too slow", at=self._at)
+        else:
+            code = process.wait()
+            how = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+            reply = Reply(Status.crash, f"the measuring process ended by {how}{self._last_words()}", at=self._at)
+        if not self._prepared:
+            raise SweepError(f"measuring process for GPU {self.index} cannot begin: {reply.sentence}")
+        return reply
+
+    def _last_words(self) -> str:
+        self._errors.seek(0)
+        lines = self._errors.read().decode(errors="replace").strip().splitlines()
+        return f": {lines[-1]}" if lines else ""
+
+
+def serve(descriptor: str, parent: str, op: str, bench: str, index: str) -> None:
+    """A measuring process's whole life: jobs that arrive, until the connection closes, the parent is gone or the context is spoilt."""
+    threading.Thread(target=_follow_parent, args=(int(parent),), daemon=True).start()
+    connection = multiprocessing.connection.Connection(int(descriptor))
+    server = _Server(resolve(op), resolve(bench), int(index), lambda message: connection.send_bytes(json.dumps(message).encode()))
+    try:
+        while True:
+            reply = server.answer(json.loads(connection.recv_bytes()))
+            connection.send_bytes(json.dumps(encode(reply)).encode())
+            if reply.status is Status.crash:
+                return
+    except (EOFError, BrokenPipeError, ConnectionResetError):
+        return
+
+
+class _Server:
+    """Jobs to replies, in the measuring process."""
+
+    def __init__(self, op: Op, bench: Callable[[Op, int], Bench], index: int, send: Callable[[Any], None]) -> None:
+        self._op, self._make, self._index, self._send = op, bench, index, send
+        self._bench: Bench | None = None
+        self._verdicts: dict[tuple[Any, Any, int], Verdict] = {}
+        self._tasks = {"prepare": self._prepare, "check": self._check, "trial": self._trial, "time": self._time, "state": self._state}
+        self._fields = job_fields(op)
+
+    def answer(self, message: Any) -> Reply:
+        job: Job = decode(Job, message, self._fields)
+        try:
+            if self._bench is None:
+                self._bench = self._make(self._op, self._index)
+            return self._tasks[job.task](self._bench, job)
+        except ConfigError as error:
+            return Reply(Status.rejected, str(error))
+        except CompileError as error:
+            return Reply(Status.compile, str(error))
+        except VidrialError as error:
+            usable = self._bench is not None and self._bench.usable()
+            return Reply(Status.launch if usable else Status.crash, str(error), at=0 if len(job.configs) == 1 else None)
+
+    def _prepare(self, bench: Bench, job: Job) -> Reply:
+        bench.prepare(job.problem, job.small, (job.seed, job.seed + 1))
+        return Reply(Status.ok)
+
+    def _check(self, bench: Bench, job: Job) -> Reply:
+        worst = None
+        for proxy in job.proxies:
+            key = (job.small, proxy, job.seed)
+            if key not in self._verdicts:
+                self._verdicts[key] = bench.check(job.small, proxy, job.seed)
+            verdict = self._verdicts[key]
+            worst = verdict.check if worst is None or not verdict.check.relative <= worst.relative else worst
+            if verdict.sentence:
+                return Reply(Status.wrong, verdict.sentence, verdict.check)
+        return Reply(Status.ok, "", worst)
+
+    def _trial(self, bench: Bench, job: Job) -> Reply:
+        checked = self._check(bench, job)
+        return replace(self._time(bench, job), check=checked.check) if checked.status is Status.ok else checked
+
+    def _time(self, bench: Bench, job: Job) -> Reply:
+        timings, reference = bench.measure(job.problem, job.configs, job, lambda i: self._send({"at": i}))
+        return Reply(Status.ok, "", None, tuple(timings), reference)
+
+    def _state(self, bench: Bench, job: Job) -> Reply:
+        return Reply(Status.ok, notes=tuple(bench.slowdowns()))
+
+
+def _follow_parent(parent: int) -> None:
+    while os.getppid() == parent:
+        time.sleep(0.2)
+    os._exit(1)
