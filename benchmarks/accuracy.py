@@ -14,7 +14,7 @@ class Distance(NamedTuple):
     the largest |v|: the measure that the op's own check uses."""
 
     relative: float
-    worst: float
+    max_error: float
 
 
 class Exact:

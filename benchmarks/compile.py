@@ -25,8 +25,6 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from vidrial.templates import TEMPLATES
-
 from benchmarks.common import RESULTS, command_line, date, table
 from benchmarks.styles import pairs
 from vidrial.build.nvrtc import compile_source
@@ -37,6 +35,7 @@ from vidrial.spec.choices import describe
 from vidrial.spec.kernel import Kernel
 from vidrial.spec.registry import find_op
 from vidrial.spec.source import Source
+from vidrial.templates import TEMPLATES
 
 ROOT = Path(__file__).parent.parent
 DEVICES = {"sm_90a": "h200", "sm_80": "a100"}
@@ -215,9 +214,9 @@ def verdicts(rows: list[Row], missing: list[str]) -> list[str]:
     for row in rows:
         twin = next((r for r in ours if row.style == "cute" and (r.name, r.arch) == (row.name, row.arch)), None)
         if twin:
-            verdict = "ok  " if twin.registers <= row.registers else "MISS"
+            result = "ok  " if twin.registers <= row.registers else "MISS"
             times = f"{twin.cpu:.2f} s, CuTe {row.cpu:.1f} s ({row.cpu / twin.cpu:.0f} times)"
-            said.append(f"{verdict} {row.name} {row.arch}: {twin.registers} registers, CuTe {row.registers}; {times}")
+            said.append(f"{result} {row.name} {row.arch}: {twin.registers} registers, CuTe {row.registers}; {times}")
     slow, spilled = [r for r in ours if not r.in_budget], [r for r in ours if r.spills]
     said.append(
         f"{'MISS' if slow else 'ok  '} at most {BUDGET:g} s a config, {BUDGET_PCH:g} s with precompiled headers (processor time)"

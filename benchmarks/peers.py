@@ -112,7 +112,7 @@ def inputs(case: Case, seed: int = 0, device: str = "cuda") -> dict[str, Any]:
 
 
 def compile_ahead(cases: Sequence[Case], jobs: int, seconds: float = TIMEOUT_SECONDS) -> str:
-    """Fill Triton's cache with the peer's kernels for the families of these cases, in `jobs` processes; what came of it, as a sentence."""
+    """Fill Triton's cache with the peer's kernels for the families of these cases, in `jobs` processes; what came of it, as a reason."""
     families: dict[tuple[int, int, bool], tuple[int, int, int, bool]] = {}
     for case in cases:
         group = case.query_heads // case.h
@@ -151,7 +151,7 @@ def compile_ahead(cases: Sequence[Case], jobs: int, seconds: float = TIMEOUT_SEC
 def share(index: int, jobs: int, families: Sequence[tuple[int, int, int, bool]]) -> None:
     """Compile every `jobs`-th config of each of the peer's kernels, by running it once.
 
-    `families`: head size, query heads a key head, key heads, and whether it is the attention form.
+    `families`: head size, query heads per key head, key heads, and whether it is the attention form.
     """
     import importlib
 

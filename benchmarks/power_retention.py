@@ -18,18 +18,17 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from vidrial.kernels.power_retention import power_retention
-from vidrial.kernels.power_retention.op import example, op
-
 from benchmarks.accuracy import Exact
 from benchmarks.common import CASES, RESULTS, Case, command_line, date, gpu_facts, package_versions, short, slug, table
 from benchmarks.peers import OverBudget, compile_ahead, inputs, peer_errors, retention, sdpa, within
 from benchmarks.record import CUBLAS, OURS, PEER, SDPA, Book, Entry, Row, plot, show
 from vidrial.call import cuda_plan
 from vidrial.device import Device
+from vidrial.kernels.power_retention import power_retention
+from vidrial.kernels.power_retention.op import example, op
 from vidrial.runtime.plan import CudaPlan
 from vidrial.spec.choices import describe
-from vidrial.tune.pick import pick
+from vidrial.tune.pick import choose_config
 from vidrial.tune.timing import CudaClock, Timing, drift, measure, slowdowns
 
 WARM_SECONDS, CASE_MS, CALL_MS, LEAST_ROUNDS = 1.0, 4000.0, 150.0, 5
@@ -57,7 +56,7 @@ class Bench:
         """Everything about one case."""
         x = inputs(case)
         problem = example(t=case.t, b=case.b, h=case.h, hq=case.query_heads, d=case.d)
-        config, origin = pick(op, problem, self.device)
+        config, origin = choose_config(op, problem, self.device)
         exact = Exact(x, case.chunk)
         runs: dict[str, Run] = {OURS: lambda: power_retention(x["q"], x["k"], x["v"], x["log_g"])}
         row = Row(case, describe(config), origin, run=run)
@@ -74,7 +73,7 @@ class Bench:
         for name, timing in zip(runs, self._time(list(runs.values())), strict=True):
             seen = row.entries.get(name, Entry())
             call = None if name == CUBLAS else self._call_ms(runs[name], timing.median_ms)
-            row.entries[name] = Entry(timing.median_ms, timing.iqr_ms, timing.samples, call, seen.relative, seen.worst)
+            row.entries[name] = Entry(timing.median_ms, timing.iqr_ms, timing.samples, call, seen.relative, seen.max_error)
         return row
 
     def _retention(self, x: dict[str, Any], chunk: int) -> Run:
@@ -101,7 +100,7 @@ class Bench:
         if name in SDPA:
             return Entry()
         distance = exact.distance(y)
-        return Entry(relative=distance.relative, worst=distance.worst)
+        return Entry(relative=distance.relative, worst=distance.max_error)
 
     def _time(self, runs: Sequence[Run]) -> list[Timing]:
         """Warm up for a second, then all in turn, as many rounds as fit."""

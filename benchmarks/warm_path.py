@@ -62,12 +62,12 @@ def bare_launches(arguments: list[int]) -> Callable[[], None]:
 
 
 def calls() -> dict[str, Any]:
-    """Host time a call and a launch, ours and bare; GPU time of a call, which must be the shorter one."""
+    """Host time per call and per launch, ours and bare; GPU time of a call, which must be the shorter one."""
     import torch
-    from vidrial.kernels.power_retention import power_retention
-    from vidrial.kernels.power_retention.op import example, op
 
     from vidrial.call import cuda_plan
+    from vidrial.kernels.power_retention import power_retention
+    from vidrial.kernels.power_retention.op import example, op
     from vidrial.spec.choices import describe
 
     x = inputs(CASE)
@@ -109,6 +109,7 @@ def first_call(modules: list[str]) -> None:
     begin = time.perf_counter()
     import cupy
     import torch
+
     from vidrial.kernels.power_retention import power_retention
 
     for name in modules:
@@ -181,12 +182,12 @@ def processes() -> dict[str, Any]:
 
 
 def report(found: dict[str, Any]) -> list[str]:
-    """The figures as sentences, the two with a target marked."""
+    """The figures as reasons, the two with a target marked."""
     call, first = found["calls"], found["processes"]
     launch, gpu = call["us_a_launch"], call["us_between_calls_on_gpu"]
     return [
-        f"{_mark(launch, TARGET_LAUNCH_US)} {launch:.1f} us of host time a launch (at most {TARGET_LAUNCH_US:g}); "
-        f"{call['call_us']:.1f} us a call of {call['launches']} launches",
+        f"{_mark(launch, TARGET_LAUNCH_US)} {launch:.1f} us of host time per launch (at most {TARGET_LAUNCH_US:g}); "
+        f"{call['call_us']:.1f} us per call of {call['launches']} launches",
         f"     bare CuPy launches with as many arguments: {call['bare_us_a_launch']:.1f} us each",
         f"     on the GPU calls began {gpu:.1f} us apart: it {'kept' if gpu <= 1.2 * call['call_us'] else 'did NOT keep'} up with the host",
         f"{_mark(first['first_ms'], TARGET_FIRST_MS)} {first['first_ms']:.0f} ms for the first call of a second process "

@@ -14,13 +14,12 @@ import time
 from pathlib import Path
 from typing import Any
 
-from vidrial.kernels.power_retention.op import example, op
-from vidrial.sweeps.common import RESULTS, copy_journal, copy_out, facts, table, this_device, write_json
-
 from vidrial.build.files import check_writable
 from vidrial.device import Device
 from vidrial.errors import VidrialError
+from vidrial.kernels.power_retention.op import example, op
 from vidrial.spec.choices import describe
+from vidrial.sweeps.common import RESULTS, copy_journal, copy_out, facts, table, this_device, write_json
 from vidrial.tune.options import Options
 from vidrial.tune.ranking import publish
 from vidrial.tune.result import SweepResult
@@ -91,7 +90,7 @@ def sweep_groups(seconds: float, jobs: int, trials: int, kept: Kept) -> None:
 
 
 def winners(found: list[SweepResult]) -> str:
-    """A line a problem: its winner, noise, how many configs tie with it, and how much slower the slowest one was."""
+    """A line per problem: its winner, noise, how many configs tie with it, and how much slower the slowest one was."""
     rows: list[tuple[Any, ...]] = []
     for result in sorted(found, key=lambda r: (r.problem.d, r.problem.hq != r.problem.h, r.problem.t, r.problem.b)):
         p, winner, check = result.problem, result.winner, result.winner.check

@@ -27,19 +27,18 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from vidrial.kernels.power_retention.op import Config, Problem, example, op, rules
-from vidrial.sweeps.common import RESULTS, copy_journal, copy_out, facts, table, this_device, write_json
-
 from vidrial.build.cubins import build_many
 from vidrial.build.nvrtc import Cubin
 from vidrial.device import Device
 from vidrial.errors import SweepError, VidrialError
+from vidrial.kernels.power_retention.op import Config, Problem, example, op, rules
 from vidrial.spec.choices import describe
 from vidrial.spec.fields import StaticView
 from vidrial.spec.op import Stage
 from vidrial.spec.registry import reference_of
-from vidrial.tune.pick import Pick, pick
-from vidrial.tune.ranking import forget, leading, shipped
+from vidrial.sweeps.common import RESULTS, copy_journal, copy_out, facts, table, this_device, write_json
+from vidrial.tune.pick import Choice, choose_config
+from vidrial.tune.ranking import forget, shipped, top_configs
 from vidrial.tune.search import Search
 from vidrial.tune.sweeper import sweep
 from vidrial.tune.trial import Status, latest
@@ -137,9 +136,9 @@ def lengths(seconds: float, device: Device) -> Iterator[dict[str, Any]]:
     if not measured:
         raise SweepError(f"no ranking of these templates is shipped for {device.key}; run python -m vidrial.sweeps.power_retention first")
     with tempfile.TemporaryDirectory(prefix="vidrial-empty-") as empty, using_cache(empty):
-        picks = {p.t: pick(op, p, device) for p in problems}
-        origins = Counter(pick(op, m.problem, device).origin for m in measured)
-    kept = leading(measured)
+        picks = {p.t: choose_config(op, p, device) for p in problems}
+        origins = Counter(choose_config(op, m.problem, device).origin for m in measured)
+    kept = top_configs(measured)
     built = compiled(problems, picks, kept, device, begun + COMPILE_SHARE * seconds)
     print(f"  compiled after {time.monotonic() - begun:.0f} s", flush=True)
     with Workers(reference_of(op), BENCH, (0,), Job("prepare", problems[0], op.small(problems[0])), LIMIT) as workers:
@@ -150,7 +149,7 @@ def lengths(seconds: float, device: Device) -> Iterator[dict[str, Any]]:
                 continue
             ((_, reply),) = workers.run([Job("time", problem, problem, tuple(configs), rounds=ROUNDS)])
             if reply.status is not Status.ok:
-                failed.append(f"t={problem.t}: {reply.status.name}: {reply.sentence}")
+                failed.append(f"t={problem.t}: {reply.status.name}: {reply.reason}")
                 continue
             rows.append(row(problem, chosen, configs, reply.timings))
             ratios = [r["ratio"] for r in rows]
@@ -162,7 +161,7 @@ def lengths(seconds: float, device: Device) -> Iterator[dict[str, Any]]:
         raise SweepError(f"no length was timed within {seconds:.0f} s: {'; '.join(failed) or 'the picks were not compiled in time'}")
 
 
-def row(problem: Problem, chosen: Pick, configs: Sequence[Config], timings: Sequence[Any]) -> dict[str, Any]:
+def row(problem: Problem, chosen: Choice, configs: Sequence[Config], timings: Sequence[Any]) -> dict[str, Any]:
     """What is kept of one length; the first config is the one that was picked."""
     mine, best = timings[0], min(range(len(configs)), key=lambda i: timings[i].median_ms)
     return {
@@ -182,7 +181,7 @@ def stages(problem: Problem, config: Config) -> dict[Any, Stage]:
     return {(s.kernel.name, StaticView(s.problem, s.config), s.config): s for s in op.stages(problem, config)}
 
 
-def compiled(problems: Sequence[Problem], picks: Mapping[int, Pick], kept: Sequence[Config], device: Device, until: float) -> set[Any]:
+def compiled(problems: Sequence[Problem], picks: Mapping[int, Choice], kept: Sequence[Config], device: Device, until: float) -> set[Any]:
     """Compile the picks, then the kept candidates, until that time; the binaries that are there."""
     picked = {key: s for p in problems for key, s in stages(p, picks[p.t].config).items()}
     others = {key: s for p in problems for c in kept if legal(p, c, device) for key, s in stages(p, c).items()}

@@ -24,7 +24,7 @@ from vidrial.spec.kernel import Kernel
 from vidrial.spec.op import Buffer, Check, Op, Stage
 from vidrial.spec.source import Arguments, Tiles
 from vidrial.tune.timing import Timing
-from vidrial.tune.workers import Job, Verdict
+from vidrial.tune.workers import CheckResult, Job
 
 TEMPLATE = Path(__file__).parent / "fake_op.cu.j2"
 H200 = Device.of("h200")
@@ -157,7 +157,7 @@ class FakeBench:
         if self.faults.get(0) == "prepare":
             raise LaunchError("no such GPU")
 
-    def check(self, problem: Problem, config: Any, seed: int) -> Verdict:
+    def check(self, problem: Problem, config: Any, seed: int) -> CheckResult:
         widths = [config.first.width, config.second.width] if isinstance(config, PartsConfig) else [config.width]
         fault = next((self.faults[w] for w in widths if w in self.faults), "")
         if fault == "crash":
@@ -169,7 +169,7 @@ class FakeBench:
         if fault in ("launch", "sticky"):
             raise LaunchError(f"{fault} error of {config}")
         wrong = fault == "wrong" or (fault == "wrong later" and seed == 1)
-        return Verdict(Check(1.0 if wrong else 1e-4, 0.0, 1e-3, 1e-3), "two runs differ" if fault == "unrepeatable" else "")
+        return CheckResult(Check(1.0 if wrong else 1e-4, 0.0, 1e-3, 1e-3), "two runs differ" if fault == "unrepeatable" else "")
 
     def measure(self, problem: Problem, configs: Sequence[Any], job: Job, begin: Callable[[int], None]) -> tuple[list[Timing], float]:
         timings = []

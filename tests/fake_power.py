@@ -10,7 +10,7 @@ from typing import Any
 from vidrial.device import Device
 from vidrial.spec.op import Check, Op
 from vidrial.tune.timing import Timing
-from vidrial.tune.workers import Job, Verdict
+from vidrial.tune.workers import CheckResult, Job
 
 H200 = Device.of("h200")
 
@@ -26,9 +26,9 @@ class Bench:
     def prepare(self, problem: Any, small: Any, seeds: Sequence[int]) -> None:
         """Nothing to prepare."""
 
-    def check(self, problem: Any, config: Any, seed: int) -> Verdict:
+    def check(self, problem: Any, config: Any, seed: int) -> CheckResult:
         """Everything passes."""
-        return Verdict(Check(1e-3, 1e-4, 5e-3, 2e-3))
+        return CheckResult(Check(1e-3, 1e-4, 5e-3, 2e-3))
 
     def measure(self, problem: Any, configs: Sequence[Any], job: Job, begin: Callable[[int], None]) -> tuple[list[Timing], float]:
         """The prediction, in milliseconds."""

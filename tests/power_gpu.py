@@ -1,16 +1,16 @@
-"""Power retention on a GPU: run between guards, judge, compile many configs at once."""
+"""Power retention on a GPU: run between guards, compare, compile many configs at once."""
 
 from __future__ import annotations
 
 import os
 
 import numpy as np
-from vidrial.kernels.power_retention.op import RELATIVE_BOUND, Config, Problem, check, op, reference
 
 from vidrial.build.cubins import build_many
 from vidrial.build.nvrtc import Cubin
 from vidrial.device import Device
 from vidrial.dtypes import DType
+from vidrial.kernels.power_retention.op import RELATIVE_BOUND, Config, Problem, check, op, reference
 from vidrial.runtime.plan import CudaPlan
 from vidrial.spec.choices import describe
 

@@ -1,4 +1,4 @@
-"""Power retention on the host target: run, judge, and plant a mistake in the device code."""
+"""Power retention on the host target: run, compare, and plant a mistake in the device code."""
 
 from __future__ import annotations
 

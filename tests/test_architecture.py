@@ -1,4 +1,4 @@
-"""docs/architecture.md holds: its table names every module, each imports only what stands above it, and importing costs nothing."""
+"""docs/architecture.md holds: its table names every package, each imports only what stands above it, and importing costs nothing."""
 
 from __future__ import annotations
 
@@ -12,42 +12,94 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-TABLE = re.findall(r"^\| `(\w+)` \|", (ROOT / "docs/architecture.md").read_text(), re.MULTILINE)
-MODULES = sorted(path.stem for path in (ROOT / "vidrial").glob("*.py") if path.stem != "__init__")
+VIDRIAL = ROOT / "vidrial"
+# Rows of the table, lowest first, each with the packages and modules that share it.
+TABLE = [
+    re.findall(r"`(\w+)`", row) for row in re.findall(r"^\| ((?:`\w+`,? ?)+)\|", (ROOT / "docs/architecture.md").read_text(), re.MULTILINE)
+]
+# Links to folders beside vidrial/, and what belongs to no layer.
+LINKED, BESIDE = ("kernels", "sweeps", "templates"), ("__init__", "__main__")
+MODULES = sorted(
+    p for p in VIDRIAL.rglob("*.py") if p.relative_to(VIDRIAL).parts[0] not in LINKED and p.parent != VIDRIAL or p.parent == VIDRIAL
+)
 # Needed at import by modules that are nothing without them; CuPy, torch and JAX never are.
 HEAVY = ("cupy", "torch", "jax", "matplotlib")
 
 
-def imported(path: Path) -> Iterator[str]:
-    """Every module that a file imports from Vidrial, inside functions too: `tiled`, `kernels.power_retention`."""
-    for node in ast.walk(ast.parse(path.read_text())):
+def name_of(path: Path) -> str:
+    """`layout.smem`, or `layout` for its __init__."""
+    return ".".join(part for part in path.relative_to(VIDRIAL).with_suffix("").parts if part != "__init__")
+
+
+def place(module: str) -> tuple[int, int]:
+    """Row of the table that a module belongs to, and where in the row its package stands."""
+    first = module.partition(".")[0]
+    return next((i, row.index(first)) for i, row in enumerate(TABLE) if first in row)
+
+
+def may_import(mine: str, other: str) -> bool:
+    """Packages of one row know nothing of each other; the single modules of the first row know those before them."""
+    (row, column), (its_row, its_column) = place(mine), place(other)
+    return mine.partition(".")[0] == other.partition(".")[0] or its_row < row or (its_row == row == 0 and its_column < column)
+
+
+def imported(path: Path, at_import: bool = False) -> Iterator[str]:
+    """Every module that a file imports from Vidrial: `layout.mma`, `kernels.power_retention`; inside functions too, or `at_import` alone."""
+    tree = ast.parse(path.read_text())
+    inside = {n for f in ast.walk(tree) if isinstance(f, ast.FunctionDef) for n in ast.walk(f)} if at_import else set()
+    typing = {n for f in ast.walk(tree) if isinstance(f, ast.If) and "TYPE_CHECKING" in ast.unparse(f.test) for n in ast.walk(f)}
+    for node in ast.walk(tree):
+        if node in inside or node in typing:
+            continue
         names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
         if isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path.name}:{node.lineno} imports relatively"
-            inner = node.module == "vidrial"
-            names = [f"vidrial.{alias.name}" for alias in node.names] if inner else [node.module or ""]
+            names = [
+                f"{node.module}.{alias.name}" for alias in node.names if (VIDRIAL.parent / (node.module or "").replace(".", "/")).is_dir()
+            ]
+            names = [n for n in names if n != "vidrial.__version__"] or [node.module or ""]
         yield from (name.removeprefix("vidrial.") for name in names if name.startswith("vidrial."))
 
 
-def test_the_table_names_every_module_once() -> None:
-    assert sorted(TABLE) == MODULES
+def test_the_table_names_every_package_once() -> None:
+    there = {p.name for p in VIDRIAL.iterdir() if (p / "__init__.py").is_file()} | {p.stem for p in VIDRIAL.glob("*.py")}
+    assert sorted(name for row in TABLE for name in row) == sorted(there - set(LINKED) - set(BESIDE))
 
 
-@pytest.mark.parametrize("module", MODULES)
-def test_imports_only_what_stands_above(module: str) -> None:
-    above = set(TABLE[: TABLE.index(module)]) | {"__version__"}
-    assert set(imported(ROOT / "vidrial" / f"{module}.py")) <= above
+@pytest.mark.parametrize("path", [p for p in MODULES if p.stem not in BESIDE or p.parent != VIDRIAL], ids=name_of)
+def test_imports_only_what_stands_above_or_beside(path: Path) -> None:
+    mine = name_of(path)
+    for name in imported(path):
+        first = name.partition(".")[0]
+        assert first not in LINKED or first == "templates", f"{mine} names {name}: the framework names no kernel"
+        assert first == "templates" or may_import(mine, name), f"{mine} imports {name}, which stands below or beside it"
+
+
+def test_no_package_imports_itself_in_a_cycle() -> None:
+    edges = {name_of(p): set(imported(p, at_import=True)) for p in MODULES}
+    edges = {m: {n if n in edges else n.rpartition(".")[0] for n in found} for m, found in edges.items()}
+    done: set[str] = set()
+
+    def visit(module: str, path: tuple[str, ...]) -> None:
+        assert module not in path, " -> ".join((*path[path.index(module) :], module))
+        if module not in done:
+            for other in edges.get(module, ()):
+                visit(other, (*path, module))
+            done.add(module)
+
+    for module in edges:
+        visit(module, ())
 
 
 def test_the_package_itself_imports_nothing_of_its_own() -> None:
-    assert not list(imported(ROOT / "vidrial/__init__.py"))
+    assert not list(imported(VIDRIAL / "__init__.py"))
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "kernels").rglob("*.py")), ids=lambda path: str(path.relative_to(ROOT)))
 def test_kernels_import_what_exists(path: Path) -> None:
     for name in imported(path):
-        place = ROOT / "kernels" / Path(*name.split(".")[1:]) if name.startswith("kernels") else ROOT / "vidrial" / name
-        assert name == "templates" or place.is_dir() or place.with_suffix(".py").is_file(), name
+        target = VIDRIAL / name.replace(".", "/")
+        assert any(p.is_dir() or p.with_suffix(".py").is_file() for p in (target, target.parent)), name
 
 
 def loaded(program: str) -> set[str]:
@@ -60,9 +112,9 @@ def test_importing_vidrial_loads_nothing_else() -> None:
     assert loaded("import vidrial") - loaded("pass") - set(sys.stdlib_module_names) == {"vidrial"}
 
 
-@pytest.mark.parametrize("name", ["cli", "kernels.power_retention", "sweep", "host", "compile"])
+@pytest.mark.parametrize("name", ["cli.main", "kernels.power_retention", "tune.sweeper", "host.target", "build.pool"])
 def test_importing_a_module_loads_no_gpu_library(name: str) -> None:
-    assert not loaded(f"import vidrial.{name}") - loaded("pass") & set(HEAVY)
+    assert not (loaded(f"import vidrial.{name}") - loaded("pass")) & set(HEAVY)
 
 
 def test_importing_starts_nothing_and_writes_nothing() -> None:

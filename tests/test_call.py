@@ -21,15 +21,15 @@ import cupy
 import numpy as np
 import pytest
 from fake_op import Config, example, op
-from vidrial.kernels.power_retention.op import example as power_example
-from vidrial.kernels.power_retention.op import op as power_op
 
 from vidrial import call
 from vidrial.device import Device
 from vidrial.dtypes import DType
 from vidrial.errors import ArgumentError, FrozenError
+from vidrial.kernels.power_retention.op import example as power_example
+from vidrial.kernels.power_retention.op import op as power_op
 from vidrial.runtime import arrays, plan
-from vidrial.runtime.arrays import CPU, Facts, as_array, contiguous_strides, survey
+from vidrial.runtime.arrays import CPU, ArraySpec, as_array, contiguous_strides, signature_of
 from vidrial.runtime.launch import Binary
 from vidrial.tune import ranking
 from vidrial.tune.pick import freeze
@@ -233,7 +233,7 @@ def test_a_call_of_power_retention_on_torch_tensors(driver: Driver, monkeypatch:
             power_retention(q, k, v, log_g, chunk=128)
         taken.append((time.perf_counter() - begin) / 50 / launches * 1e6)
     # A loaded machine takes a multiple of what is aimed for; what is asked here is that nothing slow came back.
-    assert min(taken) < 30, f"{min(taken):.1f} us of host time a launch"
+    assert min(taken) < 30, f"{min(taken):.1f} us of host time per launch"
 
 
 def test_a_call_follows_new_rankings(driver: Driver, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -263,7 +263,7 @@ def test_thousands_of_shapes_keep_memory_bounded(driver: Driver, monkeypatch: py
     retention = importlib.import_module("vidrial.kernels.power_retention")
     assert 0 < ranking._pick.cache_parameters()["maxsize"] <= 4096
     config = power_op.predicted(power_example(t=2000, h=2, gated=False), H200, {"chunk": 128})
-    monkeypatch.setattr(call, "pick", lambda *_: ranking.Pick(config, "predicted"))
+    monkeypatch.setattr(call, "choose_config", lambda *_: ranking.Choice(config, "predicted"))
     for module, name in ((retention, "_asked"), (call, "_cuda_plan"), (arrays, "contiguous_strides")):
         cached = getattr(module, name)
         assert 0 < cached.cache_parameters()["maxsize"] <= 4096
@@ -288,9 +288,9 @@ def test_thousands_of_shapes_keep_memory_bounded(driver: Driver, monkeypatch: py
 
 def test_facts_of_arrays() -> None:
     x = np.zeros((3, 5, 8), np.float32)
-    key, pointers = survey((x, x[1:]), ("x", "y", "z"))
+    key, pointers = signature_of((x, x[1:]), ("x", "y", "z"))
     assert pointers == {"x": x.ctypes.data, "y": x.ctypes.data + 160}
-    facts = Facts.of(key[0], "x")
+    facts = ArraySpec.of(key[0], "x")
     assert facts == ((3, 5, 8), (40, 8, 1), DType.float32, CPU, "numpy", x.ctypes.data % 16 == 0) == as_array(x, "x").facts
     assert contiguous_strides((3, 5, 8)) == (40, 8, 1) and contiguous_strides(()) == ()
     assert as_array(x[:, :, 1:], "x").facts.vectorised is False and as_array(x[:, :, :4], "x").facts.vectorised is facts.aligned

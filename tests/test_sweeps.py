@@ -13,13 +13,13 @@ from typing import Any
 
 import pytest
 from fake_power import H200
-from vidrial.kernels.power_retention.op import example, op
-from vidrial.sweeps import power_retention, validate
 
 from vidrial.build.nvrtc import Cubin, Resources
 from vidrial.device import Device
+from vidrial.kernels.power_retention.op import example, op
+from vidrial.sweeps import power_retention, validate
 from vidrial.tune import ranking
-from vidrial.tune.pick import pick
+from vidrial.tune.pick import choose_config
 from vidrial.tune.ranking import forget
 from vidrial.tune.sweeper import sweep, sweep_lengths
 
@@ -65,9 +65,9 @@ def test_they_write_what_calls_find_in_an_empty_cache(
 
     monkeypatch.setenv("VIDRIAL_CACHE_DIR", str(tmp_path / "empty"))
     forget()
-    assert pick(op, example(t=10007), H200).origin == "shipped"
-    assert pick(op, example(t=777), H200).origin == "model"
-    assert pick(op, example(t=10007), Device.of("h100")).origin == "predicted"
+    assert choose_config(op, example(t=10007), H200).origin == "shipped"
+    assert choose_config(op, example(t=777), H200).origin == "model"
+    assert choose_config(op, example(t=10007), Device.of("h100")).origin == "predicted"
 
     monkeypatch.setattr(validate, "LENGTHS", 6)
     command(monkeypatch, validate, "--lengths", "--cold", "--results", str(results))
@@ -149,6 +149,6 @@ def test_time_runs_out_for_the_last_problems(results: Path) -> None:
 def test_the_committed_ranking_is_of_these_templates() -> None:
     device = Device.of("h200")
     for t in (1000, 10007, 65536):
-        config, origin = pick(op, example(t=t), device)
+        config, origin = choose_config(op, example(t=t), device)
         assert origin == "shipped", "the templates have changed since: sweep again on an H200"
         assert op.reject(example(t=t), config, device) is None

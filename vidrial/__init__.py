@@ -26,7 +26,7 @@ PUBLIC = {
     "dynamic": "spec.fields",
     "freeze": "tune.pick",
     "Geometry": "spec.kernel",
-    "give_back": "runtime.arrays",
+    "to_library": "runtime.arrays",
     "Kernel": "spec.kernel",
     "Op": "spec.op",
     "part": "spec.fields",

@@ -13,11 +13,11 @@ from vidrial.device import Device
 from vidrial.dtypes import DType
 from vidrial.errors import ArgumentError, ArgumentTypeError
 from vidrial.host.plan import HostPlan
-from vidrial.runtime.arrays import CPU, Array, current_stream, empty, own, release, scratch
+from vidrial.runtime.arrays import CPU, Array, current_stream, empty, release, scratch, wrap_output
 from vidrial.runtime.plan import CudaPlan
 from vidrial.settings import Settings
 from vidrial.spec.op import Op
-from vidrial.tune.pick import pick
+from vidrial.tune.pick import choose_config
 from vidrial.tune.ranking import generation
 
 TARGETS = ("cuda", "host")
@@ -64,7 +64,7 @@ def _checked(target: str) -> str:
 
 
 def cuda_plan(op: Op, problem: Any, index: int, fixed: tuple[tuple[str, Any], ...] = ()) -> CudaPlan:
-    """The plan of the config that an untold call takes, on CUDA device `index`; `fixed` (name, value) choices are kept.
+    """The plan of the config that a call without a config takes, on CUDA device `index`; `fixed` (name, value) choices are kept.
 
     It is remembered until the rankings change or compiling is frozen; binaries stay loaded.
 
@@ -76,10 +76,10 @@ def cuda_plan(op: Op, problem: Any, index: int, fixed: tuple[tuple[str, Any], ..
 
 @lru_cache(maxsize=4096)
 def _cuda_plan(op: Op, problem: Any, index: int, fixed: tuple[tuple[str, Any], ...], generation: int) -> CudaPlan:
-    return CudaPlan(op, problem, pick(op, problem, Device.current(index), fixed).config, index)
+    return CudaPlan(op, problem, choose_config(op, problem, Device.current(index), fixed).config, index)
 
 
-class Planned:
+class CachedPlan:
     """`cuda_plan` for an op's wrapper that keeps one of these for each problem it meets: to find the plan hashes no problem then."""
 
     def __init__(self, op: Op, problem: Any, index: int, fixed: tuple[tuple[str, Any], ...] = ()) -> None:
@@ -145,7 +145,9 @@ def run(plan: CudaPlan, pointers: dict[str, int], like: Any, library: str) -> di
         finally:
             if size:
                 release(library, workspace)
-    return outputs if library == "torch" else {name: own(x, plan.outputs[name].dtype, library, device) for name, x in outputs.items()}
+    return (
+        outputs if library == "torch" else {name: wrap_output(x, plan.outputs[name].dtype, library, device) for name, x in outputs.items()}
+    )
 
 
 def run_on_host(op: Op, problem: Any, inputs: Mapping[str, Array], plan: HostPlan) -> dict[str, Any]:
@@ -163,7 +165,7 @@ def run_on_host(op: Op, problem: Any, inputs: Mapping[str, Array], plan: HostPla
     made = {name: empty(buffer.shape, buffer.dtype, like.owner, like.library, CPU)[1] for name, buffer in outputs.items()}
     shared = {name: bits(array.owner, array.dtype, array.library) for name, array in inputs.items()}
     plan.run(shared | {name: bits(x, outputs[name].dtype, like.library) for name, x in made.items()})
-    return {name: own(x, outputs[name].dtype, like.library, CPU) for name, x in made.items()}
+    return {name: wrap_output(x, outputs[name].dtype, like.library, CPU) for name, x in made.items()}
 
 
 def bits(owner: Any, dtype: DType, library: str) -> np.ndarray:
@@ -180,7 +182,7 @@ def bits(owner: Any, dtype: DType, library: str) -> np.ndarray:
 
 
 def apply(op: Op, problem: Any, inputs: Mapping[str, Array], target: str | None = None) -> dict[str, Any]:
-    """Run an op where its inputs lie, with the config that an untold call takes: on their GPU, or, CPU arrays, its kernels on the CPU.
+    """Run an op where its inputs lie, with the config that a call without a config takes: on their GPU, or, CPU arrays, its kernels on the CPU.
 
     Returns:
         The outputs by name, arrays of the inputs' library.

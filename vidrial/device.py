@@ -1,4 +1,4 @@
-"""Facts of a GPU: asked of the driver where there is one, taken from a table where there is none."""
+"""ArraySpec of a GPU: asked of the driver where there is one, taken from a table where there is none."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ BUS_BITS, MAJOR, MINOR = 37, 75, 76
 class Device:
     """One GPU as the rules, the analysis and the rankings see it. Sizes in bytes, clocks in kHz.
 
-    `tensor_tflops` (dense bf16, float32 accumulation) and `bandwidth_gbs` (1e9 bytes a second) are what a good kernel reaches:
+    `tensor_tflops` (dense bf16, float32 accumulation) and `bandwidth_gbs` (1e9 bytes per second) are what a good kernel reaches:
     measured on the H200, elsewhere estimated as 80 % and 90 % of the data sheet.
     """
 

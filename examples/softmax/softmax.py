@@ -25,7 +25,7 @@ class Problem:
 
 @dataclass(frozen=True)
 class Config:
-    """`row_threads` share a row; `rows` a CTA; `vector` elements a load; `keep`: vectors a thread holds, 0 to read the row twice."""
+    """`row_threads` share a row; `rows` a CTA; `vector` elements per load; `keep`: vectors a thread holds, 0 to read the row twice."""
 
     row_threads: int = vd.choice(128, 32, 8, 256, 512)
     rows: int = vd.choice(1, 2, 4, 8, 16)
@@ -108,4 +108,4 @@ def softmax(x: Any) -> Any:
     m, n = array.shape
     if array.strides != (n, 1) or array.pointer % 16 or 0 in (m, n):
         array = vd.contiguous(array)
-    return vd.apply(op, Problem(array.dtype, m, n), {"x": array})["y"] if m and n else vd.give_back(array)
+    return vd.apply(op, Problem(array.dtype, m, n), {"x": array})["y"] if m and n else vd.to_library(array)

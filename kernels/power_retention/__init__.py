@@ -14,12 +14,12 @@ from typing import Any
 
 import numpy as np
 
-from vidrial.call import Planned, current_target, host_plan, run, run_on_host
+from vidrial.call import CachedPlan, current_target, host_plan, run, run_on_host
 from vidrial.dtypes import DType
 from vidrial.errors import ArgumentError, ArgumentTypeError, UnsupportedError
 from vidrial.kernels.power_retention.cpu import power_retention_cpu
 from vidrial.kernels.power_retention.op import Config, Problem, op
-from vidrial.runtime.arrays import CPU, Array, Facts, as_array, contiguous, library_of, survey
+from vidrial.runtime.arrays import CPU, Array, ArraySpec, as_array, contiguous, library_of, signature_of
 from vidrial.spec.fields import CHOICES
 
 __all__ = ["power_retention"]
@@ -69,11 +69,11 @@ def power_retention(
         CompileError, LaunchError, ToolchainError: the kernel could not be built or launched.
     """
     inputs = (q, k, v) if log_g is None else (q, k, v, log_g)
-    key, pointers = survey(inputs, NAMES)
+    key, pointers = signature_of(inputs, NAMES)
     _refuse_gradients(inputs)
     place = current_target(target)
     try:
-        asked = _asked(key, degree, scale, normalize, chunk, place)
+        asked = _request(key, degree, scale, normalize, chunk, place)
     except TypeError:
         # Something that cannot be looked up: it is refused by its name.
         _check_options(degree, scale, normalize, chunk)
@@ -84,7 +84,7 @@ def power_retention(
     if asked.on_cpu:
         return _on_cpu(arrays, asked.problem, normalize, asked.chunk)
     arrays = {name: a if name == "log_g" or a.facts.vectorised else contiguous(a) for name, a in arrays.items()}
-    asked = _asked(tuple(a.facts for a in arrays.values()), degree, scale, normalize, chunk, place)
+    asked = _request(tuple(a.facts for a in arrays.values()), degree, scale, normalize, chunk, place)
     if place == "host":
         return run_on_host(op, asked.problem, arrays, host_plan(op, asked.problem, asked.fixed))["y"]
     pointers = {name: a.pointer for name, a in arrays.items()}
@@ -119,7 +119,7 @@ def _check_options(degree: Any, scale: Any, normalize: Any, chunk: Any) -> None:
 
 
 @dataclass(frozen=True, slots=True)
-class _Asked:
+class Request:
     """What a call asks for: its problem and chunk, whose arrays, whether NumPy serves it, and whether the GPU does with these arrays as
     they lie, all rows copied 16 bytes at a time."""
 
@@ -129,14 +129,14 @@ class _Asked:
     library: str
     on_cpu: bool
     ready: bool
-    planned: Planned
+    planned: CachedPlan
 
 
 @lru_cache(maxsize=4096, typed=True)
-def _asked(key: tuple[tuple[Any, ...], ...], degree: int, scale: float | None, normalize: str, chunk: int | None, target: str) -> _Asked:
-    """What arrays that were surveyed ask for; refuses what is not served. This is the one look-up of the warm path."""
+def _request(key: tuple[tuple[Any, ...], ...], degree: int, scale: float | None, normalize: str, chunk: int | None, target: str) -> Request:
+    """What arrays that were described ask for; refuses what is not served. This is the one look-up of the warm path."""
     _check_options(degree, scale, normalize, chunk)
-    facts = {name: Facts.of(seen, name) for name, seen in zip(NAMES, key, strict=False)}
+    facts = {name: ArraySpec.of(seen, name) for name, seen in zip(NAMES, key, strict=False)}
     shapes, strides = {name: f.shape for name, f in facts.items()}, {name: f.strides for name, f in facts.items()}
     _check_shapes(shapes)
     _check_places(facts, target)
@@ -164,7 +164,7 @@ def _asked(key: tuple[tuple[Any, ...], ...], degree: int, scale: float | None, n
     device, fixed = facts["q"].device, () if chunk is None else (("chunk", chunk),)
     ready = device != CPU and target == "cuda" and all(facts[name].vectorised for name in "qkv")
     on_cpu = device == CPU and target == "cuda"
-    return _Asked(problem, chunk, fixed, facts["q"].library, on_cpu, ready, Planned(op, problem, device, fixed))
+    return Request(problem, chunk, fixed, facts["q"].library, on_cpu, ready, CachedPlan(op, problem, device, fixed))
 
 
 def _check_shapes(shapes: dict[str, tuple[int, ...]]) -> None:
@@ -194,7 +194,7 @@ def _check_shapes(shapes: dict[str, tuple[int, ...]]) -> None:
         raise UnsupportedError(f"q has B x HQ = {b * hq} heads; accepted: at most {MAX_HEADS}. Split the batch")
 
 
-def _check_places(facts: dict[str, Facts], target: str) -> None:
+def _check_places(facts: dict[str, ArraySpec], target: str) -> None:
     _, _, dtype, device, library, _ = facts["q"]
     for name, (_, _, other, place, owner, _) in facts.items():
         if (place, owner) != (device, library):

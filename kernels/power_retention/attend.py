@@ -26,7 +26,7 @@ from vidrial.spec.source import Arguments, Tiles
 from vidrial.templates import TEMPLATES
 
 # Fragments, addresses and loop state, beside the accumulators, before and from sm_90 on; seen in ptxas's reports.
-REGISTERS_BESIDE, REGISTERS_BESIDE_WGMMA = (80, 64), 60
+REGISTER_OVERHEAD, REGISTER_OVERHEAD_WGMMA = (80, 64), 60
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class Problem:
 
 @dataclass(frozen=True)
 class Config:
-    """`keys` a block; `m` times 16 rows a warp; `stages` of the ring; `blocks`: CTAs an SM that registers must allow; `mma`: by which
+    """`keys` a block; `m` times 16 rows per warp; `stages` of the ring; `blocks`: CTAs per SM that registers must allow; `mma`: by which
     instruction."""
 
     keys: int = choice(64, 32, 128)
@@ -107,12 +107,12 @@ def tiles(p: Problem, c: Config) -> Tiles:
     copy, shared = cp_async(16, zero_fill=True), (q, k, replace(v, dtype=bf16), s, z)
     qk, pv, ps, qz = _by_wgmma(p, c, *shared) if c.mma == "wgmma" else _by_mma_sync(p, c, *shared)
     # Warps whose rows are multiplied together, and how many rows these are; 16 rows of each atom are a warp's.
-    together = 4 if c.mma == "wgmma" else 1
-    band, step = 16 * c.m * together, 16 * together
+    warps_per_band = 4 if c.mma == "wgmma" else 1
+    rows_per_band, step = 16 * c.m * warps_per_band, 16 * warps_per_band
 
     def row_of(thread: int) -> int:
         warp = thread // 32
-        return warp // together * band + warp % together * 16
+        return warp // warps_per_band * rows_per_band + warp % warps_per_band * 16
 
     blocks = range(0, p.d, 8)
     return Tiles(
@@ -135,8 +135,8 @@ def tiles(p: Problem, c: Config) -> Tiles:
         z_rows=z.rows,
         z_stages=p.d // z.rows if p.normalized else 0,
         snapshot=snapshot_elements(p.d, p.e, p.normalized),
-        band=band,
-        band_warps=together,
+        rows_per_band=rows_per_band,
+        warps_per_band=warps_per_band,
         Q=q,
         K=k,
         V=v,
@@ -227,11 +227,11 @@ def rules(p: Problem, c: Config, device: Device) -> Iterator[tuple[bool, str]]:
     registers = min(255, device.registers_per_sm // (32 * c.warps * c.blocks) // 8 * 8)
     # wgmma has one buffer of 64 rows of scores, and all weights in bf16.
     accumulators = (c.m * (2 * p.e + c.keys) + 2 * c.keys) // 4 if c.mma == "wgmma" else c.m * (p.e + c.keys) // 2
-    beside = REGISTERS_BESIDE_WGMMA if c.mma == "wgmma" else REGISTERS_BESIDE[device.capability >= 90]
+    beside = REGISTER_OVERHEAD_WGMMA if c.mma == "wgmma" else REGISTER_OVERHEAD[device.capability >= 90]
     yield (
         accumulators + beside <= registers,
         (
-            f"{accumulators} accumulators and some {beside} other registers a thread: {c.blocks} CTAs of {c.warps} warps an SM leave {registers}"
+            f"{accumulators} accumulators and some {beside} other registers per thread: {c.blocks} CTAs of {c.warps} warps per SM leave {registers}"
         ),
     )
 
@@ -305,6 +305,6 @@ power_attend = Kernel(
     grid,
     rules,
     cost,
-    values=lambda p, c: {"chunks": p.chunks},
+    scalars=lambda p, c: {"chunks": p.chunks},
     traffic=traffic,
 )

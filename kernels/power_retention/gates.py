@@ -15,7 +15,7 @@ from vidrial.templates import TEMPLATES
 
 @dataclass(frozen=True)
 class Problem:
-    """`block`: keys a block of power_attend, whose decay to the block's end is tabulated."""
+    """`block`: keys per block of power_attend, whose decay to the block's end is tabulated."""
 
     b: int = dynamic()
     t: int = dynamic()

@@ -27,7 +27,7 @@ from vidrial.templates import TEMPLATES
 
 
 def pair_tiles(d: int) -> int:
-    """8 x 8 tiles of the symmetric square of d features: one a pair of blocks I <= J."""
+    """8 x 8 tiles of the symmetric square of d features: one per pair of blocks I <= J."""
     return d // 8 * (d // 8 + 1) // 2
 
 
@@ -172,7 +172,7 @@ def traffic_bytes(p: Problem) -> int:
 def cost(p: Problem, c: Config, device: Device) -> Cost:
     size = snapshot_elements(p.d, p.e, p.normalized)
     ctas = -(-units(p, c) // c.warps) * p.b * p.h * c.segments
-    # Measured on an H200, which holds two CTAs of 4 such warps an SM; narrow slices make phi twice as often.
+    # Measured on an H200, which holds two CTAs of 4 such warps per SM; narrow slices make phi twice as often.
     efficiency = (0.42 if c.columns == 64 else 0.37) * (1.0 if c.tokens == 64 else 0.95) * (1.0 if c.warps == 4 else 0.9)
     return Cost(
         flops=2 * p.b * p.h * longest_segment(p, c) * c.segments * size,

@@ -24,7 +24,7 @@ from vidrial.spec.source import Tiles
 from vidrial.templates import TEMPLATES
 
 # Fragments, addresses and loop state, beside the accumulators; seen in ptxas's reports.
-REGISTERS_BESIDE = 62
+REGISTER_OVERHEAD = 62
 WARPGROUP = 128
 
 
@@ -105,8 +105,8 @@ def rules(p: Problem, c: Config, device: Device) -> Iterator[tuple[bool, str]]:
     yield c.tokens >= 64, f"tokens={c.tokens}: a block's products run on into the next one, which takes 64"
     yield c.stages >= 4, f"stages={c.stages}: a block that is read, the ones before and after it, and a fetch need 4"
     yield c.tiles <= p.d // 16 + 1, f"tiles={c.tiles}: a block of features meets {p.d // 16 + 1} at most"
-    accumulators, allowed = c.tiles * c.columns // 2, 255 - REGISTERS_BESIDE
-    yield accumulators <= allowed, f"{accumulators} accumulators a thread: {REGISTERS_BESIDE} other registers leave {allowed}"
+    accumulators, allowed = c.tiles * c.columns // 2, 255 - REGISTER_OVERHEAD
+    yield accumulators <= allowed, f"{accumulators} accumulators per thread: {REGISTER_OVERHEAD} other registers leave {allowed}"
     yield from scan.common_rules(p, c)
 
 

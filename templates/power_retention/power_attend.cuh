@@ -45,7 +45,7 @@ CUTE_DEVICE void power_attend(Args const& p) {
   int const thread = threadIdx.x, lane = thread % 32, warp = __shfl_sync(~0u, thread / 32, 0);
   int const head = blockIdx.z, batch = head / p.h, kv_head = head - batch * p.h, q_head = kv_head * gridDim.y + blockIdx.y, chunks = p.chunks;
   int const m0 = blockIdx.x * kRows, chunk = m0 / p.chunk, c0 = chunk * p.chunk;
-  int const before = (m0 - c0) / kKeys, key_blocks = (min(m0 + kRows, p.t) - c0 + kKeys - 1) / kKeys;
+  int const first_diagonal_block = (m0 - c0) / kKeys, key_blocks = (min(m0 + kRows, p.t) - c0 + kKeys - 1) / kKeys;
   // NOTE: rows of the gates' tables fit an int, since the arrays have at most 2^31 elements; two pointers would be two registers more each.
   int const gates = head * chunks * p.chunk;
   auto a = [&](int token) { return p.a[gates + token]; };
@@ -55,9 +55,9 @@ CUTE_DEVICE void power_attend(Args const& p) {
   bool const has_state = Tiles::stateful && chunk > 0 && state_decay > 0.f;
   int forgotten = 0;
   if (kGated) {
-    for (unsigned zeros = ~0u; forgotten < before && zeros == ~0u;) {
+    for (unsigned zeros = ~0u; forgotten < first_diagonal_block && zeros == ~0u;) {
       int const j = forgotten + lane;
-      zeros = __ballot_sync(~0u, j < before && exp2_approx(minus(r0, a(c0 + (j + 1) * kKeys - 1))) == 0.f);
+      zeros = __ballot_sync(~0u, j < first_diagonal_block && exp2_approx(diff_split(r0, a(c0 + (j + 1) * kKeys - 1))) == 0.f);
       forgotten += zeros == ~0u ? 32 : __ffs(~zeros) - 1;
     }
   }
@@ -83,7 +83,7 @@ CUTE_DEVICE void power_attend(Args const& p) {
       copy_k(at, p.t - j0); copy_k.source += kKeys * p.k_stride[1];
       copy_v(at, p.t - j0); copy_v.source += kKeys * p.v_stride[1];
       if (kGated) {
-        bool const diagonal = j >= before;
+        bool const diagonal = j >= first_diagonal_block;
         char const* source = diagonal ? reinterpret_cast<char const*>(p.a + gates + j0) : reinterpret_cast<char const*>(p.to_block + gates + j0);
         if (thread < (diagonal ? kKeys / 2 : kKeys / 4)) {
           cute::SM80_CP_ASYNC_CACHEGLOBAL<cute::uint128_t>::copy(*reinterpret_cast<cute::uint128_t const*>(source + thread * 16),
@@ -113,8 +113,8 @@ CUTE_DEVICE void power_attend(Args const& p) {
   for (int s = 0; s < kStages - kRead; ++s) fetch(s, Tiles::stateful);
 
   typename QK::A load_q(smem + Smem::Q, thread);
-  // The band of rows that is multiplied together, by a warp or a warpgroup, ends before `band`.
-  int const row = m0 + PV::row(thread), band = m0 + (warp / Tiles::band_warps + 1) * Tiles::band;
+  // The band of rows that is multiplied together, by a warp or a warpgroup, ends before `band_end`.
+  int const row = m0 + PV::row(thread), band_end = m0 + (warp / Tiles::warps_per_band + 1) * Tiles::rows_per_band;
 
   if constexpr (Tiles::stateful) {
     PV::fence(o);
@@ -128,7 +128,7 @@ CUTE_DEVICE void power_attend(Args const& p) {
           CUTE_NO_UNROLL
           for (int c = 0; c < D; c += QZ::N * 8) {     // some columns of these rows of Z
             typename QZ::B load_z(ring, thread, 0, c);
-            // q Z of 16 rows a warp, times q.
+            // q Z of 16 rows per warp, times q.
             auto add = [&](int m, float const (&z)[QZ::N][4]) {
               float sum[2] = {};
               CUTE_UNROLL
@@ -146,8 +146,8 @@ CUTE_DEVICE void power_attend(Args const& p) {
               for (int m = 0; m < M; ++m) {
                 float z[QZ::N][4] = {};
                 QZ::fence(z);
-                QZ::product(z, load_q, m, s * QZ::K, load_z, stage * Tiles::stage_bytes);
-                QZ::template settle<0>();
+                QZ::gemm(z, load_q, m, s * QZ::K, load_z, stage * Tiles::stage_bytes);
+                QZ::template wait<0>();
                 QZ::fence(z);
                 add(m, z);
               }
@@ -162,7 +162,7 @@ CUTE_DEVICE void power_attend(Args const& p) {
                   CUTE_UNROLL
                   for (int r = 0; r < 4; ++r) fq[m][r] = Pair::to_bf16(fq[m][r]);
                 }
-                QZ::step(z, fq, load_z, stage * Tiles::stage_bytes, k);
+                QZ::mma_k(z, fq, load_z, stage * Tiles::stage_bytes, k);
               }
               CUTE_UNROLL
               for (int m = 0; m < M; ++m) add(m, z[m]);
@@ -203,7 +203,7 @@ CUTE_DEVICE void power_attend(Args const& p) {
           uint32_t phi[4][M][4];
           CUTE_UNROLL
           for (int k = 0; k < 4; ++k) {
-            PS::template settle<kRunning>();           // the products before these have read their phi
+            PS::template wait<kRunning>();           // the products before these have read their phi
             CUTE_UNROLL
             for (int m = 0; m < M; ++m) {
               CUTE_UNROLL
@@ -212,13 +212,13 @@ CUTE_DEVICE void power_attend(Args const& p) {
                 phi[k][m][r] = multiply_bf16(r / 2 ? splat_high(x) : splat_low(x), qj[m][r % 2]);
               }
             }
-            PS::step(o, phi[k], load_s, stage * Tiles::stage_bytes, tile * 4 + k);
+            PS::mma_k(o, phi[k], load_s, stage * Tiles::stage_bytes, tile * 4 + k);
           }
           if (++j == kBlocks) j = ++i;
         }
       }
     }
-    Tiles::PS::template settle<0>();
+    Tiles::PS::template wait<0>();
     PV::fence(o);
   }
 
@@ -228,15 +228,15 @@ CUTE_DEVICE void power_attend(Args const& p) {
   for (int j = forgotten; j < key_blocks; ++j) {
     int const stage = next(false), j0 = c0 + j * kKeys;
     uint32_t const at = stage * Tiles::stage_bytes, gate = decay + stage * (kKeys * 8);
-    bool const diagonal = j >= before;
-    if (kGated && (j == before || (Tiles::stateful && j == forgotten))) {
+    bool const diagonal = j >= first_diagonal_block;
+    if (kGated && (j == first_diagonal_block || (Tiles::stateful && j == forgotten))) {
       PV::fence(o);
       float const state = Tiles::stateful && j == forgotten ? state_decay : 1.f;
       CUTE_UNROLL
       for (int m = 0; m < M; ++m) {
         CUTE_UNROLL
         for (int h = 0; h < 2; ++h) {
-          float const f = j == before ? state * exp2_approx(minus(a(row + QK::row_of(m, 2 * h)), r0)) : state;
+          float const f = j == first_diagonal_block ? state * exp2_approx(diff_split(a(row + QK::row_of(m, 2 * h)), r0)) : state;
           l[m][h] *= f;
           CUTE_UNROLL
           for (int n = 0; n < PV::N; ++n) { o[m][n][2 * h] *= f; o[m][n][2 * h + 1] *= f; }
@@ -244,11 +244,11 @@ CUTE_DEVICE void power_attend(Args const& p) {
       }
       PV::fence(o);
     }
-    if (j0 >= band) continue;                          // the whole block lies above this band's diagonal
+    if (j0 >= band_end) continue;                          // the whole block lies above this band's diagonal
     // Scores become weights, in place.
-    auto weigh = [&](int m, float (&s)[QK::N][4]) {
+    auto apply_weights = [&](int m, float (&s)[QK::N][4]) {
       if (!diagonal) {
-        float const f = kGated ? exp2_approx(minus(r0, a(j0 + kKeys - 1))) : 1.f;
+        float const f = kGated ? exp2_approx(diff_split(r0, a(j0 + kKeys - 1))) : 1.f;
         CUTE_UNROLL
         for (int n = 0; n < QK::N; ++n) {
           float2 g = make_float2(1.f, 1.f);
@@ -277,7 +277,7 @@ CUTE_DEVICE void power_attend(Args const& p) {
           CUTE_UNROLL
           for (int v = 0; v < 4; ++v) {
             float w = power<kDegree>(s[n][v]);
-            if (kGated) w *= exp2_approx(minus(ai[v / 2], v % 2 ? make_float2(g.z, g.w) : make_float2(g.x, g.y)));
+            if (kGated) w *= exp2_approx(diff_split(ai[v / 2], v % 2 ? make_float2(g.z, g.w) : make_float2(g.x, g.y)));
             // NOTE: select, do not multiply: above the diagonal the decay may be infinite.
             w = column + QK::column_of(n, v) <= row + QK::row_of(m, v) ? w : 0.f;
             s[n][v] = w;
@@ -296,32 +296,32 @@ CUTE_DEVICE void power_attend(Args const& p) {
       float s[QK::N][4] = {};
       uint32_t fp[M][kKeys / 16][4];
       QK::fence(s);
-      QK::product(s, load_q, 0, 0, load_k, at);
+      QK::gemm(s, load_q, 0, 0, load_k, at);
       CUTE_UNROLL
       for (int m = 0; m < M; ++m) {
-        if (m == 0) QK::template settle<0>();
-        else QK::template settle<1>();
+        if (m == 0) QK::template wait<0>();
+        else QK::template wait<1>();
         QK::fence(s);
-        weigh(m, s);
+        apply_weights(m, s);
         CUTE_UNROLL
         for (int k = 0; k < kKeys / 16; ++k) pack(s, k, fp[m][k]);
         if (m + 1 < M) {
-          QK::product(s, load_q, m + 1, 0, load_k, at);
+          QK::gemm(s, load_q, m + 1, 0, load_k, at);
         }
-        PV::product(o[m], fp[m], load_v, at);
+        PV::gemm(o[m], fp[m], load_v, at);
       }
       // NOTE: nothing may run on into the next block: ptxas would serialise all products (C7513).
-      PV::template settle<0>();
+      PV::template wait<0>();
     } else {
       float s[M][QK::N][4] = {};
       CUTE_UNROLL
       for (int k = 0; k < D / 16; ++k) {
         uint32_t fq[M][4];
         load_q.load(0, k, fq);
-        QK::step(s, fq, load_k, at, k);
+        QK::mma_k(s, fq, load_k, at, k);
       }
       CUTE_UNROLL
-      for (int m = 0; m < M; ++m) weigh(m, s[m]);
+      for (int m = 0; m < M; ++m) apply_weights(m, s[m]);
       CUTE_UNROLL
       for (int k = 0; k < kKeys / 16; ++k) {
         uint32_t fp[M][4], fv[PV::N][2];

@@ -14,10 +14,10 @@ namespace vidrial {
 constexpr double kLog2E = 1.44269504088896340736;
 constexpr float kLowestLogGate = -60.f;        // exp(-60): below, a token is forgotten at once
 
-CUTE_DEVICE float2 split(double x) { float const high = float(x); return make_float2(high, float(x - double(high))); }
+CUTE_DEVICE float2 split_double(double x) { float const high = float(x); return make_float2(high, float(x - double(high))); }
 
 // The difference of two split sums.
-CUTE_DEVICE float minus(float2 a, float2 b) { return (a.x - b.x) + (a.y - b.y); }
+CUTE_DEVICE float diff_split(float2 a, float2 b) { return (a.x - b.x) + (a.y - b.y); }
 
 template <class Tiles, class Args>
 CUTE_DEVICE void power_gates(Args const& p) {
@@ -39,32 +39,32 @@ CUTE_DEVICE void power_gates(Args const& p) {
       sum += own + i < p.chunk && t < p.t ? double(fmaxf(log_g[t * p.log_g_stride[1]], kLowestLogGate)) * kLog2E : 0.0;
       x[i] = sum;
     }
-    double before = sum;                     // of the warp's threads up to this one, then of all tokens before its own
+    double prefix = sum;                     // of the warp's threads up to this one, then of all tokens before its own
     CUTE_UNROLL
     for (int d = 1; d < 32; d *= 2) {
-      double const y = __shfl_up_sync(~0u, before, d);
-      if (lane >= d) before += y;
+      double const y = __shfl_up_sync(~0u, prefix, d);
+      if (lane >= d) prefix += y;
     }
-    if (lane == 31) sums[warp] = before;
+    if (lane == 31) sums[warp] = prefix;
     __syncthreads();
-    before += carry - sum;
+    prefix += carry - sum;
     CUTE_UNROLL
     for (int w = 0; w < kWarps; ++w) {
-      if (w < warp) before += sums[w];
+      if (w < warp) prefix += sums[w];
       carry += sums[w];
     }
     if (own < p.chunk) {
       float4* a = reinterpret_cast<float4*>(p.a + row + own);
       CUTE_UNROLL
       for (int i = 0; i < kTokens; i += 2) {
-        float2 const a0 = split(before + x[i]), a1 = split(before + x[i + 1]);
+        float2 const a0 = split_double(prefix + x[i]), a1 = split_double(prefix + x[i + 1]);
         a[i / 2] = make_float4(a0.x, a0.y, a1.x, a1.y);
       }
     }
     __syncthreads();
   }
   // The last token of a block of keys was another thread's.
-  float2 const end = split(carry);
+  float2 const end = split_double(carry);
   CUTE_NO_UNROLL
   for (int s = thread * kTokens; s < p.chunk; s += kThreads * kTokens) {
     float2 const block_end = p.a[row + (s / p.block + 1) * p.block - 1];
@@ -72,8 +72,8 @@ CUTE_DEVICE void power_gates(Args const& p) {
     CUTE_UNROLL
     for (int i = 0; i < kTokens; ++i) {
       float2 const a = p.a[row + s + i];
-      to_end[i] = exp2_approx(minus(end, a));
-      to_block[i] = exp2_approx(minus(block_end, a));
+      to_end[i] = exp2_approx(diff_split(end, a));
+      to_block[i] = exp2_approx(diff_split(block_end, a));
     }
     if (p.to_end) *reinterpret_cast<float4*>(p.to_end + row + s) = make_float4(to_end[0], to_end[1], to_end[2], to_end[3]);
     *reinterpret_cast<float4*>(p.to_block + row + s) = make_float4(to_block[0], to_block[1], to_block[2], to_block[3]);

@@ -64,7 +64,7 @@ CUTE_DEVICE void power_scan_wgmma(Args const& p) {
     return scale_bf16(x, g.x, g.y);
   };
 
-  // k_I^T of one block of tokens, discounted, for the whole warpgroup: 32 tokens a warp. It is made one block ahead: the barrier that
+  // k_I^T of one block of tokens, discounted, for the whole warpgroup: 32 tokens per warp. It is made one block ahead: the barrier that
   // the next block begins with orders it.
   typename Tiles::Tokens load_i(smem + Smem::K, lane, own_warp * 32 % kTokens, block_i * 8);
   auto make_products = [&](int stage, int half) {
@@ -98,14 +98,14 @@ CUTE_DEVICE void power_scan_wgmma(Args const& p) {
         uint32_t kj[2][2], phi[2][4];
         typename Tiles::Pairs const load_j(pair_base[m / 2]);
         load_j(stage * Tiles::K::kBytes, k * 16, 0, kj[0][0], kj[0][1], kj[1][0], kj[1][1]);
-        State::template settle<kRunning>();            // the products before these have read their phi
+        State::template wait<kRunning>();            // the products before these have read their phi
         CUTE_UNROLL
         for (int i = 0; i < 2; ++i) {
           CUTE_UNROLL
           for (int r = 0; r < 4; ++r) phi[i][r] = multiply_bf16(ki[r], kj[i][r / 2]);
         }
-        if (m + 1 < M) State::template step<2>(acc, m, phi, load_v, stage * Tiles::V::kBytes, k);
-        else State::template step<1>(acc, m, reinterpret_cast<uint32_t (&)[1][4]>(phi), load_v, stage * Tiles::V::kBytes, k);
+        if (m + 1 < M) State::template mma_k<2>(acc, m, phi, load_v, stage * Tiles::V::kBytes, k);
+        else State::template mma_k<1>(acc, m, reinterpret_cast<uint32_t (&)[1][4]>(phi), load_v, stage * Tiles::V::kBytes, k);
       }
     }
   };
@@ -117,10 +117,10 @@ CUTE_DEVICE void power_scan_wgmma(Args const& p) {
     for (int k = 0; k < kTokens / 16; ++k) {
       uint32_t a[1][4];
       load_rows(stage * Tiles::K::kBytes, k * 16, 0, a[0][0], a[0][1], a[0][2], a[0][3]);
-      Z::template settle<1>();
+      Z::template wait<1>();
       CUTE_UNROLL
       for (int r = 0; r < 4; ++r) a[0][r] = discount(a[0][r], stage, k * 16 + r / 2 * 8);
-      Z::step(reinterpret_cast<float (&)[1][Z::N][4]>(acc), a, load_columns, stage * Tiles::K::kBytes, k);
+      Z::mma_k(reinterpret_cast<float (&)[1][Z::N][4]>(acc), a, load_columns, stage * Tiles::K::kBytes, k);
     }
   };
 
@@ -149,7 +149,7 @@ CUTE_DEVICE void power_scan_wgmma(Args const& p) {
   if (is_state) make_products(0, 0);
   CUTE_NO_UNROLL
   for (int n = first; n < last; ++n) {
-    State::template settle<0>();
+    State::template wait<0>();
     State::fence(acc);
     if (n > first) {
       CUTE_UNROLL
@@ -202,7 +202,7 @@ CUTE_DEVICE void power_scan_wgmma(Args const& p) {
   }
   // What this segment adds to the states of the next ones (power_carry).
   if (last < chunks) {
-    State::template settle<0>();
+    State::template wait<0>();
     State::fence(acc);
     CUTE_UNROLL
     for (int m = 0; m < M; ++m) {

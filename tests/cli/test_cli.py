@@ -7,16 +7,16 @@ import xml.etree.ElementTree as ET
 from pathlib import Path
 
 import pytest
-from vidrial.kernels.power_retention.op import op as power_retention
 
 from vidrial.build.cubins import build
 from vidrial.build.store import Store
 from vidrial.cli import main as cli
 from vidrial.device import Device
 from vidrial.errors import ArgumentError, SweepError
+from vidrial.kernels.power_retention.op import op as power_retention
 from vidrial.spec.choices import describe
 from vidrial.spec.registry import find_op, make_problem, parse_keywords
-from vidrial.tune.pick import pick
+from vidrial.tune.pick import choose_config
 
 SOFTMAX = f"{Path(__file__).parents[2] / 'examples/softmax/softmax.py'}:op"
 
@@ -61,7 +61,7 @@ def test_keywords_take_the_types_of_example(words: list[str], values: dict[str, 
 
 
 @pytest.mark.parametrize(
-    ("words", "sentence"),
+    ("words", "reason"),
     [
         (["explain", "nonsense"], "op 'nonsense' is not known; accepted: power_retention"),
         (["explain", "no.such.module:op"], "No module named 'no'"),
@@ -81,10 +81,10 @@ def test_keywords_take_the_types_of_example(words: list[str], values: dict[str, 
         (["report", "no_such_journal.jsonl", "--out", "page.html"], "no_such_journal.jsonl cannot be read"),
     ],
 )
-def test_a_mistake_is_one_line_and_code_2(run, words: list[str], sentence: str) -> None:
+def test_a_mistake_is_one_line_and_code_2(run, words: list[str], reason: str) -> None:
     code, out, err = run(*words)
     assert code == 2
-    assert sentence in err
+    assert reason in err
     assert err.startswith("vidrial: ")
     assert err.count("\n") == 1
     assert "Traceback" not in err + out
@@ -117,8 +117,8 @@ def test_explain_ranks_as_the_space_does(run) -> None:
     assert "t=10007 hq=8 h=8" in out
     for word in describe(space.legal[0].config).split():
         assert word in out
-    sentence, configs = next(iter(space.reasons().items()))
-    assert f"{len(configs)}  {sentence}" in " ".join(out.split(" "))
+    reason, configs = next(iter(space.reasons().items()))
+    assert f"{len(configs)}  {reason}" in " ".join(out.split(" "))
     assert f"{len(space.rejected)} rejected, for {len(space.reasons())} reasons" in out
 
 
@@ -221,7 +221,7 @@ def test_env_says_that_rankings_of_another_gpu_do_not_count(run, monkeypatch: py
         f"the cost model's choice until you run vidrial sweep; rankings shipped for h200 ({known[0].key}) are of another kind and do not"
         in said
     )
-    assert pick(power_retention, power_retention.example(t=10007), h100).origin == "predicted"
+    assert choose_config(power_retention, power_retention.example(t=10007), h100).origin == "predicted"
     monkeypatch.setattr(Device, "current", classmethod(lambda cls, index=None: known[0]))
     Store.shared().write_json("ranking", f"power_retention-{known[0].key}-0-0", {"digest": "of other templates"})
     said = " ".join(run("env")[1].split())

@@ -9,12 +9,12 @@ import bad_op
 import cupy
 import pytest
 from bad_op import Config, example
-from vidrial.kernels.power_retention.op import example as power_example
-from vidrial.kernels.power_retention.op import op as power_op
 
 from vidrial.device import Device
+from vidrial.kernels.power_retention.op import example as power_example
+from vidrial.kernels.power_retention.op import op as power_op
 from vidrial.tune.measure import CudaBench
-from vidrial.tune.pick import pick
+from vidrial.tune.pick import choose_config
 from vidrial.tune.sweeper import sweep
 from vidrial.tune.timing import CudaClock, measure
 from vidrial.tune.trial import Status
@@ -55,7 +55,7 @@ def test_an_empty_run_takes_microseconds_though_the_host_is_slow() -> None:
 
 
 @pytest.mark.parametrize(
-    ("fault", "status"),
+    ("error", "status"),
     [
         (bad_op.NONE, Status.ok),
         (bad_op.WRONG, Status.wrong),
@@ -70,7 +70,7 @@ def test_an_empty_run_takes_microseconds_though_the_host_is_slow() -> None:
 def test_bad_kernels_are_caught_and_cost_themselves_alone(fault: int, status: Status) -> None:
     result = sweep(bad_op.op, example(n=10007), configs=[Config(fault, 128), Config(bad_op.NONE, 64)], limit=10.0)
     found = {t.config: t for t in result.trials if t.phase == "screen"}
-    assert found[Config(fault, 128)].status is status, found[Config(fault, 128)].sentence
+    assert found[Config(fault, 128)].status is status, found[Config(fault, 128)].reason
     assert found[Config(bad_op.NONE, 64)].ok
     # The caller's own context goes on.
     assert not cupy.zeros(1000, cupy.uint8).get().any()
@@ -82,7 +82,7 @@ def test_power_retention_is_swept_and_picked() -> None:
     print(result.table())
     assert Status.crash not in result.failures and result.winner.check is not None and result.winner.check.ok
     assert result.winner.ms <= min(t.ms for t in result.trials if t.ok) * 1.05
-    assert pick(power_op, problem, Device.current()) == (result.winner.config, "ranking")
+    assert choose_config(power_op, problem, Device.current()) == (result.winner.config, "ranking")
 
 
 def test_the_same_sweep_names_a_winner_as_fast() -> None:
@@ -99,5 +99,5 @@ def test_the_bench_repeats_itself() -> None:
     bench.prepare(problem, power_op.small(problem), (0, 1))
     config = power_op.predicted(problem, Device.current())
     verdicts = [bench.check(power_op.small(problem), config, seed) for seed in (0, 1, 0)]
-    assert all(not v.sentence for v in verdicts)
+    assert all(not v.reason for v in verdicts)
     assert verdicts[0] == verdicts[2] != verdicts[1]

@@ -9,13 +9,13 @@ import bad_op
 import pytest
 from bad_op import Config, example
 from killed_worker import Killer
-from vidrial.kernels.power_retention.op import example as power_example
-from vidrial.kernels.power_retention.op import op as power_op
 
 from vidrial.build.cubins import build
 from vidrial.device import Device, gpu_count
+from vidrial.kernels.power_retention.op import example as power_example
+from vidrial.kernels.power_retention.op import op as power_op
 from vidrial.spec.fields import fields
-from vidrial.tune.pick import pick
+from vidrial.tune.pick import choose_config
 from vidrial.tune.ranking import local
 from vidrial.tune.sweeper import sweep
 from vidrial.tune.trial import Status
@@ -46,7 +46,7 @@ def test_one_sweep_on_all_gpus() -> None:
     assert winner.check is not None and winner.check.ok and winner.phase in ("confirm", "final")
     assert any(t.phase == "recheck" and t.config == winner.config and t.status is Status.ok for t in result.trials)
     for index in range(2):
-        assert pick(power_op, problem, Device.current(index)) == (winner.config, "ranking")
+        assert choose_config(power_op, problem, Device.current(index)) == (winner.config, "ranking")
 
 
 def test_a_config_that_hangs_on_one_gpu_leaves_the_other_going() -> None:
@@ -60,7 +60,7 @@ def test_a_config_that_hangs_on_one_gpu_leaves_the_other_going() -> None:
     assert [found[c].status for c in bad] == [Status.timeout, Status.crash, Status.ok, Status.wrong, Status.ok]
     assert [found[c].gpu for c in bad] == ["0", "1", "1", "1", "1"]
     assert any("replaced 2 times" in note for note in result.notes)
-    assert result.winner.config.fault == bad_op.NONE
+    assert result.winner.config.error == bad_op.NONE
 
 
 def test_a_killed_process_costs_one_trial() -> None:

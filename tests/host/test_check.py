@@ -13,7 +13,7 @@ import pytest
 import vidrial as vd
 from vidrial.cli import main as cli
 from vidrial.errors import ArgumentError, CheckError, LaunchError, ToolchainError, UnsupportedError
-from vidrial.host.check import GUARD_BYTES, Outcome, Report, assert_op_correct, check, odd_problems, unlike_configs
+from vidrial.host.check import GUARD_BYTES, Outcome, Report, assert_op_correct, check, diverse_configs, odd_problems
 from vidrial.host.plan import HostPlan
 from vidrial.kernels.power_retention import attend
 from vidrial.layout.atoms import MMA_16x8x16
@@ -62,7 +62,7 @@ def test_softmax(run: Callable[..., tuple[int, str, str]]) -> None:
     code, out, _ = run("check", SOFTMAX, "--m", "5", "--n", "63", "--n", "1000", "--dtype", "bfloat16")
     assert code == 0
     assert "dtype=bfloat16 m=5" in out and "all 9 right" in out
-    # The config of two elements a load is not legal for the odd length.
+    # The config of two elements per load is not legal for the odd length.
     assert [line.split()[0] for line in out.splitlines() if "address" in line] == ["n=63", "n=1000", "n=1000"]
 
 
@@ -123,14 +123,14 @@ def test_odd_problems_and_unlike_configs() -> None:
     assert [p.t for p in problems] == [1, 129, 257] and {p.d for p in problems} == {32} and {p.h for p in problems} == {2}
     assert [p.t for p in odd_problems(op, {"t": 77})] == [77]
     device = vd.Device.of("h200")
-    first, second, third = unlike_configs(op, problems[-1], 3)
+    first, second, third = diverse_configs(op, problems[-1], 3)
     assert first == op.predicted(problems[-1], device)
     kernels = [{s.kernel.name for s in op.stages(problems[-1], c)} for c in (first, second)]
     # Of 32 features no warpgroup has its fill.
     assert kernels[0] | kernels[1] == {k.name for k in op.kernels} - {"power_scan_wgmma"}
     assert third not in (first, second) and op.reject(problems[-1], third, device) is None
     only = dataclasses.replace(find_op(SOFTMAX), rules=lambda p, c: iter([(c == type(c)(), "no")]))
-    assert unlike_configs(only, only.example(n=129), 3) == [only.config()]
+    assert diverse_configs(only, only.example(n=129), 3) == [only.config()]
     with pytest.raises(ArgumentError, match="0 problems and 2 configs check nothing"):
         check(op, [])
 
@@ -271,7 +271,7 @@ def test_analyse_prints_what_was_counted(run: Callable[..., tuple[int, str, str]
     assert code == 0 and row[3:] == ["16", str(counts["QK"].mma), str(counts["QK"].ldmatrix), "1", "0"]
     copy = next(line.split() for line in out.splitlines() if line.startswith("CopyK "))
     assert copy[3:6] == ["1", str(counts["CopyK"].cp_async_requests), "15.9"]
-    assert "CTAs an SM" in out
+    assert "CTAs per SM" in out
 
 
 def test_analyse_counts_wgmma(run: Callable[..., tuple[int, str, str]]) -> None:

@@ -9,14 +9,14 @@ from typing import Any, Literal
 
 import numpy as np
 import pytest
-from vidrial.kernels.power_retention import attend, scan
-from vidrial.kernels.power_retention.op import Config, example
-from vidrial.kernels.power_retention.op import op as power_retention
 
 from vidrial.dtypes import DType
 from vidrial.errors import ArgumentError
 from vidrial.host.plan import HostPlan, poison
 from vidrial.host.target import HostStats
+from vidrial.kernels.power_retention import attend, scan
+from vidrial.kernels.power_retention.op import Config, example
+from vidrial.kernels.power_retention.op import op as power_retention
 from vidrial.layout import counts
 from vidrial.layout.atoms import cp_async, ldmatrix
 from vidrial.layout.copies import LoadMatrix, TiledCopy

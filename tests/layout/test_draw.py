@@ -81,7 +81,7 @@ def test_wgmma_parts() -> None:
         "255.14",
     )
     assert len({colour for _, colour in c.values()}) == 8 and c[0, 0][1] == c[64, 0][1] != c[16, 0][1]
-    # 16 bytes a cell: two a step of k; parts of 64 rows of A, 32 of B.
+    # 16 bytes per cell: two a step of k; parts of 64 rows of A, 32 of B.
     assert (len(a), a[0, 0][0], a[63, 7][0], a[64, 2][0], a[255, 5][0]) == (256 * 8, "0.0", "0.3", "1.1", "3.2")
     assert (len(b), b[31, 1][0], b[32, 2][0]) == (64 * 8, "0.0", "1.1") and len({b[r, 2][1] for r in range(8)}) == 8
     # A in registers, one step of k; rows of B along k: a step is 16 of them, a part is 64 columns.

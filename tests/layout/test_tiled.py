@@ -131,7 +131,7 @@ def test_accumulator_as_operand() -> None:
 
 
 @pytest.mark.parametrize(
-    "change, sentence",
+    "change, reason",
     [
         ({"bands": False}, "bands=True of the first must be those of the second"),
         ({"warps": (2, 1)}, r"warps \(4, 1\), bands=True of the first"),
@@ -139,10 +139,10 @@ def test_accumulator_as_operand() -> None:
         ({"tile": (64, 96, 64)}, "it is 128 x 64, A is 64 x 64"),
     ],
 )
-def test_accumulator_that_does_not_fit(change: dict[str, object], sentence: str) -> None:
+def test_accumulator_that_does_not_fit(change: dict[str, object], reason: str) -> None:
     first = TiledMma(ATOM, (4, 1), (128, 64, 128), bands=True)
     second = TiledMma(ATOM, (4, 1), (128, 96, 64), bands=True)
-    with pytest.raises(LayoutError, match=sentence):
+    with pytest.raises(LayoutError, match=reason):
         dataclasses.replace(second, a=first.accumulator, **change)
 
 
@@ -308,7 +308,7 @@ def test_copy_writes_each_element_once(tile: SmemLayout, threads: int) -> None:
 
 
 @pytest.mark.parametrize(
-    "tile, threads, sentence",
+    "tile, threads, reason",
     [
         (SmemLayout(BF16, 32, 32), 256, r"256 threads cannot copy 32 x 32 bfloat16 \(128 vectors of 16 bytes\) evenly"),
         (SmemLayout(BF16, 32, 96), 128, "rows of 12 vectors"),
@@ -319,8 +319,8 @@ def test_copy_writes_each_element_once(tile: SmemLayout, threads: int) -> None:
         (SmemLayout(BF16, 64, 256), 128, "is not the element's"),
     ],
 )
-def test_copy_refusals(tile: SmemLayout, threads: int, sentence: str) -> None:
-    with pytest.raises(LayoutError, match=sentence):
+def test_copy_refusals(tile: SmemLayout, threads: int, reason: str) -> None:
+    with pytest.raises(LayoutError, match=reason):
         TiledCopy(cp_async(), tile, threads)
 
 

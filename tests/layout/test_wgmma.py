@@ -187,7 +187,7 @@ B = SmemLayout(BF16, 64, 64)
 
 
 @pytest.mark.parametrize(
-    ("dtype", "warpgroups", "tile", "b", "a", "sentence"),
+    ("dtype", "warpgroups", "tile", "b", "a", "reason"),
     [
         (
             BF16,
@@ -214,7 +214,7 @@ B = SmemLayout(BF16, 64, 64)
     ],
 )
 def test_mma_refusals(
-    dtype: DType, warpgroups: int, tile: tuple[int, int, int], b: SmemLayout | Transposed, a: SmemLayout | None, sentence: str
+    dtype: DType, warpgroups: int, tile: tuple[int, int, int], b: SmemLayout | Transposed, a: SmemLayout | None, reason: str
 ) -> None:
-    with pytest.raises(LayoutError, match=sentence):
+    with pytest.raises(LayoutError, match=reason):
         WarpgroupMma(dtype, warpgroups, tile, b, a)

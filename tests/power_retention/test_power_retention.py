@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from vidrial.kernels.power_retention import power_retention
-from vidrial.kernels.power_retention.reference import attention_form, recurrent_form
 
 from vidrial.dtypes import DType
 from vidrial.errors import ArgumentError, ArgumentTypeError, UnsupportedError, VidrialError
+from vidrial.kernels.power_retention import power_retention
+from vidrial.kernels.power_retention.reference import attention_form, recurrent_form
 
 ROOT = Path(__file__).parents[2]
 LENGTHS = (0, 1, 7, 63, 65, 129, 257, 1000)
@@ -256,7 +256,7 @@ def test_refused_before_anything_runs(case: str, monkeypatch: pytest.MonkeyPatch
         raise RuntimeError("it ran")
 
     arguments, options, error, message = BAD[case]
-    for runner in ("power_retention_cpu", "run_on_host", "run", "host_plan", "Planned.plan"):
+    for runner in ("power_retention_cpu", "run_on_host", "run", "host_plan", "CachedPlan.plan"):
         monkeypatch.setattr(f"vidrial.kernels.power_retention.{runner}", ran)
     with pytest.raises(error, match=message):
         power_retention(*arguments, **options)

@@ -8,14 +8,14 @@ from typing import Any
 import numpy as np
 import pytest
 from power_host import assert_right, late_error, plant, run
+
+import vidrial
+from vidrial.host.target import SCHEDULES, Schedule
 from vidrial.kernels.power_retention import power_retention
 from vidrial.kernels.power_retention.attend import Config as Attend
 from vidrial.kernels.power_retention.op import RELATIVE_BOUND, Config, check, example, reference, sample, stages
 from vidrial.kernels.power_retention.scan import Config as Scan
 from vidrial.kernels.power_retention.scan import snapshot_elements, units
-
-import vidrial
-from vidrial.host.target import SCHEDULES, Schedule
 from vidrial.layout.access import Finding, analyse
 from vidrial.layout.copies import LoadMatrix, TiledCopy
 from vidrial.layout.mma import Operand, TiledMma
@@ -192,7 +192,7 @@ WRONG = {
     ),
     "own token left out": ("power_attend", "QK::column_of(n, v) <= row", "QK::column_of(n, v) < row"),
     "one key too many": ("power_attend", "QK::column_of(n, v) <= row", "QK::column_of(n, v) <= 1 + row"),
-    "keys not discounted to the tile": ("power_attend", "kGated ? exp2_approx(minus(r0, a(j0 + kKeys - 1))) : 1.f", "1.f"),
+    "keys not discounted to the tile": ("power_attend", "kGated ? exp2_approx(diff_split(r0, a(j0 + kKeys - 1))) : 1.f", "1.f"),
     "state not discounted over a chunk": ("power_scan", "float const f = exp2_approx(total.x + total.y);", "float const f = 1.f;"),
     "keys not discounted in the state": ("power_scan", "ki[m] = scale_bf16(ki[m], g.x, g.y);", ""),
     "no normaliser of the state": ("power_scan", "update_z(read);", ""),
@@ -284,7 +284,7 @@ def test_the_analysis_predicts_what_is_counted(case: str) -> None:
     with_state = p.hq * (chunks - 1) * blocks
     keys = p.hq * chunks * sum((i + 1) * config.attend.rows // config.attend.keys for i in range(blocks))
     square = p.hq * chunks * blocks * config.attend.rows // config.attend.keys
-    # A block's decay: 8 bytes a key in the CTA's own square, 4 before it.
+    # A block's decay: 8 bytes per key in the CTA's own square, 4 before it.
     per_square, per_block = config.attend.keys * 8, config.attend.keys * 4
     decay = (
         gate_sectors * (square * -(-per_square // 512) + (keys - square) * -(-per_block // 512)),

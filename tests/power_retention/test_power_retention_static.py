@@ -7,14 +7,14 @@ import time
 from typing import Any
 
 import pytest
-from vidrial.kernels.power_retention import attend, gates, scan, scan_wgmma
-from vidrial.kernels.power_retention.op import Config, example, op, stages, workspace
 
 from vidrial.build.cubins import build_many
 from vidrial.build.nvrtc import Cubin
 from vidrial.device import Device
 from vidrial.dtypes import DType
 from vidrial.errors import ConfigError, TemplateError
+from vidrial.kernels.power_retention import attend, gates, scan, scan_wgmma
+from vidrial.kernels.power_retention.op import Config, example, op, stages, workspace
 from vidrial.spec import kernel as kernel_module
 from vidrial.spec.choices import describe
 from vidrial.spec.fields import StaticView, fields
@@ -144,16 +144,16 @@ BROKEN_ON_HOPPER: dict[str, tuple[Any, Any, Any, str]] = {
     "scan's columns": (SCAN_90, SCAN, by_wgmma(columns=128), "columns=128 must divide d=64 and e=64"),
     "scan's ring": (SCAN_90, SCAN, by_wgmma(stages=3), "stages=3: a block that is read"),
     "scan's tokens": (SCAN_90, SCAN, by_wgmma(tokens=32), "tokens=32: a block's products run on"),
-    "scan's registers": (SCAN_90, dataclasses.replace(SCAN, d=128, e=128), by_wgmma(columns=128, tiles=5), "320 accumulators a thread"),
+    "scan's registers": (SCAN_90, dataclasses.replace(SCAN, d=128, e=128), by_wgmma(columns=128, tiles=5), "320 accumulators per thread"),
     "scan's segments": (SCAN_90, SCAN, by_wgmma(segments=4), "segments=4 must be fewer than the 4 chunks"),
 }
 
 
 @pytest.mark.parametrize(("device", "case"), [(A100, case) for case in BROKEN] + [(H200, case) for case in BROKEN_ON_HOPPER])
 def test_a_broken_rule_says_so(device: Device, case: str) -> None:
-    kernel, problem, config, sentence = (BROKEN if device is A100 else BROKEN_ON_HOPPER)[case]
+    kernel, problem, config, reason = (BROKEN if device is A100 else BROKEN_ON_HOPPER)[case]
     found = kernel.reject(problem, config, device)
-    assert found is not None and sentence in found
+    assert found is not None and reason in found
     with pytest.raises(ConfigError, match="is not legal for"):
         kernel.check(problem, config, device)
 
@@ -180,7 +180,7 @@ def test_the_space(name: str) -> None:
         assert abs(op.seconds(p, candidate.config, H200) - candidate.seconds) < 1e-9
     reasons = space.reasons()
     assert sum(map(len, reasons.values())) == len(space.rejected) > 0
-    assert all(len(sentence) > 20 for sentence in reasons)
+    assert all(len(reason) > 20 for reason in reasons)
 
 
 @pytest.mark.parametrize(

@@ -54,7 +54,7 @@ CASES: dict[str, tuple[dict[str, Any], Config]] = {
     "no sum": ({"t": 391, "h": 1, "d": 64, "normalize": "none"}, scanned(BOTH, segments=2)),
     "two tiles, the last d alone": ({"t": 263, "h": 1, "d": 64}, scanned(BOTH, tiles=2, stages=5)),
     "two warpgroups": ({"t": 777, "h": 1, "d": 64}, TWO_WARPGROUPS),
-    "128 tokens a block": ({"t": 521, "h": 1, "d": 64}, scanned(TWO_WARPGROUPS, tokens=128, tiles=2)),
+    "128 tokens per block": ({"t": 521, "h": 1, "d": 64}, scanned(TWO_WARPGROUPS, tokens=128, tiles=2)),
     "D = 128": ({"t": 521, "h": 1, "d": 128}, WIDE),
     "D = 128, half the columns, two tiles": (
         {"t": 263, "h": 1, "d": 128},
@@ -121,8 +121,8 @@ WRONG = {
     "rows of Z not discounted": ("power_scan_wgmma", "a[0][r] = discount(a[0][r], stage, k * 16 + r / 2 * 8);", ""),
     "another half of the products": ("power_scan_wgmma", "update_state(read, block % 2);", "update_state(read, (block + 1) % 2);"),
     "state not discounted over a chunk": ("power_scan_wgmma", "float const f = exp2_approx(total.x + total.y);", "float const f = 1.f;"),
-    "no normaliser of the state": ("power_attend", "QZ::product(z, load_q", "if (m > 0) QZ::product(z, load_q"),
-    "the second 64 rows' keys": ("power_attend", "QK::product(s, load_q, m + 1, 0", "QK::product(s, load_q, m, 0"),
+    "no normaliser of the state": ("power_attend", "QZ::gemm(z, load_q", "if (m > 0) QZ::gemm(z, load_q"),
+    "the second 64 rows' keys": ("power_attend", "QK::gemm(s, load_q, m + 1, 0", "QK::gemm(s, load_q, m, 0"),
 }
 
 
@@ -140,12 +140,12 @@ def test_a_wrong_kernel_is_found(case: str, monkeypatch: pytest.MonkeyPatch) -> 
     assert not late_error(p, config, results, exact) <= RELATIVE_BOUND
 
 
-# What wgmma's running on by itself makes possible, and the host target's sentence about it; none: the answer is wrong.
+# What wgmma's running on by itself makes possible, and the host target's reason about it; none: the answer is wrong.
 EARLY: dict[str, tuple[str, str, str, str | None]] = {
-    "no wait for the scores": ("power_attend", "if (m == 0) QK::template settle<0>();", "if (m == 0) ;", "was written before the wait"),
+    "no wait for the scores": ("power_attend", "if (m == 0) QK::template wait<0>();", "if (m == 0) ;", "was written before the wait"),
     "no wait before the state is written": (
         "power_scan_wgmma",
-        "    State::template settle<0>();\n    State::fence(acc);\n    if (n > first) {",
+        "    State::template wait<0>();\n    State::fence(acc);\n    if (n > first) {",
         "    if (n > first) {",
         "never waited for",
     ),
@@ -164,10 +164,10 @@ EARLY: dict[str, tuple[str, str, str, str | None]] = {
 def test_what_comes_too_early_is_found(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
     p, config = example(t=515, h=1, d=64), BOTH
     inputs = sample(p, 26)
-    *change, sentence = EARLY[case]
+    *change, reason = EARLY[case]
     plant(monkeypatch, *change)
-    if sentence:
-        with pytest.raises(LaunchError, match=sentence):
+    if reason:
+        with pytest.raises(LaunchError, match=reason):
             run(p, config, inputs)
     else:
         results, _ = run(p, config, inputs)
@@ -211,12 +211,14 @@ def test_products_run_on(tmp_path: Path) -> None:
     assert len(sources) > 20
     # The same with scores that are read before they are waited for.
     shutil.copytree(TEMPLATES / "power_retention", tmp_path / "planted")
-    header, right = tmp_path / "planted/power_attend.cuh", "else QK::template settle<1>();"
+    header, right = tmp_path / "planted/power_attend.cuh", "else QK::template wait<1>();"
     assert right in header.read_text()
     header.write_text(header.read_text().replace(right, right.replace("1", "2")))
     last = next(reversed(sources))
     jobs = [Job(source.text, source.text, source.entry, "sm_90a", includes=source.include_dirs) for source in sources]
     with CompilePool() as pool:
-        for key, cubin in pool.compile_many([*jobs, Job("bad", last.text, last.entry, "sm_90a", includes=(str(tmp_path / "planted"), *last.include_dirs))]):
+        for key, cubin in pool.compile_many(
+            [*jobs, Job("bad", last.text, last.entry, "sm_90a", includes=(str(tmp_path / "planted"), *last.include_dirs))]
+        ):
             assert isinstance(cubin, Cubin), cubin
             assert ("serialized" in cubin.log) == (key == "bad"), cubin.log

@@ -11,11 +11,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from vidrial.kernels.power_retention.op import op
 
 from vidrial.cli import main as cli
 from vidrial.device import Device
 from vidrial.errors import SweepError
+from vidrial.kernels.power_retention.op import op
 from vidrial.report.page import chart
 from vidrial.report.plot import write_png
 from vidrial.report.rows import group, read_journals, rejected_rows, rows_of, write_report
@@ -43,7 +43,7 @@ def trials(t: int, count: int = 6) -> list[Trial]:
         check = Check(2.5e-3, 1e-4, 5e-3, 2e-3)
         return Trial(op.name, problem, configs[i], Status.ok, phase, Timing(ms, ms / 100, 20), check, "", resources, **common)
 
-    broken = Trial(op.name, problem, configs[count], Status.compile, sentence="expected a <semicolon> & more", **common)
+    broken = Trial(op.name, problem, configs[count], Status.compile, reason="expected a <semicolon> & more", **common)
     return [timed(0, 9.0), *(timed(i) for i in range(1, count)), broken, timed(0, phase="final")]
 
 
@@ -147,7 +147,7 @@ def test_a_line_joins_problems_that_differ_in_length_only() -> None:
 
 def test_a_failure_counts_whatever_was_timed_before() -> None:
     made = trials(1000)
-    wrong = dataclasses.replace(made[-1], status=Status.wrong, timing=None, sentence="differs", phase="recheck")
+    wrong = dataclasses.replace(made[-1], status=Status.wrong, timing=None, reason="differs", phase="recheck")
     passed = dataclasses.replace(made[1], timing=None, phase="recheck")
     (only,) = group(rows_of([*made, wrong, passed]))[1]
     assert only.timed[0].config == describe(made[1].config)
@@ -160,7 +160,7 @@ def test_rules_that_reject_are_added(journals: Path) -> None:
     rejected = rejected_rows(op, rows)
     expected = sum(len(op.space(op.example(t=t), DEVICE, limit=1).rejected) for t in LENGTHS)
     assert len(rejected) == expected > 100
-    assert all(row.status == "rejected" and row.sentence and not row.ok for row in rejected)
+    assert all(row.status == "rejected" and row.reason and not row.ok for row in rejected)
 
 
 def test_damage_is_named_and_a_torn_last_line_is_not_damage(journals: Path, tmp_path: Path) -> None:

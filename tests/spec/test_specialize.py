@@ -19,10 +19,10 @@ from vidrial.spec.kernel import Kernel
 from vidrial.spec.op import Op
 from vidrial.spec.source import Tiles
 from vidrial.tune import ranking as ranking_module
-from vidrial.tune.candidates import proxies
+from vidrial.tune.candidates import check_configs
 from vidrial.tune.codec import decode, encode
-from vidrial.tune.pick import pick
-from vidrial.tune.ranking import Ranking, forget, leading
+from vidrial.tune.pick import choose_config
+from vidrial.tune.ranking import Ranking, forget, top_configs
 from vidrial.tune.timing import Timing
 from vidrial.tune.trial import Status, Trial
 
@@ -97,10 +97,10 @@ def test_it_is_picked_for_its_own_length_alone(op: Op) -> None:
         found = Ranking.from_trials(op, H200, trials)
         assert found is not None
         found.save(op)
-    assert leading(found.measured) == (Config(64),)
-    assert pick(op, example(n=10007), H200).config.fixed == "n"
-    assert pick(op, example(n=10009), H200) == (Config(64), "model")
+    assert top_configs(found.measured) == (Config(64),)
+    assert choose_config(op, example(n=10007), H200).config.fixed == "n"
+    assert choose_config(op, example(n=10009), H200) == (Config(64), "model")
 
 
 def test_it_is_checked_by_its_like_at_the_small_problem(op: Op) -> None:
-    assert proxies(op, example(n=300), example(n=10007), Config(fixed="n"), H200) == (Config(fixed="n"),)
+    assert check_configs(op, example(n=300), example(n=10007), Config(fixed="n"), H200) == (Config(fixed="n"),)

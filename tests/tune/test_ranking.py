@@ -20,8 +20,8 @@ from vidrial.errors import ConfigError, FrozenError, SweepError
 from vidrial.spec.choices import config_order
 from vidrial.spec.fields import size_class
 from vidrial.tune import ranking as ranking_module
-from vidrial.tune.pick import freeze, pick
-from vidrial.tune.ranking import Measured, Ranked, Ranking, forget, local, publish, rank, shipped
+from vidrial.tune.pick import choose_config, freeze
+from vidrial.tune.ranking import ProblemTimings, RankedConfig, Ranking, forget, local, publish, rank, shipped
 from vidrial.tune.timing import Timing
 from vidrial.tune.trial import Status, Trial
 
@@ -85,36 +85,36 @@ def test_size_classes() -> None:
 def test_pick_takes_the_first_legal_config_of_this_class() -> None:
     # Measured at 89, where a tile of 64 is legal; 73 is of the same class.
     ranking({Config(64, 3): 1.0, Config(32, 2): 2.0}, n=89).save(op)
-    assert pick(op, example(n=73), H200) == (Config(64, 3), "ranking")
+    assert choose_config(op, example(n=73), H200) == (Config(64, 3), "ranking")
     ranking({Config(128, 4): 1.0, Config(96): 1.5, Config(32, 2): 2.0}, n=127).save(op)
-    found = pick(op, example(n=125), H200)
+    found = choose_config(op, example(n=125), H200)
     assert found == (Config(96), "ranking"), "a tile of 128 is longer than 125"
 
 
 def test_predicted_where_nothing_was_measured_and_error_where_nothing_is_legal() -> None:
-    assert pick(op, example(n=10007), H200) == (op.predicted(example(n=10007), H200), "predicted")
+    assert choose_config(op, example(n=10007), H200) == (op.predicted(example(n=10007), H200), "predicted")
     with pytest.raises(ConfigError, match="no legal config"):
-        pick(op, example(n=31), H200)
+        choose_config(op, example(n=31), H200)
 
 
 def test_other_devices_digests_and_dtypes_do_not_count() -> None:
     slow = {Config(32, 4): 1.0}
     ranking(slow, device=H100).save(op)
     ranking(slow, digest="0" * 64).save(op)
-    other = [Measured(dataclasses.replace(m.problem, dtype=DType.bfloat16), m.configs) for m in ranking(slow).measured]
+    other = [ProblemTimings(dataclasses.replace(m.problem, dtype=DType.bfloat16), m.configs) for m in ranking(slow).measured]
     ranking(slow, measured=tuple(other)).save(op)
-    assert pick(op, example(), H200).origin == "predicted"
-    assert pick(op, example(), H100) == (Config(32, 4), "ranking")
-    assert pick(op, dataclasses.replace(example(), dtype=DType.bfloat16), H200) == (Config(32, 4), "ranking")
+    assert choose_config(op, example(), H200).origin == "predicted"
+    assert choose_config(op, example(), H100) == (Config(32, 4), "ranking")
+    assert choose_config(op, dataclasses.replace(example(), dtype=DType.bfloat16), H200) == (Config(32, 4), "ranking")
 
 
 def test_local_before_shipped_before_model(tmp_path: Path) -> None:
     publish(op, [ranking({Config(64, 2): 1.0})], tmp_path / "shipped")
-    assert pick(op, example(), H200) == (Config(64, 2), "shipped")
-    assert pick(op, example(), H100).origin == "predicted"
-    assert pick(op, example(n=3001), H200) == (Config(64, 2), "model")
+    assert choose_config(op, example(), H200) == (Config(64, 2), "shipped")
+    assert choose_config(op, example(), H100).origin == "predicted"
+    assert choose_config(op, example(n=3001), H200) == (Config(64, 2), "model")
     ranking({Config(96, 4): 1.0}).save(op)
-    assert pick(op, example(), H200) == (Config(96, 4), "ranking")
+    assert choose_config(op, example(), H200) == (Config(96, 4), "ranking")
 
 
 def test_shipped_files_join_and_drop_other_templates(tmp_path: Path) -> None:
@@ -132,7 +132,7 @@ def test_a_damaged_shipped_file_is_said_and_ignored(tmp_path: Path, caplog: pyte
     (path,) = publish(op, [ranking({Config(64): 1.0})], tmp_path / "shipped")
     path.write_text(path.read_text()[:-30])
     with caplog.at_level(logging.WARNING, "vidrial"):
-        assert pick(op, example(), H200).origin == "predicted"
+        assert choose_config(op, example(), H200).origin == "predicted"
     assert str(path) in caplog.text
 
 
@@ -148,8 +148,8 @@ def test_problems_of_one_class_share_a_document_and_the_nearest_counts() -> None
     ranking({Config(64): 3.0, Config(32): 4.0}, n=10007).save(op)
     (found,) = local(op, {"dtype": DType.float16}, H200)
     assert [(m.problem.n, m.configs[0].timing.median_ms) for m in found.measured] == [(10007, 3.0), (15001, 1.0)]
-    assert pick(op, example(n=10009), H200).config == Config(64)
-    assert pick(op, example(n=15003), H200).config == Config(32)
+    assert choose_config(op, example(n=10009), H200).config == Config(64)
+    assert choose_config(op, example(n=15003), H200).config == Config(32)
 
 
 def test_sweeps_that_end_together_lose_no_ranking() -> None:
@@ -166,50 +166,50 @@ def test_the_model_answers_for_lengths_never_swept() -> None:
         ranking({c: true_ms(n, c.tile, c.width) for c in configs}, n=n).save(op)
     ratios, winners = [], set()
     for n in range(5001, 60000, 1234):
-        config, origin = pick(op, example(n=n), H200)
+        config, origin = choose_config(op, example(n=n), H200)
         best = min(configs, key=lambda c: true_ms(n, c.tile, c.width))
         assert origin == "model"
         winners.add(best)
         ratios.append(true_ms(n, config.tile, config.width) / true_ms(n, best.tile, best.width))
     assert len(winners) >= 2, "the teeth must make different winners"
     assert sum(ratios) / len(ratios) < 1.02 and max(ratios) < 1.15
-    assert pick(op, example(n=14001), H200).origin == "ranking"
+    assert choose_config(op, example(n=14001), H200).origin == "ranking"
 
 
 def test_a_pick_is_remembered_and_fast() -> None:
     ranking({Config(64): 1.0}).save(op)
-    pick(op, example(), H200)
+    choose_config(op, example(), H200)
     begin = time.perf_counter()
     for _ in range(100):
-        pick(op, example(), H200)
+        choose_config(op, example(), H200)
     assert (time.perf_counter() - begin) / 100 < 1e-3
     ranking({Config(32): 1.0}).save(op)
-    assert pick(op, example(), H200).config == Config(32), "a new ranking counts at once"
+    assert choose_config(op, example(), H200).config == Config(32), "a new ranking counts at once"
 
 
 def test_frozen_takes_what_is_compiled_or_refuses(caplog: pytest.LogCaptureFixture) -> None:
     ranking({Config(64): 1.0, Config(32): 2.0}).save(op)
     freeze()
     with pytest.raises(FrozenError, match="compiled"):
-        pick(op, example(), H200)
+        choose_config(op, example(), H200)
     with pytest.raises(FrozenError, match="fake for sm_90a is not compiled"):
         build(op.kernels[0].source(example(), Config(32)), H200.arch)
     freeze(False)
     build(op.kernels[0].source(example(), Config(32)), H200.arch)
     freeze()
     with caplog.at_level(logging.WARNING, "vidrial"):
-        assert pick(op, example(), H200).config == Config(32)
+        assert choose_config(op, example(), H200).config == Config(32)
     assert "frozen" in caplog.text and "tile=32" in caplog.text
     # What was compiled for one length serves another, also where nothing was measured.
-    assert pick(op, example(n=501), H200).config == Config(32)
+    assert choose_config(op, example(n=501), H200).config == Config(32)
     freeze(False)
-    assert pick(op, example(), H200).config == Config(64)
+    assert choose_config(op, example(), H200).config == Config(64)
 
 
 def test_fixed_choices_are_kept() -> None:
     ranking({Config(64, 3): 1.0, Config(32, 2): 2.0}).save(op)
-    assert pick(op, example(), H200, (("width", 2),)) == (Config(32, 2), "ranking")
-    found = pick(op, example(), H200, (("width", 4),))
+    assert choose_config(op, example(), H200, (("width", 2),)) == (Config(32, 2), "ranking")
+    found = choose_config(op, example(), H200, (("width", 4),))
     assert found.config.width == 4 and found.origin == "predicted"
 
 
@@ -218,10 +218,10 @@ def test_a_damaged_local_ranking_is_ignored(caplog: pytest.LogCaptureFixture) ->
     Store.shared().write_json("ranking", saved.key, saved.to_json() | {"measured": [{"problem": 3}]})
     forget()
     with caplog.at_level(logging.WARNING, "vidrial"):
-        assert pick(op, example(), H200).origin == "predicted"
+        assert choose_config(op, example(), H200).origin == "predicted"
     assert "ignored" in caplog.text
 
 
 def test_ranked_keeps_problem_facts() -> None:
     found = ranking({Config(64): 1.0})
-    assert found.measured == (Measured(Problem(DType.float16, 10007, 1.0), (Ranked(Config(64), Timing(1.0, 1e-3, 20)),)),)
+    assert found.measured == (ProblemTimings(Problem(DType.float16, 10007, 1.0), (RankedConfig(Config(64), Timing(1.0, 1e-3, 20)),)),)

@@ -58,7 +58,7 @@ def test_a_sweep_on_two_gpus_compiles_checks_and_ranks(monkeypatch: pytest.Monke
     result = sweep(op, example(), FAKE, configs=[Config(64, 3), Config(96, 3), Config(32, 3), Config(32, 2)])
     assert result.failures == {Status.compile: 1, Status.crash: 1}
     (failed,) = (t for t in result.trials if t.status is Status.compile)
-    assert failed.config == Config(96, 3) and "a tile of 96 does not compile" in failed.sentence
+    assert failed.config == Config(96, 3) and "a tile of 96 does not compile" in failed.reason
     assert result.winner.ms == min(true_ms(10007, tile, 3) for tile in (64, 32)) and result.winner.resources[0].registers > 0
     # A trial says on which node's GPU it ran.
     assert {t.gpu for t in result.trials if t.status is not Status.compile} <= {f"{socket.gethostname()}:{i}" for i in (0, 1)}
@@ -72,7 +72,7 @@ def test_a_lost_node_costs_no_trial() -> None:
     jobs = [Job("trial", example(), op.small(example()), (c,), (c,), 0, 7) for c in configs(Config) if c.width != 2]
     with RayWorkers("auto", "fake_op:op", "fake_op:FakeBench", 5.0, None, H200) as workers:
         assert workers.count == 2
-        workers.turn_to(Job("prepare", example(), op.small(example())))
+        workers.set_problem(Job("prepare", example(), op.small(example())))
         found = {}
         for n, (job, reply) in enumerate(workers.run(jobs)):
             found[job.configs[0]] = reply

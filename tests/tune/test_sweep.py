@@ -22,9 +22,9 @@ from vidrial.device import Device
 from vidrial.errors import ArgumentError, ArgumentTypeError, ConfigError, NoValidConfig, SweepError
 from vidrial.spec.choices import configs
 from vidrial.tune import options as sweep_options
-from vidrial.tune.candidates import proxies
+from vidrial.tune.candidates import check_configs
 from vidrial.tune.options import Options
-from vidrial.tune.pick import pick
+from vidrial.tune.pick import choose_config
 from vidrial.tune.ranking import local
 from vidrial.tune.search import Search, neighbours
 from vidrial.tune.sweeper import sweep, sweep_lengths
@@ -46,7 +46,7 @@ def test_a_sweep_finds_the_fastest_and_the_call_takes_it() -> None:
     assert result.winner.ms == BEST and len(result.ranked) == 16 and not result.failures
     assert [r.timing.median_ms for r in result.ranked][0] == BEST
     assert result.worst_ms == max(true_ms(N, c.tile, c.width) for c in configs(Config))
-    assert pick(op, example(), H200) == (result.winner.config, "ranking")
+    assert choose_config(op, example(), H200) == (result.winner.config, "ranking")
     assert {t.phase for t in result.trials} >= {"screen", "confirm", "final", "recheck"}
     assert all(t.device == H200.key and t.versions.startswith("vidrial ") and t.time.endswith("+00:00") for t in result.trials)
 
@@ -144,10 +144,10 @@ def test_proxies_cover_the_binaries_of_a_config_too_large_for_the_small_problem(
     small = parts_op.small(example())
     config = PartsConfig(1024, Config(64, 3), Config(32, 2))
     legal = dataclasses.replace(config, chunk=64)
-    assert proxies(parts_op, small, example(), legal, H200) == (legal,)
-    found = proxies(parts_op, small, example(), config, H200)
+    assert check_configs(parts_op, small, example(), legal, H200) == (legal,)
+    found = check_configs(parts_op, small, example(), config, H200)
     assert found == (dataclasses.replace(config, chunk=256),)
-    assert proxies(op, example(n=40), example(), Config(64), H200) == ()
+    assert check_configs(op, example(n=40), example(), Config(64), H200) == ()
 
 
 def test_what_cannot_be_checked_is_not_timed() -> None:
@@ -237,8 +237,8 @@ def test_lengths_share_their_leaders() -> None:
     leaders = {r.config for result in found for r in result.ranked[:2]}
     for result in found:
         assert leaders <= {r.config for r in result.ranked}
-    assert pick(op, example(n=9999), H200).origin == "model"
-    assert pick(op, example(n=16001), H200).origin == "ranking"
+    assert choose_config(op, example(n=9999), H200).origin == "model"
+    assert choose_config(op, example(n=16001), H200).origin == "ranking"
 
 
 def test_it_compiles_what_it_needs_and_records_what_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -246,7 +246,7 @@ def test_it_compiles_what_it_needs_and_records_what_does_not(monkeypatch: pytest
     result = sweep(op, example(), FAKE, configs=[Config(64, 3), Config(96, 3), Config(32, 3)], jobs=1)
     assert result.failures == {Status.compile: 1}
     (failed,) = (t for t in result.trials if t.status is Status.compile)
-    assert failed.config == Config(96, 3) and "a tile of 96 does not compile" in failed.sentence and "fake_op.cu.j2" in failed.sentence
+    assert failed.config == Config(96, 3) and "a tile of 96 does not compile" in failed.reason and "fake_op.cu.j2" in failed.reason
     (resources,) = result.winner.resources
     assert resources.kernel == "fake" and 0 < resources.registers <= 32 and resources.spill_bytes == 0
 

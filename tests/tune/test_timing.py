@@ -57,8 +57,8 @@ def test_candidates_are_timed_in_turn_and_drift_meets_all_alike() -> None:
 
 def test_drift_is_said() -> None:
     assert drift([1.0, 1.01, 1.02]) is None and drift([1.0]) is None
-    sentence = drift([1.0, 1.0, 1.2, 1.2])
-    assert sentence is not None and "1.0000 to 1.2000 ms" in sentence and "throttled or busy" in sentence
+    reason = drift([1.0, 1.0, 1.2, 1.2])
+    assert reason is not None and "1.0000 to 1.2000 ms" in reason and "throttled or busy" in reason
     # One disturbed sample in many is no drift.
     assert drift([1.0] * 40 + [1.5]) is None
 

@@ -120,7 +120,7 @@ def test_latest_prefers_failures_then_the_last_timing() -> None:
 
 def test_journal_is_read_back(tmp_path: Path) -> None:
     path = tmp_path / "deep" / "j.jsonl"
-    written = [trial(128), trial(64, status=Status.timeout, sentence="hangs"), trial(32, 2.0)]
+    written = [trial(128), trial(64, status=Status.timeout, reason="hangs"), trial(32, 2.0)]
     with Journal(path, op, HEADER) as journal:
         for t in written:
             journal.append(t)

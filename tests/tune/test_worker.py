@@ -46,7 +46,7 @@ def test_trial_and_time_reply_with_figures() -> None:
 
 
 @pytest.mark.parametrize(
-    ("fault", "status", "sentence"),
+    ("error", "status", "reason"),
     [
         ("crash", Status.crash, "signal SIGABRT"),
         ("bug", Status.crash, "ZeroDivisionError: in the op's own check"),
@@ -57,10 +57,10 @@ def test_trial_and_time_reply_with_figures() -> None:
         ("unrepeatable", Status.wrong, "two runs differ"),
     ],
 )
-def test_a_bad_config_costs_itself_alone(faults: Any, fault: str, status: Status, sentence: str) -> None:
+def test_a_bad_config_costs_itself_alone(faults: Any, fault: str, status: Status, reason: str) -> None:
     faults(f"2={fault}")
     replies = run([trial(1), trial(2), trial(3)])
-    assert replies[2].status is status and sentence in replies[2].sentence
+    assert replies[2].status is status and reason in replies[2].reason
     assert replies[1].status is replies[3].status is Status.ok
 
 

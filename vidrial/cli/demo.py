@@ -98,7 +98,7 @@ def _host_rows(console: Console, op: Op, device: Device) -> Iterator[tuple[Any, 
         config = op.predicted(problem, device, fixed)
         begin = time.perf_counter()
         found = check_on_host(op, problem, config)
-        yield t, describe(config), duration(time.perf_counter() - begin), f"{found.relative:.1e}", f"{found.worst:.1e}", _verdict(found)
+        yield t, describe(config), duration(time.perf_counter() - begin), f"{found.relative:.1e}", f"{found.max_error:.1e}", _verdict(found)
 
 
 def check_on_host(op: Op, problem: Any, config: Any) -> Check:
@@ -116,7 +116,7 @@ def check_on_host(op: Op, problem: Any, config: Any) -> Check:
 def _verdict(found: Check) -> Text:
     if found.ok:
         return Text("within bounds", "green")
-    return Text(f"WRONG: bounds are {found.relative_bound:.0e} and {found.worst_bound:.0e}", "bold red")
+    return Text(f"WRONG: bounds are {found.relative_bound:.0e} and {found.max_error_bound:.0e}", "bold red")
 
 
 def _steps(console: Console, label: str, items: Any) -> Iterator[Any]:

@@ -136,7 +136,7 @@ def explain(reference: str, keywords: tuple[str, ...], arch: str | None, limit: 
 @op_command("compile")
 @target_option
 @click.option("--top", default=8, show_default=True, type=click.IntRange(1), help="How many of the predicted fastest configs.")
-@click.option("--jobs", type=click.IntRange(1), help="Processes.  [default: VIDRIAL_JOBS, else one a core]")
+@click.option("--jobs", type=click.IntRange(1), help="Processes.  [default: VIDRIAL_JOBS, else one per core]")
 def compile_(reference: str, keywords: tuple[str, ...], arch: str | None, top: int, jobs: int | None) -> None:
     """Compile the configs predicted fastest and show what their kernels take."""
     from vidrial.build.nvrtc import Cubin
@@ -165,7 +165,7 @@ def compile_(reference: str, keywords: tuple[str, ...], arch: str | None, top: i
 )
 @click.option("--gpus", metavar="N|all|I,J", help="How many measure, or which CUDA indices (0,2 or 3,).  [default: 1; a Ray cluster's]")
 @click.option("--ray", metavar="ADDRESS", help="A Ray cluster whose CPUs compile and whose GPUs measure: host:port, ray://host:port, auto.")
-@click.option("--jobs", type=click.IntRange(1), help="Processes that compile.  [default: VIDRIAL_JOBS, else one a core]")
+@click.option("--jobs", type=click.IntRange(1), help="Processes that compile.  [default: VIDRIAL_JOBS, else one per core]")
 @click.option("--out", type=click.Path(file_okay=False, path_type=Path), help="Also write the rankings to OUT/<device>/<op>.json.")
 def sweep_(reference: str, keywords: tuple[str, ...], out: Path | None, gpus: str | None, **options: Any) -> None:
     """Measure which configs are fastest, and keep the ranking: calls take it from then on. A keyword given twice makes two problems.

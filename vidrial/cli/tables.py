@@ -99,7 +99,7 @@ def facts(problem: Any) -> str:
 
 
 def show_space(console: Console, op: Op, problem: Any, device: Device, limit: int) -> Space:
-    """Print the legal configs, fastest-predicted first, and the rejected ones grouped by sentence."""
+    """Print the legal configs, fastest-predicted first, and the rejected ones grouped by reason."""
     space = op.space(problem, device, limit=max(limit, 1))
     total = f"the {len(space)} predicted fastest" if len(space) == limit else f"{len(space)} legal configs"
     common, own = split_words([describe(c.config) for c in space.legal])
@@ -112,7 +112,7 @@ def show_space(console: Console, op: Op, problem: Any, device: Device, limit: in
         ((i, duration(c.seconds), text) for i, (c, text) in ranked),
     )
     reasons = space.reasons()
-    rows = [(len(configs), sentence, describe(configs[0])) for sentence, configs in itertools.islice(reasons.items(), limit)]
+    rows = [(len(configs), reason, describe(configs[0])) for reason, configs in itertools.islice(reasons.items(), limit)]
     if rows:
         show_table(console, f"{len(space.rejected)} rejected, for {len(reasons)} reasons", (">configs", "because", "for instance"), rows)
     return space
@@ -181,8 +181,8 @@ def show_environment(console: Console) -> None:
             ("host compiler", _ask(lambda: HostCompiler.find().version)),
         ],
     )
-    for sentence in missing():
-        console.print(Text(f"missing: {sentence}", "red"))
+    for reason in missing():
+        console.print(Text(f"missing: {reason}", "red"))
     show_table(console, "GPUs", ("", "", "", ""), _gpus())
     show_table(console, "rankings", ("", ""), _rankings())
     store, settings = Store.shared(), Settings.read()
@@ -220,7 +220,7 @@ def _local(op: Op, device: Device) -> tuple[int, int]:
 
 
 def _applies(mine: int, theirs: int, stale: int, device: Device) -> str:
-    """Which config a call takes on `device`, as a sentence; and what there is that does not count."""
+    """Which config a call takes on `device`, as a reason; and what there is that does not count."""
     if mine or theirs:
         measured = " and ".join(f"{count} rankings {where}" for where, count in (("from this machine", mine), ("shipped", theirs)) if count)
         said = f"{measured}: measured sizes take their winner, others the calibrated model's choice; other static facts the cost model's"
@@ -262,7 +262,7 @@ def show_winners(console: Console, results: Sequence[SweepResult]) -> None:
     rows = []
     for result, sizes in zip(results, split_words([facts(r.problem) for r in results])[1], strict=True):
         winner, check = result.winner, result.winner.check
-        errors = (f"{check.relative:.1e}", f"{check.worst:.1e}") if check is not None else ("", "")
+        errors = (f"{check.relative:.1e}", f"{check.max_error:.1e}") if check is not None else ("", "")
         noise = f"{winner.timing.iqr_ms / winner.timing.median_ms:.1%}" if winner.timing is not None else ""
         rows.append(
             (
@@ -300,7 +300,7 @@ LAUNCH_COLUMNS = (
     ">threads",
     ">registers",
     ">shared B",
-    ">CTAs an SM",
+    ">CTAs per SM",
     "limited by",
     ">waves",
     ">last wave",
@@ -336,7 +336,7 @@ def show_report(console: Console, report: Report) -> None:
 
 def _errors(outcome: Outcome) -> tuple[str, str]:
     found = outcome.check
-    return (f"{found.relative:.1e}", f"{found.worst:.1e}") if found is not None else ("", "")
+    return (f"{found.relative:.1e}", f"{found.max_error:.1e}") if found is not None else ("", "")
 
 
 def _verdict(outcome: Outcome) -> Text:

@@ -53,8 +53,8 @@ class Outcome:
         return self.failure.partition("\nwhole ")[0]
 
     def __str__(self) -> str:
-        verdict = f"FAILED: {self.summary}" if self.failure else f"ok: {self.check}"
-        return f"{self.problem} with {describe(self.config)}, {self.sanitizer or 'plain'}, {self.schedules} schedules: {verdict}"
+        result = f"FAILED: {self.summary}" if self.failure else f"ok: {self.check}"
+        return f"{self.problem} with {describe(self.config)}, {self.sanitizer or 'plain'}, {self.schedules} schedules: {result}"
 
 
 @dataclass(frozen=True)
@@ -137,7 +137,7 @@ def odd_problems(op: Op, keywords: Mapping[str, Any] | None = None) -> list[Any]
     return list(dict.fromkeys(op.small(make_problem(op, given | dict.fromkeys(lengths, n))) for n in (LENGTHS if lengths else LENGTHS[:1])))
 
 
-def unlike_configs(op: Op, problem: Any, count: int) -> list[Any]:
+def diverse_configs(op: Op, problem: Any, count: int) -> list[Any]:
     """The config predicted best, then, `count` in all, the best ones that launch other kernels, with other tiles, by other choices."""
     candidates = sorted(_candidates(op, problem), key=lambda candidate: candidate.seconds)
     chosen = [candidates[0].config if candidates else op.predicted(problem, Device.of(DEVICE))]
@@ -179,7 +179,7 @@ def _traits(op: Op, problem: Any, config: Any) -> tuple[set[Any], set[Any], set[
 
 
 def _runs(op: Op, problems: Sequence[Any], count: int, sanitizers: Sequence[str | None]) -> Iterator[tuple[Any, Any, str | None]]:
-    device, chosen = Device.of(DEVICE), unlike_configs(op, problems[-1], count)
+    device, chosen = Device.of(DEVICE), diverse_configs(op, problems[-1], count)
     for problem in problems:
         legal = [config for config in chosen if op.reject(problem, config, device) is None]
         for config in legal or [op.predicted(problem, device)]:
@@ -217,7 +217,7 @@ def _wrong(found: Check, results: Sequence[Mapping[str, np.ndarray]], schedules:
     if not found.ok:
         return (
             f"wrong values: {found.relative:.1e} relative to the norm (at most {found.relative_bound:.1e}), "
-            f"{found.worst:.1e} in the worst element (at most {found.worst_bound:.1e})"
+            f"{found.max_error:.1e} in the worst element (at most {found.max_error_bound:.1e})"
         )
     for other, schedule in zip(results, schedules, strict=True):
         for name, array in other.items():

@@ -42,16 +42,16 @@ _REQUIRED = re.compile(r"^([^\s:][^:\n]*:\d+)(?::\d+)?:\s+required from here$", 
 
 @dataclasses.dataclass(frozen=True)
 class Build:
-    """One way to compile: compiler and flags; what all kernels have in common is compiled once and kept on `shelf`."""
+    """One way to compile: compiler and flags; what all kernels have in common is compiled once and kept on `artifact_dir`."""
 
     compiler: HostCompiler
     sanitizer: str | None
     optimise: str
     include_dirs: tuple[str, ...]
-    shelf: Path
+    artifact_dir: Path
 
     @classmethod
-    def find(cls, sanitizer: str | None, optimise: str, include_dirs: tuple[str, ...], shelf: Path) -> Build:
+    def find(cls, sanitizer: str | None, optimise: str, include_dirs: tuple[str, ...], artifact_dir: Path) -> Build:
         """With the host compiler that the settings ask for.
 
         Raises:
@@ -60,7 +60,7 @@ class Build:
         """
         if sanitizer not in SANITIZERS:
             raise ArgumentError(f"sanitizer {sanitizer!r}: accepted are {', '.join(map(repr, SANITIZERS))}")
-        return cls(_new_enough(HostCompiler.find()), sanitizer, optimise, include_dirs, shelf)
+        return cls(_new_enough(HostCompiler.find()), sanitizer, optimise, include_dirs, artifact_dir)
 
     @property
     def flags(self) -> tuple[str, ...]:
@@ -85,10 +85,10 @@ class Build:
         Raises:
             CompileError: the compiler rejects the source.
         """
-        runtime = self.made("runtime.o", [*self.runtime_flags(), "-c", "-x", "c++"], "launch.h")
+        runtime = self.build_artifact("runtime.o", [*self.runtime_flags(), "-c", "-x", "c++"], "launch.h")
         first: list[str] = []
         if pch and not self.clang:
-            header = self.made("vidrial/host/pch.h.gch", [*self.flags, *_include_flags(), "-x", "c++-header"], "pch.h")
+            header = self.build_artifact("vidrial/host/pch.h.gch", [*self.flags, *_include_flags(), "-x", "c++-header"], "pch.h")
             first = [f"-I{header.parents[2]}"]
         with tempfile.TemporaryDirectory(prefix="vidrial-host-") as folder:
             # Places are then relative, whatever folder this is.
@@ -125,8 +125,8 @@ class Build:
         calls = ["-fno-builtin"] if self.clang else ["-fno-builtin-memcpy", "-fno-builtin-memset", "-fno-tree-loop-distribute-patterns"]
         return ["-O2", *FLAGS, *calls, *macros, *_include_flags()]
 
-    def made(self, product: str, flags: list[str], header: str) -> Path:
-        """What the compiler makes of one of the runtime's headers, from the shelf or new; in a temporary folder if that cannot be written.
+    def build_artifact(self, product: str, flags: list[str], header: str) -> Path:
+        """What the compiler makes of one of the runtime's headers, from the artifact_dir or new; in a temporary folder if that cannot be written.
 
         Raises:
             ToolchainError: the compiler rejects it.
@@ -134,35 +134,35 @@ class Build:
         original = Toolchain.find().vidrial_include / "vidrial/host" / header
         named = "\0".join((*flags, self.compiler.version, _digest("vidrial/host", "vidrial/prelude.cuh")))
         key = hashlib.sha256(named.encode()).hexdigest()[:32]
-        for shelf in (self.shelf, temporary() / "shelf"):
-            if (shelf / key / product).is_file():
+        for artifact_dir in (self.artifact_dir, temporary() / "artifact_dir"):
+            if (artifact_dir / key / product).is_file():
                 with contextlib.suppress(OSError):
-                    os.utime(shelf / key)
-                return shelf / key / product
-            staged = shelf / f".{uuid.uuid4().hex}"
+                    os.utime(artifact_dir / key)
+                return artifact_dir / key / product
+            staged = artifact_dir / f".{uuid.uuid4().hex}"
             try:
                 (staged / product).parent.mkdir(parents=True, mode=0o700)
                 ended = execute([self.compiler.path, *flags, str(original), "-o", str(staged / product)], b"", COMPILE_SECONDS)
                 if ended.returncode:
                     raise ToolchainError(f"{self.compiler.version} does not compile {original}:\n{ended.stderr.decode(errors='replace')}")
-                os.rename(staged, shelf / key)
+                os.rename(staged, artifact_dir / key)
             except OSError:
-                # Another process was first, or the shelf cannot be written.
-                if (shelf / key / product).is_file():
-                    return shelf / key / product
+                # Another process was first, or the artifact_dir cannot be written.
+                if (artifact_dir / key / product).is_file():
+                    return artifact_dir / key / product
                 continue
             finally:
                 shutil.rmtree(staged, ignore_errors=True)
-            _prune(shelf)
-            return shelf / key / product
-        raise ToolchainError(f"neither {self.shelf} nor the temporary folder can be written; set VIDRIAL_CACHE_DIR or TMPDIR")
+            _prune(artifact_dir)
+            return artifact_dir / key / product
+        raise ToolchainError(f"neither {self.artifact_dir} nor the temporary folder can be written; set VIDRIAL_CACHE_DIR or TMPDIR")
 
 
-def _prune(shelf: Path) -> None:
+def _prune(artifact_dir: Path) -> None:
     """Remove all but the newest products: each is of one set of flags, and of one state of the headers."""
     # Another process may be at it, too.
     with contextlib.suppress(OSError):
-        for old in sorted(shelf.glob("[0-9a-f]*"), key=lambda path: path.stat().st_mtime)[:-PRODUCTS_KEPT]:
+        for old in sorted(artifact_dir.glob("[0-9a-f]*"), key=lambda path: path.stat().st_mtime)[:-PRODUCTS_KEPT]:
             shutil.rmtree(old)
 
 

@@ -41,7 +41,7 @@ class Schedule:
     """How the threads of a CTA take turns, and for how long.
 
     `lazy`: cp.async lands and wgmma is executed at the wait (NaN until then), else at once. `order`: which runnable lane goes on,
-    `up`, `down` or a random seed. `timeout`: seconds a launch.
+    `up`, `down` or a random seed. `timeout`: seconds per launch.
 
     Raises:
         ArgumentError: an order that is not known, or no time.
@@ -71,7 +71,7 @@ SCHEDULES = (Schedule(), Schedule(lazy=False, order="down"), Schedule(order=5))
 class HostStats:
     """What a launch did, in all CTAs together; `seconds` are the CPU's and say nothing about a GPU.
 
-    `mma`: those of warps, without `wgmma`, one a warpgroup. `ldmatrix_conflicts`: passes over the banks beyond one a matrix.
+    `mma`: those of warps, without `wgmma`, one per warpgroup. `ldmatrix_conflicts`: passes over the banks beyond one per matrix.
     `cp_async_sectors`: 32-byte sectors read by `cp_async_requests` warp-wide cp.async. `cp_async_bytes`: read from global memory.
     `shared_memory_high_water`: dynamic bytes up to the last one written.
     """

@@ -41,7 +41,7 @@ class Access:
                 "accepted: 1 to 32 threads of 1, 2, 4, 8 or 16 bytes"
             )
         if any(address % self.bytes for address in self.addresses):
-            raise ArgumentError(f"an access of {self.bytes} bytes a thread has an address that is not a multiple of {self.bytes}")
+            raise ArgumentError(f"an access of {self.bytes} bytes per thread has an address that is not a multiple of {self.bytes}")
 
 
 def bank_conflicts(access: Access) -> int:
@@ -69,7 +69,7 @@ class Finding:
     def __str__(self) -> str:
         if self.ways is not None:
             return f"{self.name}: {self.kind}, {self.bytes} B, {'no bank conflict' if self.ways == 1 else f'{self.ways}-way bank conflict'}"
-        return f"{self.name}: {self.kind}, {self.bytes} B, {self.sectors} sectors a request (at best {self.best_sectors})"
+        return f"{self.name}: {self.kind}, {self.bytes} B, {self.sectors} sectors per request (at best {self.best_sectors})"
 
 
 def analyse(described: Described, name: str = "", row_stride: int | None = None) -> list[Finding]:
@@ -98,7 +98,7 @@ def _findings(described: Described, name: str, row_stride: int | None) -> Iterat
         yield Finding(name, kind, described.extent * DEPTH * tile.dtype.bytes, ways=_ways(reached, VECTOR_BYTES))
     elif isinstance(described, (LoadMatrix, LoadVector)):
         tile, thread = described.tile, np.arange(described.threads)
-        # Only the first 8 threads a matrix give ldmatrix an address.
+        # Only the first 8 threads per matrix give ldmatrix an address.
         lanes = 8 * described.atom.matrices if isinstance(described, LoadMatrix) else WARP
         base = tile.offset(described.row(thread), described.column(thread)) * tile.dtype.bytes
         reached = np.stack([tile.at(base, *step) for step in described.steps]).reshape(-1, WARP)[:, :lanes]
@@ -115,7 +115,7 @@ def _findings(described: Described, name: str, row_stride: int | None) -> Iterat
 
 
 def _ways(addresses: Any, size: int) -> int:
-    """Worst turns of a bank over accesses (accesses, threads) of `size` bytes a thread."""
+    """Worst turns of a bank over accesses (accesses, threads) of `size` bytes per thread."""
     phase = min(PHASE_BYTES // size, addresses.shape[1])
     first = addresses.reshape(-1, phase) // BANK_BYTES
     words = np.sort((first[:, :, None] + np.arange(max(size // BANK_BYTES, 1))).reshape(len(first), -1), axis=1)

@@ -80,7 +80,7 @@ MMA_16x8x16: Mapping[DType, MmaAtom] = {
     for dtype in _CPP_FRAGMENT
 }
 MMA_16x8x8: Mapping[DType, MmaAtom] = {dtype: _mma_sync(8, dtype, _ROW_16x8, Layout(((4, 8), 2), ((16, 1), 8))) for dtype in _CPP_FRAGMENT}
-# n of a wgmma: the accumulator has n / 2 registers a thread. NOTE: the hardware has every multiple of 8, CuTe the others only behind
+# n of a wgmma: the accumulator has n / 2 registers per thread. NOTE: the hardware has every multiple of 8, CuTe the others only behind
 # CUTE_SM90_EXTENDED_MMA_SHAPES_ENABLED: 56000 lines more for each kernel's compiler.
 WGMMA_N = (8, 16, 32, 64, 96, 128, 192, 256)
 
@@ -152,7 +152,7 @@ VECTOR: Mapping[int, CopyAtom] = {
 
 
 def ldmatrix(matrices: int = 4, transposed: bool = False) -> CopyAtom:
-    """The ldmatrix that fills `matrices` registers a thread.
+    """The ldmatrix that fills `matrices` registers per thread.
 
     Raises:
         LayoutError: `matrices` is not 1, 2 or 4.
@@ -163,7 +163,7 @@ def ldmatrix(matrices: int = 4, transposed: bool = False) -> CopyAtom:
 
 
 def cp_async(bytes: int = 16, zero_fill: bool = True) -> CopyAtom:
-    """The cp.async of `bytes` bytes a thread.
+    """The cp.async of `bytes` bytes per thread.
 
     Raises:
         LayoutError: `bytes` is not 4, 8 or 16.

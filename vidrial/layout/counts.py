@@ -23,7 +23,7 @@ WARP, BANKS_16_BYTES, VECTOR_BYTES, SECTOR_BYTES = 32, 8, 16, 32
 class Counts:
     """What a launch does, or a part of one, in all CTAs together; the fields are those of `vidrial.host.target.HostStats`.
 
-    `mma`, `ldmatrix`: instructions of a warp; `wgmma`: of a warpgroup. `ldmatrix_conflicts`: passes over the banks beyond one a matrix. `cp_async_requests`:
+    `mma`, `ldmatrix`: instructions of a warp; `wgmma`: of a warpgroup. `ldmatrix_conflicts`: passes over the banks beyond one per matrix. `cp_async_requests`:
     instructions of a warp of which some thread reads; `cp_async_sectors` of 32 bytes and `cp_async_bytes` are what they read.
     """
 
@@ -62,7 +62,7 @@ def loads(load: LoadMatrix, instructions: int) -> Counts:
 
 @cache
 def _conflicts(load: LoadMatrix) -> int:
-    """Passes beyond one a matrix, of all matrices of an instruction together: rows of 16 bytes in the same banks, at other addresses.
+    """Passes beyond one per matrix, of all matrices of an instruction together: rows of 16 bytes in the same banks, at other addresses.
 
     Those of the first warp at its first step: elsewhere the rows are others, but their distances, which decide, are the same.
     """

@@ -49,7 +49,7 @@ def draw(described: Drawable, part: Part = "C") -> str:
     if isinstance(described, (Layout, ComposedLayout)):
         return _svg(str(described), list(_layout_cells(described)))
     if isinstance(described, SmemLayout):
-        title = f"{described.rows} x {described.columns} {described.dtype}: 16 bytes a cell, colour = banks"
+        title = f"{described.rows} x {described.columns} {described.dtype}: 16 bytes per cell, colour = banks"
         return _svg(title, list(_tile_cells(described)))
     if isinstance(described, TiledCopy):
         tile = described.tile
@@ -69,7 +69,7 @@ def _mma(mma: TiledMma | WarpgroupMma, part: Part) -> str:
         return _svg(title, list(_accumulator_cells(mma) if part == "C" else _operand_cells(mma, "AB".index(part))))
     title = f"{part} of {mma.warpgroups} warpgroup{'s' if mma.warpgroups > 1 else ''}, {mma.atom.name}"
     if part == "C":
-        return _svg(f"{title}: thread.value of two columns a cell", list(_pair_cells(mma)))
+        return _svg(f"{title}: thread.value of two columns per cell", list(_pair_cells(mma)))
     read = mma.A if part == "A" else mma.B
     if read is None:
         return _svg(f"{title}, a step of k: thread.value", list(_fragment_cells(mma)))

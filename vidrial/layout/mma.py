@@ -102,7 +102,7 @@ class TiledMma:
 
     @property
     def accumulator_registers(self) -> int:
-        """float32 accumulators a thread."""
+        """float32 accumulators per thread."""
         return self.m_atoms * self.n_atoms * self.atom.c_layout.mode(1).size
 
     @property

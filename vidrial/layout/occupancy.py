@@ -11,7 +11,7 @@ from vidrial.layout.access import (
     WARP,
 )
 
-# Resident CTAs an SM, by compute capability times ten; 32 elsewhere (CUDA C++ Programming Guide, technical specifications).
+# Resident CTAs per SM, by compute capability times ten; 32 elsewhere (CUDA C++ Programming Guide, technical specifications).
 CTAS_PER_SM = {86: 16, 87: 16, 89: 24, 120: 24}
 # What the system reserves in shared memory for each CTA, and in what units registers are given to the warps of an SM.
 RESERVED_SMEM, REGISTER_UNIT, WARP_UNIT = 1024, 8, 4
@@ -19,7 +19,7 @@ RESERVED_SMEM, REGISTER_UNIT, WARP_UNIT = 1024, 8, 4
 
 @dataclasses.dataclass(frozen=True)
 class Occupancy:
-    """How many CTAs an SM holds, and what limits them. `threads`, `smem` (bytes) a CTA, `registers` a thread; the rest is the SM's.
+    """How many CTAs an SM holds, and what limits them. `threads`, `smem` (bytes) per CTA, `registers` per thread; the rest is the SM's.
 
     Raises:
         ArgumentError: a CTA has no threads or registers.
@@ -36,7 +36,7 @@ class Occupancy:
     def __post_init__(self) -> None:
         if self.threads < 1 or self.registers < 1 or self.smem < 0:
             raise ArgumentError(
-                f"a CTA of {self.threads} threads, {self.registers} registers a thread and {self.smem} bytes cannot be; "
+                f"a CTA of {self.threads} threads, {self.registers} registers per thread and {self.smem} bytes cannot be; "
                 "give positive numbers"
             )
 
@@ -68,7 +68,7 @@ class Occupancy:
 
     @property
     def ctas(self) -> int:
-        """CTAs an SM."""
+        """CTAs per SM."""
         return min(self.limits.values())
 
     @property
@@ -82,7 +82,7 @@ class Occupancy:
         return self.ctas * self.threads / self.threads_per_sm
 
     def __str__(self) -> str:
-        return f"{self.ctas} CTAs an SM ({self.fraction:.0%} of its threads), limited by {', '.join(self.limited_by)}"
+        return f"{self.ctas} CTAs per SM ({self.fraction:.0%} of its threads), limited by {', '.join(self.limited_by)}"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -172,7 +172,7 @@ class WarpgroupMma:
 
     @property
     def accumulator_registers(self) -> int:
-        """float32 accumulators a thread."""
+        """float32 accumulators per thread."""
         return self.m_atoms * self.n_blocks * 4
 
     @cached_property

@@ -40,7 +40,7 @@ class Row:
     status: str
     timing: Timing | None
     error: tuple[float, float] | None
-    sentence: str
+    reason: str
     resources: tuple[dict[str, Any], ...]
     reference_ms: float
     device: str
@@ -62,8 +62,8 @@ class Row:
             " ".join(_words(data["config"])),
             data["status"],
             Timing(float(timing["median_ms"]), float(timing["iqr_ms"]), int(timing["samples"])) if timing else None,
-            (float(check["relative"]), float(check["worst"])) if check else None,
-            data["sentence"],
+            (float(check["relative"]), float(check["max_error"])) if check else None,
+            data["reason"],
             tuple(data["resources"]),
             float(data["reference_ms"]),
             data["device"],
@@ -143,7 +143,7 @@ def rejected_rows(op: Op, rows: Sequence[Row]) -> list[Row]:
                 status=Status.rejected.name,
                 timing=None,
                 error=None,
-                sentence=r.sentence,
+                reason=r.reason,
                 resources=(),
                 reference_ms=0.0,
             )
@@ -162,7 +162,7 @@ def _words(config: Mapping[str, Any]) -> Iterator[str]:
 
 @dataclass(frozen=True)
 class Group:
-    """The trials of one problem on one device, one a config, fastest first; `label` tells it from the others, `length` places it.
+    """The trials of one problem on one device, one per config, fastest first; `label` tells it from the others, `length` places it.
 
     `series`: what it shares with others that differ in length only; a line joins these.
     """
@@ -309,12 +309,12 @@ def _winners(groups: Sequence[Group]) -> str:
 def _failures(groups: Sequence[Group]) -> str:
     reasons: dict[tuple[str, str], list[Row]] = {}
     for row in (r for g in groups for r in g.rows if r.status != OK):
-        reasons.setdefault((row.status, row.sentence), []).append(row)
+        reasons.setdefault((row.status, row.reason), []).append(row)
     if not reasons:
         return "<p>Every config that was tried passed its check and was timed.</p>"
     # What went wrong comes before what a rule forbade.
     ordered = sorted(reasons.items(), key=lambda item: (item[0][0] == Status.rejected.name, -len(item[1])))
-    cells = [[str(len(found)), status, sentence, found[0].config] for (status, sentence), found in ordered]
+    cells = [[str(len(found)), status, reason, found[0].config] for (status, reason), found in ordered]
     columns, left = ["#configs", "status", "because", "for instance"], len(cells) - REASONS
     more = f"<details><summary>and for {left} more reasons</summary>{table(columns, cells[REASONS:])}</details>" if left > 0 else ""
     return table(columns, cells[:REASONS]) + more
@@ -327,7 +327,7 @@ def _resources(groups: Sequence[Group]) -> str:
         if g.timed
         for r in g.timed[0].resources
     ]
-    columns = ["problem", "kernel", "#registers a thread", "#spilled bytes a thread", "#shared bytes a CTA"]
+    columns = ["problem", "kernel", "#registers per thread", "#spilled bytes per thread", "#shared bytes per CTA"]
     return table(columns, cells) if cells else "<p>None noted.</p>"
 
 
@@ -360,7 +360,7 @@ def _trials(groups: Sequence[Group]) -> str:
         cells = []
         for r in g.rows[:LISTED]:
             times = [f"{r.timing.median_ms:.4f}", f"{r.timing.iqr_ms:.4f}"] if r.timing is not None else ["", ""]
-            cells.append([r.config, *times, r.status, r.sentence])
+            cells.append([r.config, *times, r.status, r.reason])
         listing = table(["config", "#ms", "#IQR", "status", "because"], cells)
         more = f"<p>and {len(g.rows) - LISTED} more</p>" if len(g.rows) > LISTED else ""
         parts.append(f"<details><summary>{escape(g.label)}: {len(g.rows)} configs</summary>{listing}{more}</details>")

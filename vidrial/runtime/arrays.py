@@ -14,7 +14,7 @@ CPU = -1
 VECTOR_BYTES = 16
 
 
-class Facts(NamedTuple):
+class ArraySpec(NamedTuple):
     """What another array must agree in to be served by the same launches. `strides` in elements; `device` a CUDA index, or CPU."""
 
     shape: tuple[int, ...]
@@ -25,8 +25,8 @@ class Facts(NamedTuple):
     aligned: bool
 
     @classmethod
-    def of(cls, key: tuple[Any, ...], name: str) -> Facts:
-        """The facts that a `survey` saw; `name` is the argument's name in errors.
+    def of(cls, key: tuple[Any, ...], name: str) -> ArraySpec:
+        """The facts that a `signature_of` saw; `name` is the argument's name in errors.
 
         Raises:
             ArgumentTypeError: the dtype is not known, or the device not served.
@@ -59,13 +59,13 @@ class Array(NamedTuple):
     owner: Any
 
     @property
-    def facts(self) -> Facts:
+    def facts(self) -> ArraySpec:
         """What decides which launches serve it."""
-        return Facts(*self[1:6], self.pointer % VECTOR_BYTES == 0)
+        return ArraySpec(*self[1:6], self.pointer % VECTOR_BYTES == 0)
 
 
-def survey(arrays: Iterable[Any], names: Iterable[str]) -> tuple[tuple[tuple[Any, ...], ...], dict[str, int]]:
-    """A key of what decides which launches serve these arrays, of which `Facts.of` makes facts, and their addresses by name.
+def signature_of(arrays: Iterable[Any], names: Iterable[str]) -> tuple[tuple[tuple[Any, ...], ...], dict[str, int]]:
+    """A key of what decides which launches serve these arrays, of which `ArraySpec.of` makes facts, and their addresses by name.
 
     It is the first step of every call, so of torch's tensors it takes shape, dtype and device as torch has them.
 
@@ -200,7 +200,7 @@ def capturing() -> bool:
 def empty(shape: tuple[int, ...], dtype: DType, like: Any, library: str, device: int) -> tuple[int, Any]:
     """A new contiguous array on a device, contents undefined: its address and the library's own object.
 
-    `like`: an array of that library and device. For JAX memory comes from CuPy; see `give_back`.
+    `like`: an array of that library and device. For JAX memory comes from CuPy; see `to_library`.
     """
     if library == "torch":
         wanted = _torch_dtype(sys.modules["torch"], dtype)
@@ -238,12 +238,12 @@ def release(library: str, pointer: int) -> None:
         sys.modules["torch"]._C._cuda_cudaCachingAllocator_raw_delete(pointer)
 
 
-def give_back(x: Array) -> Any:
+def to_library(x: Array) -> Any:
     """The array as its library's own object: what the caller gets."""
-    return own(x.owner, x.dtype, x.library, x.device)
+    return wrap_output(x.owner, x.dtype, x.library, x.device)
 
 
-def own(x: Any, dtype: DType, library: str, device: int) -> Any:
+def wrap_output(x: Any, dtype: DType, library: str, device: int) -> Any:
     """What `empty` made as the library's own array of that dtype."""
     if library == "jax" and device != CPU:
         import cupy

@@ -34,7 +34,7 @@ def _no_rules(problem: Any, config: Any, device: Device) -> Iterable[tuple[bool,
     return ()
 
 
-def _no_values(problem: Any, config: Any) -> Mapping[str, Any]:
+def _no_scalars(problem: Any, config: Any) -> Mapping[str, Any]:
     return {}
 
 
@@ -46,10 +46,10 @@ class Kernel:
         name: of the `extern "C" __global__` function, and in the cache.
         template: the Jinja template that names `tiles`, `args`, `p` (static facts), `c` (config).
         problem, config: frozen dataclasses with `static`, `dynamic` and `choice` fields.
-        args: the kernel's one parameter; scalars are found in the problem by name, or in `values(problem, config)`.
+        args: the kernel's one parameter; scalars are found in the problem by name, or in `scalars(problem, config)`.
         tiles: (static facts, config) -> Tiles; may not read a dynamic field.
         grid: (problem, config) -> CTAs along x, y, z.
-        rules: (problem, config, device) -> (holds, sentence) pairs beyond what the tiles themselves demand.
+        rules: (problem, config, device) -> (holds, reason) pairs beyond what the tiles themselves demand.
         cost: (problem, config, device) -> Cost; without it configs keep their order of declaration.
         traffic: (problem, config, tiles) -> name of a tiled member -> what it does in one launch, built by `vidrial.layout.counts`; not needed
             by a kernel whose tiles have no copy, load or MMA.
@@ -64,7 +64,7 @@ class Kernel:
     grid: Callable[[Any, Any], tuple[int, int, int]]
     rules: Callable[[Any, Any, Device], Iterable[tuple[bool, str]]] = _no_rules
     cost: Callable[[Any, Any, Device], Cost] | None = None
-    values: Callable[[Any, Any], Mapping[str, Any]] = _no_values
+    scalars: Callable[[Any, Any], Mapping[str, Any]] = _no_scalars
     traffic: Callable[[Any, Any, Tiles], Mapping[str, Counts]] | None = None
 
     def resolve(self, problem: Any, config: Any) -> Tiles:
@@ -85,7 +85,7 @@ class Kernel:
         return render(self.template, self.name, names)
 
     def reject(self, problem: Any, config: Any, device: Device) -> str | None:
-        """The sentence of the first rule that the config breaks, or None: the one statement of legality."""
+        """The reason of the first rule that the config breaks, or None: the one statement of legality."""
         broken = self.broken_rule(problem, config, device)
         if broken is not None:
             return broken
@@ -94,7 +94,7 @@ class Kernel:
         except (LayoutError, ConfigError) as error:
             return str(error)
         if tiles.threads % 32 or not 32 <= tiles.threads <= 1024:
-            return f"{tiles.threads} threads a CTA: must be a multiple of 32, at most 1024"
+            return f"{tiles.threads} threads per CTA: must be a multiple of 32, at most 1024"
         if tiles.smem_bytes > device.smem_per_block:
             return f"{tiles.smem_bytes} bytes of shared memory: a CTA has {device.smem_per_block} on {device.name}"
         if tiles.min_blocks * (tiles.smem_bytes + SMEM_RESERVED) > device.smem_per_sm:
@@ -104,27 +104,27 @@ class Kernel:
         return None
 
     def broken_rule(self, problem: Any, config: Any, device: Device) -> str | None:
-        """The sentence of the first of the kernel's own rules that the config breaks, or None. It may still be illegal: tiles cost
+        """The reason of the first of the kernel's own rules that the config breaks, or None. It may still be illegal: tiles cost
         milliseconds, and are not asked."""
-        return next((sentence for holds, sentence in self.rules(problem, config, device) if not holds), None)
+        return next((reason for holds, reason in self.rules(problem, config, device) if not holds), None)
 
     def check(self, problem: Any, config: Any, device: Device) -> None:
         """Refuse an illegal config.
 
         Raises:
-            ConfigError: with the rule's sentence.
+            ConfigError: with the rule's reason.
         """
         check_choices(config)
-        sentence = self.reject(problem, config, device)
-        if sentence is not None:
-            raise ConfigError(f"{self.name}: {config} is not legal for {problem}: {sentence}; see {self.name}.space(problem, device)")
+        reason = self.reject(problem, config, device)
+        if reason is not None:
+            raise ConfigError(f"{self.name}: {config} is not legal for {problem}: {reason}; see {self.name}.space(problem, device)")
 
     def seconds(self, problem: Any, config: Any, device: Device) -> float:
         """Predicted time of one launch, 0 without a cost model."""
         return self.cost(problem, config, device).seconds(device) if self.cost is not None else 0.0
 
     def space(self, problem: Any, device: Device | None = None) -> Space:
-        """All configs for a problem: legal ones ranked by predicted time, rejected ones with their sentence."""
+        """All configs for a problem: legal ones ranked by predicted time, rejected ones with their reason."""
         device = device or Device.default()
         return Space.of(configs(self.config), lambda c: self.reject(problem, c, device), lambda c: self.seconds(problem, c, device))
 
@@ -153,7 +153,7 @@ class Kernel:
         Raises:
             ArgumentError: a scalar has no value.
         """
-        return self.args.pack(fields(problem, "static") | fields(problem, "dynamic") | dict(self.values(problem, config)))
+        return self.args.pack(fields(problem, "static") | fields(problem, "dynamic") | dict(self.scalars(problem, config)))
 
     def occupancy(self, problem: Any, config: Any, device: Device, registers: int) -> Occupancy:
         """CTAs an SM holds, and what limits them, for a register count (from the cubin, or an estimate)."""

@@ -58,14 +58,14 @@ class Check:
     """The distance of a result from the reference: norm-relative, and of the worst element (as the op defines it), with their bounds."""
 
     relative: float
-    worst: float
+    max_error: float
     relative_bound: float
-    worst_bound: float
+    max_error_bound: float
 
     @property
     def ok(self) -> bool:
         """Both within their bounds; NaN never is."""
-        return self.relative <= self.relative_bound and self.worst <= self.worst_bound
+        return self.relative <= self.relative_bound and self.max_error <= self.max_error_bound
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,7 @@ class Op:
     Args:
         name: in rankings and on the command line.
         kernels: all that its stages may launch.
-        problem, config: frozen dataclasses; the config may have parts, one a stage.
+        problem, config: frozen dataclasses; the config may have parts, one per stage.
         stages: (problem, config) -> the launches, in order.
         outputs: problem -> name -> Buffer.
         workspace: (problem, config) -> name -> Buffer.
@@ -101,7 +101,7 @@ class Op:
         reference: (problem, inputs) -> name -> float64 NumPy array.
         check: (problem, inputs, outputs, reference) -> Check.
         small: problem -> a problem of the same static fields, at an odd length, small enough to check quickly.
-        rules: (problem, config) -> (holds, sentence) about the config's own choices, beyond what the stages demand.
+        rules: (problem, config) -> (holds, reason) about the config's own choices, beyond what the stages demand.
         example: keywords (`t=10007, d=64`) -> a problem, with defaults for the rest: what the command line's options become.
     """
 
@@ -132,18 +132,18 @@ class Op:
         )
 
     def reject(self, problem: Any, config: Any, device: Device, part: str | None = None) -> str | None:
-        """The sentence of the first rule that the config breaks, or None: the op's own rules first, then the stages'.
+        """The reason of the first rule that the config breaks, or None: the op's own rules first, then the stages'.
 
         With `part`, only the stages of that part are asked.
         """
-        for holds, sentence in self.rules(problem, config):
+        for holds, reason in self.rules(problem, config):
             if not holds:
-                return sentence
+                return reason
         for stage in self.stages(problem, config):
             if part is None or stage.part == part:
-                reason = stage.kernel.reject(stage.problem, stage.config, device)
-                if reason is not None:
-                    return reason if stage.kernel.name == self.name else f"{stage.kernel.name}: {reason}"
+                broken = stage.kernel.reject(stage.problem, stage.config, device)
+                if broken is not None:
+                    return broken if stage.kernel.name == self.name else f"{stage.kernel.name}: {broken}"
         return None
 
     def estimate(self, problem: Any, config: Any, device: Device, part: str | None = None) -> float | None:
@@ -162,12 +162,12 @@ class Op:
         """Refuse an illegal config.
 
         Raises:
-            ConfigError: with the rule's sentence.
+            ConfigError: with the rule's reason.
         """
         check_choices(config)
-        sentence = self.reject(problem, config, device)
-        if sentence is not None:
-            raise ConfigError(f"{self.name}: {describe(config)} is not legal for {problem}: {sentence}")
+        reason = self.reject(problem, config, device)
+        if reason is not None:
+            raise ConfigError(f"{self.name}: {describe(config)} is not legal for {problem}: {reason}")
 
     def seconds(self, problem: Any, config: Any, device: Device, part: str | None = None) -> float:
         """Predicted time: the sum over the stages (of `part`, if given)."""
@@ -175,7 +175,7 @@ class Op:
 
     @property
     def parts(self) -> tuple[str, ...]:
-        """Names of the config's parts, one a stage or a few."""
+        """Names of the config's parts, one per stage or a few."""
         return tuple(f.name for f in dataclasses.fields(self.config) if f.metadata.get(KIND) == "part")
 
     def shared(self, fixed: Mapping[str, Any] | None = None) -> Iterator[Any]:
@@ -217,9 +217,9 @@ class Op:
         streams: list[Iterator[Candidate]] = []
         rejected: dict[Any, Rejected] = {}
         for shared in self.shared(fixed):
-            sentence = self.reject(problem, shared, device, part="")
-            if sentence is not None:
-                rejected[shared] = Rejected(shared, sentence)
+            reason = self.reject(problem, shared, device, part="")
+            if reason is not None:
+                rejected[shared] = Rejected(shared, reason)
                 continue
             spaces = self.part_spaces(problem, shared, device)
             for space in spaces.values():

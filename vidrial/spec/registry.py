@@ -84,7 +84,7 @@ def find_op(reference: str) -> Op:
 
 
 def parse_keywords(op: Op, words: Sequence[str]) -> dict[str, list[Any]]:
-    """`--t 10007 --d=64 --gated false` -> name -> its values, one a mention, typed as the op's `example` annotates them.
+    """`--t 10007 --d=64 --gated false` -> name -> its values, one per mention, typed as the op's `example` annotates them.
 
     Raises:
         ArgumentError: a keyword that `example` does not take, a value of another type, or one that is missing.

@@ -93,7 +93,7 @@ class Arguments:
         buffer = bytearray(self.bytes)
         for name, (offset, code) in self._scalars.items():
             if name not in values:
-                raise ArgumentError(f"argument {name} ({self.types[name]}) has no value; give it in the problem or in values()")
+                raise ArgumentError(f"argument {name} ({self.types[name]}) has no value; give it in the problem or in scalars()")
             value = values[name]
             try:
                 struct.pack_into(code, buffer, offset, *(value if isinstance(value, tuple) else (value,)))
@@ -106,9 +106,9 @@ class Tiles:
     """Everything that is known before the launch; prints as `struct Tiles`.
 
     Args:
-        threads: threads a CTA.
+        threads: threads per CTA.
         smem: the regions of dynamic shared memory, or None.
-        min_blocks: CTAs an SM that the register allocation must allow (the second launch bound).
+        min_blocks: CTAs per SM that the register allocation must allow (the second launch bound).
         members: name -> int, bool, DType, or an object that prints as a C++ type. Read back as attributes.
     """
 

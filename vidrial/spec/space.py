@@ -9,10 +9,10 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Rejected:
-    """A config that a rule forbids, and the rule's sentence."""
+    """A config that a rule forbids, and the rule's reason."""
 
     config: Any
-    sentence: str
+    reason: str
 
 
 @dataclass(frozen=True)
@@ -35,18 +35,18 @@ class Space:
         """Split `configs` by `reject` (None: legal) and rank the legal ones by `seconds`."""
         legal, rejected = [], []
         for config in configs:
-            sentence = reject(config)
-            if sentence is None:
+            reason = reject(config)
+            if reason is None:
                 legal.append(Candidate(config, seconds(config)))
             else:
-                rejected.append(Rejected(config, sentence))
+                rejected.append(Rejected(config, reason))
         return cls(tuple(sorted(legal, key=lambda c: c.seconds)), tuple(rejected))
 
     def reasons(self) -> dict[str, list[Any]]:
-        """Sentence -> the configs it rejects, most frequent sentence first."""
+        """Reason -> the configs it rejects, most frequent reason first."""
         groups: dict[str, list[Any]] = {}
         for r in self.rejected:
-            groups.setdefault(r.sentence, []).append(r.config)
+            groups.setdefault(r.reason, []).append(r.config)
         return dict(sorted(groups.items(), key=lambda item: -len(item[1])))
 
     def __len__(self) -> int:

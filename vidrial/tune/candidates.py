@@ -19,7 +19,7 @@ from vidrial.tune.trial import KernelResources
 BuildMany = Callable[[Mapping[Hashable, tuple[Source, str]]], Iterator[tuple[Hashable, Cubin | CompileError]]]
 
 
-def proxies(op: Op, small: Any, problem: Any, config: Any, device: Device) -> tuple[Any, ...]:
+def check_configs(op: Op, small: Any, problem: Any, config: Any, device: Device) -> tuple[Any, ...]:
     """Configs that are legal at `small` and together run every source that `config` runs on `problem`; none if there are no such.
 
     A config that is legal there stands for itself. Else its parts are checked under other shared choices, together or one by one.
@@ -53,9 +53,9 @@ class Builds:
         self._op, self._problem, self._small, self._device, self._build = op, problem, small, device, build
         self._known: dict[Hashable, KernelResources | str] = {}
 
-    def proxies(self, config: Any) -> tuple[Any, ...]:
+    def check_configs(self, config: Any) -> tuple[Any, ...]:
         """What a config is checked by at the small problem."""
-        return proxies(self._op, self._small, self._problem, config, self._device)
+        return check_configs(self._op, self._small, self._problem, config, self._device)
 
     def resources(self, config: Any) -> tuple[KernelResources, ...]:
         """What a config's kernels take, as far as they have been compiled."""
@@ -91,7 +91,10 @@ class Builds:
 
     def _stages(self, config: Any) -> dict[Hashable, Stage]:
         """The binaries of a config, and of what stands in for it when it is checked."""
-        stages = [*self._op.stages(self._problem, config), *(s for p in self.proxies(config) for s in self._op.stages(self._small, p))]
+        stages = [
+            *self._op.stages(self._problem, config),
+            *(s for p in self.check_configs(config) for s in self._op.stages(self._small, p)),
+        ]
         return {_binary(stage): stage for stage in stages}
 
 

@@ -20,7 +20,7 @@ from vidrial.host.target import SCHEDULES
 from vidrial.runtime.plan import CudaPlan
 from vidrial.spec.op import Buffer, Op
 from vidrial.tune.timing import Clock, CudaClock, Timing, measure, slowdowns
-from vidrial.tune.workers import Job, Verdict
+from vidrial.tune.workers import CheckResult, Job
 
 WARM_SECONDS = 0.2
 PULSE_STEPS = 16384
@@ -87,13 +87,13 @@ class Expected:
             self._kept[problem, seed] = inputs, self._op.reference(problem, inputs)
         return self._kept[problem, seed]
 
-    def judge(self, problem: Any, seed: int, results: Sequence[Arrays], outside: bool) -> Verdict:
+    def compare(self, problem: Any, seed: int, results: Sequence[Arrays], outside: bool) -> CheckResult:
         """Two runs' results beside the reference; `outside`: something was written beyond an array."""
         inputs, expected = self.of(problem, seed)
         check = self._op.check(problem, inputs, results[0], expected)
         same = all(np.array_equal(results[0][n].view(np.uint8), results[1][n].view(np.uint8)) for n in results[0])
-        fault = "it writes outside of its arrays" if outside else "" if same or not check.ok else "two runs on the same inputs differ"
-        return Verdict(check, fault)
+        error = "it writes outside of its arrays" if outside else "" if same or not check.ok else "two runs on the same inputs differ"
+        return CheckResult(check, error)
 
 
 class CudaBench:
@@ -122,14 +122,14 @@ class CudaBench:
             self._upload(problem, self._op.sample(problem, seeds[0]))
             self._reference.warm(self._clock)
 
-    def check(self, problem: Any, config: Any, seed: int) -> Verdict:
+    def check(self, problem: Any, config: Any, seed: int) -> CheckResult:
         """Twice on NaN, guards around every output and the workspace."""
         inputs, _ = self._expected.of(problem, seed)
         plan = CudaPlan(self._op, problem, config, self._index)
         with _cuda_errors():
             arrays = {name: self._cupy.asarray(x) for name, x in inputs.items()}
             runs = [self._run_guarded(plan, problem, arrays) for _ in range(2)]
-        return self._expected.judge(problem, seed, [results for results, _ in runs], any(outside for _, outside in runs))
+        return self._expected.compare(problem, seed, [results for results, _ in runs], any(outside for _, outside in runs))
 
     def measure(self, problem: Any, configs: Sequence[Any], job: Job, begin: Callable[[int], None]) -> tuple[list[Timing], float]:
         """Configs in turn with the reference kernel, on the inputs of `prepare`."""
@@ -207,7 +207,7 @@ class HostBench:
         for seed in seeds:
             self._expected.of(small, seed)
 
-    def check(self, problem: Any, config: Any, seed: int) -> Verdict:
+    def check(self, problem: Any, config: Any, seed: int) -> CheckResult:
         """Under two schedules of a CTA's threads, which must agree to the bit."""
         inputs, _ = self._expected.of(problem, seed)
         plan = HostPlan(self._op, problem, config)
@@ -216,7 +216,7 @@ class HostBench:
             outputs = {name: poison(b.shape, b.dtype) for name, b in self._op.outputs(problem).items()}
             plan.run({**inputs, **outputs}, schedule)
             results.append(outputs)
-        return self._expected.judge(problem, seed, results, outside=False)
+        return self._expected.compare(problem, seed, results, outside=False)
 
     def measure(self, problem: Any, configs: Sequence[Any], job: Job, begin: Callable[[int], None]) -> tuple[list[Timing], float]:
         """Not served.

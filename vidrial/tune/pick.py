@@ -18,7 +18,7 @@ from vidrial.spec.kernel import Kernel
 from vidrial.spec.op import Op
 from vidrial.tune.model import Model, work
 from vidrial.tune.ranking import (
-    Ranked,
+    RankedConfig,
     Ranking,
     _digest,
     _family,
@@ -26,11 +26,11 @@ from vidrial.tune.ranking import (
     _sha,
     _state,
     forget,
-    leading,
     local,
     log,
     shipped,
     sizes,
+    top_configs,
 )
 
 # From so many measured problems on, the model decides between them; with fewer, the nearest one's order does.
@@ -40,14 +40,14 @@ PICKS = 4096
 FROZEN_DEPTH = 128
 
 
-class Pick(NamedTuple):
+class Choice(NamedTuple):
     """A config, and where the choice comes from: `ranking`, `shipped`, `model` (calibrated) or `predicted` (nothing was measured)."""
 
     config: Any
     origin: str
 
 
-def pick(op: Op, problem: Any, device: Device, fixed: tuple[tuple[str, Any], ...] = ()) -> Pick:
+def choose_config(op: Op, problem: Any, device: Device, fixed: tuple[tuple[str, Any], ...] = ()) -> Choice:
     """The config that a call takes, its choices of the names in `fixed` (name, value) kept; compiles nothing, and is remembered.
 
     In this order: what this machine measured, what came with Vidrial for this very kind of GPU, the calibrated model over their
@@ -67,17 +67,17 @@ def freeze(on: bool = True) -> None:
 
 
 @functools.lru_cache(maxsize=PICKS)
-def _pick(op: Op, problem: Any, device: Device, fixed: tuple[tuple[str, Any], ...], generation: int) -> Pick:
+def _pick(op: Op, problem: Any, device: Device, fixed: tuple[tuple[str, Any], ...], generation: int) -> Choice:
     asked = dict(fixed)
     choices = (
         pick
         for pick in _choices(op, problem, device)
         if all(getattr(pick.config, name) == value for name, value in fixed) and op.reject(problem, pick.config, device) is None
     )
-    first = next(choices, None) or Pick(op.predicted(problem, device, asked), "predicted")
+    first = next(choices, None) or Choice(op.predicted(problem, device, asked), "predicted")
     if not build.frozen() or _compiled(op, problem, first.config, device):
         return first
-    predicted = (Pick(config, "predicted") for config in op.space(problem, device, FROZEN_DEPTH, asked))
+    predicted = (Choice(config, "predicted") for config in op.space(problem, device, FROZEN_DEPTH, asked))
     for choice in itertools.chain(choices, predicted):
         if _compiled(op, problem, choice.config, device):
             log.warning("%s: frozen, so %s in place of %s for %s", op.name, describe(choice.config), describe(first.config), problem)
@@ -88,14 +88,14 @@ def _pick(op: Op, problem: Any, device: Device, fixed: tuple[tuple[str, Any], ..
     )
 
 
-def _choices(op: Op, problem: Any, device: Device) -> Iterator[Pick]:
+def _choices(op: Op, problem: Any, device: Device) -> Iterator[Choice]:
     """Measured configs, the best choice first, legal or not."""
-    yield from (Pick(ranked.config, "ranking") for ranked in _measured(op, problem, device))
+    yield from (Choice(ranked.config, "ranking") for ranked in _measured(op, problem, device))
     known = _known(op, tuple(fields(problem, "static").items()), device, _state.generation)
-    yield from (Pick(config, origin) for config, origin in _ordered(known, op, problem, device))
+    yield from (Choice(config, origin) for config, origin in _ordered(known, op, problem, device))
 
 
-def _measured(op: Op, problem: Any, device: Device) -> tuple[Ranked, ...]:
+def _measured(op: Op, problem: Any, device: Device) -> tuple[RankedConfig, ...]:
     """What this machine measured at these very sizes: one document, where all that is known takes many."""
     key = _family(op.name, _digest(op, _state.generation), fields(problem, "static"), device.key) + _sha(size_class(problem))
     ranking = _load(op, Store.shared().read_json("ranking", key), f"ranking {key}")
@@ -133,7 +133,7 @@ def _known(op: Op, static: tuple[tuple[str, Any], ...], device: Device, generati
     for measured in by_sizes.values():
         for ranked in measured.configs:
             points.setdefault(ranked.config, []).append((work(op, measured.problem, ranked.config, device), ranked.timing.median_ms))
-    return _Known(tuple(mine), tuple(theirs), Model.fit(points), leading(by_sizes.values()), len(by_sizes))
+    return _Known(tuple(mine), tuple(theirs), Model.fit(points), top_configs(by_sizes.values()), len(by_sizes))
 
 
 def _compiled(op: Op, problem: Any, config: Any, device: Device) -> bool:

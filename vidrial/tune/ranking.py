@@ -1,6 +1,6 @@
 """Which configs were fastest for such inputs; and, from that, which config a call takes.
 
-    pick(op, problem, device)      # (config, where the choice comes from)
+    choose_config(op, problem, device)      # (config, where the choice comes from)
 
 A ranking is one JSON document: what one device measured for one op (its very templates), one set of static facts and one size
 class. Those of this machine lie in the cache; those that come with Vidrial in `sweeps/results/<device key>/<op>.json`.
@@ -41,7 +41,7 @@ log = logging.getLogger("vidrial")
 
 
 @dataclass(frozen=True)
-class Ranked:
+class RankedConfig:
     """A measured config; `tied`: within the noise of the one before it or after it, and placed by order of declaration."""
 
     config: Any
@@ -50,11 +50,11 @@ class Ranked:
 
 
 @dataclass(frozen=True)
-class Measured:
+class ProblemTimings:
     """One problem's configs, fastest first."""
 
     problem: Any
-    configs: tuple[Ranked, ...]
+    configs: tuple[RankedConfig, ...]
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ class Ranking:
     device: str
     device_name: str
     versions: str
-    measured: tuple[Measured, ...]
+    measured: tuple[ProblemTimings, ...]
 
     @classmethod
     def from_trials(cls, op: Op, device: Device, trials: Iterable[Trial]) -> Ranking | None:
@@ -75,7 +75,7 @@ class Ranking:
         if not good:
             return None
         configs = rank([(t.config, t.timing) for t in good if t.timing is not None])
-        return cls(op.name, op.digest(), device.key, device.name, good[0].versions, (Measured(good[0].problem, configs[:KEPT]),))
+        return cls(op.name, op.digest(), device.key, device.name, good[0].versions, (ProblemTimings(good[0].problem, configs[:KEPT]),))
 
     @classmethod
     def from_json(cls, op: Op, data: Any) -> Ranking:
@@ -91,8 +91,8 @@ class Ranking:
         ranking: Ranking = decode(cls, plain)
         measured = []
         for entry in data.get("measured", ()):
-            configs = tuple(decode(Ranked, r, {"config": op.config}) for r in entry["configs"])
-            measured.append(Measured(decode(op.problem, entry["problem"]), configs))
+            configs = tuple(decode(RankedConfig, r, {"config": op.config}) for r in entry["configs"])
+            measured.append(ProblemTimings(decode(op.problem, entry["problem"]), configs))
         return dataclasses.replace(ranking, measured=tuple(measured))
 
     def to_json(self) -> Any:
@@ -119,20 +119,20 @@ class Ranking:
             store.write_json("ranking", self.key, (before.merged(self) if before else self).to_json())
         forget()
 
-    def nearest(self, problem: Any) -> Measured:
+    def nearest(self, problem: Any) -> ProblemTimings:
         """The measured problem that is nearest in size, by ratio."""
         return min(self.measured, key=lambda m: distance(m.problem, problem))
 
 
-def rank(configs: Sequence[tuple[Any, Timing]]) -> tuple[Ranked, ...]:
+def rank(configs: Sequence[tuple[Any, Timing]]) -> tuple[RankedConfig, ...]:
     """Fastest first; those that tie with the fastest of their group in order of declaration, and marked."""
     waiting = sorted(configs, key=lambda c: (c[1].median_ms, config_order(c[0])))
-    ranked: list[Ranked] = []
+    ranked: list[RankedConfig] = []
     while waiting:
         leader = waiting[0][1]
         group = [c for c in waiting if c[1].ties(leader)]
         waiting = [c for c in waiting if not c[1].ties(leader)]
-        ranked += [Ranked(config, timing, len(group) > 1) for config, timing in sorted(group, key=lambda c: config_order(c[0]))]
+        ranked += [RankedConfig(config, timing, len(group) > 1) for config, timing in sorted(group, key=lambda c: config_order(c[0]))]
     return tuple(ranked)
 
 
@@ -146,7 +146,7 @@ def distance(a: Any, b: Any) -> float:
     return sum(abs(math.log(max(1, x) / max(1, y))) for x, y in zip(sizes(a), sizes(b), strict=True))
 
 
-def leading(measured: Iterable[Measured]) -> tuple[Any, ...]:
+def top_configs(measured: Iterable[ProblemTimings]) -> tuple[Any, ...]:
     """The configs that stand by for problems that were not measured: those that lead most of the measured ones.
 
     What bakes a length in does not: it would have to be compiled for every other one.

@@ -71,11 +71,11 @@ class RayWorkers:
         self.count = len(self._idle)
         self.compiler: Compiler | None = self._compile
 
-    def turn_to(self, prepare: Job) -> None:
+    def set_problem(self, prepare: Job) -> None:
         """From now on jobs are of this problem: every actor gets ready for it, while the caller goes on."""
         self._prepare = prepare
         for actor in self._idle:
-            actor.turn_to.remote(json.dumps(encode(prepare)))
+            actor.set_problem.remote(json.dumps(encode(prepare)))
 
     def run(self, jobs: Iterable[Job]) -> Iterator[tuple[Job, Reply]]:
         """Run jobs on whichever actor is idle; each comes back with its reply when it is done. Those of a lost node run again.
@@ -176,7 +176,7 @@ class RayWorkers:
     def _start(self, actor: Any, job: Job) -> Any:
         """The future of a job's reply; cubins that the actor's node may lack travel with it."""
         binaries = []
-        problems = [(job.problem, config) for config in job.configs] + [(job.small, proxy) for proxy in job.proxies]
+        problems = [(job.problem, config) for config in job.configs] + [(job.small, config) for config in job.check_configs]
         for stage in (stage for problem, config in problems for stage in self._op.stages(problem, config)):
             source = stage.kernel.source(stage.problem, stage.config)
             key = cubin_key(source.text, self.device.arch)
@@ -195,8 +195,8 @@ class RayWorkers:
             return None
         except errors.RayError as error:
             raise SweepError(f"the Ray cluster failed: {_cause(error)}") from None
-        if "fault" in told:
-            raise SweepError(told["fault"])
+        if "error" in told:
+            raise SweepError(told["error"])
         reply: Reply = decode(Reply, told)
         return reply
 
@@ -245,22 +245,22 @@ class _Actor:
             device = None
         return json.dumps({"version": __version__, "digest": self._op.digest(), "device": encode(device)})
 
-    def turn_to(self, prepare: str) -> None:
+    def set_problem(self, prepare: str) -> None:
         """Get ready for a problem."""
         if prepare != self._prepare:
             self._prepare = prepare
-            self._workers.turn_to(decode(Job, json.loads(prepare), self._fields))
+            self._workers.set_problem(decode(Job, json.loads(prepare), self._fields))
 
     def run(self, job: str, prepare: str, binaries: Sequence[tuple[str, bytes, str, str]]) -> str:
         """The reply to a job; or why the measuring process cannot begin."""
         for key, image, source, meta in binaries:
             if Store.shared().get(key) is None:
                 Store.shared().put(key, image, source, json.loads(meta))
-        self.turn_to(prepare)
+        self.set_problem(prepare)
         try:
             ((_, reply),) = self._workers.run([decode(Job, json.loads(job), self._fields)])
         except SweepError as error:
-            return json.dumps({"fault": f"{error} (on {socket.gethostname()})"})
+            return json.dumps({"error": f"{error} (on {socket.gethostname()})"})
         return json.dumps(encode(replace(reply, gpu=self._gpu)))
 
 

@@ -12,7 +12,7 @@ from typing import Any
 from vidrial.device import Device
 from vidrial.spec.choices import describe
 from vidrial.spec.op import Op
-from vidrial.tune.ranking import Ranked, Ranking
+from vidrial.tune.ranking import RankedConfig, Ranking
 from vidrial.tune.trial import Status, Trial, latest
 
 
@@ -30,7 +30,7 @@ class SweepResult:
     seconds: float
 
     @property
-    def ranked(self) -> tuple[Ranked, ...]:
+    def ranked(self) -> tuple[RankedConfig, ...]:
         """The measured configs, fastest first."""
         return self.ranking.measured[0].configs
 
@@ -81,16 +81,16 @@ class SweepResult:
 
 
 def no_valid_config(op: Op, problem: Any, device: Device, trials: Sequence[Trial]) -> str:
-    """The message of a sweep that found nothing: causes with their counts, and the most frequent sentence."""
+    """The message of a sweep that found nothing: causes with their counts, and the most frequent reason."""
     failed = list(latest(trials).values())
     if not failed:
         reasons = op.space(problem, device).reasons()
-        some = "; ".join(f"{len(configs)} x {sentence}" for sentence, configs in itertools.islice(reasons.items(), 3))
+        some = "; ".join(f"{len(configs)} x {reason}" for reason, configs in itertools.islice(reasons.items(), 3))
         return f"{op.name}: no config is legal for {problem} on {device.name}: {some or 'the space is empty'}"
     counts = Counter(t.status.name for t in failed)
     causes = ", ".join(f"{count} {name}" for name, count in counts.most_common())
-    sentence, count = Counter(t.sentence.partition("\n")[0] for t in failed).most_common(1)[0]
-    return f"{op.name}: all {len(failed)} configs failed for {problem} on {device.name}: {causes}. Most often ({count}): {sentence}"
+    reason, count = Counter(t.reason.partition("\n")[0] for t in failed).most_common(1)[0]
+    return f"{op.name}: all {len(failed)} configs failed for {problem} on {device.name}: {causes}. Most often ({count}): {reason}"
 
 
 def _columns(lines: Sequence[Sequence[str]]) -> str:

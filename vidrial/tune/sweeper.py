@@ -37,7 +37,7 @@ from vidrial.tune.candidates import Builds
 from vidrial.tune.codec import encode
 from vidrial.tune.journal import Journal
 from vidrial.tune.options import Options, check_problem, measuring
-from vidrial.tune.ranking import Ranking, leading
+from vidrial.tune.ranking import Ranking, top_configs
 from vidrial.tune.result import SweepResult, no_valid_config
 from vidrial.tune.search import Search
 from vidrial.tune.timing import drifts
@@ -115,7 +115,7 @@ def sweep_lengths(
             if mine is not None:
                 found.append(_Sweep(op, problem, mine, workers, device).run())
                 done(found[-1])
-        candidates = leading(m for result in found for m in result.ranking.measured)
+        candidates = top_configs(m for result in found for m in result.ranking.measured)
         for i, result in enumerate(found):
             have, mine = latest(result.trials), share(len(found) - i, 1.0)
             missing = [c for c in candidates if c not in have and op.reject(result.problem, c, device) is None]
@@ -151,7 +151,7 @@ class _Sweep:
             self.progress = stack.enter_context(reporting(self.options.progress))
             try:
                 # What measures begins while this process compiles.
-                self.workers.turn_to(Job("prepare", self.problem, self.small, seed=self.options.seed))
+                self.workers.set_problem(Job("prepare", self.problem, self.small, seed=self.options.seed))
                 self._search()
                 self._state()
                 self._confirm()
@@ -231,14 +231,14 @@ class _Sweep:
     def _jobs(self, configs: Sequence[Any]) -> Iterator[Job]:
         """A job for each config that can be measured, as soon as it is compiled; the others end as trials."""
         ready = self.builds.ready(configs) if self.needs_cubins else ((config, "") for config in configs)
-        for config, fault in ready:
+        for config, error in ready:
             best = min((t.ms for t in self.latest.values()), default=math.inf)
             # Whatever the time is, one config at least is measured.
             if self._over(SEARCH_SHARE) and best < math.inf:
                 return
-            checked = self.builds.proxies(config)
-            if fault:
-                self._add(config, Status.compile, Reply(Status.compile, fault))
+            checked = self.builds.check_configs(config)
+            if error:
+                self._add(config, Status.compile, Reply(Status.compile, error))
             elif not checked:
                 self._add(config, Status.rejected, Reply(Status.rejected, f"it is not legal at {self.small}, so it cannot be checked"))
             else:
@@ -252,7 +252,7 @@ class _Sweep:
                 config,
                 status,
                 check=reply.check,
-                sentence=reply.sentence,
+                reason=reply.reason,
                 reference_ms=reply.reference_ms,
                 resources=self.builds.resources(config),
                 device=self.device.key,
@@ -297,7 +297,7 @@ class _Sweep:
     def _recheck(self, config: Any) -> bool:
         if any(t.phase == "recheck" and t.config == config for t in self.journal.trials):
             return True
-        checked = self.builds.proxies(config)
+        checked = self.builds.check_configs(config)
         for _, reply in self.workers.run([Job("check", self.problem, self.small, (config,), checked, self.options.seed + 1)]):
             self._add(config, reply.status, reply, phase="recheck")
         return self.latest[config].ok

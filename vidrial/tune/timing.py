@@ -153,7 +153,7 @@ def slowdowns(pci_bus_id: str, work: Run | None = None) -> list[str]:
 def drifts(reference_ms: Mapping[str, Sequence[float]]) -> list[str]:
     """What the reference kernel's times, by GPU, say against the figures: a GPU's that changed, and GPUs that are not equally fast."""
     said = {gpu: drift(times) for gpu, times in reference_ms.items()}
-    notes = [f"GPU {gpu}: {sentence}" if len(said) > 1 else sentence for gpu, sentence in said.items() if sentence]
+    notes = [f"GPU {gpu}: {reason}" if len(said) > 1 else reason for gpu, reason in said.items() if reason]
     medians = {gpu: statistics.median(times) for gpu, times in reference_ms.items() if times}
     if medians and max(medians.values()) > (1 + DRIFT) * min(medians.values()):
         slow, fast = max(medians, key=medians.__getitem__), min(medians, key=medians.__getitem__)
@@ -165,7 +165,7 @@ def drifts(reference_ms: Mapping[str, Sequence[float]]) -> list[str]:
 
 
 def drift(reference_ms: Sequence[float]) -> str | None:
-    """A sentence if the reference kernel did not take the same time throughout, else None."""
+    """A reason if the reference kernel did not take the same time throughout, else None."""
     if len(reference_ms) < 2:
         return None
     # One disturbed sample says nothing: the tenth of each end is left out.

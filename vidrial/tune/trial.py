@@ -29,7 +29,7 @@ class Status(enum.Enum):
 
 @dataclass(frozen=True)
 class KernelResources:
-    """What one of an op's kernels takes: registers a thread, bytes spilled a thread, bytes of shared memory a CTA."""
+    """What one of an op's kernels takes: registers per thread, bytes spilled per thread, bytes of shared memory per CTA."""
 
     kernel: str
     registers: int
@@ -42,7 +42,7 @@ class Trial:
     """One config tried on one problem.
 
     `phase`: `screen` for a few samples, `confirm` and `final` where leaders were timed in turn, `recheck` for a winner's second check.
-    `device`: `Device.key`. `gpu`: which one measured, its CUDA index (`host:index` on a Ray cluster). `sentence`: why, if the status is
+    `device`: `Device.key`. `gpu`: which one measured, its CUDA index (`host:index` on a Ray cluster). `reason`: why, if the status is
     not ok. `versions`, `time`: of what, and when (UTC).
     """
 
@@ -53,7 +53,7 @@ class Trial:
     phase: str = "screen"
     timing: Timing | None = None
     check: Check | None = None
-    sentence: str = ""
+    reason: str = ""
     resources: tuple[KernelResources, ...] = ()
     reference_ms: float = 0.0
     device: str = ""
@@ -82,7 +82,7 @@ class Trial:
         return typing.cast(Trial, decode(cls, data, {"problem": op.problem, "config": op.config}))
 
     def __str__(self) -> str:
-        return f"{describe(self.config)}: {self.timing if self.ok else f'{self.status.name}: {self.sentence}'}"
+        return f"{describe(self.config)}: {self.timing if self.ok else f'{self.status.name}: {self.reason}'}"
 
 
 def latest(trials: Iterable[Trial]) -> dict[Any, Trial]:

@@ -1,4 +1,4 @@
-"""The measuring process: one a GPU, with a CUDA context of its own, replaced when a config hangs, crashes or spoils it.
+"""The measuring process: one per GPU, with a CUDA context of its own, replaced when a config hangs, crashes or spoils it.
 
 What travels between the processes is JSON: ops by name (`module:attribute` or `file.py:attribute`), problems and configs by field.
 """
@@ -36,19 +36,19 @@ PREPARE_SECONDS = 900.0
 
 
 @dataclass(frozen=True)
-class Verdict:
-    """A result beside the reference; `fault`: what else is wrong with it, "" for nothing."""
+class CheckResult:
+    """A result beside the reference; `error`: what else is wrong with it, "" for nothing."""
 
     check: Check
-    fault: str = ""
+    error: str = ""
 
     @property
-    def sentence(self) -> str:
+    def reason(self) -> str:
         """Why the result does not pass, "" if it does."""
         c = self.check
-        if self.fault or c.ok:
-            return self.fault
-        return f"relative error {c.relative:.2e} (bound {c.relative_bound:.0e}), worst {c.worst:.2e} (bound {c.worst_bound:.0e})"
+        if self.error or c.ok:
+            return self.error
+        return f"relative error {c.relative:.2e} (bound {c.relative_bound:.0e}), worst {c.max_error:.2e} (bound {c.max_error_bound:.0e})"
 
 
 class Pool(Protocol):
@@ -59,7 +59,7 @@ class Pool(Protocol):
     compiler: Compiler | None
     notes: tuple[str, ...]
 
-    def turn_to(self, prepare: Job) -> None:
+    def set_problem(self, prepare: Job) -> None:
         """From now on jobs are of this problem."""
 
     def run(self, jobs: Iterable[Job]) -> Iterator[tuple[Job, Reply]]:
@@ -74,7 +74,7 @@ class Bench(Protocol):
     def prepare(self, problem: Any, small: Any, seeds: Sequence[int]) -> None:
         """Make the inputs of the problem (first seed) and of the small one (all seeds), and the reference of the latter."""
 
-    def check(self, problem: Any, config: Any, seed: int) -> Verdict:
+    def check(self, problem: Any, config: Any, seed: int) -> CheckResult:
         """Run twice on poisoned memory and compare with the reference."""
 
     def measure(self, problem: Any, configs: Sequence[Any], job: Job, begin: Callable[[int], None]) -> tuple[list[Timing], float]:
@@ -91,14 +91,14 @@ class Bench(Protocol):
 class Job:
     """What a measuring process is asked.
 
-    `task`: `prepare`; `check` (`proxies` at `small`); `time` (configs in turn); `trial` (`check`, then `time`); `state`.
+    `task`: `prepare`; `check` (`check_configs` at `small`); `time` (configs in turn); `trial` (`check`, then `time`); `state`.
     """
 
     task: str
     problem: Any = None
     small: Any = None
     configs: tuple[Any, ...] = ()
-    proxies: tuple[Any, ...] = ()
+    check_configs: tuple[Any, ...] = ()
     seed: int = 0
     rounds: int = 0
     give_up_ms: float = math.inf
@@ -107,7 +107,7 @@ class Job:
 def job_fields(op: Op) -> dict[str, Any]:
     """The types of a job's fields that depend on the op, for `decode`."""
     problem, configs = op.problem | None, tuple[op.config, ...]  # type: ignore[name-defined]
-    return {"problem": problem, "small": problem, "configs": configs, "proxies": configs}
+    return {"problem": problem, "small": problem, "configs": configs, "check_configs": configs}
 
 
 @dataclass(frozen=True)
@@ -115,7 +115,7 @@ class Reply:
     """How a job ended, on which `gpu`. `at`: the config (its index in the job) that a failure belongs to, None where that is not known."""
 
     status: Status
-    sentence: str = ""
+    reason: str = ""
     check: Check | None = None
     timings: tuple[Timing, ...] = ()
     reference_ms: float = 0.0
@@ -131,7 +131,7 @@ class Workers:
         op: name of the op, from `reference_of`.
         bench: name of the class that measures.
         indices: CUDA indices.
-        prepare: what every process does first, a new one too; None: `turn_to` says it.
+        prepare: what every process does first, a new one too; None: `set_problem` says it.
         limit: seconds for a job.
     """
 
@@ -146,7 +146,7 @@ class Workers:
         self._busy: dict[multiprocessing.connection.Connection, _Worker] = {}
         self.replaced = 0
 
-    def turn_to(self, prepare: Job) -> None:
+    def set_problem(self, prepare: Job) -> None:
         """From now on jobs are of this problem: every process gets ready for it, while the caller goes on."""
         self._prepare = prepare
         for worker in self._idle:
@@ -176,7 +176,7 @@ class Workers:
                     try:
                         reply = worker.receive(worker.connection in ready)
                     except SweepError as error:
-                        self._leave_out(worker, error)
+                        self._drop_gpu(worker, error)
                         again.append(worker.job)
                         job = job or again.popleft()
                         continue
@@ -197,7 +197,7 @@ class Workers:
         self.replaced += 1
         return self._make(worker.index)
 
-    def _leave_out(self, worker: _Worker, error: SweepError) -> None:
+    def _drop_gpu(self, worker: _Worker, error: SweepError) -> None:
         if self.count == 1:
             raise error
         del self._busy[worker.connection]
@@ -227,7 +227,7 @@ class _Worker:
         self._names = (op, bench)
         self._process: subprocess.Popen[bytes] | None = None
         # A process is told to prepare, and a job at the earliest when it has answered that.
-        self._told = self._prepared = False
+        self._prepare_sent = self._prepared = False
         self._at: int | None = None
         self.alive = True
         self.deadline = math.inf
@@ -235,17 +235,17 @@ class _Worker:
 
     def begin(self, prepare: Job) -> None:
         """Send what has to come before the first job, and do not wait for it."""
-        if self._told and not self._prepared:
+        if self._prepare_sent and not self._prepared:
             self.stop()
         if self._process is None:
             self._spawn()
-        self._told, self._prepared = True, False
+        self._prepare_sent, self._prepared = True, False
         self._send(prepare, PREPARE_SECONDS)
 
     def start(self, job: Job, prepare: Job, limit: float) -> None:
         """Send a job, after what has to come before the first one."""
         self.job, self._limit, self._at = job, limit, None
-        if not self._told:
+        if not self._prepare_sent:
             self.begin(prepare)
         if self._prepared:
             self._send(job, limit)
@@ -266,7 +266,7 @@ class _Worker:
         reply: Reply = decode(Reply, message)
         if not self._prepared:
             if reply.status is not Status.ok:
-                raise SweepError(f"measuring process for GPU {self.index} cannot begin: {reply.sentence}")
+                raise SweepError(f"measuring process for GPU {self.index} cannot begin: {reply.reason}")
             self._prepared = True
             self._send(self.job, self._limit)
             return None
@@ -281,7 +281,7 @@ class _Worker:
             self.connection.close()
             self._errors.close()
             self._process = None
-            self._told = self._prepared = False
+            self._prepare_sent = self._prepared = False
 
     def _spawn(self) -> None:
         self.connection, theirs = multiprocessing.Pipe()
@@ -318,7 +318,7 @@ class _Worker:
             how = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
             reply = Reply(Status.crash, f"the measuring process ended by {how}{self._last_words()}", at=self._at)
         if not self._prepared:
-            raise SweepError(f"measuring process for GPU {self.index} cannot begin: {reply.sentence}")
+            raise SweepError(f"measuring process for GPU {self.index} cannot begin: {reply.reason}")
         return reply
 
     def _last_words(self) -> str:
@@ -348,7 +348,7 @@ class _Server:
     def __init__(self, op: Op, bench: Callable[[Op, int], Bench], index: int, send: Callable[[Any], None]) -> None:
         self._op, self._make, self._index, self._send = op, bench, index, send
         self._bench: Bench | None = None
-        self._verdicts: dict[tuple[Any, Any, int], Verdict] = {}
+        self._checked: dict[tuple[Any, Any, int], CheckResult] = {}
         self._tasks = {"prepare": self._prepare, "check": self._check, "trial": self._trial, "time": self._time, "state": self._state}
         self._fields = job_fields(op)
 
@@ -372,14 +372,14 @@ class _Server:
 
     def _check(self, bench: Bench, job: Job) -> Reply:
         worst = None
-        for proxy in job.proxies:
-            key = (job.small, proxy, job.seed)
-            if key not in self._verdicts:
-                self._verdicts[key] = bench.check(job.small, proxy, job.seed)
-            verdict = self._verdicts[key]
-            worst = verdict.check if worst is None or not verdict.check.relative <= worst.relative else worst
-            if verdict.sentence:
-                return Reply(Status.wrong, verdict.sentence, verdict.check)
+        for config in job.check_configs:
+            key = (job.small, config, job.seed)
+            if key not in self._checked:
+                self._checked[key] = bench.check(job.small, config, job.seed)
+            result = self._checked[key]
+            worst = result.check if worst is None or not result.check.relative <= worst.relative else worst
+            if result.reason:
+                return Reply(Status.wrong, result.reason, result.check)
         return Reply(Status.ok, "", worst)
 
     def _trial(self, bench: Bench, job: Job) -> Reply:

@@ -118,10 +118,10 @@ struct Matrix {
   Chunk read_behind_fence(uint32_t c) const {
     Chunk const chunk = read(c);
     if (seen.empty()) seen.resize(shared_bytes / 16 + 1);
-    Seen& before = seen[address(c) / 16];
-    if (!proxy_fences || (before.fences == proxy_fences && before.chunk != chunk))
+    Seen& previous = seen[address(c) / 16];
+    if (!proxy_fences || (previous.fences == proxy_fences && previous.chunk != chunk))
       fatal("wgmma: its %c at the shared address 0x%x was written, and no thread has called fence_async_proxy since", name, address(c));
-    before = {chunk, proxy_fences};
+    previous = {chunk, proxy_fences};
     return chunk;
   }
 };

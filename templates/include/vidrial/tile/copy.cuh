@@ -28,7 +28,7 @@ struct LoadVector {
   CUTE_DEVICE void operator()(int row, int column, uint32_t (&r)[4]) const { load_shared(Tile::at(base, row, column), r); }
 };
 
-// Global to shared memory by cp.async, a whole tile by the whole CTA: `Steps` vectors a thread, `RowStep` rows apart.
+// Global to shared memory by cp.async, a whole tile by the whole CTA: `Steps` vectors per thread, `RowStep` rows apart.
 template <class Atom, class Tile, class Row, class Column, int RowStep, int Steps>
 struct TiledCopy {
   using T = typename Tile::T;

@@ -32,15 +32,15 @@ struct TiledMma {
   CUTE_DEVICE static int column(int thread) { return ThreadMap<Column>::at(thread); }
   CUTE_HOST_DEVICE static constexpr int row_of(int m, int v) { return m * StepM + v / 2 * 8; }
   CUTE_HOST_DEVICE static constexpr int column_of(int n, int v) { return n * StepN + v % 2; }
-  // One step of k, A in registers. `settle` and `fence` are of use where products run on by themselves (vidrial/tile/wgmma.cuh).
+  // One step of k, A in registers. `wait` and `fence` are of use where products run on by themselves (vidrial/tile/wgmma.cuh).
   template <int RA, class Operand>
-  static CUTE_DEVICE void step(float (&c)[M][N][4], uint32_t (&a)[M][RA], Operand const& b, uint32_t stage, int k) {
+  static CUTE_DEVICE void mma_k(float (&c)[M][N][4], uint32_t (&a)[M][RA], Operand const& b, uint32_t stage, int k) {
     uint32_t f[N][RA / 2];
     b.load(stage, k, f);
     multiply(c, a, f);
   }
   template <int Groups>
-  static CUTE_DEVICE void settle() {}
+  static CUTE_DEVICE void wait() {}
   static CUTE_DEVICE void fence(float (&)[M][N][4]) {}
   template <int RA, int RB>
   static CUTE_DEVICE void multiply(float (&c)[M][N][4], uint32_t const (&a)[M][RA], uint32_t const (&b)[N][RB]) {

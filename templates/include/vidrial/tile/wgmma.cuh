@@ -1,5 +1,5 @@
 // The tiled objects of vidrial.wgmma as they reach the device: wgmma runs on by itself, reading registers and shared memory until it is
-// waited for. `step` and `product` issue and commit a group; `settle<N>` waits until at most the last N groups still run.
+// waited for. `mma_k` and `gemm` issue and commit a group; `wait<N>` waits until at most the last N groups still run.
 #pragma once
 #include <cute/arch/mma_sm90_gmma.hpp>
 #include <vidrial/tile/smem.cuh>
@@ -35,9 +35,9 @@ struct WarpgroupMma {
   CUTE_HOST_DEVICE static constexpr int column_of(int n, int v) { return n * 8 + v % 2; }
 
   // One step of k for all rows of the warpgroup, or for `Count` times 64 of them from m on, A in registers.
-  CUTE_DEVICE static void step(float (&c)[M][N][4], uint32_t (&a)[M][4], B const& b, uint32_t stage, int k) { step<M>(c, 0, a, b, stage, k); }
+  CUTE_DEVICE static void mma_k(float (&c)[M][N][4], uint32_t (&a)[M][4], B const& b, uint32_t stage, int k) { mma_k<M>(c, 0, a, b, stage, k); }
   template <int Count>
-  CUTE_DEVICE static void step(float (&c)[M][N][4], int m, uint32_t (&a)[Count][4], B const& b, uint32_t stage, int k) {
+  CUTE_DEVICE static void mma_k(float (&c)[M][N][4], int m, uint32_t (&a)[Count][4], B const& b, uint32_t stage, int k) {
     cute::warpgroup_arrive();
     uint64_t const at = b(stage, k);
     CUTE_UNROLL
@@ -45,7 +45,7 @@ struct WarpgroupMma {
     cute::warpgroup_commit_batch();
   }
   // All steps of k for 64 rows, A in registers.
-  CUTE_DEVICE static void product(float (&c)[N][4], uint32_t (&a)[K][4], B const& b, uint32_t stage) {
+  CUTE_DEVICE static void gemm(float (&c)[N][4], uint32_t (&a)[K][4], B const& b, uint32_t stage) {
     cute::warpgroup_arrive();
     CUTE_UNROLL
     for (int k = 0; k < K; ++k) fma(c, a[k], b(stage, k), cute::make_index_sequence<4 * N>());
@@ -53,7 +53,7 @@ struct WarpgroupMma {
   }
   // C = A B for the 64 rows m, A in shared memory from its step k on.
   template <class Operand>
-  CUTE_DEVICE static void product(float (&c)[N][4], Operand const& a, int m, int k, B const& b, uint32_t stage) {
+  CUTE_DEVICE static void gemm(float (&c)[N][4], Operand const& a, int m, int k, B const& b, uint32_t stage) {
     cute::warpgroup_arrive();
     CUTE_UNROLL
     for (int i = 0; i < K; ++i) {
@@ -63,7 +63,7 @@ struct WarpgroupMma {
   }
 
   template <int Groups>
-  CUTE_DEVICE static void settle() { cute::warpgroup_wait<Groups>(); }
+  CUTE_DEVICE static void wait() { cute::warpgroup_wait<Groups>(); }
   // What is written to accumulators before this, or read after it, stays on its side. Operands in registers need no fence: what makes
   // them is volatile. NOTE: one made later than `arrive`, and ptxas serialises all wgmmas (C7513).
   template <int R>
