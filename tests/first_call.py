@@ -11,10 +11,10 @@ from pathlib import Path
 import cupy
 import numpy as np
 from test_call import H200, Driver, Runtime, Tensor, Torch
-from vidrial.kernels.power_retention import power_retention
 
 from vidrial.build import cubins as build
 from vidrial.device import Device
+from vidrial.kernels.power_retention import power_retention
 from vidrial.runtime import plan
 from vidrial.runtime.launch import Binary
 from vidrial.spec import kernel

@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+from vidrial.host import plan as plans
 from vidrial.host.plan import HostPlan, poison
 from vidrial.host.target import SCHEDULES, HostStats, Schedule
 from vidrial.kernels.power_retention.op import RELATIVE_BOUND, Config, Problem, check, chunk_tokens, op, reference
-from vidrial.runtime import plan as plans
 from vidrial.templates import TEMPLATES
 
 Arrays = dict[str, np.ndarray]

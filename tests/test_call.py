@@ -31,7 +31,7 @@ from vidrial.kernels.power_retention.op import op as power_op
 from vidrial.runtime import arrays, plan
 from vidrial.runtime.arrays import CPU, ArraySpec, as_array, contiguous_strides, signature_of
 from vidrial.runtime.launch import Binary
-from vidrial.tune import ranking
+from vidrial.tune import pick as choosing
 from vidrial.tune.pick import freeze
 from vidrial.tune.ranking import Ranking, forget
 from vidrial.tune.timing import Timing
@@ -261,10 +261,10 @@ def test_thousands_of_shapes_keep_memory_bounded(driver: Driver, monkeypatch: py
     monkeypatch.setattr(plan, "build", lambda *_: None)
     monkeypatch.setitem(sys.modules, "torch", Torch)
     retention = importlib.import_module("vidrial.kernels.power_retention")
-    assert 0 < ranking._pick.cache_parameters()["maxsize"] <= 4096
+    assert 0 < choosing._pick.cache_parameters()["maxsize"] <= 4096
     config = power_op.predicted(power_example(t=2000, h=2, gated=False), H200, {"chunk": 128})
-    monkeypatch.setattr(call, "choose_config", lambda *_: ranking.Choice(config, "predicted"))
-    for module, name in ((retention, "_asked"), (call, "_cuda_plan"), (arrays, "contiguous_strides")):
+    monkeypatch.setattr(call, "choose_config", lambda *_: choosing.Choice(config, "predicted"))
+    for module, name in ((retention, "_request"), (call, "_cuda_plan"), (arrays, "contiguous_strides")):
         cached = getattr(module, name)
         assert 0 < cached.cache_parameters()["maxsize"] <= 4096
         monkeypatch.setattr(module, name, functools.lru_cache(maxsize=20)(cached.__wrapped__))

@@ -74,7 +74,7 @@ def test_wheel_holds_code_and_data(wheel: Path) -> None:
 
 def test_installed_wheel_finds_its_headers(wheel: Path, tmp_path: Path) -> None:
     zipfile.ZipFile(wheel).extractall(tmp_path)
-    program = "import vidrial, vidrial.kernels; from vidrial.spec.source import vidrial_include as f; print(vidrial.__file__, f())"
+    program = "import vidrial, vidrial.kernels; from vidrial.spec.headers import vidrial_include as f; print(vidrial.__file__, f())"
     assert run(program, PYTHONPATH=str(tmp_path)).split() == [
         str(tmp_path / "vidrial/__init__.py"),
         str(tmp_path / "vidrial/templates/include"),

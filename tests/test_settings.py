@@ -70,5 +70,5 @@ def test_nothing_is_read_at_import() -> None:
         "import sys, vidrial, vidrial.build.nvrtc, vidrial.runtime.launch, vidrial.build.store\n"
         "assert not {'cupy', 'torch', 'numpy', 'jinja2'} & set(sys.modules), sys.modules.keys()"
     )
-    environment = os.environ | {"VIDRIAL_JOBS": "nonsense", "PYTHONPATH": str(Path(__file__).parent.parent)}
+    environment = os.environ | {"VIDRIAL_JOBS": "nonsense", "PYTHONPATH": str(Path(__file__).parents[1])}
     assert subprocess.run([sys.executable, "-c", program], env=environment, check=False).returncode == 0

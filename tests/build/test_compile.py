@@ -230,7 +230,7 @@ def test_nothing_is_left(pool: CompilePool) -> None:
 # No `if __name__ == "__main__"`: a user's script need not have one.
 SCRIPT = """
 import sys
-from vidrial.compile import CompilePool
+from vidrial.build.pool import CompilePool
 with CompilePool(1) as pool:
     for key, cubin in pool.compile_many([(n, sys.argv[1], "tiny", "sm_80") for n in range(1000)]):
         print(key, flush=True)

@@ -253,7 +253,7 @@ def test_lost_race_returns_own_bytes(tmp_path: Path) -> None:
 WRITER = """
 import sys
 from pathlib import Path
-from vidrial.store import Store
+from vidrial.build.store import Store
 root, key, image = Path(sys.argv[1]), sys.argv[2], bytes(range(256)) * 400
 store = Store(root)
 for round in range(200):

@@ -4,11 +4,11 @@ import re
 
 import pytest
 from rich.console import Console
-from vidrial.kernels.power_retention.op import op
 
 from vidrial.cli import demo
 from vidrial.device import Device
 from vidrial.errors import ToolchainError
+from vidrial.kernels.power_retention.op import op
 
 
 @pytest.fixture

@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from vidrial.kernels.power_retention import power_retention
-from vidrial.kernels.power_retention.op import example, op
 
 from vidrial.call import prepare
 from vidrial.errors import FrozenError
+from vidrial.kernels.power_retention import power_retention
+from vidrial.kernels.power_retention.op import example, op
 from vidrial.runtime import plan
 from vidrial.tune.pick import freeze
 from vidrial.tune.ranking import forget

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 from power_gpu import compile_all, errors, run_guarded
+
+from vidrial.device import Device
 from vidrial.kernels.power_retention.attend import Config as Attend
 from vidrial.kernels.power_retention.op import Config, chunk_tokens, example, op, reference, sample
 from vidrial.kernels.power_retention.scan import Config as Scan
-
-from vidrial.device import Device
 from vidrial.spec.choices import describe
 
 LENGTHS = (1, 2, 7, 63, 64, 65, 127, 129, 257, 383, 513, 641, 1000, 1021)

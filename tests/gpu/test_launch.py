@@ -10,7 +10,7 @@ from vidrial.build.nvrtc import Cubin, compile_source
 from vidrial.device import Device
 from vidrial.errors import LaunchError
 from vidrial.runtime.launch import Binary
-from vidrial.spec.kernel import Geometry
+from vidrial.spec.geometry import Geometry
 
 SOURCE = """
 struct Args { float* out; long long n; float scale; int bias; };

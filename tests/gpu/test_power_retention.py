@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 import pytest
 from power_gpu import Arrays, compile_all, errors, run_guarded
-from vidrial.kernels.power_retention import power_retention
-from vidrial.kernels.power_retention.op import RELATIVE_BOUND, Problem, chunk_tokens, example, op, reference, sample
 
 from vidrial.device import Device
 from vidrial.errors import ArgumentTypeError, UnsupportedError
+from vidrial.kernels.power_retention import power_retention
+from vidrial.kernels.power_retention.op import RELATIVE_BOUND, Problem, chunk_tokens, example, op, reference, sample
 from vidrial.spec.choices import describe
 
 TWO_RESULTS = 2 * RELATIVE_BOUND

@@ -22,7 +22,7 @@ cupy.cuda.set_allocator(None)
 from dataclasses import replace
 from vidrial.device import Device
 from vidrial.kernels.power_retention.op import check, example, op, reference, sample
-from vidrial.plan import CudaPlan
+from vidrial.runtime.plan import CudaPlan
 
 CASES = (
     ({"t": 389, "h": 1, "d": 32}, 128, 2),
@@ -46,9 +46,10 @@ import struct
 import cupy
 
 cupy.cuda.set_allocator(None)
-from vidrial.compile import compile_source
+from vidrial.build.nvrtc import compile_source
 from vidrial.device import Device
-from vidrial.launch import Binary, Geometry
+from vidrial.runtime.launch import Binary
+from vidrial.spec.geometry import Geometry
 
 SOURCE = '''struct Args { float* x; };
 extern "C" __global__ void planted(__grid_constant__ Args const args) {

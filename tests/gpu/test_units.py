@@ -10,7 +10,7 @@ from units import Case, cases
 from vidrial.build.nvrtc import compile_source
 from vidrial.device import Device
 from vidrial.runtime.launch import Binary
-from vidrial.spec.kernel import Geometry
+from vidrial.spec.geometry import Geometry
 
 pytestmark = pytest.mark.gpu
 

@@ -8,7 +8,7 @@ import pytest
 
 from vidrial.errors import ArgumentError, LaunchError
 from vidrial.runtime.launch import Binary, pointer_to
-from vidrial.spec.kernel import Geometry
+from vidrial.spec.geometry import Geometry
 
 
 class FakeDriver:

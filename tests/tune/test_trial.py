@@ -223,7 +223,7 @@ from pathlib import Path
 from fake_op import op
 from test_trial import HEADER, trial
 from vidrial.errors import SweepError
-from vidrial.trial import Journal
+from vidrial.tune.journal import Journal
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 with Journal(Path(sys.argv[1]), op, HEADER) as journal:
     journal.append(trial(128))

@@ -17,7 +17,7 @@ from typing import cast
 
 from vidrial.errors import ToolchainError
 from vidrial.settings import Settings
-from vidrial.spec.source import vidrial_include
+from vidrial.spec.headers import vidrial_include
 
 INSTALL_CUPY = "pip install cupy-cuda13x==14.2.0"
 INSTALL_CUDA = 'pip install "cuda-toolkit[nvrtc,cudart,cccl]==13.0.*"'

@@ -8,7 +8,7 @@ from typing import Any
 
 from vidrial.build.nvrtc import Cubin
 from vidrial.errors import ArgumentError, LaunchError
-from vidrial.spec.kernel import Geometry
+from vidrial.spec.geometry import Geometry
 
 # Beyond this a kernel has to ask for its dynamic shared memory.
 SMEM_UNASKED = 48 << 10

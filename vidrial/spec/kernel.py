@@ -7,7 +7,6 @@ softmax.source(problem, config)      # the rendered C++
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -24,7 +23,9 @@ from vidrial.layout.wgmma import WarpgroupMma
 from vidrial.spec.choices import check_choices, configs
 from vidrial.spec.cost import Cost
 from vidrial.spec.fields import StaticView, fields
-from vidrial.spec.source import Arguments, Source, Tiles, closure_digest, render, vidrial_include
+from vidrial.spec.geometry import Geometry
+from vidrial.spec.headers import vidrial_include
+from vidrial.spec.source import Arguments, Source, Tiles, closure_digest, render
 from vidrial.spec.space import Space
 
 SMEM_RESERVED = 1024  # bytes of shared memory that the system takes of every CTA
@@ -172,35 +173,3 @@ class Kernel:
 @functools.lru_cache(maxsize=8192)
 def _resolve(kernel: Kernel, view: StaticView, config: Any) -> Tiles:
     return kernel.tiles(view, config)
-
-
-GRID_LIMITS = (2**31 - 1, 65535, 65535)
-THREADS_LIMIT = 1024
-
-
-@dataclasses.dataclass(frozen=True)
-class Geometry:
-    """CTAs along x, y, z; threads of a CTA; bytes of dynamic shared memory.
-
-    Raises:
-        ArgumentError: CUDA could not launch it on any GPU.
-    """
-
-    grid: tuple[int, int, int]
-    block: int
-    smem: int = 0
-
-    def __post_init__(self) -> None:
-        if len(self.grid) != 3 or any(not 0 <= n <= limit for n, limit in zip(self.grid, GRID_LIMITS, strict=True)):
-            raise ArgumentError(
-                f"grid {self.grid} is not three counts of CTAs from 0 to {GRID_LIMITS}; let a CTA do more, or split the launch"
-            )
-        if not 1 <= self.block <= THREADS_LIMIT:
-            raise ArgumentError(f"block of {self.block} threads: accepted are 1 to {THREADS_LIMIT}")
-        if self.smem < 0:
-            raise ArgumentError(f"dynamic shared memory of {self.smem} bytes is negative")
-
-    @property
-    def empty(self) -> bool:
-        """Whether there is nothing to launch (CUDA itself refuses an empty grid)."""
-        return 0 in self.grid

@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
-import importlib.util
 import os
 import re
 import stat
@@ -20,8 +19,9 @@ from typing import Any
 
 import jinja2
 
-from vidrial.errors import ArgumentError, TemplateError, ToolchainError
+from vidrial.errors import ArgumentError, TemplateError
 from vidrial.layout.smem import SharedMemory
+from vidrial.spec.headers import vidrial_include
 
 FORMATS = {"int": "i", "int32_t": "i", "uint32_t": "I", "int64_t": "q", "float": "f"}
 INCLUDE = re.compile(r'^\s*#\s*include\s*[<"]([^>"]+)[>"]', re.MULTILINE)
@@ -225,18 +225,3 @@ def render(template: Path, entry: str, names: Mapping[str, Any]) -> Source:
     folders = (template.parent, vidrial_include())
     text = f'// includes sha256:{closure_digest(body, folders)}\n#line 1 "{template.name}"\n{body}'
     return Source(text, entry, template.name, tuple(str(f) for f in folders))
-
-
-def vidrial_include() -> Path:
-    """The directory that holds Vidrial's own headers, installed or in the source tree.
-
-    Raises:
-        ToolchainError: the installation lacks its templates.
-    """
-    spec = importlib.util.find_spec("vidrial.templates")
-    for folder in (spec and spec.submodule_search_locations) or ():
-        if (Path(folder) / "include" / "vidrial" / "prelude.cuh").is_file():
-            return Path(folder) / "include"
-    raise ToolchainError(
-        "the package vidrial.templates lacks include/vidrial/prelude.cuh: the installation is incomplete; reinstall vidrial"
-    )

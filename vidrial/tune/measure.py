@@ -44,7 +44,7 @@ class Reference:
 
         from vidrial.build.nvrtc import compile_source
         from vidrial.runtime.launch import Binary
-        from vidrial.spec.kernel import Geometry
+        from vidrial.spec.geometry import Geometry
 
         self._binary = Binary.load(compile_source(PULSE % PULSE_STEPS, "pulse", arch), "pulse", index)
         self._geometry = Geometry((2 * sms, 1, 1), 512)

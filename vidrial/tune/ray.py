@@ -267,7 +267,7 @@ class _Actor:
 def _compile_task(op: str, text: str, entry: str, arch: str, config: str) -> tuple[bytes, dict[str, Any], str]:
     """A cubin, its resources and its log; or the error."""
     from vidrial.build.nvrtc import compile_source
-    from vidrial.spec.source import vidrial_include
+    from vidrial.spec.headers import vidrial_include
 
     home = next((kernel.template.parent for kernel in resolve(op).kernels if kernel.name == entry), vidrial_include())
     try:
