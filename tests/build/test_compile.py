@@ -144,7 +144,7 @@ def test_an_error_without_a_place() -> None:
 
 
 def test_nvrtc_missing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("vidrial.build.toolchain.nvrtc", lambda: (_ for _ in ()).throw(ToolchainError("NVRTC cannot be loaded")))
+    monkeypatch.setattr("vidrial.build.nvrtc.nvrtc", lambda: (_ for _ in ()).throw(ToolchainError("NVRTC cannot be loaded")))
     with pytest.raises(ToolchainError, match="NVRTC"):
         compile_source(source(8), "tiny", "sm_80")
 

@@ -211,10 +211,10 @@ def test_env_says_that_rankings_of_another_gpu_do_not_count(run, monkeypatch: py
     monkeypatch.setenv("VIDRIAL_CACHE_DIR", str(tmp_path / "cache"))
     known = [Device.of("h200"), Device.of("h100")]
     h100 = dataclasses.replace(known[1], name="NVIDIA H100 80GB HBM3")
-    monkeypatch.setattr("vidrial.device.gpu_count", lambda: 1)
+    monkeypatch.setattr("vidrial.cli.tables.gpu_count", lambda: 1)
     monkeypatch.setattr(Device, "current", classmethod(lambda cls, index=None: h100))
-    monkeypatch.setattr("vidrial.tune.ranking.shipped_devices", lambda: [known[0].key])
-    monkeypatch.setattr("vidrial.tune.ranking.shipped", lambda op, key: [object()] * 22 if key == known[0].key else [])
+    monkeypatch.setattr("vidrial.cli.tables.shipped_devices", lambda: [known[0].key])
+    monkeypatch.setattr("vidrial.cli.tables.shipped", lambda op, key: [object()] * 22 if key == known[0].key else [])
     said = " ".join(run("env")[1].split())
     assert f"power_retention, NVIDIA H100 80GB HBM3 nothing was measured on this kind of GPU ({h100.key})" in said
     assert (
