@@ -184,7 +184,7 @@ def test_a_killed_worker_costs_its_job_and_no_other(pool: CompilePool) -> None:
 def pool_workers() -> list[int]:
     """Processes of this one that run the pool's program."""
     children = Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
-    return [int(pid) for pid in children if b"vidrial.build.nvrtc" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+    return [int(pid) for pid in children if b"vidrial.build.pool" in Path(f"/proc/{pid}/cmdline").read_bytes()]
 
 
 def test_a_crash_is_named() -> None:
