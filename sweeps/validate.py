@@ -31,9 +31,9 @@ from vidrial.build.cubins import build_many
 from vidrial.build.nvrtc import Cubin
 from vidrial.device import Device
 from vidrial.errors import SweepError, VidrialError
-from vidrial.kernels.power_retention.op import Config, Problem, example, op, rules
+from vidrial.kernels.power_retention.op import Config, example, op, rules
+from vidrial.kernels.power_retention.problem import Problem
 from vidrial.spec.choices import describe
-from vidrial.spec.fields import StaticView
 from vidrial.spec.op import Stage
 from vidrial.spec.registry import reference_of
 from vidrial.sweeps.common import RESULTS, copy_journal, copy_out, facts, table, this_device, write_json
@@ -178,7 +178,7 @@ def legal(problem: Problem, config: Config, device: Device) -> bool:
 
 def stages(problem: Problem, config: Config) -> dict[Any, Stage]:
     """What a config runs, by what decides its binary: sources do not depend on the length."""
-    return {(s.kernel.name, StaticView(s.problem, s.config), s.config): s for s in op.stages(problem, config)}
+    return {s.binary: s for s in op.stages(problem, config)}
 
 
 def compiled(problems: Sequence[Problem], picks: Mapping[int, Choice], kept: Sequence[Config], device: Device, until: float) -> set[Any]:

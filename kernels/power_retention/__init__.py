@@ -18,7 +18,8 @@ from vidrial.call import CachedPlan, current_target, host_plan, run, run_on_host
 from vidrial.dtypes import DType
 from vidrial.errors import ArgumentError, ArgumentTypeError, UnsupportedError
 from vidrial.kernels.power_retention.cpu import power_retention_cpu
-from vidrial.kernels.power_retention.op import Config, Problem, op
+from vidrial.kernels.power_retention.op import Config, op
+from vidrial.kernels.power_retention.problem import Problem
 from vidrial.runtime.arrays import CPU, Array, ArraySpec, as_array, contiguous, library_of, signature_of
 from vidrial.spec.fields import CHOICES
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from vidrial.device import Device
 from vidrial.dtypes import DType
-from vidrial.kernels.power_retention.scan import pair_tiles, snapshot_elements
+from vidrial.kernels.power_retention.problem import Chunked
 from vidrial.layout.atoms import MMA_16x8x16, cp_async, ldmatrix
 from vidrial.layout.copies import LoadMatrix, LoadVector, TiledCopy
 from vidrial.layout.counts import Counts, copies, loads, products, vectors
@@ -20,40 +20,13 @@ from vidrial.layout.mma import Accumulator, TiledMma
 from vidrial.layout.smem import Pipeline, SharedMemory, SmemLayout, Transposed
 from vidrial.layout.wgmma import WarpgroupMma
 from vidrial.spec.cost import Cost
-from vidrial.spec.fields import choice, dynamic, static
+from vidrial.spec.fields import choice
 from vidrial.spec.kernel import Kernel
 from vidrial.spec.source import Arguments, Tiles
 from vidrial.templates import TEMPLATES
 
 # Fragments, addresses and loop state, beside the accumulators, before and from sm_90 on; seen in ptxas's reports.
 REGISTER_OVERHEAD, REGISTER_OVERHEAD_WGMMA = (80, 64), 60
-
-
-@dataclass(frozen=True)
-class Problem:
-    """q [b, t, hq, d], k [b, t, h, d], v [b, t, h, e] -> y [b, t, hq, e]; `stateful`: a state may come before the chunk."""
-
-    dtype: DType = static()
-    d: int = static()
-    e: int = static()
-    degree: int = static()
-    gated: bool = static()
-    normalized: bool = static()
-    stateful: bool = static()
-    b: int = dynamic()
-    t: int = dynamic()
-    hq: int = dynamic()
-    h: int = dynamic()
-    chunk: int = dynamic()
-    weight_scale: float = dynamic(keyed=False)
-    q_stride: tuple[int, int, int] = dynamic(keyed=False)
-    k_stride: tuple[int, int, int] = dynamic(keyed=False)
-    v_stride: tuple[int, int, int] = dynamic(keyed=False)
-    y_stride: tuple[int, int, int] = dynamic(keyed=False)
-
-    @property
-    def chunks(self) -> int:
-        return -(-self.t // self.chunk)
 
 
 @dataclass(frozen=True)
@@ -93,13 +66,13 @@ ARGS = Arguments(
 )
 
 
-def tiles(p: Problem, c: Config) -> Tiles:
+def tiles(p: Chunked, c: Config) -> Tiles:
     threads, bf16 = 32 * c.warps, DType.bfloat16
     Pipeline(c.stages)
     q = SmemLayout(p.dtype, c.rows, p.d)
     k, v = SmemLayout(p.dtype, c.keys, p.d, stages=c.stages), SmemLayout(p.dtype, c.keys, p.e, stages=c.stages)
     # A stage of the ring holds a block of keys and values, or a few pair tiles of S, or rows of Z.
-    kv_bytes, pairs = k.bytes + v.bytes, pair_tiles(p.d)
+    kv_bytes, pairs = k.bytes + v.bytes, p.pair_tiles
     s_tiles = max((n for n in (2, 4) if pairs % n == 0 and n * 128 * p.e <= kv_bytes), default=1)
     s = SmemLayout(bf16, 64 * s_tiles, p.e)
     z = SmemLayout(bf16, max((n for n in (32, 64) if p.d % n == 0 and 2 * n * p.d <= max(kv_bytes, s.bytes)), default=16), p.d)
@@ -120,21 +93,11 @@ def tiles(p: Problem, c: Config) -> Tiles:
         min_blocks=c.blocks,
         smem=SharedMemory(Q=q, Ring=c.stages * stage_bytes, Decay=8 * c.keys * c.stages),
         Elem=p.dtype,
-        d=p.d,
-        e=p.e,
-        degree=p.degree,
-        gated=p.gated,
-        normalized=p.normalized,
-        stateful=p.stateful,
-        rows=c.rows,
-        keys=c.keys,
-        stages=c.stages,
         stage_bytes=stage_bytes,
         s_tiles=s_tiles,
         s_stages=pairs // s_tiles,
         z_rows=z.rows,
         z_stages=p.d // z.rows if p.normalized else 0,
-        snapshot=snapshot_elements(p.d, p.e, p.normalized),
         rows_per_band=rows_per_band,
         warps_per_band=warps_per_band,
         Q=q,
@@ -179,7 +142,7 @@ def tiles(p: Problem, c: Config) -> Tiles:
 Products = tuple[TiledMma, TiledMma, TiledMma, TiledMma] | tuple[WarpgroupMma, WarpgroupMma, WarpgroupMma, WarpgroupMma]
 
 
-def _by_mma_sync(p: Problem, c: Config, *tiles: SmemLayout) -> Products:
+def _by_mma_sync(p: Chunked, c: Config, *tiles: SmemLayout) -> Products:
     q, k, v, s, z = tiles
 
     def product(dtype: DType, n: int, depth: int, b: SmemLayout | Transposed, a: SmemLayout | Accumulator | None = None) -> TiledMma:
@@ -196,7 +159,7 @@ def _by_mma_sync(p: Problem, c: Config, *tiles: SmemLayout) -> Products:
     )
 
 
-def _by_wgmma(p: Problem, c: Config, *tiles: SmemLayout) -> Products:
+def _by_wgmma(p: Chunked, c: Config, *tiles: SmemLayout) -> Products:
     q, k, v, s, z = tiles
 
     def product(n: int, depth: int, b: SmemLayout | Transposed, a: SmemLayout | None = None) -> WarpgroupMma:
@@ -211,12 +174,12 @@ def _by_wgmma(p: Problem, c: Config, *tiles: SmemLayout) -> Products:
     )
 
 
-def grid(p: Problem, c: Config) -> tuple[int, int, int]:
+def grid(p: Chunked, c: Config) -> tuple[int, int, int]:
     """Row blocks, query heads of a key head, key heads."""
     return -(-p.t // c.rows), p.hq // p.h, p.b * p.h
 
 
-def rules(p: Problem, c: Config, device: Device) -> Iterator[tuple[bool, str]]:
+def rules(p: Chunked, c: Config, device: Device) -> Iterator[tuple[bool, str]]:
     if c.mma == "wgmma":
         yield device.arch == "sm_90a", f"wgmma is an instruction of sm_90a; {device.name} is {device.arch}"
         yield p.dtype == DType.bfloat16, f"wgmma takes V as it is stored, and weights need the range of bfloat16; got {p.dtype}"
@@ -236,8 +199,8 @@ def rules(p: Problem, c: Config, device: Device) -> Iterator[tuple[bool, str]]:
     )
 
 
-def cost(p: Problem, c: Config, device: Device) -> Cost:
-    size, chunk_rows = snapshot_elements(p.d, p.e, p.normalized), min(p.chunk, p.t)
+def cost(p: Chunked, c: Config, device: Device) -> Cost:
+    size, chunk_rows = p.snapshot, min(p.chunk, p.t)
     # Causal: on average a CTA sees half its chunk and half of its own square.
     keys = (chunk_rows + c.rows) / 2
     with_state = p.t - chunk_rows if p.stateful else 0
@@ -259,7 +222,7 @@ def cost(p: Problem, c: Config, device: Device) -> Cost:
     return Cost(flops=intra + state, bytes=read, ctas=ctas, ctas_per_sm=c.blocks, efficiency=efficiency, uneven=p.chunks == 1)
 
 
-def traffic(p: Problem, c: Config, tiles: Tiles) -> dict[str, Counts]:
+def traffic(p: Chunked, c: Config, tiles: Tiles) -> dict[str, Counts]:
     """At most: a state and blocks of keys that the gates have forgotten altogether are left out."""
     q_stride, k_stride, v_stride = (stride[1] * p.dtype.bytes for stride in (p.q_stride, p.k_stride, p.v_stride))
     names = "CopyQ", "CopyK", "CopyV", "Decay", "QK", "PV"
@@ -298,13 +261,12 @@ def traffic(p: Problem, c: Config, tiles: Tiles) -> dict[str, Counts]:
 power_attend = Kernel(
     "power_attend",
     Path(TEMPLATES, "power_retention", "power_attend.cu.j2"),
-    Problem,
+    Chunked,
     Config,
     ARGS,
     tiles,
     grid,
     rules,
     cost,
-    scalars=lambda p, c: {"chunks": p.chunks},
     traffic=traffic,
 )

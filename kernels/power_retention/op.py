@@ -13,8 +13,9 @@ import numpy as np
 
 from vidrial.dtypes import DType
 from vidrial.kernels.power_retention import attend, gates, scan, scan_wgmma
+from vidrial.kernels.power_retention.problem import Chunked, Problem
 from vidrial.kernels.power_retention.reference import attention_form
-from vidrial.spec.fields import choice, dynamic, part, static
+from vidrial.spec.fields import choice, part
 from vidrial.spec.op import Buffer, Check, Op, Stage
 
 # Rows of tables are padded to this many tokens when the sequence is one chunk: every tile's rows divide it.
@@ -26,28 +27,6 @@ MEMORY = 1000
 # Relative to the norm, and of the worst element weighted by its conditioning, for outputs rounded to 16 bits:
 # rounding the exact result to bf16 alone costs 1.7e-3 of the norm, the state form 2.8e-3.
 RELATIVE_BOUND, WORST_BOUND = 5e-3, 2e-3
-
-
-@dataclass(frozen=True)
-class Problem:
-    """q [b, t, hq, d], k [b, t, h, d], v [b, t, h, e], log_g [b, t, h] -> y [b, t, hq, e]; strides in elements, of all but the last axis."""
-
-    dtype: DType = static()
-    d: int = static()
-    e: int = static()
-    degree: int = static()
-    gated: bool = static()
-    normalized: bool = static()
-    b: int = dynamic()
-    t: int = dynamic()
-    hq: int = dynamic()
-    h: int = dynamic()
-    scale: float = dynamic(keyed=False)
-    q_stride: tuple[int, int, int] = dynamic(keyed=False)
-    k_stride: tuple[int, int, int] = dynamic(keyed=False)
-    v_stride: tuple[int, int, int] = dynamic(keyed=False)
-    y_stride: tuple[int, int, int] = dynamic(keyed=False)
-    log_g_stride: tuple[int, int, int] = dynamic(keyed=False)
 
 
 @dataclass(frozen=True)
@@ -73,39 +52,20 @@ def whole_chunk(p: Problem) -> int:
     return -(-max(p.t, 1) // PADDING) * PADDING
 
 
-def chunk_tokens(p: Problem, c: Config) -> int:
-    """Tokens a chunk: the config's, or the padded length."""
-    return c.chunk or whole_chunk(p)
-
-
 @lru_cache(maxsize=256)
-def _problems(p: Problem, chunk: int) -> tuple[scan.Problem, attend.Problem]:
-    """What scan and attend are asked; of a whole space's configs these are the few that differ."""
-    facts = {"dtype": p.dtype, "d": p.d, "e": p.e, "gated": p.gated, "normalized": p.normalized}
-    facts |= {"b": p.b, "t": p.t, "h": p.h, "chunk": chunk or whole_chunk(p), "k_stride": p.k_stride, "v_stride": p.v_stride}
-    return scan.Problem(**facts), attend.Problem(
-        **facts,
-        degree=p.degree,
-        stateful=chunk > 0,
-        hq=p.hq,
-        weight_scale=p.scale**p.degree,
-        q_stride=p.q_stride,
-        y_stride=p.y_stride,
-    )
+def chunked(p: Problem, chunk: int) -> Chunked:
+    """What the stages are asked when a config has this `chunk`; of a whole space's configs these are the few that differ."""
+    return Chunked(**vars(p), stateful=chunk > 0, chunk=chunk or whole_chunk(p))
 
 
 def stages(p: Problem, c: Config) -> list[Stage]:
-    scanned, attended = _problems(p, c.chunk)
-    sizes, launches = {"b": p.b, "t": p.t, "h": p.h, "chunk": scanned.chunk}, []
-    if p.gated:
-        launches.append(Stage(gates.power_gates, gates.Problem(**sizes, block=c.attend.keys, log_g_stride=p.log_g_stride), gates.Config()))
+    asked = chunked(p, c.chunk)
+    launches = [Stage(gates.power_gates, asked, gates.Config(block=c.attend.keys))] if p.gated else []
     if c.chunk:
-        launches.append(Stage(SCANS[c.scan.mma], scanned, c.scan, "scan"))
+        launches.append(Stage(SCANS[c.scan.mma], asked, c.scan, "scan"))
         if c.scan.segments > 1:
-            join = scan.CarryProblem(p.d, p.e, p.gated, p.normalized, **sizes, segments=c.scan.segments)
-            launches.append(Stage(scan.power_carry, join, scan.CarryConfig(), "scan"))
-    launches.append(Stage(attend.power_attend, attended, c.attend, "attend"))
-    return launches
+            launches.append(Stage(scan.power_carry, asked, scan.CarryConfig(segments=c.scan.segments), "scan"))
+    return [*launches, Stage(attend.power_attend, asked, c.attend, "attend")]
 
 
 def rules(p: Problem, c: Config) -> Iterator[tuple[bool, str]]:
@@ -118,18 +78,17 @@ def outputs(p: Problem) -> dict[str, Buffer]:
 
 
 def workspace(p: Problem, c: Config) -> dict[str, Buffer]:
-    chunk = chunk_tokens(p, c)
-    chunks, heads, size = -(-p.t // chunk), p.b * p.h, scan.snapshot_elements(p.d, p.e, p.normalized)
+    asked, heads = chunked(p, c.chunk), p.b * p.h
     buffers: dict[str, Buffer] = {}
     if p.gated:
-        padded, f32 = chunks * chunk, DType.float32
+        padded, f32 = asked.chunks * asked.chunk, DType.float32
         buffers |= {"a": Buffer((heads, padded, 2), f32), "to_block": Buffer((heads, padded), f32)}
         if c.chunk:
             buffers["to_end"] = Buffer((heads, padded), f32)
     if c.chunk:
-        buffers["snapshots"] = Buffer((heads, chunks, size), DType.bfloat16)
+        buffers["snapshots"] = Buffer((heads, asked.chunks, p.snapshot), DType.bfloat16)
         if c.scan.segments > 1:
-            buffers["ends"] = Buffer((heads, c.scan.segments - 1, size), DType.float32)
+            buffers["ends"] = Buffer((heads, c.scan.segments - 1, p.snapshot), DType.float32)
     return buffers
 
 

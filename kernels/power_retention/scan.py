@@ -14,47 +14,17 @@ from pathlib import Path
 
 from vidrial.device import Device
 from vidrial.dtypes import DType
+from vidrial.kernels.power_retention.problem import Chunked
 from vidrial.layout.atoms import MMA_16x8x16, cp_async, ldmatrix
 from vidrial.layout.copies import LoadMatrix, TiledCopy
 from vidrial.layout.counts import Counts, copies, loads, products, vectors
 from vidrial.layout.mma import TiledMma
 from vidrial.layout.smem import Pipeline, SharedMemory, SmemLayout
 from vidrial.spec.cost import Cost
-from vidrial.spec.fields import choice, dynamic, static
+from vidrial.spec.fields import choice
 from vidrial.spec.kernel import Kernel
 from vidrial.spec.source import Arguments, Tiles
 from vidrial.templates import TEMPLATES
-
-
-def pair_tiles(d: int) -> int:
-    """8 x 8 tiles of the symmetric square of d features: one per pair of blocks I <= J."""
-    return d // 8 * (d // 8 + 1) // 2
-
-
-def snapshot_elements(d: int, e: int, normalized: bool) -> int:
-    """Elements of one head's state: Z [d, d] if there is a normaliser, then 64 rows of e a pair tile."""
-    return (d * d if normalized else 0) + pair_tiles(d) * 64 * e
-
-
-@dataclass(frozen=True)
-class Problem:
-    """k [b, t, h, d], v [b, t, h, e]; snapshots [b h, chunks, state] bf16."""
-
-    dtype: DType = static()
-    d: int = static()
-    e: int = static()
-    gated: bool = static()
-    normalized: bool = static()
-    b: int = dynamic()
-    t: int = dynamic()
-    h: int = dynamic()
-    chunk: int = dynamic()
-    k_stride: tuple[int, int, int] = dynamic(keyed=False)
-    v_stride: tuple[int, int, int] = dynamic(keyed=False)
-
-    @property
-    def chunks(self) -> int:
-        return -(-self.t // self.chunk)
 
 
 @dataclass(frozen=True)
@@ -86,19 +56,19 @@ ARGS = Arguments(
 )
 
 
-def units(p: Problem, c: Config, z_rows: int | None = None) -> int:
+def units(p: Chunked, c: Config, z_rows: int | None = None) -> int:
     """Warps of work a head: the pair tiles', and those of Z in bands of `z_rows`."""
     z = p.d // (z_rows or band_of_z(p, c)) * (p.d // c.columns) if p.normalized else 0
-    return pair_tiles(p.d) * (p.e // c.columns) + z
+    return p.pair_tiles * (p.e // c.columns) + z
 
 
-def band_of_z(p: Problem, c: Config) -> int:
+def band_of_z(p: Chunked, c: Config) -> int:
     """Rows of Z a warp: 16, so that four warps share what is left for the last CTA, unless that takes another CTA."""
     wide = min(64, p.d)
     return 16 if -(-units(p, c, 16) // c.warps) == -(-units(p, c, wide) // c.warps) else wide
 
 
-def tiles(p: Problem, c: Config) -> Tiles:
+def tiles(p: Chunked, c: Config) -> Tiles:
     threads, bf16 = 32 * c.warps, DType.bfloat16
     Pipeline(c.stages)
     k, v = SmemLayout(p.dtype, c.tokens, p.d, stages=c.stages), SmemLayout(p.dtype, c.tokens, p.e, stages=c.stages)
@@ -119,13 +89,6 @@ def tiles(p: Problem, c: Config) -> Tiles:
         min_blocks=8 // c.warps,
         smem=smem,
         Elem=p.dtype,
-        d=p.d,
-        e=p.e,
-        gated=p.gated,
-        normalized=p.normalized,
-        tokens=c.tokens,
-        stages=c.stages,
-        columns=c.columns,
         z_rows=z_rows,
         K=k,
         V=v,
@@ -140,11 +103,11 @@ def tiles(p: Problem, c: Config) -> Tiles:
     )
 
 
-def grid(p: Problem, c: Config) -> tuple[int, int, int]:
+def grid(p: Chunked, c: Config) -> tuple[int, int, int]:
     return -(-units(p, c) // c.warps), c.segments, p.b * p.h
 
 
-def rules(p: Problem, c: Config, device: Device) -> Iterator[tuple[bool, str]]:
+def rules(p: Chunked, c: Config, device: Device) -> Iterator[tuple[bool, str]]:
     yield c.tiles == 1, f"tiles={c.tiles}: by mma.sync a warp owns one"
     yield c.columns <= 64, f"columns={c.columns}: a warp has registers for 64"
     yield p.d % c.columns == 0 and p.e % c.columns == 0, f"columns={c.columns} must divide d={p.d} and e={p.e}"
@@ -152,25 +115,25 @@ def rules(p: Problem, c: Config, device: Device) -> Iterator[tuple[bool, str]]:
     yield from common_rules(p, c)
 
 
-def common_rules(p: Problem, c: Config) -> Iterator[tuple[bool, str]]:
+def common_rules(p: Chunked, c: Config) -> Iterator[tuple[bool, str]]:
     """What holds by either instruction."""
     yield p.chunk % c.tokens == 0, f"tokens={c.tokens} must divide chunk={p.chunk}"
     yield c.segments == 1 or c.segments < p.chunks, f"segments={c.segments} must be fewer than the {p.chunks} chunks"
 
 
-def longest_segment(p: Problem, c: Config) -> int:
+def longest_segment(p: Chunked, c: Config) -> int:
     """Tokens that the longest segment scans: all others wait for it."""
     return min(-(-p.chunks // c.segments), p.chunks - 1) * p.chunk
 
 
-def traffic_bytes(p: Problem) -> int:
+def traffic_bytes(p: Chunked) -> int:
     """Bytes that cross device memory: keys and values once, every snapshot."""
-    scanned, size = (p.chunks - 1) * p.chunk, snapshot_elements(p.d, p.e, p.normalized)
+    scanned, size = (p.chunks - 1) * p.chunk, p.snapshot
     return 2 * p.b * p.h * (scanned * (p.d + p.e) + (p.chunks - 1) * size)
 
 
-def cost(p: Problem, c: Config, device: Device) -> Cost:
-    size = snapshot_elements(p.d, p.e, p.normalized)
+def cost(p: Chunked, c: Config, device: Device) -> Cost:
+    size = p.snapshot
     ctas = -(-units(p, c) // c.warps) * p.b * p.h * c.segments
     # Measured on an H200, which holds two CTAs of 4 such warps per SM; narrow slices make phi twice as often.
     efficiency = (0.42 if c.columns == 64 else 0.37) * (1.0 if c.tokens == 64 else 0.95) * (1.0 if c.warps == 4 else 0.9)
@@ -183,17 +146,17 @@ def cost(p: Problem, c: Config, device: Device) -> Cost:
     )
 
 
-def schedule(p: Problem, c: Config) -> tuple[int, range, int]:
+def schedule(p: Chunked, c: Config) -> tuple[int, range, int]:
     """Heads; the chunks that segments begin with; blocks of tokens that each unit of work goes through, over all heads."""
     heads, per_segment = p.b * p.h, -(-p.chunks // c.segments)
     starts = range(0, p.chunks, per_segment)
     return heads, starts, sum(min(s + per_segment, p.chunks - 1) - s for s in starts) * (p.chunk // c.tokens) * heads
 
 
-def traffic(p: Problem, c: Config, tiles: Tiles) -> dict[str, Counts]:
+def traffic(p: Chunked, c: Config, tiles: Tiles) -> dict[str, Counts]:
     heads, starts, blocks = schedule(p, c)
     copied = grid(p, c)[0] * blocks
-    pairs = pair_tiles(p.d) * (p.e // c.columns)
+    pairs = p.pair_tiles * (p.e // c.columns)
     # The factors of a segment's first block are loaded before its loop, those of the block after the last one in vain.
     factors = pairs * (blocks + len(starts) * heads)
     return {
@@ -208,57 +171,42 @@ def traffic(p: Problem, c: Config, tiles: Tiles) -> dict[str, Counts]:
 
 
 power_scan = Kernel(
-    "power_scan", Path(TEMPLATES, "power_retention", "power_scan.cu.j2"), Problem, Config, ARGS, tiles, grid, rules, cost, traffic=traffic
+    "power_scan", Path(TEMPLATES, "power_retention", "power_scan.cu.j2"), Chunked, Config, ARGS, tiles, grid, rules, cost, traffic=traffic
 )
 
 
 @dataclass(frozen=True)
-class CarryProblem:
-    """Snapshots of `segments` segments, to be joined."""
-
-    d: int = static()
-    e: int = static()
-    gated: bool = static()
-    normalized: bool = static()
-    b: int = dynamic()
-    t: int = dynamic()
-    h: int = dynamic()
-    chunk: int = dynamic()
-    segments: int = dynamic()
-
-
-@dataclass(frozen=True)
 class CarryConfig:
-    """`threads` a CTA, 8 elements each."""
+    """`threads` a CTA, 8 elements each; `segments`: how many the scan left to be joined."""
 
     threads: int = choice(128, 256)
+    segments: int = 2
 
 
 CARRY_ARGS = Arguments(a="float2 const*", ends="float const*", snapshots="cutlass::bfloat16_t*", t="int", chunk="int", segments="int")
 
 
-def carry_tiles(p: CarryProblem, c: CarryConfig) -> Tiles:
-    return Tiles(threads=c.threads, gated=p.gated, snapshot=snapshot_elements(p.d, p.e, p.normalized))
+def carry_tiles(p: Chunked, c: CarryConfig) -> Tiles:
+    return Tiles(threads=c.threads)
 
 
-def carry_grid(p: CarryProblem, c: CarryConfig) -> tuple[int, int, int]:
-    return -(-snapshot_elements(p.d, p.e, p.normalized) // (8 * c.threads)), p.segments - 1, p.b * p.h
+def carry_grid(p: Chunked, c: CarryConfig) -> tuple[int, int, int]:
+    return -(-p.snapshot // (8 * c.threads)), c.segments - 1, p.b * p.h
 
 
-def carry_cost(p: CarryProblem, c: CarryConfig, device: Device) -> Cost:
-    joined = -(-p.t // p.chunk) * (p.segments - 1) / p.segments
-    return Cost(
-        flops=0, bytes=4 * joined * p.b * p.h * snapshot_elements(p.d, p.e, p.normalized), ctas=math.prod(carry_grid(p, c)), ctas_per_sm=8
-    )
+def carry_cost(p: Chunked, c: CarryConfig, device: Device) -> Cost:
+    joined = p.chunks * (c.segments - 1) / c.segments
+    return Cost(flops=0, bytes=4 * joined * p.b * p.h * p.snapshot, ctas=math.prod(carry_grid(p, c)), ctas_per_sm=8)
 
 
 power_carry = Kernel(
     "power_carry",
     Path(TEMPLATES, "power_retention", "power_carry.cu.j2"),
-    CarryProblem,
+    Chunked,
     CarryConfig,
     CARRY_ARGS,
     carry_tiles,
     carry_grid,
     cost=carry_cost,
+    scalars=lambda p, c: {"segments": c.segments},
 )

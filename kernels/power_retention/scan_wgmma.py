@@ -12,7 +12,8 @@ from pathlib import Path
 from vidrial.device import Device
 from vidrial.dtypes import DType
 from vidrial.kernels.power_retention import scan
-from vidrial.kernels.power_retention.scan import ARGS, Config, Problem
+from vidrial.kernels.power_retention.problem import Chunked
+from vidrial.kernels.power_retention.scan import ARGS, Config
 from vidrial.layout.atoms import cp_async, ldmatrix
 from vidrial.layout.copies import LoadMatrix, TiledCopy
 from vidrial.layout.counts import Counts, copies, loads, products, vectors
@@ -28,7 +29,7 @@ REGISTER_OVERHEAD = 62
 WARPGROUP = 128
 
 
-def state_units(p: Problem, c: Config) -> int:
+def state_units(p: Chunked, c: Config) -> int:
     """Warpgroups of a head that own pair tiles: full groups of d for each block I, and the last d alone for half of them."""
     n: int = p.d // 8
     groups, last = -(-n // 2 // c.tiles), n // 2 % c.tiles == 0
@@ -36,18 +37,18 @@ def state_units(p: Problem, c: Config) -> int:
     return units
 
 
-def z_columns(p: Problem, c: Config) -> int:
+def z_columns(p: Chunked, c: Config) -> int:
     """Columns of Z that a warpgroup owns, of 64 rows."""
     columns: int = min(p.d, c.columns)
     return columns
 
 
-def z_units(p: Problem, c: Config) -> int:
+def z_units(p: Chunked, c: Config) -> int:
     """Warpgroups of a head that own a part of Z."""
     return p.d // 64 * (p.d // z_columns(p, c)) if p.normalized else 0
 
 
-def tiles(p: Problem, c: Config) -> Tiles:
+def tiles(p: Chunked, c: Config) -> Tiles:
     threads, warpgroups = 32 * c.warps, c.warps // 4
     Pipeline(c.stages)
     k, v = SmemLayout(p.dtype, c.tokens, p.d, stages=c.stages), SmemLayout(p.dtype, c.tokens, p.e, stages=c.stages)
@@ -60,12 +61,6 @@ def tiles(p: Problem, c: Config) -> Tiles:
         min_blocks=2 // warpgroups,
         smem=SharedMemory(K=k, V=v, Decay=4 * c.tokens * c.stages, Products=2 * warpgroups * products.bytes),
         Elem=p.dtype,
-        d=p.d,
-        e=p.e,
-        gated=p.gated,
-        normalized=p.normalized,
-        tokens=c.tokens,
-        stages=c.stages,
         state_units=state_units(p, c),
         z_units=z_units(p, c),
         K=k,
@@ -93,11 +88,11 @@ def tiles(p: Problem, c: Config) -> Tiles:
     )
 
 
-def grid(p: Problem, c: Config) -> tuple[int, int, int]:
+def grid(p: Chunked, c: Config) -> tuple[int, int, int]:
     return -(-(state_units(p, c) + z_units(p, c)) // (c.warps // 4)), c.segments, p.b * p.h
 
 
-def rules(p: Problem, c: Config, device: Device) -> Iterator[tuple[bool, str]]:
+def rules(p: Chunked, c: Config, device: Device) -> Iterator[tuple[bool, str]]:
     yield device.arch == "sm_90a", f"wgmma is an instruction of sm_90a; {device.name} is {device.arch}"
     yield p.dtype == DType.bfloat16, f"wgmma takes V as it is stored, and the state is bfloat16; got {p.dtype}"
     yield p.d % 64 == 0, f"a warpgroup owns 64 rows of Z; got d={p.d}"
@@ -110,7 +105,7 @@ def rules(p: Problem, c: Config, device: Device) -> Iterator[tuple[bool, str]]:
     yield from scan.common_rules(p, c)
 
 
-def ctas_per_sm(p: Problem, c: Config, device: Device) -> int:
+def ctas_per_sm(p: Chunked, c: Config, device: Device) -> int:
     """CTAs that an SM holds at once, by an estimate of their registers and of their ring, which is most of their shared memory."""
     registers = 32 * c.warps * -(-(c.tiles * c.columns // 2 + 76) // 8) * 8
     ring = c.stages * c.tokens * (p.dtype.bytes * (p.d + p.e) + 4) + 4096
@@ -118,7 +113,7 @@ def ctas_per_sm(p: Problem, c: Config, device: Device) -> int:
     return resident
 
 
-def cost(p: Problem, c: Config, device: Device) -> Cost:
+def cost(p: Chunked, c: Config, device: Device) -> Cost:
     state, z, resident = state_units(p, c), z_units(p, c), ctas_per_sm(p, c, device)
     # Warpgroups of Z are done soon. Those of the last segment are, too, but in a single wave all wait for the longest.
     ctas = -(-state // (c.warps // 4)) * p.b * p.h * c.segments
@@ -139,7 +134,7 @@ def cost(p: Problem, c: Config, device: Device) -> Cost:
     )
 
 
-def traffic(p: Problem, c: Config, tiles: Tiles) -> dict[str, Counts]:
+def traffic(p: Chunked, c: Config, tiles: Tiles) -> dict[str, Counts]:
     heads, starts, blocks = scan.schedule(p, c)
     copied = grid(p, c)[0] * blocks
     units, z, k_steps = state_units(p, c), z_units(p, c), c.tokens // 16
@@ -161,7 +156,7 @@ def traffic(p: Problem, c: Config, tiles: Tiles) -> dict[str, Counts]:
 power_scan_wgmma = Kernel(
     "power_scan_wgmma",
     Path(TEMPLATES, "power_retention", "power_scan_wgmma.cu.j2"),
-    Problem,
+    Chunked,
     Config,
     ARGS,
     tiles,

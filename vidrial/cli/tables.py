@@ -134,7 +134,7 @@ def compile_best(console: Console, op: Op, problem: Any, device: Device, top: in
     Raises:
         ToolchainError: NVRTC or a header is missing.
     """
-    stages = {(s.kernel.name, s.config): s for config in op.space(problem, device, limit=top) for s in op.stages(problem, config)}
+    stages = {s.binary: s for config in op.space(problem, device, limit=top) for s in op.stages(problem, config)}
     sources: Mapping[Hashable, tuple[Source, str]] = {
         key: (s.kernel.source(s.problem, s.config), describe(s.config)) for key, s in stages.items()
     }
@@ -146,7 +146,7 @@ def compile_best(console: Console, op: Op, problem: Any, device: Device, top: in
             bar.advance(task)
     return [
         Built(s, results[key], s.kernel.resolve(s.problem, s.config).smem_bytes, s.kernel.seconds(s.problem, s.config, device))
-        for key, s in sorted(stages.items(), key=lambda item: [k.name for k in op.kernels].index(item[0][0]))
+        for key, s in sorted(stages.items(), key=lambda item: op.kernels.index(item[1].kernel))
     ]
 
 

@@ -20,7 +20,7 @@ from vidrial.host.plan import HostPlan, poison
 from vidrial.host.target import SCHEDULES, Schedule
 from vidrial.progress import Progress, Silent
 from vidrial.spec.choices import describe
-from vidrial.spec.fields import StaticView, fields
+from vidrial.spec.fields import fields
 from vidrial.spec.op import Check, Op
 from vidrial.spec.registry import make_problem
 from vidrial.spec.space import Candidate
@@ -173,7 +173,7 @@ def _traits(op: Op, problem: Any, config: Any) -> tuple[set[Any], set[Any], set[
     stages = op.stages(problem, config)
     return (
         {s.kernel.name for s in stages},
-        {(s.kernel.name, StaticView(s.problem), s.config) for s in stages},
+        {s.kernel.resolve(s.problem, s.config) for s in stages},
         {(s.kernel.name, *item) for s in stages for item in fields(s.config, "choice").items()},
     )
 

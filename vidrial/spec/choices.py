@@ -50,13 +50,13 @@ def check_choices(config: Any) -> None:
 
 
 def describe(config: Any) -> str:
-    """A config on one line, parts flattened: `chunk=1024 scan.tokens=64`."""
+    """The choices of a config on one line, parts flattened: `chunk=1024 scan.tokens=64`."""
     words = []
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
         if field.metadata.get(KIND) == "part":
             words += [f"{field.name}.{word}" for word in describe(value).split()]
-        else:
+        elif CHOICES in field.metadata:
             words.append(f"{field.name}={value}")
     return " ".join(words)
 

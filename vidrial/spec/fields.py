@@ -13,11 +13,16 @@ class Config:
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, get_type_hints
+import functools
+import types as types_of
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from typing import Any, Generic, TypeVar, get_type_hints
 
 from vidrial.errors import TemplateError
 
 KIND, CHOICES, KEYED, SPECIALIZE = "vidrial.kind", "vidrial.choices", "vidrial.keyed", "vidrial.specialize"
+# Results that a kernel remembers for each set of fields that were read.
+REMEMBERED = 8192
 
 
 def static() -> Any:
@@ -86,34 +91,119 @@ def types(record: type) -> dict[str, Any]:
     return get_type_hints(record)
 
 
-class StaticView:
-    """A problem seen before the launch: to read a dynamic field that `config` does not bake in is the author's mistake, and it says so."""
+Read = tuple[str, str]  # "problem" or "config", and the name of a field that was read
 
-    def __init__(self, problem: Any, config: Any = None) -> None:
-        self._static = fields(problem, "static")
-        if config is not None:
-            self._static |= {name: getattr(problem, name) for name in baked(config)}
-        self._problem = type(problem)
+
+class StaticView:
+    """A problem or a config as it is before the launch: `known` fields by name, each noted when it is read, and what follows from them.
+
+    To read a dynamic field of a problem that its config does not bake in is the author's mistake, and it says so.
+    """
+
+    def __init__(self, record: type, known: Mapping[str, Any], note: Callable[[str], None]) -> None:
+        self._record, self._known, self._note = record, known, note
 
     def __getattr__(self, name: str) -> Any:
-        if name in self._static:
-            return self._static[name]
         if name.startswith("__"):
             raise AttributeError(name)
-        attribute = getattr(self._problem, name, None)
+        if name in self._known:
+            self._note(name)
+            return self._known[name]
+        attribute = getattr(self._record, name, None)
         if isinstance(attribute, property) and attribute.fget is not None:
             return attribute.fget(self)
+        if isinstance(attribute, types_of.FunctionType):
+            return types_of.MethodType(attribute, self)
         raise TemplateError(
-            f"{self._problem.__name__}.{name} is not known before the launch, so tiles() may not depend on it; "
-            f"known: {', '.join(self._static) or 'nothing'}. Declare it static(), pass it as an argument, "
+            f"{self._record.__name__}.{name} is not known before the launch, so tiles() may not depend on it; "
+            f"known: {', '.join(self._known) or 'nothing'}. Declare it static(), pass it as an argument, "
             f"or let the config bake it in: specialize({name!r})"
         )
 
+    def _all(self) -> tuple[Any, ...]:
+        for name in self._known:
+            self._note(name)
+        return self._record, tuple(self._known.items())
+
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, StaticView) and (self._problem, self._static) == (other._problem, other._static)
+        return isinstance(other, StaticView) and self._all() == other._all()
 
     def __hash__(self) -> int:
-        return hash((self._problem, tuple(self._static.values())))
+        return hash(self._all())
 
     def __repr__(self) -> str:
-        return f"{self._problem.__name__}({', '.join(f'{k}={v!r}' for k, v in self._static.items())})"
+        record, known = self._all()
+        return f"{record.__name__}({', '.join(f'{k}={v!r}' for k, v in known)})"
+
+
+class Static:
+    """What is known of a problem and a config before the launch: a view of each, and in `reads` what has been read of them."""
+
+    def __init__(self, problem: Any, config: Any) -> None:
+        self._problem, self._config = problem, config
+        self.reads: dict[Read, Any] = {}
+
+    @functools.cached_property
+    def problem(self) -> StaticView:
+        """The static fields of the problem, and those that the config bakes in."""
+        lengths = baked(self._config)
+        known = fields(self._problem, "static") | {name: getattr(self._problem, name) for name in lengths}
+
+        def note(name: str) -> None:
+            self.reads["problem", name] = known[name]
+            # That a length may be read is a choice, too.
+            for field in dataclasses.fields(self._config) if name in lengths else ():
+                if SPECIALIZE in field.metadata:
+                    self.reads["config", field.name] = getattr(self._config, field.name)
+
+        return StaticView(type(self._problem), known, note)
+
+    @functools.cached_property
+    def config(self) -> StaticView:
+        """All of the config."""
+        known = {f.name: getattr(self._config, f.name) for f in dataclasses.fields(self._config)}
+        return StaticView(type(self._config), known, lambda name: self.reads.__setitem__(("config", name), known[name]))
+
+    def values(self, names: Sequence[Read]) -> tuple[Any, ...]:
+        """The values of fields by name, which counts as no read."""
+        return tuple(getattr(self._problem if owner == "problem" else self._config, name) for owner, name in names)
+
+    def anew(self) -> Static:
+        """The same with nothing read."""
+        return Static(self._problem, self._config)
+
+
+T = TypeVar("T")
+
+
+class ByReads(Generic[T]):
+    """A function of what is static, remembered by what it read.
+
+    Where the fields that a call read have the same values again, it would read the same ones and return the same: whatever else a
+    problem and a config hold, they share one result. `made` counts the calls.
+    """
+
+    def __init__(self, function: Callable[[Static], T]) -> None:
+        self._function = function
+        self._version: Hashable = None
+        self._known: dict[tuple[Read, ...], dict[tuple[Any, ...], T]] = {}
+        self.made = 0
+
+    def __call__(self, static: Static, version: Hashable = None) -> T:
+        """The result, whose reads `static` notes as its own; `version`: whatever else decides it, nothing of another one is kept."""
+        if version != self._version:
+            self._version, self._known = version, {}
+        for names, results in self._known.items():
+            values = static.values(names)
+            if values in results:
+                static.reads.update(zip(names, values, strict=True))
+                return results[values]
+        own = static.anew()
+        made = self._function(own)
+        self.made += 1
+        results = self._known.setdefault(tuple(own.reads), {})
+        if len(results) >= REMEMBERED:
+            results.clear()
+        results[tuple(own.reads.values())] = made
+        static.reads.update(own.reads)
+        return made

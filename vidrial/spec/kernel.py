@@ -7,14 +7,14 @@ softmax.source(problem, config)      # the rendered C++
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+import dataclasses
+from collections.abc import Callable, Hashable, Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from vidrial.device import Device
-from vidrial.errors import ArgumentError, ConfigError, LayoutError
+from vidrial.errors import ArgumentError, ConfigError, LayoutError, TemplateError
 from vidrial.layout.copies import LoadMatrix, TiledCopy
 from vidrial.layout.counts import Counts
 from vidrial.layout.mma import TiledMma
@@ -22,12 +22,14 @@ from vidrial.layout.occupancy import Occupancy
 from vidrial.layout.wgmma import WarpgroupMma
 from vidrial.spec.choices import check_choices, configs
 from vidrial.spec.cost import Cost
-from vidrial.spec.fields import StaticView, fields
+from vidrial.spec.digest import closure_digest, code_digest, tiles_asked_for
+from vidrial.spec.fields import ByReads, Static, fields
 from vidrial.spec.geometry import Geometry
-from vidrial.spec.headers import vidrial_include
-from vidrial.spec.source import Arguments, Source, Tiles, closure_digest, render
+from vidrial.spec.source import Arguments, Source, Tiles, include_folders, render
 from vidrial.spec.space import Space
 
+# Members of `struct Tiles` that are no fact of a problem or config.
+RESERVED = frozenset({"threads", "min_blocks", "Smem"})
 SMEM_RESERVED = 1024  # bytes of shared memory that the system takes of every CTA
 
 
@@ -47,7 +49,7 @@ class Kernel:
         name: of the `extern "C" __global__` function, and in the cache.
         template: the Jinja template that names `tiles`, `args`, `p` (static facts), `c` (config).
         problem, config: frozen dataclasses with `static`, `dynamic` and `choice` fields.
-        args: the kernel's one parameter; scalars are found in the problem by name, or in `scalars(problem, config)`.
+        args: the kernel's one parameter; scalars are fields or properties of the problem by name, or in `scalars(problem, config)`.
         tiles: (static facts, config) -> Tiles; may not read a dynamic field.
         grid: (problem, config) -> CTAs along x, y, z.
         rules: (problem, config, device) -> (holds, reason) pairs beyond what the tiles themselves demand.
@@ -67,23 +69,55 @@ class Kernel:
     cost: Callable[[Any, Any, Device], Cost] | None = None
     scalars: Callable[[Any, Any], Mapping[str, Any]] = _no_scalars
     traffic: Callable[[Any, Any, Tiles], Mapping[str, Counts]] | None = None
+    _tiles: ByReads[Tiles] = field(init=False, repr=False)
+    _sources: ByReads[Source] = field(init=False, repr=False)
 
     def resolve(self, problem: Any, config: Any) -> Tiles:
-        """Everything that is known before the launch.
+        """Everything that is known before the launch; one object for all problems and configs that agree in what `tiles` reads.
 
         Raises:
             LayoutError: the objects refuse this config.
         """
-        return _resolve(self, problem if isinstance(problem, StaticView) else StaticView(problem, config), config)
+        return self._tiles(Static(problem, config))
 
     def source(self, problem: Any, config: Any, guard: int = 0) -> Source:
-        """The rendered C++ of a config; depends on the static fields of `problem`, and those that the config bakes in, alone.
+        """The rendered C++ of a config; depends alone on what `tiles` and the template read: static fields, those that the config bakes
+        in, and choices.
 
         `guard`: unused bytes between regions of shared memory.
         """
-        view = problem if isinstance(problem, StaticView) else StaticView(problem, config)
-        names = {"tiles": self.resolve(view, config).guarded(guard), "args": self.args, "p": view, "c": config}
+        return self._render(Static(problem, config), guard)
+
+    def binary(self, problem: Any, config: Any, lengths: bool = True) -> Hashable:
+        """What decides the binary: all that `source` reads, with its values; with `lengths` False, but for dynamic fields baked in."""
+        static = Static(problem, config)
+        stat = self.template.stat()
+        self._sources(static, (stat.st_mtime_ns, stat.st_size, self._asked_for()))
+        left_out = set() if lengths else {("problem", name) for name in fields(problem, "dynamic")}
+        return self.name, tuple((read, value) for read, value in static.reads.items() if read not in left_out)
+
+    def _asked_for(self) -> frozenset[str]:
+        return tiles_asked_for(self.template, include_folders(self.template)) - RESERVED
+
+    def _render(self, static: Static, guard: int = 0) -> Source:
+        tiles = self._tiles(static)
+        tiles = tiles.with_facts(self._facts(static, self._asked_for() - tiles.members.keys()))
+        names = {"tiles": tiles.guarded(guard), "args": self.args, "p": static.problem, "c": static.config}
         return render(self.template, self.name, names)
+
+    def _facts(self, static: Static, names: Iterable[str]) -> dict[str, Any]:
+        """The static facts and choices of such names; what neither record has is the compiler's to refuse."""
+        facts = {}
+        for name in sorted(names):
+            of_problem, of_config = _has(self.problem, name), _has(self.config, name)
+            if of_problem and of_config:
+                raise TemplateError(
+                    f"{self.template.name}: Tiles::{name} is a field of {self.problem.__qualname__} and of {self.config.__qualname__}; "
+                    "rename one, or give it in tiles()"
+                )
+            if of_problem or of_config:
+                facts[name] = getattr(static.problem if of_problem else static.config, name)
+        return facts
 
     def reject(self, problem: Any, config: Any, device: Device) -> str | None:
         """The reason of the first rule that the config breaks, or None: the one statement of legality."""
@@ -154,7 +188,9 @@ class Kernel:
         Raises:
             ArgumentError: a scalar has no value.
         """
-        return self.args.pack(fields(problem, "static") | fields(problem, "dynamic") | dict(self.scalars(problem, config)))
+        given = self.scalars(problem, config)
+        found = {name: getattr(problem, name) for name in self.args.scalars if name not in given and hasattr(problem, name)}
+        return self.args.pack(found | dict(given))
 
     def occupancy(self, problem: Any, config: Any, device: Device, registers: int) -> Occupancy:
         """CTAs an SM holds, and what limits them, for a register count (from the cubin, or an estimate)."""
@@ -162,14 +198,23 @@ class Kernel:
         return Occupancy.of(device, threads=tiles.threads, smem=tiles.smem_bytes, registers=registers)
 
     def digest(self) -> str:
-        """sha256 of the template and its include closure: rankings of another text do not count."""
-        return closure_digest(f'#include "{self.template.name}"', (self.template.parent, vidrial_include()))
+        """sha256 of the code of the template and its include closure: rankings of other code do not count.
+
+        Raises:
+            TemplateError: an include that cannot be followed, with file and line.
+        """
+        return code_digest(self.template, include_folders(self.template))
+
+    def text_digest(self) -> str:
+        """sha256 of the template and its include closure as they are, comments and all."""
+        return closure_digest(f'#include "{self.template.name}"', include_folders(self.template))
 
     def __post_init__(self) -> None:
         if not self.template.is_file():
             raise ArgumentError(f"kernel {self.name}: template {self.template} does not exist")
+        object.__setattr__(self, "_tiles", ByReads(lambda static: self.tiles(static.problem, static.config)))
+        object.__setattr__(self, "_sources", ByReads(self._render))
 
 
-@functools.lru_cache(maxsize=8192)
-def _resolve(kernel: Kernel, view: StaticView, config: Any) -> Tiles:
-    return kernel.tiles(view, config)
+def _has(record: type, name: str) -> bool:
+    return name in {f.name for f in dataclasses.fields(record)} or isinstance(getattr(record, name, None), property)

@@ -6,7 +6,7 @@ import dataclasses
 import hashlib
 import heapq
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,7 +41,7 @@ class Buffer:
 
 @dataclass(frozen=True)
 class Stage:
-    """One launch of an op: a kernel, its own problem and config. Its pointers take the op's arrays of the same names; null where there is none.
+    """One launch of an op: a kernel, the problem, and the kernel's own config. Its pointers take the op's arrays of the same names; null where there is none.
 
     `part` names the part of the op's config that `config` comes from, "" for none: legality and time then depend on that part
     and the op's own choices alone.
@@ -51,6 +51,11 @@ class Stage:
     problem: Any
     config: Any
     part: str = ""
+
+    @property
+    def binary(self) -> Hashable:
+        """What decides its binary: stages that agree in it share one."""
+        return self.kernel.binary(self.problem, self.config)
 
 
 @dataclass(frozen=True)
@@ -281,8 +286,16 @@ class Op:
         return Candidate(config, sum((c.seconds for c in chosen.values()), outline.base))
 
     def digest(self) -> str:
-        """Digest of all templates: a ranking holds for these texts only."""
+        """Digest of all templates' code: a ranking holds for this code only, whatever its comments, and the names of its files.
+
+        Raises:
+            TemplateError: an include that cannot be followed, with file and line.
+        """
         return hashlib.sha256("".join(kernel.digest() for kernel in self.kernels).encode()).hexdigest()
+
+    def text_digest(self) -> str:
+        """Digest of all templates as they are: while it stays, so does `digest`, which takes longer."""
+        return hashlib.sha256("".join(kernel.text_digest() for kernel in self.kernels).encode()).hexdigest()
 
 
 def _combinations(shared: Any, base: float, spaces: Mapping[str, Space]) -> Iterator[Candidate]:

@@ -5,14 +5,9 @@ Only ints, bools, enums and objects that print themselves as C++ (`.cpp`) reach 
 
 from __future__ import annotations
 
-import contextlib
-import functools
-import hashlib
-import os
 import re
-import stat
 import struct
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,11 +16,10 @@ import jinja2
 
 from vidrial.errors import ArgumentError, TemplateError
 from vidrial.layout.smem import SharedMemory
+from vidrial.spec.digest import closure_digest
 from vidrial.spec.headers import vidrial_include
 
 FORMATS = {"int": "i", "int32_t": "i", "uint32_t": "I", "int64_t": "q", "float": "f"}
-INCLUDE = re.compile(r'^\s*#\s*include\s*[<"]([^>"]+)[>"]', re.MULTILINE)
-HOST_HEADERS = "vidrial/host/"
 # Template lines after which the rendered text may have more or fewer lines than the template.
 RESYNC = re.compile(r"^\s*\{\{\s*\w+\s*\}\}\s*$|\{%-?\s*end(for|if)")
 
@@ -76,6 +70,11 @@ class Arguments:
         self.bytes = struct.calcsize(layout + "0P")
 
     @property
+    def scalars(self) -> tuple[str, ...]:
+        """Names of what is no pointer."""
+        return tuple(self._scalars)
+
+    @property
     def cpp(self) -> str:
         """`struct Args {...};`, laid out as `pack` packs it."""
         members = (
@@ -109,7 +108,8 @@ class Tiles:
         threads: threads per CTA.
         smem: the regions of dynamic shared memory, or None.
         min_blocks: CTAs per SM that the register allocation must allow (the second launch bound).
-        members: name -> int, bool, DType, or an object that prints as a C++ type. Read back as attributes.
+        members: name -> int, bool, DType, or an object that prints as a C++ type. Read back as attributes. Static facts and choices need
+            not be named: those that the template asks for, as `Tiles::name`, become members by themselves (`Kernel.source`).
     """
 
     def __init__(self, *, threads: int, smem: SharedMemory | None = None, min_blocks: int = 1, **members: Any) -> None:
@@ -123,6 +123,10 @@ class Tiles:
             return self.__dict__["members"][name]
         except KeyError:
             raise AttributeError(name) from None
+
+    def with_facts(self, facts: Mapping[str, Any]) -> Tiles:
+        """The same with further members, before its own."""
+        return Tiles(threads=self.threads, smem=self.smem, min_blocks=self.min_blocks, **{**facts, **self.members})
 
     def guarded(self, guard: int) -> Tiles:
         """The same with `guard` unused bytes between the regions of shared memory: an overflow from one meets them, not the next."""
@@ -164,45 +168,6 @@ class Source:
         return self.text
 
 
-@functools.lru_cache(maxsize=256)
-def _includes_of(path: str, _mtime: int, _size: int) -> tuple[bytes, tuple[str, ...]]:
-    data = Path(path).read_bytes()
-    return data, tuple(INCLUDE.findall(data.decode()))
-
-
-def _included(name: str, folders: Iterable[Path]) -> tuple[bytes, tuple[str, ...]] | None:
-    """Content and includes of the file that an include finds in `folders`; None for a system header."""
-    for folder in folders:
-        path = f"{folder}/{name}"
-        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
-            found = os.stat(path)
-            if stat.S_ISREG(found.st_mode):
-                return _includes_of(path, found.st_mtime_ns, found.st_size)
-    return None
-
-
-def closure_digest(text: str, folders: tuple[Path, ...]) -> str:
-    """sha256 over name and content of every file that `text` includes from `folders`, and they in turn.
-
-    System headers are not ours, and those of the host target no part of what a GPU runs.
-    """
-    found: dict[str, bytes] = {}
-    waiting, seen = list(INCLUDE.findall(text)), set[str]()
-    while waiting:
-        name = waiting.pop()
-        if name in seen or name.startswith(HOST_HEADERS):
-            continue
-        seen.add(name)
-        included = _included(name, folders)
-        if included is not None:
-            found[name], inner = included
-            waiting += inner
-    digest = hashlib.sha256()
-    for name in sorted(found):
-        digest.update(f"{name}\0{len(found[name])}\0".encode() + found[name])
-    return digest.hexdigest()
-
-
 def render(template: Path, entry: str, names: Mapping[str, Any]) -> Source:
     """Render a template; `names` are what it may mention. The first line is the digest of the include closure.
 
@@ -222,6 +187,11 @@ def render(template: Path, entry: str, names: Mapping[str, Any]) -> Source:
         raise TemplateError(f"{template.name}:{error.lineno}: {error.message}") from None
     except jinja2.UndefinedError as error:
         raise TemplateError(f"{template.name}: {error.message}; known names: {', '.join(sorted(names))}") from None
-    folders = (template.parent, vidrial_include())
-    text = f'// includes sha256:{closure_digest(body, folders)}\n#line 1 "{template.name}"\n{body}'
+    folders = include_folders(template)
+    text = f'// includes sha256:{closure_digest(body, folders, template.name)}\n#line 1 "{template.name}"\n{body}'
     return Source(text, entry, template.name, tuple(str(f) for f in folders))
+
+
+def include_folders(template: Path) -> tuple[Path, Path]:
+    """Where a template's includes are looked for: beside it, then among Vidrial's own headers."""
+    return template.parent, vidrial_include()

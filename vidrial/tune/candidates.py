@@ -10,7 +10,6 @@ from vidrial.build.nvrtc import Cubin
 from vidrial.device import Device
 from vidrial.errors import CompileError, TemplateError
 from vidrial.spec.choices import describe
-from vidrial.spec.fields import StaticView
 from vidrial.spec.op import Op, Stage
 from vidrial.spec.source import Source
 from vidrial.tune.trial import KernelResources
@@ -25,14 +24,14 @@ def check_configs(op: Op, small: Any, problem: Any, config: Any, device: Device)
     A config that is legal there stands for itself. Else its parts are checked under other shared choices, together or one by one.
     Lengths that a config bakes in are left aside: at `small` it bakes in those of `small`.
     """
-    wanted = {_source(stage) for stage in op.stages(problem, config)}
+    wanted = {stage.kernel.binary(stage.problem, stage.config, lengths=False) for stage in op.stages(problem, config)}
     parts = {name: getattr(config, name) for name in op.parts}
     variants = [parts, *({name: value} for name, value in parts.items())]
     found: list[Any] = []
     candidates = (dataclasses.replace(shared, **kept) for kept in variants for shared in op.shared())
     for candidate in (config, *candidates):
         if op.reject(small, candidate, device) is None:
-            covered = wanted & {_source(stage) for stage in op.stages(small, candidate)}
+            covered = wanted & {stage.kernel.binary(stage.problem, stage.config, lengths=False) for stage in op.stages(small, candidate)}
             if covered:
                 found.append(candidate)
                 wanted -= covered
@@ -59,7 +58,7 @@ class Builds:
 
     def resources(self, config: Any) -> tuple[KernelResources, ...]:
         """What a config's kernels take, as far as they have been compiled."""
-        found = (self._known.get(_binary(stage)) for stage in self._op.stages(self._problem, config))
+        found = (self._known.get(stage.binary) for stage in self._op.stages(self._problem, config))
         return tuple(r for r in found if isinstance(r, KernelResources))
 
     def ready(self, configs: Sequence[Any]) -> Iterator[tuple[Any, str]]:
@@ -85,7 +84,7 @@ class Builds:
     def _done(self, waiting: dict[Any, dict[Hashable, Stage]]) -> Iterator[tuple[Any, str]]:
         """Those of `waiting` that wait for nothing any more; they are removed from it."""
         for config in [c for c, stages in waiting.items() if all(key in self._known for key in stages)]:
-            own = [self._known[_binary(stage)] for stage in self._op.stages(self._problem, config)]
+            own = [self._known[stage.binary] for stage in self._op.stages(self._problem, config)]
             del waiting[config]
             yield config, next((r for r in own if isinstance(r, str)), "")
 
@@ -95,17 +94,7 @@ class Builds:
             *self._op.stages(self._problem, config),
             *(s for p in self.check_configs(config) for s in self._op.stages(self._small, p)),
         ]
-        return {_binary(stage): stage for stage in stages}
-
-
-def _binary(stage: Stage) -> tuple[Any, ...]:
-    """What decides a stage's binary."""
-    return stage.kernel.name, StaticView(stage.problem, stage.config), stage.config
-
-
-def _source(stage: Stage) -> tuple[Any, ...]:
-    """The same but for the lengths that it bakes in."""
-    return stage.kernel.name, StaticView(stage.problem), stage.config
+        return {stage.binary: stage for stage in stages}
 
 
 def _resources(kernel: str, cubin: Cubin, smem: int) -> KernelResources:

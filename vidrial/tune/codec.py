@@ -8,7 +8,7 @@ import functools
 import math
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from typing import Any
 
 from vidrial.errors import SweepError
@@ -42,6 +42,8 @@ def encode(value: Any) -> Any:
 def decode(kind: Any, data: Any, fields: Mapping[str, Any] | None = None) -> Any:
     """The value of type `kind` that `encode` wrote as `data`; `fields` gives the types of fields that are annotated `Any`.
 
+    A config may have gained choices and parts since: they take their defaults.
+
     Raises:
         SweepError: `data` is not such a value.
     """
@@ -53,8 +55,8 @@ def decode(kind: Any, data: Any, fields: Mapping[str, Any] | None = None) -> Any
         if len(each) == len(data):
             return tuple(decode(k, v) for k, v in zip(each, data, strict=True))
     elif dataclasses.is_dataclass(kind) and isinstance(data, dict):
-        hints = _hints(typing.cast(type, kind))
-        if hints.keys() == data.keys():
+        hints, optional = _hints(typing.cast(type, kind))
+        if data.keys() <= hints.keys() <= data.keys() | optional:
             known = {**hints, **fields} if fields else hints
             return typing.cast(type, kind)(**{name: decode(known[name], value) for name, value in data.items()})
         differing = ", ".join(sorted(set(hints).symmetric_difference(map(str, data))))
@@ -70,7 +72,8 @@ def decode(kind: Any, data: Any, fields: Mapping[str, Any] | None = None) -> Any
 
 
 @functools.lru_cache(maxsize=256)
-def _hints(kind: type) -> Mapping[str, Any]:
-    """The types of a dataclass's fields."""
-    every = problem_facts.types(kind)
-    return {field.name: every[field.name] for field in dataclasses.fields(kind)}
+def _hints(kind: type) -> tuple[Mapping[str, Any], Set[str]]:
+    """The types of a dataclass's fields, and the fields that may be missing: a config's choices and parts."""
+    every, fields = problem_facts.types(kind), dataclasses.fields(kind)
+    optional = {field.name for field in fields if field.metadata.get(problem_facts.KIND) in ("choice", "part")}
+    return {field.name: every[field.name] for field in fields}, optional

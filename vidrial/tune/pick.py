@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Hashable, Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from vidrial.build import cubins as build
@@ -13,9 +13,8 @@ from vidrial.build.store import Store
 from vidrial.device import Device
 from vidrial.errors import FrozenError
 from vidrial.spec.choices import config_order, describe
-from vidrial.spec.fields import StaticView, fields, size_class, specialized
-from vidrial.spec.kernel import Kernel
-from vidrial.spec.op import Op
+from vidrial.spec.fields import fields, size_class, specialized
+from vidrial.spec.op import Op, Stage
 from vidrial.tune.model import Model, work
 from vidrial.tune.ranking import (
     RankedConfig,
@@ -137,10 +136,18 @@ def _known(op: Op, static: tuple[tuple[str, Any], ...], device: Device, generati
 
 
 def _compiled(op: Op, problem: Any, config: Any, device: Device) -> bool:
-    stages = ((s.kernel, StaticView(s.problem, s.config), s.config) for s in op.stages(problem, config))
-    return all(_built(*stage, device.arch, _state.generation) for stage in stages)
+    return all(_built(_Binary(s.binary, s), device.arch, _state.generation) for s in op.stages(problem, config))
+
+
+@dataclass(frozen=True)
+class _Binary:
+    """A stage that stands for all of one binary."""
+
+    key: Hashable
+    stage: Stage = field(compare=False)
 
 
 @functools.lru_cache(maxsize=PICKS)
-def _built(kernel: Kernel, view: StaticView, config: Any, arch: str, generation: int) -> bool:
-    return build.look_up(kernel.source(view, config), arch)[1] is not None
+def _built(binary: _Binary, arch: str, generation: int) -> bool:
+    stage = binary.stage
+    return build.look_up(stage.kernel.source(stage.problem, stage.config), arch)[1] is not None
