@@ -11,7 +11,8 @@ import pytest
 from vidrial.host import plan as plans
 from vidrial.host.plan import HostPlan, poison
 from vidrial.host.target import SCHEDULES, HostStats, Schedule
-from vidrial.kernels.power_retention.op import RELATIVE_BOUND, Config, Problem, check, chunk_tokens, op, reference
+from vidrial.kernels.power_retention.op import RELATIVE_BOUND, Config, check, chunked, op, reference
+from vidrial.kernels.power_retention.problem import Problem
 from vidrial.templates import TEMPLATES
 
 Arrays = dict[str, np.ndarray]
@@ -28,7 +29,7 @@ def run(
 
 def late_error(p: Problem, config: Config, results: Arrays, exact: Arrays) -> float:
     """Relative to the norm, over the rows that read a state: an error in it does not hide behind the first chunk."""
-    rows = slice(chunk_tokens(p, config), None)
+    rows = slice(chunked(p, config.chunk).chunk, None)
     y, wanted = p.dtype.widen(results["y"])[:, rows], exact["y"][:, rows]
     return float(np.linalg.norm(y - wanted) / max(np.linalg.norm(wanted), 1e-30))
 

@@ -7,7 +7,7 @@ from power_gpu import compile_all, errors, run_guarded
 
 from vidrial.device import Device
 from vidrial.kernels.power_retention.attend import Config as Attend
-from vidrial.kernels.power_retention.op import Config, chunk_tokens, example, op, reference, sample
+from vidrial.kernels.power_retention.op import Config, chunked, example, op, reference, sample
 from vidrial.kernels.power_retention.scan import Config as Scan
 from vidrial.spec.choices import describe
 
@@ -40,6 +40,6 @@ def test_odd_lengths_by_either_instruction(case: str) -> None:
         for config in (c for c in configs if c.chunk < t):
             y, intact = run_guarded(p, config, inputs)
             again, _ = run_guarded(p, config, inputs)
-            found = errors(p, inputs, y, chunk_tokens(p, config), exact) + ([] if intact else ["guards"])
+            found = errors(p, inputs, y, chunked(p, config.chunk).chunk, exact) + ([] if intact else ["guards"])
             wrong += [f"{t}: {describe(config)}: {e}" for e in found + ([] if (y == again).all() else ["another run differs"])]
     assert not wrong, "\n".join(wrong)

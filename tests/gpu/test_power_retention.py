@@ -14,7 +14,8 @@ from power_gpu import Arrays, compile_all, errors, run_guarded
 from vidrial.device import Device
 from vidrial.errors import ArgumentTypeError, UnsupportedError
 from vidrial.kernels.power_retention import power_retention
-from vidrial.kernels.power_retention.op import RELATIVE_BOUND, Problem, chunk_tokens, example, op, reference, sample
+from vidrial.kernels.power_retention.op import RELATIVE_BOUND, chunked, example, op, reference, sample
+from vidrial.kernels.power_retention.problem import Problem
 from vidrial.spec.choices import describe
 
 TWO_RESULTS = 2 * RELATIVE_BOUND
@@ -42,7 +43,7 @@ def test_configs_over_the_whole_space() -> None:
         exact = reference(p, inputs)
         for config in configs[name]:
             y, intact = run_guarded(p, config, inputs)
-            found = errors(p, inputs, y, chunk_tokens(p, config), exact) + ([] if intact else ["guards"])
+            found = errors(p, inputs, y, chunked(p, config.chunk).chunk, exact) + ([] if intact else ["guards"])
             wrong += [f"{name}: {describe(config)}: {e}" for e in found]
     assert not wrong, "\n".join(wrong)
 
@@ -56,7 +57,7 @@ def test_odd_lengths(t: int) -> None:
         best = op.predicted(example(t=1000, d=32), Device.current(), {"chunk": chunk})
         config = replace(best, scan=replace(best.scan, segments=1))
         y, intact = run_guarded(p, config, inputs)
-        assert intact and not errors(p, inputs, y, chunk_tokens(p, config)), describe(config)
+        assert intact and not errors(p, inputs, y, chunked(p, config.chunk).chunk), describe(config)
 
 
 @pytest.mark.parametrize(("chunk", "t"), [(0, 4321), (128, 4321), (256, 4321), (512, 4321), (1024, 4321), (2048, 4321), (4096, 4321)])
@@ -67,7 +68,7 @@ def test_every_chunk(chunk: int, t: int) -> None:
     config = op.predicted(p, Device.current(), {"chunk": chunk})
     assert config.chunk == chunk
     y, intact = run_guarded(p, config, inputs)
-    assert intact and not errors(p, inputs, y, chunk_tokens(p, config))
+    assert intact and not errors(p, inputs, y, chunked(p, config.chunk).chunk)
 
 
 @pytest.mark.parametrize("gates", [0.0, 0.001, 20.0, 300.0, np.inf])
@@ -80,7 +81,7 @@ def test_gates_and_rows_of_zeros(gates: float) -> None:
     for chunk in (0, 256):
         config = op.predicted(p, Device.current(), {"chunk": chunk})
         y, intact = run_guarded(p, config, inputs)
-        assert intact and not errors(p, inputs, y, chunk_tokens(p, config))
+        assert intact and not errors(p, inputs, y, chunked(p, config.chunk).chunk)
         assert (y[:, [5, 400, 776]] == 0).all() and (y[:, :9] == 0).all()
 
 

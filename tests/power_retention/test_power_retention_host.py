@@ -15,7 +15,7 @@ from vidrial.kernels.power_retention import power_retention
 from vidrial.kernels.power_retention.attend import Config as Attend
 from vidrial.kernels.power_retention.op import RELATIVE_BOUND, Config, check, example, reference, sample, stages
 from vidrial.kernels.power_retention.scan import Config as Scan
-from vidrial.kernels.power_retention.scan import snapshot_elements, units
+from vidrial.kernels.power_retention.scan import units
 from vidrial.layout.access import Finding, analyse
 from vidrial.layout.copies import LoadMatrix, TiledCopy
 from vidrial.layout.mma import Operand, TiledMma
@@ -290,7 +290,7 @@ def test_the_analysis_predicts_what_is_counted(case: str) -> None:
         gate_sectors * (square * -(-per_square // 512) + (keys - square) * -(-per_block // 512)),
         gate_sectors * (square * per_square + (keys - square) * per_block) // 32,
     )
-    state = snapshot_elements(p.d, p.e, normalized=False) // p.e
+    state = replace(p, normalized=False).snapshot // p.e
     expected = np.sum(
         [
             copied(found, attend, "CopyQ", p.hq * p.t),

@@ -14,10 +14,9 @@ from vidrial.device import Device
 from vidrial.dtypes import DType
 from vidrial.errors import ConfigError, TemplateError
 from vidrial.kernels.power_retention import attend, gates, scan, scan_wgmma
-from vidrial.kernels.power_retention.op import Config, example, op, stages, workspace
-from vidrial.spec import kernel as kernel_module
+from vidrial.kernels.power_retention.op import Config, chunked, example, op, stages, workspace
 from vidrial.spec.choices import describe
-from vidrial.spec.fields import StaticView, fields
+from vidrial.spec.fields import fields
 from vidrial.spec.source import Tiles
 
 H200, A100 = Device.of("h200"), Device.of("a100")
@@ -82,29 +81,43 @@ def test_tiles_may_not_read_what_a_launch_decides(kernel: Any) -> None:
         nosy = dataclasses.replace(kernel, tiles=lambda p, c, name=name: Tiles(threads=getattr(p, name)))
         with pytest.raises(TemplateError, match=rf"{type(problem).__name__}\.{name} is not known before the launch"):
             nosy.resolve(problem, kernel.config())
-    assert kernel.resolve(problem, kernel.config()) is kernel.resolve(StaticView(problem), kernel.config())
+    with pytest.raises(TemplateError, match=r"Chunked\.t is not known before the launch"):
+        dataclasses.replace(kernel, tiles=lambda p, c: Tiles(threads=p.chunks)).resolve(problem, kernel.config())
 
 
-SCAN = scan.Problem(*(example(t=1).dtype, 64, 64, True, True), b=1, t=1000, h=1, chunk=256, k_stride=(0, 0, 0), v_stride=(0, 0, 0))
-ATTEND = attend.Problem(
-    SCAN.dtype,
-    64,
-    64,
-    2,
-    True,
-    True,
-    True,
-    b=1,
-    t=1000,
-    hq=1,
-    h=1,
-    chunk=256,
-    weight_scale=1.0,
-    q_stride=(0, 0, 0),
-    k_stride=(0, 0, 0),
-    v_stride=(0, 0, 0),
-    y_stride=(0, 0, 0),
-)
+def read(kernel: Any, problem: Any, config: Any) -> set[str]:
+    """Names of the problem's fields that decide a kernel's binary."""
+    return {name for (owner, name), _ in kernel.binary(problem, config)[1] if owner == "problem"}
+
+
+def test_only_what_its_tiles_or_its_template_read_decides_a_binary() -> None:
+    config = Config(chunk=256, scan=scan.Config(columns=32, segments=2))
+    asked = {s.kernel.name: (s.kernel, s.problem, s.config) for s in stages(example(t=5000), config)}
+    assert read(*asked["power_gates"]) == set()
+    assert read(*asked["power_carry"]) == {"gated", "normalized", "d", "e"}
+    assert read(*asked["power_scan"]) == {"dtype", "d", "e", "gated", "normalized"}
+    assert read(*asked["power_attend"]) == {"dtype", "d", "e", "degree", "gated", "normalized", "stateful"}
+
+    def binaries(config: Config, **facts: Any) -> dict[str, Any]:
+        return {s.kernel.name: s.binary for s in stages(example(**{"t": 5000} | facts), config)}
+
+    first = binaries(config)
+    # What a stage is told of another one's part is an argument: no other binary.
+    others = binaries(dataclasses.replace(config, scan=scan.Config(columns=32, segments=4), attend=attend.Config(keys=32)))
+    assert [name for name in first if first[name] != others[name]] == ["power_attend"]
+    assert [name for name, binary in binaries(config, dtype="float16").items() if binary != first[name]] == ["power_scan", "power_attend"]
+    assert [name for name, binary in binaries(config, degree=4).items() if binary != first[name]] == ["power_attend"]
+    assert binaries(config, t=777, b=3, h=5, scale=0.3) == first
+    # The same binaries are the same sources, and others are others.
+    changed = {"t": 777, "h": 3, "d": 32, "e": 32, "degree": 4, "dtype": "float16", "gated": False, "normalize": "none"}
+    every = [s for name, value in changed.items() for s in stages(example(**{"t": 5000, name: value}), config)]
+    texts: dict[Any, set[str]] = {}
+    for stage in every:
+        texts.setdefault(stage.binary, set()).add(stage.kernel.source(stage.problem, stage.config).text)
+    assert all(len(of_one) == 1 for of_one in texts.values()) and len(set().union(*texts.values())) == len(texts) > 12
+
+
+ASKED = chunked(example(t=1000, h=1), 256)
 HALF, SCAN_90 = DType.float16, scan_wgmma.power_scan_wgmma
 
 
@@ -114,38 +127,38 @@ def by_wgmma(**choices: Any) -> scan.Config:
 
 
 BROKEN: dict[str, tuple[Any, Any, Any, str]] = {
-    "columns": (scan.power_scan, dataclasses.replace(SCAN, e=32), scan.Config(columns=64), "columns=64 must divide d=64 and e=32"),
-    "tokens": (scan.power_scan, dataclasses.replace(SCAN, chunk=96), scan.Config(), "tokens=64 must divide chunk=96"),
-    "segments": (scan.power_scan, SCAN, scan.Config(segments=4), "segments=4 must be fewer than the 4 chunks"),
+    "columns": (scan.power_scan, dataclasses.replace(ASKED, e=32), scan.Config(columns=64), "columns=64 must divide d=64 and e=32"),
+    "tokens": (scan.power_scan, dataclasses.replace(ASKED, chunk=96), scan.Config(), "tokens=64 must divide chunk=96"),
+    "segments": (scan.power_scan, ASKED, scan.Config(segments=4), "segments=4 must be fewer than the 4 chunks"),
     "scan's shared memory": (
         scan.power_scan,
-        dataclasses.replace(SCAN, d=128, e=128, chunk=128),
+        dataclasses.replace(ASKED, d=128, e=128, chunk=128),
         scan.Config(stages=5),
         "bytes of shared memory",
     ),
-    "rows": (attend.power_attend, dataclasses.replace(ATTEND, chunk=64), attend.Config(), "the 128 rows of a CTA must divide chunk=64"),
-    "keys": (attend.power_attend, ATTEND, attend.Config(keys=128, m=2, warps=2), "keys=128 must divide the 64 rows of a CTA"),
-    "registers": (attend.power_attend, ATTEND, attend.Config(m=4, keys=128), "accumulators"),
-    "tiles": (scan.power_scan, SCAN, scan.Config(tiles=2), "tiles=2: by mma.sync a warp owns one"),
-    "wgmma elsewhere": (attend.power_attend, ATTEND, attend.Config(mma="wgmma"), "wgmma is an instruction of sm_90a; a100 is sm_80"),
-    "scan by wgmma elsewhere": (SCAN_90, SCAN, by_wgmma(), "wgmma is an instruction of sm_90a; a100 is sm_80"),
+    "rows": (attend.power_attend, dataclasses.replace(ASKED, chunk=64), attend.Config(), "the 128 rows of a CTA must divide chunk=64"),
+    "keys": (attend.power_attend, ASKED, attend.Config(keys=128, m=2, warps=2), "keys=128 must divide the 64 rows of a CTA"),
+    "registers": (attend.power_attend, ASKED, attend.Config(m=4, keys=128), "accumulators"),
+    "tiles": (scan.power_scan, ASKED, scan.Config(tiles=2), "tiles=2: by mma.sync a warp owns one"),
+    "wgmma elsewhere": (attend.power_attend, ASKED, attend.Config(mma="wgmma"), "wgmma is an instruction of sm_90a; a100 is sm_80"),
+    "scan by wgmma elsewhere": (SCAN_90, ASKED, by_wgmma(), "wgmma is an instruction of sm_90a; a100 is sm_80"),
 }
 BROKEN_ON_HOPPER: dict[str, tuple[Any, Any, Any, str]] = {
     "float16": (
         attend.power_attend,
-        dataclasses.replace(ATTEND, dtype=HALF),
+        dataclasses.replace(ASKED, dtype=HALF),
         attend.Config(mma="wgmma"),
         "the range of bfloat16; got float16",
     ),
-    "warps": (attend.power_attend, ATTEND, attend.Config(mma="wgmma", warps=2), "warpgroups of 4 warps; got warps=2"),
-    "ring": (attend.power_attend, ATTEND, attend.Config(mma="wgmma", stages=2), "stages=2: wgmma reads one stage while"),
-    "scan's float16": (SCAN_90, dataclasses.replace(SCAN, dtype=HALF), by_wgmma(), "got float16"),
-    "few features": (SCAN_90, dataclasses.replace(SCAN, d=32), by_wgmma(), "64 rows of Z; got d=32"),
-    "scan's columns": (SCAN_90, SCAN, by_wgmma(columns=128), "columns=128 must divide d=64 and e=64"),
-    "scan's ring": (SCAN_90, SCAN, by_wgmma(stages=3), "stages=3: a block that is read"),
-    "scan's tokens": (SCAN_90, SCAN, by_wgmma(tokens=32), "tokens=32: a block's products run on"),
-    "scan's registers": (SCAN_90, dataclasses.replace(SCAN, d=128, e=128), by_wgmma(columns=128, tiles=5), "320 accumulators per thread"),
-    "scan's segments": (SCAN_90, SCAN, by_wgmma(segments=4), "segments=4 must be fewer than the 4 chunks"),
+    "warps": (attend.power_attend, ASKED, attend.Config(mma="wgmma", warps=2), "warpgroups of 4 warps; got warps=2"),
+    "ring": (attend.power_attend, ASKED, attend.Config(mma="wgmma", stages=2), "stages=2: wgmma reads one stage while"),
+    "scan's float16": (SCAN_90, dataclasses.replace(ASKED, dtype=HALF), by_wgmma(), "got float16"),
+    "few features": (SCAN_90, dataclasses.replace(ASKED, d=32), by_wgmma(), "64 rows of Z; got d=32"),
+    "scan's columns": (SCAN_90, ASKED, by_wgmma(columns=128), "columns=128 must divide d=64 and e=64"),
+    "scan's ring": (SCAN_90, ASKED, by_wgmma(stages=3), "stages=3: a block that is read"),
+    "scan's tokens": (SCAN_90, ASKED, by_wgmma(tokens=32), "tokens=32: a block's products run on"),
+    "scan's registers": (SCAN_90, dataclasses.replace(ASKED, d=128, e=128), by_wgmma(columns=128, tiles=5), "320 accumulators per thread"),
+    "scan's segments": (SCAN_90, ASKED, by_wgmma(segments=4), "segments=4 must be fewer than the 4 chunks"),
 }
 
 
@@ -195,9 +208,10 @@ def test_the_space(name: str) -> None:
 )
 def test_the_prediction_is_the_first_of_the_space_and_makes_few_tiles(device: str, facts: Any, fixed: Any) -> None:
     problem, gpu = example(**facts), Device.of(device)
-    kernel_module._resolve.cache_clear()
+    for kernel in op.kernels:
+        kernel._tiles.clear()
     found = op.predicted(problem, gpu, fixed)
-    assert kernel_module._resolve.cache_info().misses <= 16
+    assert 1 <= sum(kernel._tiles.made for kernel in op.kernels) <= 16
     assert found == op.space(problem, gpu, 1, fixed).legal[0].config
 
 
@@ -213,10 +227,10 @@ def test_short_sequences_take_no_state() -> None:
 @pytest.mark.parametrize(("d", "e"), [(32, 32), (64, 64), (128, 128), (128, 32), (32, 128)])
 def test_the_size_of_a_state(d: int, e: int) -> None:
     monomials = d * (d + 1) // 2
-    held = scan.snapshot_elements(d, e, False)
+    held = example(t=1, d=d, e=e, normalize="none").snapshot
     # Whole tiles of 64 products: a bit more than the monomials that are needed.
     assert held % (64 * e) == 0 and monomials * e <= held <= 1.25 * monomials * e
-    assert scan.snapshot_elements(d, e, True) == held + d * d
+    assert example(t=1, d=d, e=e).snapshot == held + d * d
     p, config = example(t=5000, b=2, h=3, d=d, e=e), Config(chunk=512, scan=scan.Config(segments=3))
     buffers = workspace(p, config)
     assert buffers["snapshots"].shape == (6, 10, held + d * d) and buffers["ends"].shape == (6, 2, held + d * d)

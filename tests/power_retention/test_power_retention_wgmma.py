@@ -187,7 +187,7 @@ def test_every_pair_of_blocks_is_met_once(d: int, tiles: int) -> None:
         assert found, "a warpgroup without a tile"
         met.update((min(block, j), max(block, j)) for j in ((block + x) % n for x in found))
     assert met == {(i, j): columns for i in range(n) for j in range(i, n)}
-    assert len(met) == scan.pair_tiles(d)
+    assert len(met) == p.pair_tiles
 
 
 def test_what_a_h200_is_predicted_to_take() -> None:

@@ -185,6 +185,10 @@ class ByReads(Generic[T]):
 
     def __init__(self, function: Callable[[Static], T]) -> None:
         self._function = function
+        self.clear()
+
+    def clear(self) -> None:
+        """Remember nothing."""
         self._version: Hashable = None
         self._known: dict[tuple[Read, ...], dict[tuple[Any, ...], T]] = {}
         self.made = 0

@@ -24,14 +24,14 @@ def check_configs(op: Op, small: Any, problem: Any, config: Any, device: Device)
     A config that is legal there stands for itself. Else its parts are checked under other shared choices, together or one by one.
     Lengths that a config bakes in are left aside: at `small` it bakes in those of `small`.
     """
-    wanted = {stage.kernel.binary(stage.problem, stage.config, lengths=False) for stage in op.stages(problem, config)}
+    wanted = {_binary(stage, lengths=False) for stage in op.stages(problem, config)}
     parts = {name: getattr(config, name) for name in op.parts}
     variants = [parts, *({name: value} for name, value in parts.items())]
     found: list[Any] = []
     candidates = (dataclasses.replace(shared, **kept) for kept in variants for shared in op.shared())
     for candidate in (config, *candidates):
         if op.reject(small, candidate, device) is None:
-            covered = wanted & {stage.kernel.binary(stage.problem, stage.config, lengths=False) for stage in op.stages(small, candidate)}
+            covered = wanted & {_binary(stage, lengths=False) for stage in op.stages(small, candidate)}
             if covered:
                 found.append(candidate)
                 wanted -= covered
@@ -58,7 +58,7 @@ class Builds:
 
     def resources(self, config: Any) -> tuple[KernelResources, ...]:
         """What a config's kernels take, as far as they have been compiled."""
-        found = (self._known.get(stage.binary) for stage in self._op.stages(self._problem, config))
+        found = (self._known.get(_binary(stage)) for stage in self._op.stages(self._problem, config))
         return tuple(r for r in found if isinstance(r, KernelResources))
 
     def ready(self, configs: Sequence[Any]) -> Iterator[tuple[Any, str]]:
@@ -84,7 +84,7 @@ class Builds:
     def _done(self, waiting: dict[Any, dict[Hashable, Stage]]) -> Iterator[tuple[Any, str]]:
         """Those of `waiting` that wait for nothing any more; they are removed from it."""
         for config in [c for c, stages in waiting.items() if all(key in self._known for key in stages)]:
-            own = [self._known[stage.binary] for stage in self._op.stages(self._problem, config)]
+            own = [self._known[_binary(stage)] for stage in self._op.stages(self._problem, config)]
             del waiting[config]
             yield config, next((r for r in own if isinstance(r, str)), "")
 
@@ -94,7 +94,15 @@ class Builds:
             *self._op.stages(self._problem, config),
             *(s for p in self.check_configs(config) for s in self._op.stages(self._small, p)),
         ]
-        return {stage.binary: stage for stage in stages}
+        return {_binary(stage): stage for stage in stages}
+
+
+def _binary(stage: Stage, lengths: bool = True) -> Hashable:
+    """What decides a stage's binary; a template that cannot be rendered is a failure of this very stage."""
+    try:
+        return stage.kernel.binary(stage.problem, stage.config, lengths)
+    except TemplateError:
+        return stage.kernel.name, stage.problem, stage.config
 
 
 def _resources(kernel: str, cubin: Cubin, smem: int) -> KernelResources:
