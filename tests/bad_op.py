@@ -33,7 +33,7 @@ class Config:
 
 
 def tiles(p: Any, c: Config) -> Tiles:
-    return Tiles(threads=c.threads, smem=SharedMemory(Unused=227 << 10) if c.error == SMEM else None, fault=c.error)
+    return Tiles(threads=c.threads, smem=SharedMemory(Unused=227 << 10) if c.fault == SMEM else None)
 
 
 bad = Kernel("bad", Path(__file__).parent / "bad_op.cu.j2", Problem, Config, ARGS, tiles, lambda p, c: (-(-p.n // c.threads), 1, 1))

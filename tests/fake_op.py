@@ -65,7 +65,7 @@ fake = Kernel(
     Problem,
     Config,
     ARGS,
-    lambda p, c: Tiles(threads=128, tile=c.tile, width=c.width),
+    lambda p, c: Tiles(threads=128, width=c.width),
     lambda p, c: (-(-p.n // c.tile), 1, 1),
     rules,
     cost,

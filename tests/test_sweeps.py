@@ -146,9 +146,22 @@ def test_time_runs_out_for_the_last_problems(results: Path) -> None:
     assert [r.problem.t for r in sweep_lengths(op, problems, within=0.6, trials=4, **FAKE)] == [10007]
 
 
-def test_the_committed_ranking_is_of_these_templates() -> None:
-    device = Device.of("h200")
+def test_what_was_measured_is_found_by_calls_and_legal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The committed rankings as if they were of the present templates, whether or not they are."""
+    monkeypatch.setenv("VIDRIAL_CACHE_DIR", str(tmp_path / "cache"))
+    folder = ranking.shipped_folder()
+    assert folder is not None
+    committed = json.loads((folder / H200.key / "power_retention.json").read_text())
+    for entry in committed["rankings"]:
+        entry["digest"] = op.digest()
+    (tmp_path / "shipped" / H200.key).mkdir(parents=True)
+    (tmp_path / "shipped" / H200.key / "power_retention.json").write_text(json.dumps(committed))
+    monkeypatch.setattr(ranking, "shipped_folder", lambda: tmp_path / "shipped")
+    forget()
+    assert len(ranking.shipped(op, H200.key)) == len(committed["rankings"]) > 20
     for t in (1000, 10007, 65536):
-        config, origin = choose_config(op, example(t=t), device)
-        assert origin == "shipped", "the templates have changed since: sweep again on an H200"
-        assert op.reject(example(t=t), config, device) is None
+        config, origin = choose_config(op, example(t=t), H200)
+        assert origin == "shipped"
+        assert op.reject(example(t=t), config, H200) is None
+    monkeypatch.undo()
+    forget()

@@ -37,7 +37,7 @@ ARGS = vd.Arguments(x="Elem const*", y="Elem*", m="int", n="int")
 
 
 def tiles(p: Problem, c: Config) -> vd.Tiles:
-    return vd.Tiles(threads=c.row_threads * c.rows, Elem=p.dtype, row_threads=c.row_threads, rows=c.rows, vector=c.vector, keep=c.keep)
+    return vd.Tiles(threads=c.row_threads * c.rows, Elem=p.dtype)
 
 
 def grid(p: Problem, c: Config) -> tuple[int, int, int]:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import subprocess
 import sys
 import xml.etree.ElementTree as ET
@@ -17,6 +18,7 @@ from vidrial.kernels.power_retention.op import op as power_retention
 from vidrial.spec.choices import describe
 from vidrial.spec.registry import find_op, make_problem, parse_keywords
 from vidrial.tune.pick import choose_config
+from vidrial.tune.ranking import SCHEMA
 
 SOFTMAX = f"{Path(__file__).parents[2] / 'examples/softmax/softmax.py'}:op"
 
@@ -213,12 +215,14 @@ def test_env_says_that_rankings_of_another_gpu_do_not_count(run, monkeypatch: py
     h100 = dataclasses.replace(known[1], name="NVIDIA H100 80GB HBM3")
     monkeypatch.setattr("vidrial.cli.tables.gpu_count", lambda: 1)
     monkeypatch.setattr(Device, "current", classmethod(lambda cls, index=None: h100))
-    monkeypatch.setattr("vidrial.cli.tables.shipped_devices", lambda: [known[0].key])
-    monkeypatch.setattr("vidrial.cli.tables.shipped", lambda op, key: [object()] * 22 if key == known[0].key else [])
+    folder, entry = tmp_path / "shipped", {"schema": SCHEMA, "digest": power_retention.digest()}
+    (folder / known[0].key).mkdir(parents=True)
+    (folder / known[0].key / "power_retention.json").write_text(json.dumps({"rankings": [entry] * 22}))
+    monkeypatch.setattr("vidrial.tune.ranking.shipped_folder", lambda: folder)
     said = " ".join(run("env")[1].split())
-    assert f"power_retention, NVIDIA H100 80GB HBM3 nothing was measured on this kind of GPU ({h100.key})" in said
+    assert f"power_retention, NVIDIA H100 80GB HBM3 nothing that counts was measured on this kind of GPU ({h100.key})" in said
     assert (
-        f"the cost model's choice until you run vidrial sweep; rankings shipped for h200 ({known[0].key}) are of another kind and do not"
+        f"the cost model's choice until you run vidrial sweep power_retention; rankings shipped for h200 ({known[0].key}) are of another kind and do not"
         in said
     )
     assert choose_config(power_retention, power_retention.example(t=10007), h100).origin == "predicted"

@@ -6,6 +6,7 @@ import logging
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,9 @@ from vidrial.device import Device
 from vidrial.dtypes import DType
 from vidrial.errors import ConfigError, FrozenError, SweepError
 from vidrial.spec.choices import config_order
-from vidrial.spec.fields import size_class
+from vidrial.spec.fields import choice, size_class
+from vidrial.spec.kernel import Kernel
+from vidrial.spec.op import Stage
 from vidrial.tune import ranking as ranking_module
 from vidrial.tune.pick import choose_config, freeze
 from vidrial.tune.ranking import ProblemTimings, RankedConfig, Ranking, forget, local, publish, rank, shipped
@@ -66,6 +69,106 @@ def test_a_ranking_survives_json() -> None:
     assert Ranking.from_json(op, json.loads(json.dumps(first.to_json(), allow_nan=False))) == first
     with pytest.raises(SweepError, match="schema"):
         Ranking.from_json(op, first.to_json() | {"schema": 99})
+
+
+@dataclass(frozen=True)
+class Wider:
+    """`Config` some commits later: one tile less, one choice more."""
+
+    tile: int = choice(128, 64, 32)
+    width: int = choice(1, 2, 3, 4)
+    unroll: int = choice(4, 1, 8)
+
+
+def test_a_ranking_survives_a_choice_that_is_new_and_loses_what_is_none_any_more(caplog: pytest.LogCaptureFixture) -> None:
+    later = dataclasses.replace(op, config=Wider)
+    old = json.loads(json.dumps(ranking({Config(64, 2): 1.0, Config(96): 1.5, Config(32): 2.0}).to_json()))
+    with caplog.at_level(logging.WARNING, "vidrial"):
+        found = Ranking.from_json(later, old)
+        Ranking.from_json(later, old)
+    assert [(r.config, r.timing.median_ms) for r in found.measured[0].configs] == [(Wider(64, 2, 4), 1.0), (Wider(32, 1, 4), 2.0)]
+    assert [r.getMessage() for r in caplog.records] == [
+        "fake: a config that was measured is ignored: Wider.tile=96 is not a choice; accepted: 128, 64, 32"
+    ]
+    # And back: what has a choice that this config does not have is left out, not the whole file.
+    wide = Ranking.from_json(later, old).to_json()
+    wide["measured"][0]["configs"].append(old["measured"][0]["configs"][0])
+    assert [r.config for r in Ranking.from_json(op, wide).measured[0].configs] == [Config(64, 2)]
+    # Of a choice's value, a timing, a problem that is damaged, the file is.
+    for path in (("configs", 0, "timing", "median_ms"), ("problem", "n")):
+        damaged = json.loads(json.dumps(old))
+        place = damaged["measured"][0]
+        for step in path[:-1]:
+            place = place[step]
+        del place[path[-1]]
+        with pytest.raises(SweepError, match=path[-1]):
+            Ranking.from_json(op, damaged)
+
+
+def test_what_was_measured_with_an_older_config_is_picked(tmp_path: Path) -> None:
+    publish(op, [ranking({Config(96, 2): 1.0, Config(64, 3): 1.5})], tmp_path / "shipped")
+    kernel = dataclasses.replace(op.kernels[0], config=Wider)
+    later = dataclasses.replace(op, kernels=(kernel,), config=Wider, stages=lambda p, c: (Stage(kernel, p, c),))
+    assert choose_config(later, example(), H200) == (Wider(64, 3, 4), "shipped")
+    # Nothing is left of this one.
+    publish(op, [ranking({Config(96, 2): 1.0})], tmp_path / "shipped")
+    ranking({Config(96, 2): 1.0}).save(op)
+    path = tmp_path / "shipped" / H200.key / "fake.json"
+    path.write_text(json.dumps({"rankings": [ranking({Config(96, 2): 1.0}).to_json()]}))
+    forget()
+    assert choose_config(later, example(), H200).origin == "predicted"
+
+
+@pytest.mark.parametrize("where", ["shipped", "local", "local, another schema"])
+def test_rankings_of_before_are_said_once_with_the_command(where: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    fresh = dataclasses.replace(op)  # a process that has not asked about it
+    old = ranking({Config(64): 1.0}, digest="0" * 64)
+    if where == "shipped":
+        (path,) = publish(op, [ranking({Config(64): 1.0})], tmp_path / "shipped")
+        path.write_text(path.read_text().replace(op.digest(), old.digest))
+    elif where == "local":
+        old.save(op)
+    else:
+        found = ranking({Config(64): 1.0})
+        Store.shared().write_json("ranking", found.key, found.to_json() | {"schema": 0})
+    monkey = ranking_module._state
+    monkey.said.clear()
+    with caplog.at_level(logging.WARNING, "vidrial"):
+        for n in (501, 10007, 20011):
+            assert choose_config(fresh, example(n=n), H200).origin == "predicted"
+            forget()
+    said = [r.getMessage() for r in caplog.records if "do not count" in r.getMessage()]
+    there = "1 shipped with Vidrial" if where == "shipped" else "1 from this machine"
+    assert said == [
+        f"fake on h200: of its rankings, {there} are of other templates and do not count: "
+        "calls take the cost model's choice until you run vidrial sweep fake"
+    ]
+
+
+def test_nothing_is_said_where_some_rankings_count(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    ranking({Config(64): 1.0}, digest="0" * 64).save(op)
+    ranking({Config(64): 1.0}).save(op)
+    fresh = dataclasses.replace(op)
+    with caplog.at_level(logging.WARNING, "vidrial"):
+        assert choose_config(fresh, dataclasses.replace(example(), dtype=DType.bfloat16), H200).origin == "predicted"
+        assert choose_config(dataclasses.replace(op), example(), Device.of("h100")).origin == "predicted"
+    assert not caplog.records
+
+
+def test_the_digest_of_a_text_that_was_lexed_before_is_read_from_the_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    ranking({Config(64, 2): 1.0}).save(op)
+    assert choose_config(op, example(), H200).origin == "ranking"
+
+    def lexed(_: Any) -> str:
+        raise AssertionError("lexed again")
+
+    monkeypatch.setattr(Kernel, "digest", lexed)
+    forget()
+    assert choose_config(op, example(), H200) == (Config(64, 2), "ranking")
+    monkeypatch.setattr(Kernel, "text_digest", lambda _: "another text")
+    forget()
+    with pytest.raises(AssertionError, match="lexed again"):
+        choose_config(op, example(), H200)
 
 
 def test_failed_trials_do_not_count() -> None:

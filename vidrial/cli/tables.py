@@ -38,7 +38,7 @@ from vidrial.spec.op import Op, Stage
 from vidrial.spec.registry import KNOWN, find_op
 from vidrial.spec.source import Source
 from vidrial.spec.space import Space
-from vidrial.tune.ranking import shipped, shipped_devices
+from vidrial.tune.ranking import Standing, shipped_devices, until_swept
 from vidrial.tune.result import SweepResult
 
 WIDTH_WITHOUT_TERMINAL = 160
@@ -205,34 +205,24 @@ def _rankings() -> Iterator[tuple[str, str]]:
     devices = {d.key: d for d in (Device.current(index) for index in range(count))} if count else {"": Device.default()}
     for name, device in itertools.product(KNOWN, devices.values()):
         op = find_op(name)
-        mine, stale = _local(op, device)
-        theirs = len(shipped(op, device.key))
         here = device.name if count else f"no GPU here: as on an {device.name}"
-        yield f"{op.name}, {here}", _applies(mine, theirs, stale, device)
+        yield f"{op.name}, {here}", _applies(op, device)
 
 
-def _local(op: Op, device: Device) -> tuple[int, int]:
-    """How many rankings this machine has of the op's present templates, and of others."""
-    store, digest = Store.shared(), op.digest()
-    documents = (store.read_json("ranking", key) for key in store.keys("ranking") if key.startswith(f"{op.name}-{device.key}-"))
-    current = [isinstance(found, dict) and found.get("digest") == digest for found in documents]
-    return sum(current), len(current) - sum(current)
-
-
-def _applies(mine: int, theirs: int, stale: int, device: Device) -> str:
+def _applies(op: Op, device: Device) -> str:
     """Which config a call takes on `device`, as a reason; and what there is that does not count."""
-    if mine or theirs:
-        measured = " and ".join(f"{count} rankings {where}" for where, count in (("from this machine", mine), ("shipped", theirs)) if count)
+    standing = Standing.of(op, device)
+    counted = [(standing.local, "from this machine"), (standing.shipped, "shipped")]
+    if any(count for count, _ in counted):
+        measured = " and ".join(f"{count} rankings {where}" for count, where in counted if count)
         said = f"{measured}: measured sizes take their winner, others the calibrated model's choice; other static facts the cost model's"
     else:
-        said = f"nothing was measured on this kind of GPU ({device.key}): calls take the cost model's choice until you run vidrial sweep"
+        said = f"nothing that counts was measured on this kind of GPU ({device.key}): {until_swept(op)}"
     names = {known.key: f"{known.name} ({known.key})" for known in TABLE}
     others = [names.get(key, key) for key in shipped_devices() if key != device.key]
-    if others and not theirs:
+    if others and not standing.shipped:
         said += f"; rankings shipped for {', '.join(others)} are of another kind and do not count"
-    elif not theirs and device.key in shipped_devices():
-        said += "; those shipped for it are of other templates and do not count"
-    return said + (f"; {stale} from this machine are of other templates and do not count" if stale else "")
+    return said + (f"; {standing.outdated}" if standing.outdated else "")
 
 
 def _gpus() -> list[tuple[str, ...]]:

@@ -24,6 +24,7 @@ import jinja2
 
 from vidrial.errors import TemplateError
 
+LEXER = 1  # counts the changes of what `code_digest` makes of one text
 HOST_HEADERS = "vidrial/host/"
 # The preprocessor's tokens (C++20 [lex.pptoken], and CUDA's launch brackets). A space in a token's pattern is none: re.VERBOSE.
 TOKEN = re.compile(
@@ -158,7 +159,7 @@ class _Code:
             raise TemplateError(f"{self.where}:{error.lineno}: {error.message}") from None
         pieces: list[str] = []
         inside: list[str] = []
-        length = 0
+        length = begin = 0
         for line, kind, value in lexed:
             if kind == "data":
                 self._starts.append(length)
@@ -168,12 +169,15 @@ class _Code:
             elif kind.startswith("comment"):
                 continue
             else:
+                begin = begin if inside else line
                 inside.append(value)
-                if kind.endswith("_end"):
+                if kind == "raw_begin" or kind.endswith("_end"):
                     self.blocks.append("".join(inside))
                     inside = []
                     pieces.append(BLOCK)
                     length += 1
+        if inside:
+            raise TemplateError(f"{self.where}:{begin}: a block of Jinja's begins and does not end")
         return "".join(pieces)
 
     def origin(self, position: int) -> int:

@@ -27,6 +27,7 @@ from vidrial.tune.ranking import (
     forget,
     local,
     log,
+    say_if_outdated,
     shipped,
     sizes,
     top_configs,
@@ -127,6 +128,8 @@ def _ordered(known: _Known, op: Op, problem: Any, device: Device) -> Iterator[tu
 @functools.lru_cache(maxsize=256)
 def _known(op: Op, static: tuple[tuple[str, Any], ...], device: Device, generation: int) -> _Known:
     mine, theirs = local(op, dict(static), device), shipped(op, device.key, static=dict(static))
+    if not mine and not theirs:
+        say_if_outdated(op, device)
     by_sizes = {sizes(m.problem): m for r in (*theirs, *mine) for m in r.measured}
     points: dict[Any, list[tuple[Sequence[float], float]]] = {}
     for measured in by_sizes.values():

@@ -8,6 +8,7 @@ class. Those of this machine lie in the cache; those that come with Vidrial in `
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -26,10 +27,12 @@ from typing import Any
 from vidrial.build.files import locked
 from vidrial.build.store import Store
 from vidrial.device import Device
-from vidrial.errors import SweepError, VidrialError
-from vidrial.spec.choices import config_order
+from vidrial.errors import ArgumentError, ConfigError, SweepError, VidrialError
+from vidrial.spec.choices import check_choices, config_order
+from vidrial.spec.digest import LEXER
 from vidrial.spec.fields import fields, keyed_fields, size_class, specialized
 from vidrial.spec.op import Op
+from vidrial.spec.registry import KNOWN, find_op, reference_of
 from vidrial.tune.codec import decode, encode
 from vidrial.tune.timing import Timing
 from vidrial.tune.trial import Trial, latest
@@ -79,7 +82,8 @@ class Ranking:
 
     @classmethod
     def from_json(cls, op: Op, data: Any) -> Ranking:
-        """The ranking that `to_json` wrote.
+        """The ranking that `to_json` wrote. Choices that the config has gained since take their defaults; a config that makes one that is
+        none any more is left out, and a problem without others with it.
 
         Raises:
             SweepError: it is of another schema or damaged.
@@ -91,8 +95,8 @@ class Ranking:
         ranking: Ranking = decode(cls, plain)
         measured = []
         for entry in data.get("measured", ()):
-            configs = tuple(decode(RankedConfig, r, {"config": op.config}) for r in entry["configs"])
-            measured.append(ProblemTimings(decode(op.problem, entry["problem"]), configs))
+            configs = tuple(ranked for ranked in (_ranked(op, r) for r in entry["configs"]) if ranked is not None)
+            measured += [ProblemTimings(decode(op.problem, entry["problem"]), configs)] if configs else []
         return dataclasses.replace(ranking, measured=tuple(measured))
 
     def to_json(self) -> Any:
@@ -197,17 +201,87 @@ def shipped(op: Op, device_key: str, folder: Path | None = None, static: Mapping
 
     With `static`, only those for such static facts.
     """
-    folder = folder or shipped_folder()
-    path = Path(folder or "", device_key, f"{op.name}.json")
-    if folder is None or not path.is_file():
-        return []
+    digest = _digest(op, _state.generation)
+    path, entries = _shipped_entries(op, device_key, folder)
     try:
-        entries, digest = json.loads(path.read_text())["rankings"], _digest(op, _state.generation)
         current = [entry for entry in entries if (entry["digest"], entry["device"]) == (digest, device_key) and _is_of(entry, static)]
-    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+    except (LookupError, TypeError, AttributeError) as error:
         log.warning("%s is ignored: %s: %s", path, type(error).__name__, error)
         return []
     return [ranking for ranking in (_load(op, entry, str(path)) for entry in current) if ranking is not None]
+
+
+def _shipped_entries(op: Op, device_key: str, folder: Path | None = None) -> tuple[Path, Sequence[Any]]:
+    """The file of an op's rankings for a kind of device, and what it holds."""
+    folder = folder or shipped_folder()
+    path = Path(folder or "", device_key, f"{op.name}.json")
+    if folder is None or not path.is_file():
+        return path, ()
+    try:
+        stat = path.stat()
+        return path, _read_entries(path, stat.st_mtime_ns, stat.st_size)
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        log.warning("%s is ignored: %s: %s", path, type(error).__name__, error)
+        return path, ()
+
+
+@functools.lru_cache(maxsize=2)
+def _read_entries(path: Path, _modified: int, _size: int) -> Sequence[Any]:
+    entries: Sequence[Any] = json.loads(path.read_text())["rankings"]
+    return entries
+
+
+@dataclass(frozen=True)
+class Standing:
+    """How many rankings there are of an op for a kind of device, from this machine and shipped with Vidrial; and how many of other
+    templates or of another schema, which do not count."""
+
+    local: int
+    shipped: int
+    outdated_local: int
+    outdated_shipped: int
+
+    @classmethod
+    def of(cls, op: Op, device: Device) -> Standing:
+        """What the cache and the folder of shipped rankings hold now."""
+        store, digest = Store.shared(), _digest(op, _state.generation)
+        keys = (key for key in store.keys("ranking") if key.startswith(f"{op.name}-{device.key}-"))
+        local = [_counts(store.read_json("ranking", key), digest) for key in keys]
+        theirs = [_counts(entry, digest) for entry in _shipped_entries(op, device.key)[1]]
+        return cls(sum(local), sum(theirs), len(local) - sum(local), len(theirs) - sum(theirs))
+
+    @property
+    def outdated(self) -> str:
+        """What there is that does not count, as a sentence's beginning and end; "" if there is nothing."""
+        counted = ((self.outdated_local, "from this machine"), (self.outdated_shipped, "shipped with Vidrial"))
+        there = " and ".join(f"{count} {where}" for count, where in counted if count)
+        return f"{there} are of other templates and do not count" if there else ""
+
+
+def until_swept(op: Op) -> str:
+    """What calls do where nothing was measured, and the command that changes it."""
+    return f"calls take the cost model's choice until you run vidrial sweep {_reference(op)}"
+
+
+def say_if_outdated(op: Op, device: Device) -> None:
+    """Log one line, once in a process, if all rankings of an op for a kind of device are of other templates."""
+    if op in _state.asked:
+        return
+    _state.asked.add(op)
+    standing = Standing.of(op, device)
+    if standing.outdated and not standing.local and not standing.shipped:
+        _say_once(f"{op.name} on {device.name}: of its rankings, {standing.outdated}: {until_swept(op)}")
+
+
+def _counts(entry: Any, digest: str) -> bool:
+    return isinstance(entry, dict) and (entry.get("digest"), entry.get("schema")) == (digest, SCHEMA)
+
+
+def _reference(op: Op) -> str:
+    """How a command line names an op."""
+    with contextlib.suppress(ArgumentError):
+        return op.name if op.name in KNOWN and find_op(op.name) is op else reference_of(op)
+    return op.name
 
 
 def _is_of(entry: Any, static: Mapping[str, Any] | None) -> bool:
@@ -242,9 +316,12 @@ def publish(op: Op, rankings: Sequence[Ranking], folder: Path) -> list[Path]:
 
 @dataclass
 class _State:
-    """`generation` changes when picks may."""
+    """`generation` changes when picks may; `said` is what was logged and need not be again, `asked` the ops whose rankings were
+    looked through for outdated ones."""
 
     generation: int = 0
+    said: set[str] = dataclasses.field(default_factory=set)
+    asked: set[Op] = dataclasses.field(default_factory=set)
     lock: threading.Lock = dataclasses.field(default_factory=threading.Lock)
 
 
@@ -253,8 +330,16 @@ _state = _State()
 
 @functools.lru_cache(maxsize=256)
 def _digest(op: Op, generation: int) -> str:
-    """The digest of an op's templates, which is looked at anew with the rankings: every new problem asks for it."""
-    return op.digest()
+    """The digest of an op's templates, which is looked at anew with the rankings: every new problem asks for it.
+
+    Lexing all templates takes longer than the rest of a first call, so the cache has the digest of texts that were lexed before.
+    """
+    store, key = Store.shared(), f"{LEXER}-{op.text_digest()}"
+    known = store.read_json("digest", key)
+    if not isinstance(known, str):
+        known = op.digest()
+        store.write_json("digest", key, known)
+    return known
 
 
 def _family(op: str, digest: str, static: Mapping[str, Any], device: str) -> str:
@@ -266,10 +351,32 @@ def _load(op: Op, data: Any, what: str) -> Ranking | None:
     if data is None:
         return None
     try:
-        return Ranking.from_json(op, data)
+        ranking = Ranking.from_json(op, data)
     except (VidrialError, KeyError, TypeError) as error:
         log.warning("%s is ignored: %s", what, error)
         return None
+    return ranking if ranking.measured else None
+
+
+def _ranked(op: Op, data: Any) -> RankedConfig | None:
+    """A measured config, or None if it is no config of the op's any more."""
+    try:
+        config = decode(op.config, data["config"])
+        check_choices(config)
+    except (SweepError, ConfigError) as error:
+        _say_once(f"{op.name}: a config that was measured is ignored: {error}")
+        return None
+    ranked: RankedConfig = decode(RankedConfig, {**data, "config": None})
+    return dataclasses.replace(ranked, config=config)
+
+
+def _say_once(text: str) -> None:
+    """Log a line, if it is the first time in this process."""
+    with _state.lock:
+        if text in _state.said:
+            return
+        _state.said.add(text)
+    log.warning("%s", text)
 
 
 def _sha(value: Any) -> str:
