@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from functools import cache, lru_cache
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -13,9 +13,10 @@ from vidrial.device import Device
 from vidrial.dtypes import DType
 from vidrial.errors import ArgumentError, ArgumentTypeError
 from vidrial.host.plan import HostPlan
-from vidrial.runtime.arrays import CPU, Array, current_stream, empty, release, scratch, wrap_output
+from vidrial.runtime.arrays import CPU, A, Array, current_stream, empty, release, scratch, wrap_output
 from vidrial.runtime.plan import CudaPlan
 from vidrial.settings import Settings
+from vidrial.spec.fields import C, P
 from vidrial.spec.op import Op
 from vidrial.tune.pick import choose_config
 from vidrial.tune.ranking import generation
@@ -63,7 +64,7 @@ def _checked(target: str) -> str:
     return target
 
 
-def cuda_plan(op: Op, problem: Any, index: int, fixed: tuple[tuple[str, Any], ...] = ()) -> CudaPlan:
+def cuda_plan(op: Op[P, C], problem: P, index: int, fixed: tuple[tuple[str, object], ...] = ()) -> CudaPlan:
     """The plan of the config that a call without a config takes, on CUDA device `index`; `fixed` (name, value) choices are kept.
 
     It is remembered until the rankings change or compiling is frozen; binaries stay loaded.
@@ -71,18 +72,18 @@ def cuda_plan(op: Op, problem: Any, index: int, fixed: tuple[tuple[str, Any], ..
     Raises:
         FrozenError: it needs a binary that may not be compiled (`freeze`) or loaded (in a CUDA-graph capture) now.
     """
-    return _cuda_plan(op, problem, index, fixed, generation())
+    return _cuda_plan(op, cast(Hashable, problem), index, fixed, generation())
 
 
 @lru_cache(maxsize=4096)
-def _cuda_plan(op: Op, problem: Any, index: int, fixed: tuple[tuple[str, Any], ...], generation: int) -> CudaPlan:
+def _cuda_plan(op: Op, problem: Any, index: int, fixed: tuple[tuple[str, object], ...], generation: int) -> CudaPlan:
     return CudaPlan(op, problem, choose_config(op, problem, Device.current(index), fixed).config, index)
 
 
 class CachedPlan:
     """`cuda_plan` for an op's wrapper that keeps one of these for each problem it meets: to find the plan hashes no problem then."""
 
-    def __init__(self, op: Op, problem: Any, index: int, fixed: tuple[tuple[str, Any], ...] = ()) -> None:
+    def __init__(self, op: Op[P, C], problem: P, index: int, fixed: tuple[tuple[str, object], ...] = ()) -> None:
         self._asked = op, problem, index, fixed
         self._known: tuple[int, CudaPlan] | None = None
 
@@ -98,7 +99,7 @@ class CachedPlan:
         return known[1]
 
 
-def prepare(op: Op, problem: Any, index: int | None = None, **fixed: Any) -> Any:
+def prepare(op: Op[P, C], problem: P, index: int | None = None, **fixed: object) -> C:
     """Compile and load now what calls of this problem on CUDA device `index` (by default the current one) will run.
 
     A call of it, also inside a CUDA-graph capture or after `freeze`, then compiles and loads nothing. `fixed`: choices of the op's own
@@ -118,23 +119,27 @@ def prepare(op: Op, problem: Any, index: int | None = None, **fixed: Any) -> Any
         from cupy.cuda import runtime
 
         index = int(runtime.getDevice())
-    return cuda_plan(op, problem, index, tuple(fixed.items())).config
+    return cast(C, cuda_plan(op, problem, index, tuple(fixed.items())).config)
+
+
+def host_plan(op: Op[P, C], problem: P, fixed: tuple[tuple[str, object], ...] = ()) -> HostPlan[P, C]:
+    """The same for the host target: the cost model's choice for the H200."""
+    return _host_plan(op, cast(Hashable, problem), fixed)
 
 
 @lru_cache(maxsize=64)
-def host_plan(op: Op, problem: Any, fixed: tuple[tuple[str, Any], ...] = ()) -> HostPlan:
-    """The same for the host target: the cost model's choice for the H200."""
+def _host_plan(op: Op, problem: Any, fixed: tuple[tuple[str, object], ...]) -> HostPlan:
     return HostPlan(op, problem, op.predicted(problem, Device.of("h200"), dict(fixed)))
 
 
-def run(plan: CudaPlan, pointers: dict[str, int], like: Any, library: str) -> dict[str, Any]:
+def run(plan: CudaPlan, pointers: dict[str, int], like: A, library: str) -> dict[str, A]:
     """Run an op on its library's current stream; its outputs, newly made, as the library's own arrays.
 
     Args:
         pointers: addresses of the inputs on the plan's GPU, by name; those of the outputs are added.
         like: one of the inputs. library: whose it is.
     """
-    device, outputs = plan.index, {}
+    device, outputs = plan.index, dict[str, Any]()
     for name, buffer in plan.outputs.items():
         pointers[name], outputs[name] = empty(buffer.shape, buffer.dtype, like, library, device)
     stream, size = current_stream(library, device), plan.workspace.bytes
@@ -150,7 +155,7 @@ def run(plan: CudaPlan, pointers: dict[str, int], like: Any, library: str) -> di
     )
 
 
-def run_on_host(op: Op, problem: Any, inputs: Mapping[str, Array], plan: HostPlan) -> dict[str, Any]:
+def run_on_host(op: Op[P, C], problem: P, inputs: Mapping[str, Array[A]], plan: HostPlan[P, C]) -> dict[str, A]:
     """Run an op's kernels on CPU arrays; its outputs, newly made.
 
     Raises:
@@ -181,8 +186,10 @@ def bits(owner: Any, dtype: DType, library: str) -> np.ndarray:
     return shared
 
 
-def apply(op: Op, problem: Any, inputs: Mapping[str, Array], target: str | None = None) -> dict[str, Any]:
+def apply(op: Op[P, C], problem: P, inputs: Mapping[str, Array[A]], target: str | None = None, **fixed: object) -> dict[str, A]:
     """Run an op where its inputs lie, with the config that a call without a config takes: on their GPU, or, CPU arrays, its kernels on the CPU.
+
+    `fixed`: choices of the op's own that the config shall make (`chunk=512`).
 
     Returns:
         The outputs by name, arrays of the inputs' library.
@@ -190,8 +197,8 @@ def apply(op: Op, problem: Any, inputs: Mapping[str, Array], target: str | None 
     Raises:
         ArgumentTypeError: target `host` and an array on a GPU. CompileError, LaunchError, ToolchainError: it could not be built or run.
     """
-    like = next(iter(inputs.values()))
+    like, chosen = next(iter(inputs.values())), tuple(fixed.items())
     if like.device == CPU or current_target(target) == "host":
-        return run_on_host(op, problem, inputs, host_plan(op, problem))
+        return run_on_host(op, problem, inputs, host_plan(op, problem, chosen))
     pointers = {name: array.pointer for name, array in inputs.items()}
-    return run(cuda_plan(op, problem, like.device), pointers, like.owner, like.library)
+    return run(cuda_plan(op, problem, like.device, chosen), pointers, like.owner, like.library)

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import enum
 import functools
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vidrial.errors import ArgumentTypeError
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import ArrayLike, NDArray
 
 
 class DType(enum.Enum):
@@ -44,7 +48,7 @@ class DType(enum.Enum):
         except KeyError:
             raise ArgumentTypeError(f"dtype {spelled!r} is not known; accepted: {', '.join(DType.__members__)}") from None
 
-    def round(self, x: Any) -> Any:
+    def round(self, x: ArrayLike) -> NDArray[Any]:
         """A NumPy array of floats in this type, nearest even; bfloat16, which NumPy lacks, as the uint16 of its bits."""
         import numpy as np
 
@@ -53,7 +57,7 @@ class DType(enum.Enum):
         words = np.ascontiguousarray(x, np.float32).view(np.uint32)
         return ((words + 0x7FFF + (words >> 16 & 1)) >> 16).astype(np.uint16)
 
-    def widen(self, x: Any) -> Any:
+    def widen(self, x: NDArray[Any]) -> NDArray[np.float64]:
         """The float64 values of a NumPy array of this type (bfloat16 as uint16), exact."""
         import numpy as np
 

@@ -10,7 +10,7 @@ import inspect
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, TypeAlias
+from typing import Any, Generic, TypeAlias
 
 import numpy as np
 
@@ -20,7 +20,7 @@ from vidrial.host.plan import HostPlan, poison
 from vidrial.host.target import SCHEDULES, Schedule
 from vidrial.progress import Progress, Silent
 from vidrial.spec.choices import describe
-from vidrial.spec.fields import fields
+from vidrial.spec.fields import C, P, fields
 from vidrial.spec.op import Check, Op
 from vidrial.spec.registry import make_problem
 from vidrial.spec.space import Candidate
@@ -36,11 +36,11 @@ DEVICE = "h200"
 
 
 @dataclass(frozen=True)
-class Outcome:
+class Outcome(Generic[P, C]):
     """A problem and config under one sanitizer (or none) and `schedules` schedules: the check of the first, and what was wrong, or ''."""
 
-    problem: Any
-    config: Any
+    problem: P
+    config: C
     sanitizer: str | None
     schedules: int
     check: Check | None
@@ -58,11 +58,11 @@ class Outcome:
 
 
 @dataclass(frozen=True)
-class Report:
+class Report(Generic[P, C]):
     """What `check` found."""
 
     op: str
-    outcomes: tuple[Outcome, ...]
+    outcomes: tuple[Outcome[P, C], ...]
 
     @property
     def ok(self) -> bool:
@@ -70,7 +70,7 @@ class Report:
         return not self.failures
 
     @property
-    def failures(self) -> tuple[Outcome, ...]:
+    def failures(self) -> tuple[Outcome[P, C], ...]:
         """The outcomes that are not right."""
         return tuple(outcome for outcome in self.outcomes if outcome.failure)
 
@@ -79,12 +79,12 @@ class Report:
 
 
 def check(
-    op: Op,
-    problems: Sequence[Any] | None = None,
+    op: Op[P, C],
+    problems: Sequence[P] | None = None,
     configs: int = 2,
     sanitizers: Sequence[str | None] = SANITIZERS,
     progress: Progress | None = None,
-) -> Report:
+) -> Report[P, C]:
     """Run an op's kernels on the host target and compare with its reference; no GPU is needed.
 
     Outputs and workspace are NaN before, inputs read-only, regions of shared memory apart. Schedules must agree to the bit.
@@ -113,7 +113,7 @@ def check(
 
 
 def assert_op_correct(
-    op: Op, problems: Sequence[Any] | None = None, configs: int = 2, sanitizers: Sequence[str | None] = SANITIZERS
+    op: Op[P, C], problems: Sequence[P] | None = None, configs: int = 2, sanitizers: Sequence[str | None] = SANITIZERS
 ) -> None:
     """A test of an op in one line: `check` with the same arguments.
 
@@ -125,7 +125,7 @@ def assert_op_correct(
         raise CheckError(str(report))
 
 
-def odd_problems(op: Op, keywords: Mapping[str, Any] | None = None) -> list[Any]:
+def odd_problems(op: Op[P, C], keywords: Mapping[str, Any] | None = None) -> list[P]:
     """Problems of the op's `example` that are quick to check, odd in every length that the keywords leave open.
 
     Raises:
@@ -137,7 +137,7 @@ def odd_problems(op: Op, keywords: Mapping[str, Any] | None = None) -> list[Any]
     return list(dict.fromkeys(op.small(make_problem(op, given | dict.fromkeys(lengths, n))) for n in (LENGTHS if lengths else LENGTHS[:1])))
 
 
-def diverse_configs(op: Op, problem: Any, count: int) -> list[Any]:
+def diverse_configs(op: Op[P, C], problem: P, count: int) -> list[C]:
     """The config predicted best, then, `count` in all, the best ones that launch other kernels, with other tiles, by other choices."""
     candidates = sorted(_candidates(op, problem), key=lambda candidate: candidate.seconds)
     chosen = [candidates[0].config if candidates else op.predicted(problem, Device.of(DEVICE))]

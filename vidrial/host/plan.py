@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Generic
 
 import numpy as np
+from numpy.typing import NDArray
 
 from vidrial.device import Device
 from vidrial.dtypes import DType
 from vidrial.errors import UnsupportedError
 from vidrial.host.target import SCHEDULES, HostBinary, HostStats, Schedule, compile_host
 from vidrial.layout.mma import atoms_of
+from vidrial.spec.fields import C, P
 from vidrial.spec.op import Op, Stage
 from vidrial.spec.source import Tiles
 
@@ -19,7 +21,7 @@ from vidrial.spec.source import Tiles
 NEWEST_EMULATED = 90
 
 
-class HostPlan:
+class HostPlan(Generic[P, C]):
     """The launches of an op on the CPU: the same sources, compiled by g++.
 
     Args:
@@ -31,7 +33,7 @@ class HostPlan:
         CompileError, ToolchainError: it does not compile.
     """
 
-    def __init__(self, op: Op, problem: Any, config: Any, sanitizer: str | None = None, guard: int = 0) -> None:
+    def __init__(self, op: Op[P, C], problem: P, config: C, sanitizer: str | None = None, guard: int = 0) -> None:
         op.check_config(problem, config, Device.of("h200"))
         self.config = config
         self._buffers = op.workspace(problem, config)
@@ -43,7 +45,7 @@ class HostPlan:
             binary = compile_host(source.text, stage.kernel.name, sanitizer=sanitizer, include_dirs=source.include_dirs)
             self._launches.append((binary, tiles, stage, stage.kernel.pack(stage.problem, stage.config)))
 
-    def run(self, arrays: Mapping[str, np.ndarray], schedule: Schedule = SCHEDULES[0]) -> dict[str, HostStats]:
+    def run(self, arrays: Mapping[str, NDArray[Any]], schedule: Schedule = SCHEDULES[0]) -> dict[str, HostStats]:
         """Run all launches on NumPy arrays (bfloat16 as uint16 bits), outputs in place; what each kernel did, by its name."""
         every = dict(arrays)
         for name, buffer in self._buffers.items():
@@ -67,7 +69,7 @@ def _refuse_what_has_no_emulation(kernel: str, tiles: Tiles) -> None:
                 )
 
 
-def poison(shape: tuple[int, ...], dtype: DType) -> np.ndarray:
+def poison(shape: tuple[int, ...], dtype: DType) -> NDArray[Any]:
     """A NumPy array of NaN (all bits set; bfloat16 as uint16): an element that nothing wrote shows."""
-    bits: np.ndarray = np.full(shape, np.iinfo(f"uint{dtype.bits}").max, f"uint{dtype.bits}")
+    bits: NDArray[Any] = np.full(shape, np.iinfo(f"uint{dtype.bits}").max, f"uint{dtype.bits}")
     return bits if dtype is DType.bfloat16 else bits.view(dtype.label)

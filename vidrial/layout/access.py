@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from typing import Any, TypeAlias
 
 import numpy as np
+from numpy.typing import NDArray
 
 from vidrial.errors import ArgumentError
 from vidrial.layout.copies import LoadMatrix, LoadVector, TiledCopy
@@ -114,7 +115,7 @@ def _findings(described: Described, name: str, row_stride: int | None) -> Iterat
         yield Finding(f"{name}.global", "cp.async load", vector, sectors=_sectors(source), best_sectors=best)
 
 
-def _ways(addresses: Any, size: int) -> int:
+def _ways(addresses: NDArray[Any], size: int) -> int:
     """Worst turns of a bank over accesses (accesses, threads) of `size` bytes per thread."""
     phase = min(PHASE_BYTES // size, addresses.shape[1])
     first = addresses.reshape(-1, phase) // BANK_BYTES
@@ -126,6 +127,6 @@ def _ways(addresses: Any, size: int) -> int:
     return int(turns.max())
 
 
-def _sectors(addresses: Any) -> int:
+def _sectors(addresses: NDArray[Any]) -> int:
     """Most sectors that one of the accesses (accesses, threads) touches; an aligned vector lies in one."""
     return max(len(np.unique(request // SECTOR_BYTES)) for request in addresses)

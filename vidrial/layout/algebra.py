@@ -7,14 +7,18 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar, overload
 
 import numpy as np
 import pycute
+from numpy.typing import NDArray
 
 from vidrial.errors import LayoutError
 
 IntTuple: TypeAlias = "int | tuple[IntTuple, ...]"
+# Coordinates, or arrays of them.
+Coordinates: TypeAlias = "int | NDArray[Any] | tuple[Coordinates, ...]"
+Index = TypeVar("Index", int, NDArray[Any])
 
 
 def flatten(t: IntTuple) -> tuple[int, ...]:
@@ -51,6 +55,12 @@ class Layout:
         if not _congruent(self.shape, self.stride):
             raise LayoutError(f"shape {self.shape} and stride {self.stride} are nested differently; give each extent its own stride")
 
+    @overload
+    def __call__(self, *coordinate: IntTuple) -> int: ...  # type: ignore[overload-overlap]
+
+    @overload
+    def __call__(self, *coordinate: Coordinates) -> NDArray[Any]: ...
+
     def __call__(self, *coordinate: Any) -> Any:
         """The index of a coordinate: an integer, one per mode, or nested as the shape; NumPy arrays of them give an array."""
         return _index(coordinate[0] if len(coordinate) == 1 else coordinate, self.shape, self.stride)
@@ -76,7 +86,7 @@ class Layout:
             return self
         return Layout(self.shape[i], self.stride[i])
 
-    def indices(self) -> Any:
+    def indices(self) -> NDArray[Any]:
         """Index of each integer coordinate, an int64 array of `size` values."""
         return self(np.arange(self.size))
 
@@ -101,10 +111,11 @@ class Swizzle:
         if self.bits < 0 or self.base < 0 or self.shift < self.bits:
             raise LayoutError(f"Swizzle({self.bits}, {self.base}, {self.shift}): bits and base must not be negative, shift not below bits")
 
-    def __call__(self, index: Any) -> Any:
+    def __call__(self, index: Index) -> Index:
         """The swizzled index (an integer or an integer array)."""
         mask = ((1 << self.bits) - 1) << (self.base + self.shift)
-        return index ^ ((index & mask) >> self.shift)
+        swizzled: Index = index ^ ((index & mask) >> self.shift)
+        return swizzled
 
     @property
     def period(self) -> int:
@@ -125,6 +136,12 @@ class ComposedLayout:
     offset: int
     layout: Layout
 
+    @overload
+    def __call__(self, *coordinate: IntTuple) -> int: ...  # type: ignore[overload-overlap]
+
+    @overload
+    def __call__(self, *coordinate: Coordinates) -> NDArray[Any]: ...
+
     def __call__(self, *coordinate: Any) -> Any:
         """The index of a coordinate, as `Layout.__call__`."""
         return self.swizzle(self.offset + self.layout(*coordinate))
@@ -139,7 +156,7 @@ class ComposedLayout:
         """The shape of the domain."""
         return self.layout.shape
 
-    def indices(self) -> Any:
+    def indices(self) -> NDArray[Any]:
         """Index of each integer coordinate, an int64 array of `size` values."""
         return self(np.arange(self.size))
 
@@ -232,7 +249,7 @@ def _index(coordinate: Any, shape: IntTuple, stride: IntTuple) -> Any:
     return coordinate * stride
 
 
-def _check_integers(t: Any, least: int, what: str) -> None:
+def _check_integers(t: object, least: int, what: str) -> None:
     if isinstance(t, tuple):
         for part in t:
             _check_integers(part, least, what)

@@ -7,6 +7,7 @@ from functools import cache, cached_property
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from vidrial.errors import LayoutError
 from vidrial.layout.algebra import Layout
@@ -160,7 +161,7 @@ class TiledCopy:
         """thread -> column of its first vector."""
         return self.row_column[1]
 
-    def addresses(self) -> Any:
+    def addresses(self) -> NDArray[Any]:
         """Byte address in the tile of each vector, as device code computes it: int64, (steps, threads)."""
         thread = np.arange(self.threads)
         base = self.tile.offset(self.row(thread), self.column(thread)) * self.tile.dtype.bytes

@@ -13,6 +13,7 @@ from functools import cache, cached_property
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from vidrial.errors import LayoutError
 from vidrial.layout.algebra import Layout
@@ -136,7 +137,7 @@ class TiledMma:
 
         return thread_layouts(first, self.threads)
 
-    def coordinates(self) -> tuple[Any, Any]:
+    def coordinates(self) -> tuple[NDArray[Any], NDArray[Any]]:
         """Rows and columns of all accumulators: int64 arrays of shape (threads, m_atoms, n_atoms, values)."""
         thread, i, j, v = np.ogrid[: self.threads, : self.m_atoms, : self.n_atoms, : self.atom.c_layout.mode(1).size]
         row = self.row_column[0](thread) + i * self.step_m + v // 2 * 8

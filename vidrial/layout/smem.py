@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 from functools import cache, cached_property
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias, overload
 
 import numpy as np
+from numpy.typing import NDArray
 
 from vidrial.dtypes import DType
 from vidrial.errors import LayoutError
@@ -86,9 +87,21 @@ class SmemLayout:
         """The tile, read by an MMA with its rows along k."""
         return Transposed(self)
 
+    @overload
+    def offset(self, row: int, column: int) -> int: ...  # type: ignore[overload-overlap]
+
+    @overload
+    def offset(self, row: int | NDArray[Any], column: int | NDArray[Any]) -> NDArray[Any]: ...
+
     def offset(self, row: Any, column: Any) -> Any:
         """Element offset of (row, column); integers or NumPy arrays."""
         return self.layout((row, column))
+
+    @overload
+    def at(self, address: int, row: int, column: int) -> int: ...  # type: ignore[overload-overlap]
+
+    @overload
+    def at(self, address: int | NDArray[Any], row: int | NDArray[Any], column: int | NDArray[Any]) -> NDArray[Any]: ...
 
     def at(self, address: Any, row: Any, column: Any) -> Any:
         """Byte address of (r + row, c + column), given that of (r, c): `SmemTile::at` of the device code.
@@ -140,7 +153,7 @@ def _prove_access(tile: SmemLayout, row: Layout, column: Layout, threads: int, s
     dr, dc = np.array(steps, np.int64).reshape(-1, 2).T[:, :, None]
     r, c = r0 + dr, c0 + dc
 
-    def refuse(wrong: Any, why: str) -> None:
+    def refuse(wrong: NDArray[Any], why: str) -> None:
         if wrong.any():
             s, t = np.argwhere(wrong)[0]
             raise LayoutError(f"{tile}: thread {t} at ({r0[t]}, {c0[t]}), step {steps[s]}: {why}")

@@ -10,6 +10,7 @@ from functools import cache, cached_property
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from vidrial.dtypes import DType
 from vidrial.errors import LayoutError
@@ -186,7 +187,7 @@ class WarpgroupMma:
 
         return thread_layouts(first, self.threads)
 
-    def coordinates(self) -> tuple[Any, Any]:
+    def coordinates(self) -> tuple[NDArray[Any], NDArray[Any]]:
         """Rows and columns of all accumulators: int64 arrays of shape (threads, m_atoms, n_blocks, values)."""
         thread, i, j, v = np.ogrid[: self.threads, : self.m_atoms, : self.n_blocks, :4]
         row, column = self.row_column

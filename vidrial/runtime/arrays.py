@@ -5,10 +5,17 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterable
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar, cast
 
 from vidrial.dtypes import DType
 from vidrial.errors import ArgumentTypeError, ToolchainError
+
+if TYPE_CHECKING:
+    from typing_extensions import TypeVar as TypeVarWithDefault
+
+    A = TypeVarWithDefault("A", default=Any)
+else:
+    A = TypeVar("A")
 
 CPU = -1
 VECTOR_BYTES = 16
@@ -47,8 +54,8 @@ class ArraySpec(NamedTuple):
         )
 
 
-class Array(NamedTuple):
-    """What a launch needs of an array. `strides` in elements; `device` a CUDA index, or CPU; `owner` keeps the memory alive."""
+class Array(NamedTuple, Generic[A]):
+    """What a launch needs of an array of some library, of type A. `strides` in elements; `device` a CUDA index, or CPU; `owner` keeps the memory alive."""
 
     pointer: int
     shape: tuple[int, ...]
@@ -56,7 +63,7 @@ class Array(NamedTuple):
     dtype: DType
     device: int
     library: str
-    owner: Any
+    owner: A
 
     @property
     def facts(self) -> ArraySpec:
@@ -86,7 +93,7 @@ def signature_of(arrays: Iterable[Any], names: Iterable[str]) -> tuple[tuple[tup
     return tuple(key), pointers
 
 
-def library_of(x: Any) -> str:
+def library_of(x: object) -> str:
     """`torch`, `cupy`, `jax` or `numpy`.
 
     Raises:
@@ -106,7 +113,7 @@ def _library_of(kind: type) -> str:
     return name
 
 
-def as_array(x: Any, name: str) -> Array:
+def as_array(x: A, name: str) -> Array[A]:
     """The Array that describes `x`; `name` is the argument's name in errors.
 
     Raises:
@@ -238,9 +245,9 @@ def release(library: str, pointer: int) -> None:
         sys.modules["torch"]._C._cuda_cudaCachingAllocator_raw_delete(pointer)
 
 
-def to_library(x: Array) -> Any:
+def to_library(x: Array[A]) -> A:
     """The array as its library's own object: what the caller gets."""
-    return wrap_output(x.owner, x.dtype, x.library, x.device)
+    return cast(A, wrap_output(x.owner, x.dtype, x.library, x.device))
 
 
 def wrap_output(x: Any, dtype: DType, library: str, device: int) -> Any:
@@ -272,10 +279,11 @@ def _numpy_dtype(dtype: DType) -> Any:
     return np.dtype(ml_dtypes.bfloat16)
 
 
-def contiguous(x: Array) -> Array:
+def contiguous(x: Array[A]) -> Array[A]:
     """A contiguous copy in the same library, on the current stream."""
+    owner: Any = x.owner
     if x.library == "torch":
-        return _read_torch(x.owner.contiguous() if not x.owner.is_contiguous() else x.owner.clone())
+        return _read_torch(owner.contiguous() if not owner.is_contiguous() else owner.clone())
     if x.library == "jax":
         return x
-    return _READERS[x.library](x.owner.copy(order="C"))
+    return _READERS[x.library](owner.copy(order="C"))

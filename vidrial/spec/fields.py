@@ -16,36 +16,47 @@ import dataclasses
 import functools
 import types as types_of
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from typing import Any, Generic, TypeVar, get_type_hints
+from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast, get_type_hints
 
 from vidrial.errors import TemplateError
+
+if TYPE_CHECKING:
+    # Of the standard library's and the checker's own stubs, which no interpreter has. `Op` alone means Op[Any, Any]: an op of some author.
+    from _typeshed import DataclassInstance
+    from typing_extensions import TypeVar as TypeVarWithDefault
+
+    P = TypeVarWithDefault("P", bound=DataclassInstance, default=Any)
+    C = TypeVarWithDefault("C", bound=DataclassInstance, default=Any)
+else:
+    P, C = TypeVar("P"), TypeVar("C")
+T = TypeVar("T")
 
 KIND, CHOICES, KEYED, SPECIALIZE = "vidrial.kind", "vidrial.choices", "vidrial.keyed", "vidrial.specialize"
 # Results that a kernel remembers for each set of fields that were read.
 REMEMBERED = 8192
 
 
-def static() -> Any:
+def static() -> T:  # type: ignore[type-var]  # T is what the field is declared as
     """A field that is known before the launch: it is baked into the source, so another value is another binary."""
-    return dataclasses.field(metadata={KIND: "static"})
+    return cast(T, dataclasses.field(metadata={KIND: "static"}))
 
 
-def dynamic(*, keyed: bool = True) -> Any:
+def dynamic(*, keyed: bool = True) -> T:  # type: ignore[type-var]
     """A field that reaches the kernel as an argument; `keyed=False` (strides, say) keeps it out of the ranking's size class."""
-    return dataclasses.field(metadata={KIND: "dynamic", KEYED: keyed})
+    return cast(T, dataclasses.field(metadata={KIND: "dynamic", KEYED: keyed}))
 
 
-def choice(default: Any, *others: Any) -> Any:
+def choice(default: T, *others: T) -> T:
     """A field of a config that the sweep may choose: `default` first, which must be legal, then the other values."""
     return dataclasses.field(default=default, metadata={KIND: "choice", CHOICES: (default, *others)})
 
 
-def part(config: type) -> Any:
+def part(config: type[T]) -> T:
     """A field of an op's config that is the config of one of its stages."""
     return dataclasses.field(default_factory=config, metadata={KIND: "part", CHOICES: config})
 
 
-def specialize(*names: str) -> Any:
+def specialize(*names: str) -> str:
     """A choice between "" and one of the problem's dynamic fields: that one is then known before the launch, like a static field.
 
     Its value is baked into the source, so every other value is another binary: such a config is taken for the very sizes that it was
@@ -171,9 +182,6 @@ class Static:
     def anew(self) -> Static:
         """The same with nothing read."""
         return Static(self._problem, self._config)
-
-
-T = TypeVar("T")
 
 
 class ByReads(Generic[T]):

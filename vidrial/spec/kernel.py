@@ -11,7 +11,7 @@ import dataclasses
 from collections.abc import Callable, Hashable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, cast
 
 from vidrial.device import Device
 from vidrial.errors import ArgumentError, ConfigError, LayoutError, TemplateError
@@ -23,7 +23,7 @@ from vidrial.layout.wgmma import WarpgroupMma
 from vidrial.spec.choices import check_choices, configs
 from vidrial.spec.cost import Cost
 from vidrial.spec.digest import closure_digest, code_digest, tiles_asked_for
-from vidrial.spec.fields import ByReads, Static, fields
+from vidrial.spec.fields import ByReads, C, P, Static, fields
 from vidrial.spec.geometry import Geometry
 from vidrial.spec.source import Arguments, Source, Tiles, include_folders, render
 from vidrial.spec.space import Space
@@ -33,17 +33,17 @@ RESERVED = frozenset({"threads", "min_blocks", "Smem"})
 SMEM_RESERVED = 1024  # bytes of shared memory that the system takes of every CTA
 
 
-def _no_rules(problem: Any, config: Any, device: Device) -> Iterable[tuple[bool, str]]:
+def _no_rules(problem: object, config: object, device: Device) -> Iterable[tuple[bool, str]]:
     return ()
 
 
-def _no_scalars(problem: Any, config: Any) -> Mapping[str, Any]:
+def _no_scalars(problem: object, config: object) -> Mapping[str, object]:
     return {}
 
 
 @dataclass(frozen=True, eq=False)
-class Kernel:
-    """A kernel's description.
+class Kernel(Generic[P, C]):
+    """A kernel's description, of its author's own problem P and config C.
 
     Args:
         name: of the `extern "C" __global__` function, and in the cache.
@@ -60,19 +60,19 @@ class Kernel:
 
     name: str
     template: Path
-    problem: type
-    config: type
+    problem: type[P]
+    config: type[C]
     args: Arguments
-    tiles: Callable[[Any, Any], Tiles]
-    grid: Callable[[Any, Any], tuple[int, int, int]]
-    rules: Callable[[Any, Any, Device], Iterable[tuple[bool, str]]] = _no_rules
-    cost: Callable[[Any, Any, Device], Cost] | None = None
-    scalars: Callable[[Any, Any], Mapping[str, Any]] = _no_scalars
-    traffic: Callable[[Any, Any, Tiles], Mapping[str, Counts]] | None = None
+    tiles: Callable[[P, C], Tiles]
+    grid: Callable[[P, C], tuple[int, int, int]]
+    rules: Callable[[P, C, Device], Iterable[tuple[bool, str]]] = _no_rules
+    cost: Callable[[P, C, Device], Cost] | None = None
+    scalars: Callable[[P, C], Mapping[str, object]] = _no_scalars
+    traffic: Callable[[P, C, Tiles], Mapping[str, Counts]] | None = None
     _tiles: ByReads[Tiles] = field(init=False, repr=False)
     _sources: ByReads[Source] = field(init=False, repr=False)
 
-    def resolve(self, problem: Any, config: Any) -> Tiles:
+    def resolve(self, problem: P, config: C) -> Tiles:
         """Everything that is known before the launch; one object for all problems and configs that agree in what `tiles` reads.
 
         Raises:
@@ -80,7 +80,7 @@ class Kernel:
         """
         return self._tiles(Static(problem, config))
 
-    def source(self, problem: Any, config: Any, guard: int = 0) -> Source:
+    def source(self, problem: P, config: C, guard: int = 0) -> Source:
         """The rendered C++ of a config; depends alone on what `tiles` and the template read: static fields, those that the config bakes
         in, and choices.
 
@@ -88,7 +88,7 @@ class Kernel:
         """
         return self._render(Static(problem, config), guard)
 
-    def binary(self, problem: Any, config: Any, lengths: bool = True) -> Hashable:
+    def binary(self, problem: P, config: C, lengths: bool = True) -> Hashable:
         """What decides the binary: all that `source` reads, with its values; with `lengths` False, but for dynamic fields baked in."""
         static = Static(problem, config)
         stat = self.template.stat()
@@ -119,7 +119,7 @@ class Kernel:
                 facts[name] = getattr(static.problem if of_problem else static.config, name)
         return facts
 
-    def reject(self, problem: Any, config: Any, device: Device) -> str | None:
+    def reject(self, problem: P, config: C, device: Device) -> str | None:
         """The reason of the first rule that the config breaks, or None: the one statement of legality."""
         broken = self.broken_rule(problem, config, device)
         if broken is not None:
@@ -138,12 +138,12 @@ class Kernel:
             return f"{tiles.min_blocks} CTAs of {tiles.threads} threads: an SM holds {device.threads_per_sm} on {device.name}"
         return None
 
-    def broken_rule(self, problem: Any, config: Any, device: Device) -> str | None:
+    def broken_rule(self, problem: P, config: C, device: Device) -> str | None:
         """The reason of the first of the kernel's own rules that the config breaks, or None. It may still be illegal: tiles cost
         milliseconds, and are not asked."""
         return next((reason for holds, reason in self.rules(problem, config, device) if not holds), None)
 
-    def check(self, problem: Any, config: Any, device: Device) -> None:
+    def check(self, problem: P, config: C, device: Device) -> None:
         """Refuse an illegal config.
 
         Raises:
@@ -154,21 +154,21 @@ class Kernel:
         if reason is not None:
             raise ConfigError(f"{self.name}: {config} is not legal for {problem}: {reason}; see {self.name}.space(problem, device)")
 
-    def seconds(self, problem: Any, config: Any, device: Device) -> float:
+    def seconds(self, problem: P, config: C, device: Device) -> float:
         """Predicted time of one launch, 0 without a cost model."""
         return self.cost(problem, config, device).seconds(device) if self.cost is not None else 0.0
 
-    def space(self, problem: Any, device: Device | None = None) -> Space:
+    def space(self, problem: P, device: Device | None = None) -> Space[C]:
         """All configs for a problem: legal ones ranked by predicted time, rejected ones with their reason."""
         device = device or Device.default()
         return Space.of(configs(self.config), lambda c: self.reject(problem, c, device), lambda c: self.seconds(problem, c, device))
 
-    def geometry(self, problem: Any, config: Any) -> Geometry:
+    def geometry(self, problem: P, config: C) -> Geometry:
         """Grid, threads and dynamic shared memory of the launch."""
         tiles = self.resolve(problem, config)
         return Geometry(self.grid(problem, config), tiles.threads, tiles.smem_bytes)
 
-    def counts(self, problem: Any, config: Any) -> dict[str, Counts]:
+    def counts(self, problem: P, config: C) -> dict[str, Counts]:
         """What each tiled member does in one launch: the host target counts the same.
 
         Raises:
@@ -182,7 +182,7 @@ class Kernel:
             )
         return dict(self.traffic(problem, config, tiles)) if self.traffic is not None else {}
 
-    def pack(self, problem: Any, config: Any) -> bytearray:
+    def pack(self, problem: P, config: C) -> bytearray:
         """The packed parameter struct, pointers null.
 
         Raises:
@@ -192,7 +192,7 @@ class Kernel:
         found = {name: getattr(problem, name) for name in self.args.scalars if name not in given and hasattr(problem, name)}
         return self.args.pack(found | dict(given))
 
-    def occupancy(self, problem: Any, config: Any, device: Device, registers: int) -> Occupancy:
+    def occupancy(self, problem: P, config: C, device: Device, registers: int) -> Occupancy:
         """CTAs an SM holds, and what limits them, for a register count (from the cubin, or an estimate)."""
         tiles = self.resolve(problem, config)
         return Occupancy.of(device, threads=tiles.threads, smem=tiles.smem_bytes, registers=registers)
@@ -212,7 +212,7 @@ class Kernel:
     def __post_init__(self) -> None:
         if not self.template.is_file():
             raise ArgumentError(f"kernel {self.name}: template {self.template} does not exist")
-        object.__setattr__(self, "_tiles", ByReads(lambda static: self.tiles(static.problem, static.config)))
+        object.__setattr__(self, "_tiles", ByReads(lambda static: self.tiles(cast(P, static.problem), cast(C, static.config))))
         object.__setattr__(self, "_sources", ByReads(self._render))
 
 

@@ -6,21 +6,30 @@ import dataclasses
 import hashlib
 import heapq
 import itertools
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Generic, TypeAlias, cast
 
-import numpy as np
+from numpy.typing import NDArray
 
 from vidrial.device import Device
 from vidrial.dtypes import DType
 from vidrial.errors import ConfigError, LayoutError
 from vidrial.spec.choices import check_choices, configs, describe
-from vidrial.spec.fields import CHOICES, KIND
+from vidrial.spec.fields import CHOICES, KIND, C, P
 from vidrial.spec.kernel import Kernel
 from vidrial.spec.space import Candidate, Rejected, Space
 
 ALIGNMENT = 256  # bytes; of every workspace buffer
+Arrays: TypeAlias = Mapping[str, NDArray[Any]]  # by name; bfloat16 as uint16 bits
+
+
+def _no_buffers(problem: object, config: object) -> Mapping[str, Buffer]:
+    return {}
+
+
+def _no_rules(problem: object, config: object) -> Iterable[tuple[bool, str]]:
+    return ()
 
 
 @dataclass(frozen=True)
@@ -40,16 +49,16 @@ class Buffer:
 
 
 @dataclass(frozen=True)
-class Stage:
+class Stage(Generic[P, C]):
     """One launch of an op: a kernel, the problem, and the kernel's own config. Its pointers take the op's arrays of the same names; null where there is none.
 
     `part` names the part of the op's config that `config` comes from, "" for none: legality and time then depend on that part
     and the op's own choices alone.
     """
 
-    kernel: Kernel
-    problem: Any
-    config: Any
+    kernel: Kernel[P, C]
+    problem: P
+    config: C
     part: str = ""
 
     @property
@@ -92,8 +101,8 @@ class _Outline:
 
 
 @dataclass(frozen=True, eq=False)
-class Op:
-    """An op's description.
+class Op(Generic[P, C]):
+    """An op's description, of its author's own problem P and config C.
 
     Args:
         name: in rankings and on the command line.
@@ -112,31 +121,46 @@ class Op:
 
     name: str
     kernels: tuple[Kernel, ...]
-    problem: type
-    config: type
-    stages: Callable[[Any, Any], Sequence[Stage]]
-    outputs: Callable[[Any], Mapping[str, Buffer]]
-    sample: Callable[[Any, int], dict[str, np.ndarray]]
-    reference: Callable[[Any, Mapping[str, np.ndarray]], dict[str, np.ndarray]]
-    check: Callable[[Any, Mapping[str, np.ndarray], Mapping[str, np.ndarray], Mapping[str, np.ndarray]], Check]
-    small: Callable[[Any], Any]
-    example: Callable[..., Any]
-    workspace: Callable[[Any, Any], Mapping[str, Buffer]] = lambda problem, config: {}
-    rules: Callable[[Any, Any], Iterator[tuple[bool, str]]] = lambda problem, config: iter(())
+    problem: type[P]
+    config: type[C]
+    stages: Callable[[P, C], Sequence[Stage]]
+    outputs: Callable[[P], Mapping[str, Buffer]]
+    sample: Callable[[P, int], dict[str, NDArray[Any]]]
+    reference: Callable[[P, Arrays], dict[str, NDArray[Any]]]
+    check: Callable[[P, Arrays, Arrays, Arrays], Check]
+    small: Callable[[P], P]
+    example: Callable[..., P]
+    workspace: Callable[[P, C], Mapping[str, Buffer]] = _no_buffers
+    rules: Callable[[P, C], Iterable[tuple[bool, str]]] = _no_rules
 
     @classmethod
-    def of(cls, kernel: Kernel, **functions: Any) -> Op:
-        """The op that is one launch of one kernel: its problem, config and name; give `outputs`, `sample`, `reference`, `check`, `small`, `example`."""
+    def of(
+        cls,
+        kernel: Kernel[P, C],
+        *,
+        outputs: Callable[[P], Mapping[str, Buffer]],
+        sample: Callable[[P, int], dict[str, NDArray[Any]]],
+        reference: Callable[[P, Arrays], dict[str, NDArray[Any]]],
+        check: Callable[[P, Arrays, Arrays, Arrays], Check],
+        small: Callable[[P], P],
+        example: Callable[..., P],
+    ) -> Op[P, C]:
+        """The op that is one launch of one kernel, with its name, problem and config."""
         return cls(
             name=kernel.name,
             kernels=(kernel,),
             problem=kernel.problem,
             config=kernel.config,
             stages=lambda problem, config: (Stage(kernel, problem, config),),
-            **functions,
+            outputs=outputs,
+            sample=sample,
+            reference=reference,
+            check=check,
+            small=small,
+            example=example,
         )
 
-    def reject(self, problem: Any, config: Any, device: Device, part: str | None = None) -> str | None:
+    def reject(self, problem: P, config: C, device: Device, part: str | None = None) -> str | None:
         """The reason of the first rule that the config breaks, or None: the op's own rules first, then the stages'.
 
         With `part`, only the stages of that part are asked.
@@ -151,7 +175,7 @@ class Op:
                     return broken if stage.kernel.name == self.name else f"{stage.kernel.name}: {broken}"
         return None
 
-    def estimate(self, problem: Any, config: Any, device: Device, part: str | None = None) -> float | None:
+    def estimate(self, problem: P, config: C, device: Device, part: str | None = None) -> float | None:
         """`seconds` of a config that breaks no rule, else None. It may still be illegal: no tiles are made, only `reject` asks them."""
         if not all(holds for holds, _ in self.rules(problem, config)):
             return None
@@ -163,7 +187,7 @@ class Op:
         except (LayoutError, ConfigError):
             return None  # a cost that looks at the tiles meets their refusal
 
-    def check_config(self, problem: Any, config: Any, device: Device) -> None:
+    def check_config(self, problem: P, config: C, device: Device) -> None:
         """Refuse an illegal config.
 
         Raises:
@@ -174,7 +198,7 @@ class Op:
         if reason is not None:
             raise ConfigError(f"{self.name}: {describe(config)} is not legal for {problem}: {reason}")
 
-    def seconds(self, problem: Any, config: Any, device: Device, part: str | None = None) -> float:
+    def seconds(self, problem: P, config: C, device: Device, part: str | None = None) -> float:
         """Predicted time: the sum over the stages (of `part`, if given)."""
         return sum(s.kernel.seconds(s.problem, s.config, device) for s in self.stages(problem, config) if part is None or s.part == part)
 
@@ -183,14 +207,14 @@ class Op:
         """Names of the config's parts, one per stage or a few."""
         return tuple(f.name for f in dataclasses.fields(self.config) if f.metadata.get(KIND) == "part")
 
-    def shared(self, fixed: Mapping[str, Any] | None = None) -> Iterator[Any]:
+    def shared(self, fixed: Mapping[str, object] | None = None) -> Iterator[C]:
         """Every combination of the config's own choices, its parts at their defaults; `fixed` choices take one value only."""
         fixed = fixed or {}
         fields = [f for f in dataclasses.fields(self.config) if f.metadata.get(KIND) != "part"]
         for values in itertools.product(*((fixed[f.name],) if f.name in fixed else f.metadata[CHOICES] for f in fields)):
             yield self.config(**dict(zip((f.name for f in fields), values, strict=True)))
 
-    def part_spaces(self, problem: Any, shared: Any, device: Device) -> dict[str, Space]:
+    def part_spaces(self, problem: P, shared: C, device: Device) -> dict[str, Space[Any]]:
         """For one combination of shared choices: each part's own space. Stages run one after another, so parts rank on their own."""
         spaces = {}
         for name in self.parts:
@@ -213,7 +237,7 @@ class Op:
             return iter((getattr(shared, name),))
         return configs(next(f.metadata[CHOICES] for f in dataclasses.fields(self.config) if f.name == name))
 
-    def space(self, problem: Any, device: Device | None = None, limit: int = 256, fixed: Mapping[str, Any] | None = None) -> Space:
+    def space(self, problem: P, device: Device | None = None, limit: int = 256, fixed: Mapping[str, object] | None = None) -> Space[C]:
         """The legal configs, fastest-predicted first, at most `limit`; and every rejection once, of a config or of a part of one.
 
         `fixed` holds choices of the op's own (not of its parts) at one value: name -> value.
@@ -235,7 +259,7 @@ class Op:
         legal = itertools.islice(heapq.merge(*streams, key=lambda c: c.seconds), limit)
         return Space(tuple(legal), tuple(rejected.values()))
 
-    def predicted(self, problem: Any, device: Device, fixed: Mapping[str, Any] | None = None) -> Any:
+    def predicted(self, problem: P, device: Device, fixed: Mapping[str, object] | None = None) -> C:
         """The cost model's choice: what a call takes that nothing was measured for.
 
         Raises:
@@ -252,7 +276,7 @@ class Op:
         if not found:
             reasons = "; ".join(itertools.islice(self.space(problem, device, 1, fixed).reasons(), 3))
             raise ConfigError(f"{self.name}: no legal config for {problem} on {device.name}: {reasons}")
-        return min(found)[2]
+        return cast(C, min(found)[2])
 
     def _outlines(self, problem: Any, device: Device, fixed: Mapping[str, Any] | None) -> Iterator[_Outline]:
         for shared in self.shared(fixed):

@@ -24,7 +24,7 @@ FORMATS = {"int": "i", "int32_t": "i", "uint32_t": "I", "int64_t": "q", "float":
 RESYNC = re.compile(r"^\s*\{\{\s*\w+\s*\}\}\s*$|\{%-?\s*end(for|if)")
 
 
-def cpp(value: Any) -> str:
+def cpp(value: object) -> str:
     """The C++ spelling of a value that may appear in a source.
 
     Raises:
@@ -83,7 +83,7 @@ class Arguments:
         )
         return "struct alignas(8) Args {\n" + "\n".join(members) + "\n};"
 
-    def pack(self, values: Mapping[str, Any]) -> bytearray:
+    def pack(self, values: Mapping[str, object]) -> bytearray:
         """The struct's bytes with every scalar filled in and every pointer null (`pointers` has their offsets).
 
         Raises:
@@ -112,7 +112,7 @@ class Tiles:
             not be named: those that the template asks for, as `Tiles::name`, become members by themselves (`Kernel.source`).
     """
 
-    def __init__(self, *, threads: int, smem: SharedMemory | None = None, min_blocks: int = 1, **members: Any) -> None:
+    def __init__(self, *, threads: int, smem: SharedMemory | None = None, min_blocks: int = 1, **members: object) -> None:
         self.threads = threads
         self.smem = smem
         self.min_blocks = min_blocks
@@ -168,7 +168,7 @@ class Source:
         return self.text
 
 
-def render(template: Path, entry: str, names: Mapping[str, Any]) -> Source:
+def render(template: Path, entry: str, names: Mapping[str, object]) -> Source:
     """Render a template; `names` are what it may mention. The first line is the digest of the include closure.
 
     Raises:

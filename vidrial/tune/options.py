@@ -48,7 +48,7 @@ class Options:
     seconds: float | None = None
     exhaustive: bool = False
     strategy: str = STRATEGIES[0]
-    configs: Sequence[Any] | None = None
+    configs: Sequence[object] | None = None
     journal: Path | str | None = None
     resume: bool | Path | str | None = None
     jobs: int | None = None

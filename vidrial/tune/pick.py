@@ -6,14 +6,14 @@ import functools
 import itertools
 from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, Generic, NamedTuple, cast
 
 from vidrial.build import cubins as build
 from vidrial.build.store import Store
 from vidrial.device import Device
 from vidrial.errors import FrozenError
 from vidrial.spec.choices import config_order, describe
-from vidrial.spec.fields import fields, size_class, specialized
+from vidrial.spec.fields import C, P, fields, size_class, specialized
 from vidrial.spec.op import Op, Stage
 from vidrial.tune.model import Model, work
 from vidrial.tune.ranking import (
@@ -40,14 +40,14 @@ PICKS = 4096
 FROZEN_DEPTH = 128
 
 
-class Choice(NamedTuple):
+class Choice(NamedTuple, Generic[C]):
     """A config, and where the choice comes from: `ranking`, `shipped`, `model` (calibrated) or `predicted` (nothing was measured)."""
 
-    config: Any
+    config: C
     origin: str
 
 
-def choose_config(op: Op, problem: Any, device: Device, fixed: tuple[tuple[str, Any], ...] = ()) -> Choice:
+def choose_config(op: Op[P, C], problem: P, device: Device, fixed: tuple[tuple[str, object], ...] = ()) -> Choice[C]:
     """The config that a call takes, its choices of the names in `fixed` (name, value) kept; compiles nothing, and is remembered.
 
     In this order: what this machine measured, what came with Vidrial for this very kind of GPU, the calibrated model over their
@@ -56,7 +56,7 @@ def choose_config(op: Op, problem: Any, device: Device, fixed: tuple[tuple[str, 
     Raises:
         ConfigError: no config is legal. FrozenError: compiling is frozen and no legal config is compiled.
     """
-    return _pick(op, problem, device, fixed, _state.generation)
+    return _pick(op, cast(Hashable, problem), device, fixed, _state.generation)
 
 
 def freeze(on: bool = True) -> None:
@@ -67,7 +67,7 @@ def freeze(on: bool = True) -> None:
 
 
 @functools.lru_cache(maxsize=PICKS)
-def _pick(op: Op, problem: Any, device: Device, fixed: tuple[tuple[str, Any], ...], generation: int) -> Choice:
+def _pick(op: Op, problem: Any, device: Device, fixed: tuple[tuple[str, object], ...], generation: int) -> Choice:
     asked = dict(fixed)
     choices = (
         pick

@@ -22,7 +22,7 @@ import uuid
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic
 
 from vidrial.build.files import locked
 from vidrial.build.store import Store
@@ -30,7 +30,7 @@ from vidrial.device import Device
 from vidrial.errors import ArgumentError, ConfigError, SweepError, VidrialError
 from vidrial.spec.choices import check_choices, config_order
 from vidrial.spec.digest import LEXER
-from vidrial.spec.fields import fields, keyed_fields, size_class, specialized
+from vidrial.spec.fields import C, P, fields, keyed_fields, size_class, specialized
 from vidrial.spec.op import Op
 from vidrial.spec.registry import KNOWN, find_op, reference_of
 from vidrial.tune.codec import decode, encode
@@ -44,24 +44,24 @@ log = logging.getLogger("vidrial")
 
 
 @dataclass(frozen=True)
-class RankedConfig:
+class RankedConfig(Generic[C]):
     """A measured config; `tied`: within the noise of the one before it or after it, and placed by order of declaration."""
 
-    config: Any
+    config: C
     timing: Timing
     tied: bool = False
 
 
 @dataclass(frozen=True)
-class ProblemTimings:
+class ProblemTimings(Generic[P, C]):
     """One problem's configs, fastest first."""
 
-    problem: Any
-    configs: tuple[RankedConfig, ...]
+    problem: P
+    configs: tuple[RankedConfig[C], ...]
 
 
 @dataclass(frozen=True)
-class Ranking:
+class Ranking(Generic[P, C]):
     """What one device measured for the problems of one size class. `device` is `Device.key`, `digest` that of the op's templates."""
 
     op: str
@@ -69,10 +69,10 @@ class Ranking:
     device: str
     device_name: str
     versions: str
-    measured: tuple[ProblemTimings, ...]
+    measured: tuple[ProblemTimings[P, C], ...]
 
     @classmethod
-    def from_trials(cls, op: Op, device: Device, trials: Iterable[Trial]) -> Ranking | None:
+    def from_trials(cls, op: Op[P, C], device: Device, trials: Iterable[Trial[P, C]]) -> Ranking[P, C] | None:
         """The ranking of one problem's trials; None if none is ok."""
         good = [t for t in latest(trials).values() if t.ok]
         if not good:
@@ -81,7 +81,7 @@ class Ranking:
         return cls(op.name, op.digest(), device.key, device.name, good[0].versions, (ProblemTimings(good[0].problem, configs[:KEPT]),))
 
     @classmethod
-    def from_json(cls, op: Op, data: Any) -> Ranking:
+    def from_json(cls, op: Op[P, C], data: object) -> Ranking[P, C]:
         """The ranking that `to_json` wrote. Choices that the config has gained since take their defaults; a config that makes one that is
         none any more is left out, and a problem without others with it.
 
@@ -99,7 +99,7 @@ class Ranking:
             measured += [ProblemTimings(decode(op.problem, entry["problem"]), configs)] if configs else []
         return dataclasses.replace(ranking, measured=tuple(measured))
 
-    def to_json(self) -> Any:
+    def to_json(self) -> dict[str, Any]:
         """The ranking as JSON."""
         return {"schema": SCHEMA, **encode(self)}
 
@@ -109,12 +109,12 @@ class Ranking:
         problem = self.measured[0].problem
         return _family(self.op, self.digest, fields(problem, "static"), self.device) + _sha(size_class(problem))
 
-    def merged(self, other: Ranking) -> Ranking:
+    def merged(self, other: Ranking[P, C]) -> Ranking[P, C]:
         """Both rankings' problems; where both measured one, `other` counts."""
         mine = {sizes(m.problem): m for m in self.measured} | {sizes(m.problem): m for m in other.measured}
         return dataclasses.replace(other, measured=tuple(mine[key] for key in sorted(mine)))
 
-    def save(self, op: Op) -> None:
+    def save(self, op: Op[P, C]) -> None:
         """Put the ranking into the cache, joined with what is there."""
         store = Store.shared()
         # Sweeps of two lengths of one class may end at the same moment.
@@ -123,7 +123,7 @@ class Ranking:
             store.write_json("ranking", self.key, (before.merged(self) if before else self).to_json())
         forget()
 
-    def nearest(self, problem: Any) -> ProblemTimings:
+    def nearest(self, problem: P) -> ProblemTimings[P, C]:
         """The measured problem that is nearest in size, by ratio."""
         return min(self.measured, key=lambda m: distance(m.problem, problem))
 
@@ -150,7 +150,7 @@ def distance(a: Any, b: Any) -> float:
     return sum(abs(math.log(max(1, x) / max(1, y))) for x, y in zip(sizes(a), sizes(b), strict=True))
 
 
-def top_configs(measured: Iterable[ProblemTimings]) -> tuple[Any, ...]:
+def top_configs(measured: Iterable[ProblemTimings[P, C]]) -> tuple[C, ...]:
     """The configs that stand by for problems that were not measured: those that lead most of the measured ones.
 
     What bakes a length in does not: it would have to be compiled for every other one.
@@ -196,7 +196,7 @@ def local(op: Op, static: Mapping[str, Any], device: Device) -> list[Ranking]:
     return [ranking for ranking in found if ranking is not None]
 
 
-def shipped(op: Op, device_key: str, folder: Path | None = None, static: Mapping[str, Any] | None = None) -> list[Ranking]:
+def shipped(op: Op[P, C], device_key: str, folder: Path | None = None, static: Mapping[str, object] | None = None) -> list[Ranking[P, C]]:
     """The rankings in `folder` (by default those that come with Vidrial) of this kind of device and the op's present templates.
 
     With `static`, only those for such static facts.
@@ -289,7 +289,7 @@ def _is_of(entry: Any, static: Mapping[str, Any] | None) -> bool:
     return static is None or encode(static).items() <= entry["measured"][0]["problem"].items()
 
 
-def publish(op: Op, rankings: Sequence[Ranking], folder: Path) -> list[Path]:
+def publish(op: Op[P, C], rankings: Sequence[Ranking[P, C]], folder: Path) -> list[Path]:
     """Write rankings to `folder/<device key>/<op>.json`, joined with those of the same templates there; the files written.
 
     Raises:

@@ -7,35 +7,36 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic
 
 from vidrial.device import Device
 from vidrial.spec.choices import describe
+from vidrial.spec.fields import C, P
 from vidrial.spec.op import Op
 from vidrial.tune.ranking import RankedConfig, Ranking
 from vidrial.tune.trial import Status, Trial, latest
 
 
 @dataclass(frozen=True)
-class SweepResult:
+class SweepResult(Generic[P, C]):
     """What a sweep found. `winner` is the first of `ranked`; `notes` say what else one should know about the figures."""
 
     op: str
-    problem: Any
+    problem: P
     device: Device
-    trials: tuple[Trial, ...]
-    ranking: Ranking
+    trials: tuple[Trial[P, C], ...]
+    ranking: Ranking[P, C]
     notes: tuple[str, ...]
     journal: Path
     seconds: float
 
     @property
-    def ranked(self) -> tuple[RankedConfig, ...]:
+    def ranked(self) -> tuple[RankedConfig[C], ...]:
         """The measured configs, fastest first."""
         return self.ranking.measured[0].configs
 
     @property
-    def winner(self) -> Trial:
+    def winner(self) -> Trial[P, C]:
         """The fastest config's trial; `tied` says whether others are as fast."""
         return latest(self.trials)[self.ranked[0].config]
 

@@ -31,6 +31,7 @@ from vidrial.errors import ArgumentError, NoValidConfig, SweepError, ToolchainEr
 from vidrial.progress import Progress, reporting
 from vidrial.settings import Settings
 from vidrial.spec.choices import describe
+from vidrial.spec.fields import C, P
 from vidrial.spec.op import Op
 from vidrial.spec.registry import resolve
 from vidrial.tune.candidates import Builds
@@ -62,7 +63,7 @@ class Strategy(Protocol):
         """Configs to try next, given config -> ms (infinite for a failure) of those tried; none if the search is over."""
 
 
-def sweep(op: Op, problem: Any, options: Options | None = None, **changes: Any) -> SweepResult:
+def sweep(op: Op[P, C], problem: P, options: Options | None = None, **changes: object) -> SweepResult[P, C]:
     """Sweep one op for one problem and keep the ranking; `changes` are fields of `Options`.
 
     Ctrl-C and SIGTERM rank what has been measured, then go on to the caller; the same sweep with `resume=True` repeats the config
@@ -80,13 +81,13 @@ def sweep(op: Op, problem: Any, options: Options | None = None, **changes: Any) 
 
 
 def sweep_lengths(
-    op: Op,
-    problems: Sequence[Any],
+    op: Op[P, C],
+    problems: Sequence[P],
     options: Options | None = None,
     within: float | None = None,
-    done: Callable[[SweepResult], None] | None = None,
-    **changes: Any,
-) -> list[SweepResult]:
+    done: Callable[[SweepResult[P, C]], None] | None = None,
+    **changes: object,
+) -> list[SweepResult[P, C]]:
     """Sweep several problems of the same static facts, then time the model's candidates on all of them: what it is calibrated with.
 
     `within`: seconds for all together, about; problems that no time is left for are left out, the last ones first. `done` is called with
@@ -100,7 +101,7 @@ def sweep_lengths(
         raise ArgumentError("a journal holds one problem's trials: sweep each on its own, or leave journal=... out and give resume=True")
     for problem in problems:
         check_problem(op, problem)
-    begun, found, done = time.monotonic(), list[SweepResult](), done or (lambda _: None)
+    begun, found, done = time.monotonic(), list[SweepResult[P, C]](), done or (lambda _: None)
 
     def share(left: int, until: float, parts: int = 1) -> Options | None:
         """Options with a fair share of the time that is left; None if it is too little to begin. The first problem is always swept."""

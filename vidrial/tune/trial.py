@@ -7,9 +7,10 @@ import math
 import typing
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Generic
 
 from vidrial.spec.choices import describe
+from vidrial.spec.fields import C, P
 from vidrial.spec.op import Check, Op
 from vidrial.tune.codec import decode
 from vidrial.tune.timing import Timing
@@ -38,7 +39,7 @@ class KernelResources:
 
 
 @dataclass(frozen=True)
-class Trial:
+class Trial(Generic[P, C]):
     """One config tried on one problem.
 
     `phase`: `screen` for a few samples, `confirm` and `final` where leaders were timed in turn, `recheck` for a winner's second check.
@@ -47,8 +48,8 @@ class Trial:
     """
 
     op: str
-    problem: Any
-    config: Any
+    problem: P
+    config: C
     status: Status
     phase: str = "screen"
     timing: Timing | None = None
@@ -73,7 +74,7 @@ class Trial:
         return self.timing.median_ms if self.timing is not None and self.status is Status.ok else math.inf
 
     @classmethod
-    def from_json(cls, op: Op, data: Any) -> Trial:
+    def from_json(cls, op: Op[P, C], data: object) -> Trial[P, C]:
         """The trial that `encode` wrote.
 
         Raises:
@@ -85,9 +86,9 @@ class Trial:
         return f"{describe(self.config)}: {self.timing if self.ok else f'{self.status.name}: {self.reason}'}"
 
 
-def latest(trials: Iterable[Trial]) -> dict[Any, Trial]:
+def latest(trials: Iterable[Trial[P, C]]) -> dict[C, Trial[P, C]]:
     """Config -> the trial that counts: a failure always does, else the last one timed."""
-    found: dict[Any, Trial] = {}
+    found: dict[C, Trial[P, C]] = {}
     for trial in trials:
         before = found.get(trial.config)
         if before is None or (before.status is Status.ok and (trial.timing is not None or trial.status is not Status.ok)):
