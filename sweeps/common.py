@@ -18,6 +18,7 @@ from vidrial.device import Device
 from vidrial.errors import ToolchainError
 
 RESULTS = Path(__file__).parent / "results"
+DISTRIBUTION = "vidrial-dsl"
 PACKAGES = ("cupy-cuda13x", "nvidia-cuda-nvrtc", "nvidia-cutlass", "numpy")
 
 
@@ -41,11 +42,11 @@ def facts(device: Device, module: str) -> dict[str, Any]:
     except (OSError, subprocess.SubprocessError):
         driver = "unknown"
     versions = {}
-    for name in ("vidrial", *PACKAGES):
+    for name in (DISTRIBUTION, *PACKAGES):
         try:
             versions[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
-            versions[name] = "source tree" if name == "vidrial" else "not installed"
+            versions[name] = "source tree" if name == DISTRIBUTION else "not installed"
     return {
         "gpu": device.name,
         "device": device.key,

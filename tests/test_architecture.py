@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import re
 import subprocess
 import sys
@@ -100,6 +101,42 @@ def test_kernels_import_what_exists(path: Path) -> None:
     for name in imported(path):
         target = VIDRIAL / name.replace(".", "/")
         assert any(p.is_dir() or p.with_suffix(".py").is_file() for p in (target, target.parent)), name
+
+
+PUBLIC_PACKAGES = ("vidrial", "vidrial.layout", "vidrial.tune", "vidrial.testing", "vidrial.templates", "vidrial.kernels", "vidrial.sweeps")
+OURS = sorted(path for folder in ("kernels", "sweeps", "examples") for path in (ROOT / folder).rglob("*.py"))
+
+
+def deep_imports(path: Path) -> Iterator[str]:
+    """What a file imports from Vidrial that is no public name: `vidrial.spec.op.Op`, say, for `vidrial.Op`."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (a.name for a in node.names if a.name.startswith("vidrial.") and not a.name.startswith(PUBLIC_PACKAGES[1:]))
+        elif isinstance(node, ast.ImportFrom) and node.module is not None and node.module.partition(".")[0] == "vidrial":
+            if node.module.startswith(("vidrial.kernels", "vidrial.sweeps", "vidrial.templates")):
+                continue
+            public = getattr(importlib.import_module(node.module), "__all__", ()) if node.module in PUBLIC_PACKAGES else ()
+            yield from (f"{node.module}.{a.name}" for a in node.names if a.name not in public)
+
+
+@pytest.mark.parametrize("path", OURS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_our_kernels_sweeps_and_examples_use_what_users_get(path: Path) -> None:
+    assert not list(deep_imports(path))
+
+
+def test_a_deep_import_is_seen(tmp_path: Path) -> None:
+    path = tmp_path / "program.py"
+    path.write_text(
+        "import vidrial.spec.op\nfrom vidrial import Op, nonsense\nfrom vidrial.layout import smem\nfrom vidrial.tune.sweeper import sweep\n"
+    )
+    assert list(deep_imports(path)) == ["vidrial.spec.op", "vidrial.nonsense", "vidrial.layout.smem", "vidrial.tune.sweeper.sweep"]
+
+
+def test_the_framework_names_no_kernel() -> None:
+    ops = [path.name for path in (ROOT / "kernels").iterdir() if path.is_dir() and path.name != "__pycache__"]
+    assert "power_retention" in ops
+    for path in (p for p in VIDRIAL.rglob("*") if p.suffix in (".py", ".j2", ".html") and p.relative_to(VIDRIAL).parts[0] not in LINKED):
+        assert not [op for op in ops if op in path.read_text()], f"{path} names a kernel"
 
 
 def loaded(program: str) -> set[str]:

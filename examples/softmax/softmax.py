@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias, TypeVar
 
 import numpy as np
+from numpy.typing import NDArray
 
 import vidrial as vd
 
-Arrays = dict[str, Any]  # name -> NumPy array
+A = TypeVar("A")  # an array of torch, CuPy, JAX or NumPy
+Arrays: TypeAlias = Mapping[str, NDArray[Any]]
 
 
 @dataclass(frozen=True)
@@ -71,11 +73,11 @@ def example(*, n: int, m: int = 4096, dtype: str = "float32") -> Problem:
     return Problem(vd.DType.of(dtype), m, n)
 
 
-def sample(p: Problem, seed: int) -> Arrays:
+def sample(p: Problem, seed: int) -> dict[str, NDArray[Any]]:
     return {"x": p.dtype.round(np.random.default_rng(seed).standard_normal((p.m, p.n)) * 4)}
 
 
-def reference(p: Problem, inputs: Arrays) -> Arrays:
+def reference(p: Problem, inputs: Arrays) -> dict[str, NDArray[Any]]:
     x = p.dtype.widen(inputs["x"])
     e = np.exp(x - x.max(-1, keepdims=True))
     return {"y": e / e.sum(-1, keepdims=True)}
@@ -100,7 +102,7 @@ op = vd.Op.of(
 )
 
 
-def softmax(x: Any) -> Any:
+def softmax(x: A) -> A:
     """The softmax of each row of `x` [m, n], float32 or bfloat16, torch's, CuPy's or JAX's; on the CPU it runs on the host target."""
     array = vd.as_array(x, "x")
     if len(array.shape) != 2:

@@ -1,14 +1,19 @@
 from __future__ import annotations
 
+import dataclasses
 import re
+from pathlib import Path
 
 import pytest
 from rich.console import Console
 
 from vidrial.cli import demo
 from vidrial.device import Device
+from vidrial.dtypes import DType
 from vidrial.errors import ToolchainError
+from vidrial.kernels.power_retention import power_retention
 from vidrial.kernels.power_retention.op import op
+from vidrial.spec.registry import find_op
 
 
 @pytest.fixture
@@ -25,7 +30,7 @@ def test_without_a_gpu_it_explains_compiles_and_checks(console: Console, monkeyp
     monkeypatch.setattr(demo, "HOST_LENGTHS", (33, 129))
     monkeypatch.setattr(demo, "COMPILED", 1)
     monkeypatch.setattr(demo, "FACTS", {"b": 1, "h": 2, "d": 32})
-    demo.run_demo(console)
+    demo.run_demo(console, "power_retention")
     text = console.export_text()
     assert "no usable CUDA GPU" in text
     assert "So nothing is timed here" in text
@@ -39,9 +44,20 @@ def test_without_a_gpu_it_explains_compiles_and_checks(console: Console, monkeyp
     errors = re.findall(r"^ *(\d+) +\S+ [um]?s +(\S+e-\d\d)", on_cpu, re.MULTILINE)
     assert [int(t) for t, _ in errors] == [65, 131]
     assert all(float(e) < 1e-5 for _, e in errors)
+    assert on_cpu.count("within bounds") == 2
     assert on_host.count("within bounds") == 3
     assert "WRONG" not in on_host
     assert "chunk=128" in on_host
+
+
+def test_it_finds_what_another_op_is_asked_and_its_function() -> None:
+    softmax = find_op(f"{Path(__file__).parents[2] / 'examples/softmax/softmax.py'}:op")
+    problem = demo.problem_of(softmax, 1001, dtype="float32")
+    assert (problem.n, problem.dtype) == (1001, DType.float32)
+    function = demo.function_of(softmax)
+    assert function is not None and function.__name__ == "softmax"
+    assert demo.function_of(op) is power_retention
+    assert demo.function_of(dataclasses.replace(op, name="nothing_of_this_name")) is None
 
 
 def test_a_wrong_result_is_said(console: Console) -> None:
@@ -57,8 +73,6 @@ def test_a_wrong_result_is_said(console: Console) -> None:
 
 
 def test_with_a_gpu_it_sweeps_every_length(console: Console, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    from pathlib import Path
-
     from vidrial.spec.op import Check
     from vidrial.tune.ranking import Ranking
     from vidrial.tune.result import SweepResult
@@ -80,7 +94,7 @@ def test_with_a_gpu_it_sweeps_every_length(console: Console, monkeypatch: pytest
 
     monkeypatch.setattr(Device, "current", lambda index=None: device)
     monkeypatch.setattr(demo, "sweep", sweep)
-    demo.run_demo(console)
+    demo.run_demo(console, "power_retention")
     text = console.export_text()
     assert asked == [(t, {"seconds": demo.SWEEP_SECONDS}) for t in demo.LENGTHS]
     for t in demo.LENGTHS:

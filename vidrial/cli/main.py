@@ -12,9 +12,10 @@ import click
 
 from vidrial import __version__
 from vidrial.device import Device
-from vidrial.errors import ArgumentError, VidrialError
+from vidrial.errors import ArgumentError, ToolchainError, VidrialError
+from vidrial.installation import named_ops
 from vidrial.spec.op import Op
-from vidrial.spec.registry import KNOWN, find_op, make_problem, parse_keywords
+from vidrial.spec.registry import find_op, make_problem, parse_keywords
 from vidrial.tune.search import STRATEGIES
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -50,7 +51,7 @@ def main(arguments: list[str] | None = None) -> None:
 def vidrial() -> None:
     """GPU kernels described in Python, tuned by measurement.
 
-    OP is a known name (power_retention), module:attribute, or path/to/file.py:attribute. What it is asked comes as the
+    OP is a known name (`vidrial env` lists them), module:attribute, or path/to/file.py:attribute. What it is asked comes as the
     keywords of its `example`: --t 10007 --d 64. All commands but the timing of `sweep` work without a GPU.
     """
 
@@ -76,8 +77,8 @@ def target_option(function: F) -> F:
 def read(reference: str, keywords: tuple[str, ...]) -> tuple[Op, list[Any]]:
     """The op, and a problem for every combination of the keywords' values."""
     if reference.startswith("-"):
-        known = ", ".join(KNOWN)
-        raise ArgumentError(f"{reference!r} stands where OP should; give {known}, module:attribute or path/to/file.py:attribute first")
+        names = "".join(f"{name}, " for name in named_ops())
+        raise ArgumentError(f"{reference!r} stands where OP should; give {names}module:attribute or path/to/file.py:attribute first")
     op = find_op(reference)
     values = parse_keywords(op, keywords)
     return op, [make_problem(op, dict(zip(values, combination, strict=True))) for combination in itertools.product(*values.values())]
@@ -93,6 +94,18 @@ def read_one(reference: str, keywords: tuple[str, ...]) -> tuple[Op, Any]:
     if len(problems) > 1:
         raise ArgumentError("a keyword came twice; only sweep takes several problems")
     return op, problems[0]
+
+
+def first_op() -> str:
+    """The name of the first known op.
+
+    Raises:
+        ArgumentError: no installed package names one.
+    """
+    name = next(iter(named_ops()), None)
+    if name is None:
+        raise ArgumentError("no installed package names an op; give module:attribute or path/to/file.py:attribute")
+    return name
 
 
 def device_of(arch: str | None) -> Device:
@@ -218,8 +231,11 @@ def report(journals: tuple[Path, ...], out: Path, png: Path | None) -> None:
     from vidrial.report.rows import read_journals, rejected_rows, write_report
 
     rows = read_journals(journals or [Store.shared().root / "journals"])
-    for name in {row.op for row in rows} & set(KNOWN):
-        rows += rejected_rows(find_op(name), rows)
+    for name in {row.op for row in rows} & named_ops().keys():
+        try:
+            rows += rejected_rows(find_op(name), rows)
+        except (ArgumentError, ToolchainError) as error:
+            click.echo(f"vidrial: without the configs that rules forbid: {error}", err=True)
     click.echo(write_report(rows, out))
     if png is not None:
         from vidrial.report.plot import write_png
@@ -355,9 +371,10 @@ def cache_clear(yes: bool) -> None:
 
 
 @vidrial.command()
-def demo() -> None:
-    """Show what Vidrial does, on this machine, in a few minutes."""
+@click.argument("reference", metavar="[OP]", required=False)
+def demo(reference: str | None) -> None:
+    """Show what Vidrial does with OP, by default the first one that `vidrial env` lists, on this machine, in a few minutes."""
     from vidrial.cli.demo import run_demo
     from vidrial.cli.tables import make_console
 
-    run_demo(make_console())
+    run_demo(make_console(), reference or first_op())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib.metadata
 import itertools
@@ -23,8 +24,9 @@ from vidrial.build.nvrtc import Cubin
 from vidrial.build.store import Store
 from vidrial.build.toolchain import HostCompiler, Toolchain, missing, nvrtc_version
 from vidrial.device import TABLE, Device, gpu_count
-from vidrial.errors import CompileError, ConfigError, ToolchainError
+from vidrial.errors import ArgumentError, CompileError, ConfigError, ToolchainError
 from vidrial.host.check import Outcome, Report
+from vidrial.installation import named_ops, other_distribution
 from vidrial.layout.access import analyse
 from vidrial.layout.copies import LoadMatrix, LoadVector, TiledCopy
 from vidrial.layout.counts import Counts
@@ -35,7 +37,7 @@ from vidrial.layout.wgmma import WarpgroupMma
 from vidrial.settings import Settings
 from vidrial.spec.choices import describe
 from vidrial.spec.op import Op, Stage
-from vidrial.spec.registry import KNOWN, find_op
+from vidrial.spec.registry import find_op
 from vidrial.spec.source import Source
 from vidrial.spec.space import Space
 from vidrial.tune.ranking import Standing, shipped_devices, until_swept
@@ -183,7 +185,11 @@ def show_environment(console: Console) -> None:
     )
     for reason in missing():
         console.print(Text(f"missing: {reason}", "red"))
+    other = other_distribution()
+    if other is not None:
+        console.print(Text(other, "red"))
     show_table(console, "GPUs", ("", "", "", ""), _gpus())
+    show_table(console, "ops", ("", ""), _ops())
     show_table(console, "rankings", ("", ""), _rankings())
     store, settings = Store.shared(), Settings.read()
     count, size = store.usage()
@@ -203,10 +209,27 @@ def _rankings() -> Iterator[tuple[str, str]]:
     """For every known op and every kind of GPU here: what was measured for it, and what a call's config then comes from."""
     count = gpu_count()
     devices = {d.key: d for d in (Device.current(index) for index in range(count))} if count else {"": Device.default()}
-    for name, device in itertools.product(KNOWN, devices.values()):
-        op = find_op(name)
+    for op, device in itertools.product(_importable_ops(), devices.values()):
         here = device.name if count else f"no GPU here: as on an {device.name}"
         yield f"{op.name}, {here}", _applies(op, device)
+
+
+def _importable_ops() -> Iterator[Op]:
+    """The known ops, but those that cannot be imported: `_ops` says why."""
+    for name in named_ops():
+        with contextlib.suppress(ArgumentError, ToolchainError):
+            yield find_op(name)
+
+
+def _ops() -> Iterator[tuple[str, str | Text]]:
+    """Every known op: where it lies, or why it cannot be imported."""
+    for name, reference in named_ops().items():
+        try:
+            find_op(name)
+        except (ArgumentError, ToolchainError) as error:
+            yield name, Text(str(error), "red")
+        else:
+            yield name, reference
 
 
 def _applies(op: Op, device: Device) -> str:

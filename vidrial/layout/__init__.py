@@ -1,1 +1,60 @@
+"""CuTe's objects as values: layouts, instruction atoms, tiles in shared memory, copies and MMAs; each proves itself and prints as C++.
 
+Public names are those of `__all__`.
+"""
+
+from __future__ import annotations
+
+from vidrial.layout.algebra import (
+    ComposedLayout,
+    Layout,
+    Swizzle,
+    coalesce,
+    complement,
+    composition,
+    left_inverse,
+    logical_divide,
+    logical_product,
+    make_layout,
+    right_inverse,
+)
+from vidrial.layout.atoms import CopyAtom, MMA_16x8x8, MMA_16x8x16, MmaAtom, cp_async, ldmatrix, wgmma
+from vidrial.layout.copies import LoadMatrix, LoadVector, TiledCopy
+from vidrial.layout.drawing import draw
+from vidrial.layout.mma import Accumulator, TiledMma
+from vidrial.layout.occupancy import Occupancy
+from vidrial.layout.smem import Pipeline, SharedMemory, SmemLayout, Transposed
+from vidrial.layout.wgmma import WarpgroupMma
+
+__all__ = [
+    "Accumulator",
+    "ComposedLayout",
+    "CopyAtom",
+    "Layout",
+    "LoadMatrix",
+    "LoadVector",
+    "MMA_16x8x8",
+    "MMA_16x8x16",
+    "MmaAtom",
+    "Occupancy",
+    "Pipeline",
+    "SharedMemory",
+    "SmemLayout",
+    "Swizzle",
+    "TiledCopy",
+    "TiledMma",
+    "Transposed",
+    "WarpgroupMma",
+    "coalesce",
+    "complement",
+    "composition",
+    "cp_async",
+    "draw",
+    "ldmatrix",
+    "left_inverse",
+    "logical_divide",
+    "logical_product",
+    "make_layout",
+    "right_inverse",
+    "wgmma",
+]

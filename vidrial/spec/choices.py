@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from vidrial.errors import ConfigError
-from vidrial.spec.fields import CHOICES, KIND
+from vidrial.spec.fields import CHOICES, KIND, C
 
 
 def configs(config: type) -> Iterator[Any]:
@@ -49,7 +49,7 @@ def check_choices(config: Any) -> None:
             raise ConfigError(f"{type(config).__name__}.{field.name}={value!r} is not a choice; accepted: {', '.join(map(repr, accepted))}")
 
 
-def describe(config: Any) -> str:
+def describe(config: C) -> str:
     """The choices of a config on one line, parts flattened: `chunk=1024 scan.tokens=64`."""
     words = []
     for field in dataclasses.fields(config):

@@ -6,6 +6,7 @@ import importlib.util
 from pathlib import Path
 
 from vidrial.errors import ToolchainError
+from vidrial.installation import refuse_lost_link
 
 
 def vidrial_include() -> Path:
@@ -14,6 +15,7 @@ def vidrial_include() -> Path:
     Raises:
         ToolchainError: the installation lacks its templates.
     """
+    refuse_lost_link("templates")
     spec = importlib.util.find_spec("vidrial.templates")
     for folder in (spec and spec.submodule_search_locations) or ():
         if (Path(folder) / "include" / "vidrial" / "prelude.cuh").is_file():

@@ -12,8 +12,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
-from vidrial.errors import ArgumentError
-from vidrial.spec.fields import keyed_fields
+from vidrial.errors import ArgumentError, VidrialError
+from vidrial.installation import named_ops
+from vidrial.spec.fields import C, P, keyed_fields
 from vidrial.spec.op import Op
 
 
@@ -64,20 +65,35 @@ def _importable(module: Any) -> str:
     return str(spec.name) if spec is not None else str(Path(module.__file__).resolve())
 
 
-# Name -> where its op lies; imported when asked for.
-KNOWN = {"power_retention": "vidrial.kernels.power_retention.op:op"}
-
-
 def find_op(reference: str) -> Op:
     """The op of a known name, of `module:attribute`, or of `path/to/file.py:attribute`.
 
     Raises:
-        ArgumentError: there is no such op.
+        ArgumentError: there is no such op, or the module of its entry point cannot be imported.
     """
-    target = KNOWN.get(reference, reference)
-    if ":" not in target:
-        raise ArgumentError(f"op {reference!r} is not known; accepted: {', '.join(KNOWN)}, module:attribute, or path/to/file.py:attribute")
-    found = resolve(target)
+    known = named_ops()
+    if reference in known:
+        return _entry_point(reference, known[reference])
+    if ":" not in reference:
+        names = "".join(f"{name}, " for name in known)
+        raise ArgumentError(f"op {reference!r} is not known; accepted: {names}module:attribute, or path/to/file.py:attribute")
+    return _checked(reference, resolve(reference))
+
+
+def _entry_point(name: str, reference: str) -> Op:
+    module, _, attribute = reference.partition(":")
+    try:
+        found = getattr(importlib.import_module(module), attribute)
+    except VidrialError:
+        raise
+    except Exception as error:
+        # Whatever another package's module raises, the caller is told which op it was.
+        reason = " ".join(str(error).split())
+        raise ArgumentError(f"op {name}: its entry point {reference} cannot be imported: {type(error).__name__}: {reason}") from error
+    return _checked(name, found)
+
+
+def _checked(reference: str, found: object) -> Op:
     if not isinstance(found, Op):
         raise ArgumentError(f"{reference!r} names a {type(found).__name__}, not an Op; give the Op's own name after the colon")
     return found
@@ -105,7 +121,7 @@ def parse_keywords(op: Op, words: Sequence[str]) -> dict[str, list[Any]]:
     return found
 
 
-def make_problem(op: Op, keywords: Mapping[str, Any]) -> Any:
+def make_problem(op: Op[P, C], keywords: Mapping[str, Any]) -> P:
     """The problem that `op.example` makes of the keywords.
 
     Raises:

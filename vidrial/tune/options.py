@@ -30,7 +30,7 @@ class Options:
         trials: configs to try at most; 64 unless `seconds` or `exhaustive` is given.
         seconds: time to take, about.
         exhaustive: try every legal config.
-        strategy: `rounds`, or `optuna` for a space too large to enumerate (`pip install vidrial[optuna]`).
+        strategy: `rounds`, or `optuna` for a space too large to enumerate (`pip install vidrial-dsl[optuna]`).
         configs: try these alone.
         journal: file of the trials; by default one in the cache for this op, problem and device.
         resume: True to go on with the journal; or the journal to go on with. Else a journal that is there is set aside.

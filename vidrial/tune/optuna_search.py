@@ -1,4 +1,4 @@
-"""Which configs a sweep tries next, as optuna's TPE sampler has it: for spaces too large to enumerate. Needs `vidrial[optuna]`.
+"""Which configs a sweep tries next, as optuna's TPE sampler has it: for spaces too large to enumerate. Needs `vidrial-dsl[optuna]`.
 
 Like `Search` it keeps no state: what was tried becomes the sampler's history, in the order of declaration, so the same trials and the
 same seed name the same next configs, whichever GPU was done first.
@@ -32,7 +32,7 @@ class OptunaSearch:
         try:
             import optuna
         except ImportError as error:
-            raise ToolchainError(f"optuna cannot be imported ({error}); install it: pip install vidrial[optuna]") from None
+            raise ToolchainError(f"optuna cannot be imported ({error}); install it: pip install vidrial-dsl[optuna]") from None
         self._optuna, self._op, self._problem, self._device, self._seed = optuna, op, problem, device, seed
         self._axes: Axes = dict(axes(op.config))
         categories = {name: tuple(range(len(values))) for name, values in self._axes.items()}

@@ -1,4 +1,4 @@
-"""The measuring processes of a sweep on a Ray cluster: one actor a GPU, compile tasks on CPUs, the journal here. Needs `vidrial[ray]`.
+"""The measuring processes of a sweep on a Ray cluster: one actor a GPU, compile tasks on CPUs, the journal here. Needs `vidrial-dsl[ray]`.
 
 An actor keeps a measuring process of its own, as `Workers` does on this machine: a bad config kills that process, never the actor. A
 node that is lost takes its jobs with it, which then run elsewhere. Every node needs this version of Vidrial and the op's module.
@@ -282,7 +282,7 @@ def _connect(address: str) -> tuple[Any, bool]:
     try:
         import ray
     except ImportError as error:
-        raise ToolchainError(f"Ray cannot be imported ({error}); install it: pip install vidrial[ray]") from None
+        raise ToolchainError(f"Ray cannot be imported ({error}); install it: pip install vidrial-dsl[ray]") from None
     if ray.is_initialized():
         return ray, False
     _probe(address)

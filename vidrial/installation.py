@@ -1,0 +1,66 @@
+"""This copy of Vidrial: its distribution, its links, and the ops that installed packages name."""
+
+from __future__ import annotations
+
+import functools
+import importlib.metadata
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+
+from vidrial.errors import ToolchainError
+
+HERE = Path(__file__).parent
+DISTRIBUTION = "vidrial-dsl"
+# The group of entry points by which a package names its ops: `name = "module:attribute"`.
+ENTRY_POINTS = "vidrial.ops"
+# In the source tree these are links to the folders beside the package; a wheel has them inside.
+LINKS = ("kernels", "sweeps", "templates")
+
+
+def refuse_lost_link(name: str) -> None:
+    """Refuse a copy that lacks the package `vidrial.<name>` of LINKS: not every archive and checkout keeps a link.
+
+    Raises:
+        ToolchainError: naming the path, what is there instead, and what to do.
+    """
+    path = HERE / name
+    if name in LINKS and not (path / "__init__.py").is_file():
+        there = "a text file that names the link's target" if path.is_file() else "an empty folder" if path.is_dir() else "not there"
+        raise ToolchainError(
+            f"{path} is {there}: this copy of Vidrial has lost its links. Install it with pip from a wheel, a .tar.gz or a clone, not from "
+            f"a .zip archive; in a clone run git config core.symlinks true and git checkout -- vidrial, or ln -s ../{name} {path}"
+        )
+
+
+def other_distribution() -> str | None:
+    """What to do if another distribution has files in this package's folder, or would be imported in its place; None if none has.
+
+    The name `vidrial` on PyPI is another project's; version 1 of this one was installed under it, too.
+    """
+    for other in importlib.metadata.distributions(name="vidrial"):
+        place = Path(str(other.locate_file("vidrial"))).resolve()
+        if place == HERE.resolve():
+            return (
+                f"another distribution, vidrial {other.version}, has its files in {HERE}, mixed with these; this one is {DISTRIBUTION}: "
+                f"pip uninstall vidrial, then pip install --force-reinstall --no-deps {DISTRIBUTION}"
+            )
+        return f"another distribution, vidrial {other.version}, is installed too, in {place}; this one is {DISTRIBUTION}: pip uninstall vidrial"
+    return None
+
+
+@functools.cache
+def named_ops() -> Mapping[str, str]:
+    """Name -> `module:attribute` of every op that an installed package names in its entry points; none is imported.
+
+    Vidrial's own come first, read from the pyproject.toml beside the package where nothing is installed.
+    """
+    found: dict[str, str] = {}
+    project = HERE.parent / "pyproject.toml"
+    if project.is_file():
+        entries = tomllib.loads(project.read_text()).get("project", {}).get("entry-points", {})
+        found.update(entries.get(ENTRY_POINTS, {}))
+    installed = importlib.metadata.entry_points(group=ENTRY_POINTS)
+    for entry in sorted(installed, key=lambda e: (e.value.partition(".")[0] != "vidrial", e.name)):
+        found.setdefault(entry.name, entry.value)
+    return found

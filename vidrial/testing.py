@@ -1,0 +1,25 @@
+"""For the tests of an op's author: its kernels on the CPU, values, races and memory errors. No GPU is needed.
+
+def test_softmax():
+    vidrial.testing.assert_op_correct(op)
+"""
+
+from __future__ import annotations
+
+from vidrial.host.check import Outcome, Report, assert_op_correct, check, diverse_configs, odd_problems
+from vidrial.host.plan import HostPlan, poison
+from vidrial.host.target import SCHEDULES, HostStats, Schedule
+
+__all__ = [
+    "SCHEDULES",
+    "HostPlan",
+    "HostStats",
+    "Outcome",
+    "Report",
+    "Schedule",
+    "assert_op_correct",
+    "check",
+    "diverse_configs",
+    "odd_problems",
+    "poison",
+]
