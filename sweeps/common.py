@@ -12,14 +12,22 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Required, TypedDict
 
-from vidrial.device import Device
-from vidrial.errors import ToolchainError
+from vidrial import Device, ToolchainError
 
 RESULTS = Path(__file__).parent / "results"
 DISTRIBUTION = "vidrial-dsl"
 PACKAGES = ("cupy-cuda13x", "nvidia-cuda-nvrtc", "nvidia-cutlass", "numpy")
+
+
+class Case(TypedDict, total=False):
+    """Keywords of a problem of power retention: those of `vidrial.kernels.power_retention.op.example` that vary here."""
+
+    t: Required[int]
+    b: int
+    h: int
+    hq: int
 
 
 def this_device() -> Device:

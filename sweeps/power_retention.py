@@ -14,21 +14,16 @@ import time
 from pathlib import Path
 from typing import Any
 
-from vidrial.build.files import check_writable
-from vidrial.device import Device
-from vidrial.errors import VidrialError
-from vidrial.kernels.power_retention.op import example, op
-from vidrial.spec.choices import describe
-from vidrial.sweeps.common import RESULTS, copy_journal, copy_out, facts, table, this_device, write_json
-from vidrial.tune.options import Options
-from vidrial.tune.ranking import publish
-from vidrial.tune.result import SweepResult
-from vidrial.tune.sweeper import sweep_lengths
+from vidrial import Device, VidrialError, describe
+from vidrial.kernels.power_retention.op import Config, example, op
+from vidrial.kernels.power_retention.problem import Problem
+from vidrial.sweeps.common import RESULTS, Case, copy_journal, copy_out, facts, table, this_device, write_json
+from vidrial.tune import Options, SweepResult, check_writable, publish, sweep_lengths
 
 JOBS, TRIALS = 16, 48
 # Problems of one head size share their static facts, and so their binaries. In a group the problems that the benchmarks name come first,
 # the most expensive ones foremost: what is left when the time is over is the cheapest to do without.
-GROUPS: dict[str, tuple[dict[str, int], ...]] = {
+GROUPS: dict[str, tuple[Case, ...]] = {
     "d=64": (
         {"t": 10007}, {"t": 65536, "h": 8}, {"t": 16384, "b": 2}, {"t": 33333}, {"t": 4096, "b": 8}, {"t": 5001}, {"t": 1000},
         {"t": 65536}, {"t": 2049}, {"t": 257}, {"t": 65}, {"t": 513}, {"t": 129}, {"t": 20001},
@@ -48,7 +43,7 @@ class Kept:
     """What was found so far: published, recorded and copied to $OUT with every result, so that an interruption costs none of it."""
 
     def __init__(self, device: Device, folder: Path) -> None:
-        self.results: dict[Any, SweepResult] = {}
+        self.results: dict[Problem, SweepResult[Problem, Config]] = {}
         self.begun = time.monotonic()
         self._device, self._folder, self._facts = device, folder, facts(device, "vidrial.sweeps.power_retention")
 
@@ -57,7 +52,7 @@ class Kept:
         """What the sweeps' notes say of the GPU."""
         return sorted({note for result in self.results.values() for note in result.notes if "tie for" not in note})
 
-    def add(self, result: SweepResult) -> None:
+    def add(self, result: SweepResult[Problem, Config]) -> None:
         """Keep one more result, or a newer one of the same problem."""
         self.results[result.problem] = result
         p = result.problem
@@ -89,7 +84,7 @@ def sweep_groups(seconds: float, jobs: int, trials: int, kept: Kept) -> None:
         print(f"{name}: {len(kept.results)} problems so far, {time.monotonic() - kept.begun:.0f} s", flush=True)
 
 
-def winners(found: list[SweepResult]) -> str:
+def winners(found: list[SweepResult[Problem, Config]]) -> str:
     """A line per problem: its winner, noise, how many configs tie with it, and how much slower the slowest one was."""
     rows: list[tuple[Any, ...]] = []
     for result in sorted(found, key=lambda r: (r.problem.d, r.problem.hq != r.problem.h, r.problem.t, r.problem.b)):

@@ -27,27 +27,22 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from vidrial import Device, Stage, SweepError, VidrialError, describe
 from vidrial.build.cubins import build_many
 from vidrial.build.nvrtc import Cubin
-from vidrial.device import Device
-from vidrial.errors import SweepError, VidrialError
 from vidrial.kernels.power_retention.op import Config, example, op, rules
 from vidrial.kernels.power_retention.problem import Problem
-from vidrial.spec.choices import describe
-from vidrial.spec.op import Stage
 from vidrial.spec.registry import reference_of
-from vidrial.sweeps.common import RESULTS, copy_journal, copy_out, facts, table, this_device, write_json
-from vidrial.tune.pick import Choice, choose_config
-from vidrial.tune.ranking import forget, shipped, top_configs
+from vidrial.sweeps.common import RESULTS, Case, copy_journal, copy_out, facts, table, this_device, write_json
+from vidrial.tune import Choice, Status, choose_config, forget, latest, shipped, sweep, top_configs
 from vidrial.tune.search import Search
-from vidrial.tune.sweeper import sweep
-from vidrial.tune.trial import Status, latest
 from vidrial.tune.workers import CUDA_BENCH, Job, Workers
 
 BENCH = CUDA_BENCH
-JOBS, TRIALS, LIMIT, SEARCH_CASES = 16, 48, 20.0, ({"t": 10007}, {"t": 4096, "b": 8}, {"t": 1000})
+JOBS, TRIALS, LIMIT = 16, 48, 20.0
+SEARCH_CASES: tuple[Case, ...] = ({"t": 10007}, {"t": 4096, "b": 8}, {"t": 1000})
 LENGTHS, SHORTEST, LONGEST, SEED, ROUNDS = 40, 65, 20000, 4, 20
-COLD_CASE = {"t": 10007}
+COLD_CASE: Case = {"t": 10007}
 # Of a problem's time in the search: for the search within a budget; kept back for timing both winners in turn, in seconds.
 BUDGETED_SHARE, REMATCH_SECONDS = 0.45, 4.0
 # Of the time for the lengths: for compiling.
@@ -104,7 +99,7 @@ def search(seconds: float, device: Device) -> Iterator[dict[str, Any]]:
                "complete": len(cases) == len(SEARCH_CASES) and all(c["exhaustive_complete"] for c in cases)}  # fmt: skip
 
 
-def compare(case: Mapping[str, int], seconds: float, device: Device) -> dict[str, Any]:
+def compare(case: Case, seconds: float, device: Device) -> dict[str, Any]:
     """One problem, searched within a budget; then the rest of the space, as far as the time goes; then both winners in turn."""
     problem, common = example(**case), {"jobs": JOBS, "limit": LIMIT, "progress": False}
     begin = time.monotonic()

@@ -119,9 +119,23 @@ def deep_imports(path: Path) -> Iterator[str]:
             yield from (f"{node.module}.{a.name}" for a in node.names if a.name not in public)
 
 
+# What measures Vidrial itself, and by its own means: each name here is one that is yet to be public, or to be done without.
+EXEMPT = {
+    "sweeps/validate.py": {
+        "vidrial.build.cubins.build_many",
+        "vidrial.build.nvrtc.Cubin",
+        "vidrial.spec.registry.reference_of",
+        "vidrial.tune.search.Search",
+        "vidrial.tune.workers.CUDA_BENCH",
+        "vidrial.tune.workers.Job",
+        "vidrial.tune.workers.Workers",
+    }
+}
+
+
 @pytest.mark.parametrize("path", OURS, ids=lambda path: str(path.relative_to(ROOT)))
 def test_our_kernels_sweeps_and_examples_use_what_users_get(path: Path) -> None:
-    assert not list(deep_imports(path))
+    assert set(deep_imports(path)) == EXEMPT.get(str(path.relative_to(ROOT)), set())
 
 
 def test_a_deep_import_is_seen(tmp_path: Path) -> None:

@@ -203,7 +203,7 @@ def test_public_names_resolve_and_are_said_once() -> None:
             for alias in node.names
         }
         spaces = {name for name in module.__all__ if name not in homes}
-        assert typed == {n: f"{module.__name__}.{home}" for n, home in homes.items()} | dict.fromkeys(spaces, module.__name__)
+        assert typed == {n: f"vidrial.{home}" for n, home in homes.items()} | dict.fromkeys(spaces, module.__name__)
         assert sum(len(names.split()) for names in module._HOMES.values()) == len(homes)
         assert set(homes) | spaces == set(module.__all__) <= set(dir(module))
     for module in (vidrial, vidrial.layout, vidrial.tune, vidrial.testing):

@@ -5,9 +5,11 @@ Public names are those of `__all__`, resolved on first use.
 
 from __future__ import annotations
 
+import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from vidrial.build.files import check_writable
     from vidrial.tune.options import Options
     from vidrial.tune.pick import Choice, choose_config
     from vidrial.tune.ranking import ProblemTimings, RankedConfig, Ranking, forget, publish, shipped, top_configs
@@ -26,6 +28,7 @@ __all__ = [
     "SweepResult",
     "Timing",
     "Trial",
+    "check_writable",
     "choose_config",
     "forget",
     "latest",
@@ -38,25 +41,24 @@ __all__ = [
 
 # Module -> the public names that it has.
 _HOMES = {
-    "options": "Options",
-    "pick": "Choice choose_config",
-    "ranking": "ProblemTimings RankedConfig Ranking forget publish shipped top_configs",
-    "result": "SweepResult",
-    "sweeper": "sweep sweep_lengths",
-    "timing": "Timing",
-    "trial": "Status Trial latest",
+    "build.files": "check_writable",
+    "tune.options": "Options",
+    "tune.pick": "Choice choose_config",
+    "tune.ranking": "ProblemTimings RankedConfig Ranking forget publish shipped top_configs",
+    "tune.result": "SweepResult",
+    "tune.sweeper": "sweep sweep_lengths",
+    "tune.timing": "Timing",
+    "tune.trial": "Status Trial latest",
 }
 
 # Hidden from type checkers: to them a name that is not in __all__ is a mistake.
 if not TYPE_CHECKING:
 
     def __getattr__(name: str) -> object:
-        import importlib
-
         home = next((module for module, names in _HOMES.items() if name in names.split()), None)
         if home is None:
             raise AttributeError(f"module 'vidrial.tune' has no attribute {name!r}; it has {', '.join(__all__)}")
-        found = globals()[name] = getattr(importlib.import_module(f"vidrial.tune.{home}"), name)
+        found = globals()[name] = getattr(importlib.import_module(f"vidrial.{home}"), name)
         return found
 
 
