@@ -50,17 +50,21 @@ def other_distribution() -> str | None:
 
 
 @functools.cache
-def named_ops() -> Mapping[str, str]:
-    """Name -> `module:attribute` of every op that an installed package names in its entry points; none is imported.
-
-    Vidrial's own come first, read from the pyproject.toml beside the package where nothing is installed.
-    """
-    found: dict[str, str] = {}
+def own_ops() -> Mapping[str, str]:
+    """Name -> `module:attribute` of the ops that come along: by the pyproject.toml beside the package, else as installed."""
     project = HERE.parent / "pyproject.toml"
     if project.is_file():
-        entries = tomllib.loads(project.read_text()).get("project", {}).get("entry-points", {})
-        found.update(entries.get(ENTRY_POINTS, {}))
-    installed = importlib.metadata.entry_points(group=ENTRY_POINTS)
-    for entry in sorted(installed, key=lambda e: (e.value.partition(".")[0] != "vidrial", e.name)):
-        found.setdefault(entry.name, entry.value)
-    return found
+        entries: Mapping[str, str] = tomllib.loads(project.read_text()).get("project", {}).get("entry-points", {}).get(ENTRY_POINTS, {})
+        return entries
+    try:
+        installed = importlib.metadata.distribution(DISTRIBUTION).entry_points
+    except importlib.metadata.PackageNotFoundError:
+        return {}
+    return {entry.name: entry.value for entry in installed.select(group=ENTRY_POINTS)}
+
+
+@functools.cache
+def named_ops() -> Mapping[str, str]:
+    """Name -> `module:attribute` of every op that an installed package names in its entry points, our own first; none is imported."""
+    others = importlib.metadata.entry_points(group=ENTRY_POINTS)
+    return {**own_ops(), **{entry.name: entry.value for entry in sorted(others, key=lambda e: e.name) if entry.name not in own_ops()}}

@@ -10,18 +10,31 @@ import sys
 from dataclasses import dataclass
 from functools import lru_cache
 from numbers import Integral, Real
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import numpy as np
+from numpy.typing import NDArray
 
-from vidrial.call import CachedPlan, current_target, host_plan, run, run_on_host
-from vidrial.dtypes import DType
-from vidrial.errors import ArgumentError, ArgumentTypeError, UnsupportedError
+from vidrial import (
+    CPU,
+    ArgumentError,
+    ArgumentTypeError,
+    Array,
+    ArraySpec,
+    CachedPlan,
+    DType,
+    UnsupportedError,
+    apply,
+    as_array,
+    contiguous,
+    current_target,
+    library_of,
+    run,
+    signature_of,
+)
 from vidrial.kernels.power_retention.cpu import power_retention_cpu
-from vidrial.kernels.power_retention.op import Config, op
+from vidrial.kernels.power_retention.op import CHUNKS, op
 from vidrial.kernels.power_retention.problem import Problem
-from vidrial.runtime.arrays import CPU, Array, ArraySpec, as_array, contiguous, library_of, signature_of
-from vidrial.spec.fields import CHOICES
 
 __all__ = ["power_retention"]
 
@@ -32,21 +45,21 @@ NORMALIZE = ("sum", "none")
 MAX_ELEMENTS = 2**31
 MAX_HEADS = 65535  # batch times heads: a dimension of the grid
 MAX_SCALE = 1e9  # its fourth power is a float32
-CHUNKS: tuple[int, ...] = Config.__dataclass_fields__["chunk"].metadata[CHOICES]
+A = TypeVar("A")  # an array of torch, CuPy, JAX or NumPy
 
 
 def power_retention(
-    q: Any,
-    k: Any,
-    v: Any,
-    log_g: Any = None,
+    q: A,
+    k: A,
+    v: A,
+    log_g: A | None = None,
     *,
     degree: int = 2,
     scale: float | None = None,
     normalize: str = "sum",
     chunk: int | None = None,
     target: str | None = None,
-) -> Any:
+) -> A:
     """Gated power retention, causal: y_i = sum_j w_ij v_j / sum_j w_ij, w_ij = (scale q_i . k_j)^degree exp(sum of log_g in (j, i]), j <= i.
 
     Args:
@@ -83,13 +96,10 @@ def power_retention(
         return run(asked.planned.plan(), pointers, q, asked.library)["y"]
     arrays = {name: as_array(x, name) for name, x in zip(NAMES, inputs, strict=False)}
     if asked.on_cpu:
-        return _on_cpu(arrays, asked.problem, normalize, asked.chunk)
+        return cast(A, _on_cpu(arrays, asked.problem, normalize, asked.chunk))
     arrays = {name: a if name == "log_g" or a.facts.vectorised else contiguous(a) for name, a in arrays.items()}
     asked = _request(tuple(a.facts for a in arrays.values()), degree, scale, normalize, chunk, place)
-    if place == "host":
-        return run_on_host(op, asked.problem, arrays, host_plan(op, asked.problem, asked.fixed))["y"]
-    pointers = {name: a.pointer for name, a in arrays.items()}
-    return run(asked.planned.plan(), pointers, arrays["q"].owner, asked.library)["y"]
+    return apply(op, asked.problem, arrays, place, **dict(asked.fixed))["y"]
 
 
 def _refuse_gradients(inputs: tuple[Any, ...]) -> None:
@@ -156,16 +166,22 @@ def _request(key: tuple[tuple[Any, ...], ...], degree: int, scale: float | None,
         hq,
         h,
         float(d**-0.5 if scale is None else scale),
-        strides["q"][:3],
-        strides["k"][:3],
-        strides["v"][:3],
+        _three(strides["q"]),
+        _three(strides["k"]),
+        _three(strides["v"]),
         (t * hq * e, hq * e, e),
-        strides.get("log_g", (0, 0, 0)),
+        _three(strides.get("log_g", (0, 0, 0))),
     )
     device, fixed = facts["q"].device, () if chunk is None else (("chunk", chunk),)
     ready = device != CPU and target == "cuda" and all(facts[name].vectorised for name in "qkv")
     on_cpu = device == CPU and target == "cuda"
     return Request(problem, chunk, fixed, facts["q"].library, on_cpu, ready, CachedPlan(op, problem, device, fixed))
+
+
+def _three(strides: tuple[int, ...]) -> tuple[int, int, int]:
+    """The strides of the first three axes."""
+    b, t, h = strides[:3]
+    return b, t, h
 
 
 def _check_shapes(shapes: dict[str, tuple[int, ...]]) -> None:
@@ -218,9 +234,9 @@ def _check_places(facts: dict[str, ArraySpec], target: str) -> None:
             raise ArgumentTypeError(f"{name} is {other} and q is {dtype}; accepted: one dtype for q, k and v")
 
 
-def _on_cpu(arrays: dict[str, Array], problem: Problem, normalize: str, chunk: int | None) -> Any:
-    def float32(a: Array) -> np.ndarray:
-        x: np.ndarray = a.owner.detach().float().numpy() if a.library == "torch" else a.owner.astype(np.float32)
+def _on_cpu(arrays: dict[str, Array[Any]], problem: Problem, normalize: str, chunk: int | None) -> Any:
+    def float32(a: Array[Any]) -> NDArray[np.float32]:
+        x: NDArray[np.float32] = a.owner.detach().float().numpy() if a.library == "torch" else a.owner.astype(np.float32)
         return x
 
     q, k, v = (float32(arrays[n]) for n in "qkv")

@@ -5,12 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from vidrial.device import Device
+from vidrial import Arguments, Cost, Device, Kernel, Tiles, choice
 from vidrial.kernels.power_retention.problem import Chunked
-from vidrial.spec.cost import Cost
-from vidrial.spec.fields import choice
-from vidrial.spec.kernel import Kernel
-from vidrial.spec.source import Arguments, Tiles
 from vidrial.templates import TEMPLATES
 
 

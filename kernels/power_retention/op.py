@@ -11,13 +11,13 @@ from functools import lru_cache
 
 import numpy as np
 
-from vidrial.dtypes import DType
+from vidrial import Buffer, Check, DType, Op, Stage, choice, part
 from vidrial.kernels.power_retention import attend, gates, scan, scan_wgmma
 from vidrial.kernels.power_retention.problem import Chunked, Problem
 from vidrial.kernels.power_retention.reference import attention_form
-from vidrial.spec.fields import choice, part
-from vidrial.spec.op import Buffer, Check, Op, Stage
 
+# Tokens that may share a state, 0 for none; the first one is the default.
+CHUNKS = (1024, 0, 128, 256, 512, 2048, 4096)
 # Rows of tables are padded to this many tokens when the sequence is one chunk: every tile's rows divide it.
 PADDING = 512
 # Elements of an input that are drawn.
@@ -33,7 +33,7 @@ RELATIVE_BOUND, WORST_BOUND = 5e-3, 2e-3
 class Config:
     """`chunk` tokens share a state, 0 for none; how the state is scanned; how the output is made."""
 
-    chunk: int = choice(1024, 0, 128, 256, 512, 2048, 4096)
+    chunk: int = choice(*CHUNKS)
     scan: scan.Config = part(scan.Config)
     attend: attend.Config = part(attend.Config)
 
@@ -60,7 +60,7 @@ def chunked(p: Problem, chunk: int) -> Chunked:
 
 def stages(p: Problem, c: Config) -> list[Stage]:
     asked = chunked(p, c.chunk)
-    launches = [Stage(gates.power_gates, asked, gates.Config(block=c.attend.keys))] if p.gated else []
+    launches: list[Stage] = [Stage(gates.power_gates, asked, gates.Config(block=c.attend.keys))] if p.gated else []
     if c.chunk:
         launches.append(Stage(SCANS[c.scan.mma], asked, c.scan, "scan"))
         if c.scan.segments > 1:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from vidrial.dtypes import DType
-from vidrial.spec.fields import dynamic, static
+from vidrial import DType, dynamic, static
 
 
 @dataclass(frozen=True)

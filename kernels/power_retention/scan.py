@@ -12,18 +12,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from vidrial.device import Device
-from vidrial.dtypes import DType
+from vidrial import Arguments, Cost, Device, DType, Kernel, Tiles, choice
 from vidrial.kernels.power_retention.problem import Chunked
-from vidrial.layout.atoms import MMA_16x8x16, cp_async, ldmatrix
-from vidrial.layout.copies import LoadMatrix, TiledCopy
+from vidrial.layout import LoadMatrix, MMA_16x8x16, Pipeline, SharedMemory, SmemLayout, TiledCopy, TiledMma, cp_async, ldmatrix
 from vidrial.layout.counts import Counts, copies, loads, products, vectors
-from vidrial.layout.mma import TiledMma
-from vidrial.layout.smem import Pipeline, SharedMemory, SmemLayout
-from vidrial.spec.cost import Cost
-from vidrial.spec.fields import choice
-from vidrial.spec.kernel import Kernel
-from vidrial.spec.source import Arguments, Tiles
 from vidrial.templates import TEMPLATES
 
 

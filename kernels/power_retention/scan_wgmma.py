@@ -9,19 +9,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from vidrial.device import Device
-from vidrial.dtypes import DType
+from vidrial import Cost, Device, DType, Kernel, Tiles
 from vidrial.kernels.power_retention import scan
 from vidrial.kernels.power_retention.problem import Chunked
 from vidrial.kernels.power_retention.scan import ARGS, Config
-from vidrial.layout.atoms import cp_async, ldmatrix
-from vidrial.layout.copies import LoadMatrix, TiledCopy
+from vidrial.layout import LoadMatrix, Pipeline, SharedMemory, SmemLayout, TiledCopy, WarpgroupMma, cp_async, ldmatrix
 from vidrial.layout.counts import Counts, copies, loads, products, vectors
-from vidrial.layout.smem import Pipeline, SharedMemory, SmemLayout
-from vidrial.layout.wgmma import WarpgroupMma
-from vidrial.spec.cost import Cost
-from vidrial.spec.kernel import Kernel
-from vidrial.spec.source import Tiles
 from vidrial.templates import TEMPLATES
 
 # Fragments, addresses and loop state, beside the accumulators; seen in ptxas's reports.

@@ -40,7 +40,7 @@ def encode(value: Any) -> Any:
 
 
 def decode(kind: Any, data: Any, fields: Mapping[str, Any] | None = None) -> Any:
-    """The value of type `kind` that `encode` wrote as `data`; `fields` gives the types of fields that are annotated `Any`.
+    """The value of type `kind` that `encode` wrote as `data`; `fields` gives the types of fields that are annotated `Any`, or by a type parameter.
 
     A config may have gained choices and parts since: they take their defaults.
 
@@ -66,7 +66,7 @@ def decode(kind: Any, data: Any, fields: Mapping[str, Any] | None = None) -> Any
             return kind[data]
     elif kind is float and isinstance(data, int | float | str):
         return float(data)
-    elif kind is Any or (kind in (bool, int, str) and type(data) is kind):
+    elif kind is Any or isinstance(kind, typing.TypeVar) or (kind in (bool, int, str) and type(data) is kind):
         return data
     raise SweepError(f"{data!r} is not of type {getattr(kind, '__name__', kind)}")
 

@@ -28,12 +28,12 @@ from vidrial.build.files import locked
 from vidrial.build.store import Store
 from vidrial.device import Device
 from vidrial.errors import ArgumentError, ConfigError, SweepError, VidrialError
-from vidrial.installation import named_ops
+from vidrial.installation import own_ops
 from vidrial.spec.choices import check_choices, config_order
 from vidrial.spec.digest import LEXER
 from vidrial.spec.fields import C, P, fields, keyed_fields, size_class, specialized
 from vidrial.spec.op import Op
-from vidrial.spec.registry import find_op, reference_of
+from vidrial.spec.registry import reference_of
 from vidrial.tune.codec import decode, encode
 from vidrial.tune.timing import Timing
 from vidrial.tune.trial import Trial, latest
@@ -281,7 +281,8 @@ def _counts(entry: Any, digest: str) -> bool:
 def _reference(op: Op) -> str:
     """How a command line names an op."""
     with contextlib.suppress(ArgumentError):
-        return op.name if op.name in named_ops() and find_op(op.name) is op else reference_of(op)
+        reference = reference_of(op)
+        return op.name if own_ops().get(op.name) == reference else reference
     return op.name
 
 
