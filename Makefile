@@ -30,7 +30,7 @@ help:
 demo: $(BASE)
 	@$(RUN) -m vidrial demo
 
-test: $(TEST)
+test: $(LINT)
 	@$(RUN) -m pytest
 
 gpu-test: $(TEST)
@@ -42,7 +42,7 @@ bench: $(PLOT)
 lint: $(LINT)
 	@$(RUN) -m ruff check .
 	@$(RUN) -m ruff format --check .
-	@$(RUN) -m mypy --strict vidrial kernels
+	@$(RUN) -m mypy --strict vidrial examples
 
 format: $(LINT)
 	@$(RUN) -m ruff format .
