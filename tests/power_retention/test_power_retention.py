@@ -256,7 +256,7 @@ def test_refused_before_anything_runs(case: str, monkeypatch: pytest.MonkeyPatch
         raise RuntimeError("it ran")
 
     arguments, options, error, message = BAD[case]
-    for runner in ("power_retention_cpu", "run_on_host", "run", "host_plan", "CachedPlan.plan"):
+    for runner in ("power_retention_cpu", "apply", "run", "CachedPlan.plan"):
         monkeypatch.setattr(f"vidrial.kernels.power_retention.{runner}", ran)
     with pytest.raises(error, match=message):
         power_retention(*arguments, **options)
