@@ -36,7 +36,7 @@ def run(capsys: pytest.CaptureFixture[str]):
     return call
 
 
-COMMANDS = ("explain", "compile", "sweep", "source", "draw", "report", "env", "demo", "cache")
+COMMANDS = ("explain", "compile", "sweep", "source", "draw", "report", "env", "demo", "cache", "new")
 
 
 @pytest.mark.parametrize("command", [(), *((name,) for name in COMMANDS)])

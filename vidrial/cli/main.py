@@ -378,3 +378,14 @@ def demo(reference: str | None) -> None:
     from vidrial.cli.tables import make_console
 
     run_demo(make_console(), reference or first_op())
+
+
+@vidrial.command()
+@click.argument("name")
+@click.option("--folder", default=".", type=click.Path(file_okay=False, path_type=Path), help="Where to.  [default: here]")
+def new(name: str, folder: Path) -> None:
+    """Write a kernel NAME to begin with: NAME.py, NAME.cu.j2, test_NAME.py and sweep_NAME.py. Existing files are never touched."""
+    from vidrial.cli.new import next_steps, write_kernel
+
+    paths = write_kernel(name, folder)
+    click.echo("\n".join(["wrote", *(f"  {path}" for path in paths), "next", *(f"  {line}" for line in next_steps(name, folder))]))
