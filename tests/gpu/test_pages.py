@@ -1,0 +1,14 @@
+"""The pages whose Python needs a GPU, run to their ends on one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from pages import PAGES, ROOT, needs_gpu, python_blocks, run_page
+
+
+@pytest.mark.parametrize("page", [p for p in PAGES if needs_gpu(p)], ids=lambda p: str(p.relative_to(ROOT)))
+def test_python_runs_on_a_gpu(page: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    assert run_page(page, gpu=True) == sum(block.mark != "prints" for block in python_blocks(page))
