@@ -74,7 +74,8 @@ class Drawing:
         style = (
             "text{font-family:system-ui,'Segoe UI',Helvetica,Arial,sans-serif;fill:#1d2329}.title{font-size:14px;font-weight:600}"
             ".line{font-size:12px}.label{font-size:11px;fill:#56606b}.ground{fill:#fff}rect{stroke-width:1.3}"
-            ".arrow{fill:none;stroke:#56606b;stroke-width:1.4;marker-end:url(#head)}.dashed{stroke-dasharray:5 4}.head{fill:#56606b}" + light
+            ".arrow{fill:none;stroke:#56606b;stroke-width:1.4;marker-end:url(#head)}.dashed{stroke-dasharray:5 4}.head{fill:#56606b}"
+            + light
         )
         style += (
             "@media(prefers-color-scheme:dark){text{fill:#e6eaee}.label{fill:#a6b0bb}.ground{fill:#14181d}"
@@ -95,14 +96,27 @@ def op() -> Drawing:
     d.box(20, 60, 190, "said", "Op", "name, outputs, example", "sample, reference", "check, small", "stages(problem, config)")
     d.box(20, 200, 190, "said", "Problem", "static: dtype, d, degree", "dynamic: b, t, h, ...")
     d.box(20, 288, 190, "said", "Config", "own choice: chunk", "part: scan", "part: attend")
-    for i, (name, part) in enumerate((("power_gates", ""), ("power_scan", "config.scan"), ("power_carry", ""), ("power_attend", "config.attend"))):
+    for i, (name, part) in enumerate(
+        (("power_gates", ""), ("power_scan", "config.scan"), ("power_carry", ""), ("power_attend", "config.attend"))
+    ):
         y = 60 + 84 * i
         d.box(270, y, 190, "made", "Stage", f"kernel {name}", part or "no part of it")
         d.arrow((210, 130 if i < 1 else 140), (240, 130 if i < 1 else 140), (240, y + 32), (270, y + 32))
         d.arrow((460, y + 32), (520, y + 32) if i < 3 else (492, y + 32), *(() if i < 3 else ((492, 345), (520, 345))))
     for i, name in enumerate(("power_gates", "power_scan", "power_carry")):
         d.box(520, 60 + 84 * i, 190, "said", "Kernel", name, "as power_attend")
-    d.box(520, 312, 190, "said", "Kernel", "power_attend", "tiles(static, config)", "grid, rules, cost", "Arguments: a struct", "power_attend.cu.j2")
+    d.box(
+        520,
+        312,
+        190,
+        "said",
+        "Kernel",
+        "power_attend",
+        "tiles(static, config)",
+        "grid, rules, cost",
+        "Arguments: a struct",
+        "power_attend.cu.j2",
+    )
     d.box(770, 60, 210, "said", "Tiles", "threads, numbers", "SharedMemory: regions", "and the tiled objects:")
     d.box(785, 158, 195, "made", "SmemLayout", "a tile, its swizzle")
     d.box(785, 216, 195, "made", "TiledCopy", "global -> shared memory")
@@ -150,7 +164,7 @@ def call() -> Drawing:
     d.arrow((840, 332), (818, 332))
     d.arrow((91, 137), (91, 222), (348, 222), label="warm call: signature, one look-up, plan, launches", at=(20, 245))
     d.arrow((490, 240), (500, 240), (500, 280), (668, 280), (668, 240), (676, 240))
-    d.text(20, 320, "NumPy arrays and CPU tensors, or target=\"host\":", "label")
+    d.text(20, 320, 'NumPy arrays and CPU tensors, or target="host":', "label")
     d.text(20, 336, "a HostPlan runs the same source through g++,", "label")
     d.text(20, 352, "with the config predicted for the H200.", "label")
     d.text(512, 392, "Inside a CUDA-graph capture, and after freeze(), nothing is compiled or loaded:", "label")
@@ -163,7 +177,16 @@ def sweep() -> Drawing:
     """A sweep and its processes."""
     d = Drawing(1000, 500)
     d.text(20, 36, "A sweep, its processes and what it leaves", "title")
-    d.box(350, 60, 290, "process", "Parent: the sweep", "predicted best, then neighbours", "checks, times, confirms, rechecks", "each trial on disk before the next")
+    d.box(
+        350,
+        60,
+        290,
+        "process",
+        "Parent: the sweep",
+        "predicted best, then neighbours",
+        "checks, times, confirms, rechecks",
+        "each trial on disk before the next",
+    )
     d.box(20, 60, 250, "process", "Compile pool", "one process per core (--jobs)", "headers precompiled once", height=77)
     d.box(28, 150, 76, "process", "worker")
     d.box(112, 150, 76, "process", "worker")
