@@ -1,4 +1,4 @@
-# make demo | test | gpu-test | bench | lint | clean | help. Needs python3 (3.11 or later), make and g++; brings the rest in .venv.
+# make demo | quick | test | gpu-test | bench | lint | docs | clean | help. Needs python3 (3.11 or later), make and g++; brings the rest in .venv.
 PYTHON ?= python3
 # The interpreter that runs things; `make gpu-test RUN=python3` uses one that has everything already, and builds no .venv.
 RUN ?= .venv/bin/python
@@ -12,23 +12,30 @@ BASE := .venv/base.stamp
 TEST := .venv/test.stamp
 LINT := .venv/lint.stamp
 PLOT := .venv/bench.stamp
+DOCS := .venv/docs.stamp
 endif
 
-.PHONY: help demo test gpu-test bench lint format clean
+.PHONY: help demo quick test gpu-test bench lint format docs clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo      what Vidrial does, in a minute; needs no GPU"
+	@echo "make quick     the tests that take no time, within a minute"
 	@echo "make test      all tests; those that need a GPU are skipped without one"
 	@echo "make gpu-test  the tests that need a GPU"
 	@echo "make bench     the benchmarks beside the peers, on a GPU (BENCH=... passes arguments)"
 	@echo "make lint      ruff and mypy"
 	@echo "make format    ruff's formatter, in place"
+	@echo "make docs      the documentation as a site, in build/site"
 	@echo "make clean     remove .venv, build and tool caches"
 	@echo "RUN=python3    use this interpreter as it is, and build no .venv"
 
 demo: $(BASE)
 	@$(RUN) -m vidrial demo
+
+# What tests/slow.txt names is left out; tests that have become slow show below the dots.
+quick: $(TEST)
+	@$(RUN) -m pytest -m "not slow" --durations 5 --durations-min 2
 
 test: $(LINT)
 	@$(RUN) -m pytest
@@ -46,6 +53,9 @@ lint: $(LINT)
 
 format: $(LINT)
 	@$(RUN) -m ruff format .
+
+docs: $(DOCS)
+	@$(RUN) -m zensical build --strict --clean
 
 clean:
 	@rm -rf .venv build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
@@ -73,6 +83,11 @@ clean:
 	@touch $@
 
 .venv/bench.stamp: requirements/bench.txt .venv/test.stamp
+	@echo "installing $<"
+	@$(PIP) -r $<
+	@touch $@
+
+.venv/docs.stamp: requirements/docs.txt .venv/lint.stamp
 	@echo "installing $<"
 	@$(PIP) -r $<
 	@touch $@

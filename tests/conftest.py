@@ -1,17 +1,27 @@
 from __future__ import annotations
 
+import tempfile
 from pathlib import Path
 
 import pytest
+from durations import function_of, read_slow
 
 from vidrial.device import Device
 from vidrial.errors import ToolchainError
 
-GPU_TESTS = Path(__file__).parent / "gpu"
+ROOT = Path(__file__).parents[1]
+GPU_TESTS, HOST_TESTS = ROOT / "tests/gpu", ROOT / "tests/host"
+SLOW = read_slow()
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """What lies in tests/gpu is marked `gpu`, and skipped where there is none."""
+    """What tests/slow.txt names is marked `slow`, what lies in tests/host `host`; what lies in tests/gpu `gpu`, and skipped where there is none."""
+    for item in items:
+        if function_of(f"{item.path.relative_to(ROOT)}::{item.nodeid.partition('::')[2]}") in SLOW:
+            item.add_marker(pytest.mark.slow)
+        if HOST_TESTS in item.path.parents:
+            item.add_marker(pytest.mark.host)
     on_gpu = [item for item in items if GPU_TESTS in item.path.parents]
     if not on_gpu:
         return
@@ -30,3 +40,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
     """No test touches the user's cache: the tests of one run share one of their own."""
     monkeypatch.setenv("VIDRIAL_CACHE_DIR", str(tmp_path_factory.getbasetemp() / "cache"))
+
+
+@pytest.fixture
+def own_tempdir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder that this process and its children take for the machine's temp folder."""
+    folder = tmp_path / "tmp"
+    folder.mkdir()
+    monkeypatch.setenv("TMPDIR", str(folder))
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    return folder

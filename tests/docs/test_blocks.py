@@ -113,7 +113,8 @@ def test_disagreement(shown: str, out: str, wrong: str) -> None:
 def test_blocks_of_all_kinds(tmp_path: Path) -> None:
     page = tmp_path / "page.md"
     page.write_text(
-        "text\n\n    $ vidrial env   # shown\n    first\n\n    second\n\n<!-- test: shown -->\n```\n$ vidrial new x\n$ vidrial demo\n```\n* item\n    not a block\n"
+        "text\n\n    $ vidrial env   # shown\n    first\n\n    second\n\n"
+        "<!-- test: shown -->\n```\n$ vidrial new x\n$ vidrial demo\n```\n* item\n    not a block\n"
     )
     found = blocks(page)
     assert [(b.line, b.language, b.mark) for b in found] == [(3, None, ""), (10, "", "shown")]

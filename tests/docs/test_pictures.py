@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import re
 import sys
 import xml.etree.ElementTree as ET
@@ -17,8 +18,8 @@ PICTURES = ROOT / "docs/pictures"
 INCLUDE = ROOT / "templates/include/vidrial"
 
 
-def script(name: str) -> ModuleType:
-    return sys.modules[resolve(f"{ROOT / 'docs' / name}.py:write").__module__]
+def script(name: str, attribute: str = "write") -> ModuleType:
+    return sys.modules[resolve(f"{ROOT / 'docs' / name}.py:{attribute}").__module__]
 
 
 @pytest.fixture(scope="module")
@@ -65,6 +66,14 @@ def test_both_grounds_are_there() -> None:
     for name in ("op", "call", "sweep"):
         text = (PICTURES / f"{name}.svg").read_text()
         assert "@media(prefers-color-scheme:dark)" in text and 'class="ground"' in text
+
+
+def test_api_page_names_every_public_name_with_its_docstring() -> None:
+    api = script("api", "page")
+    assert (ROOT / "docs/api.md").read_text() == api.page(), "run python docs/api.py"
+    for namespace in api.NAMESPACES:
+        for name, value in api.public(importlib.import_module(namespace)).items():
+            assert api.summary(value), f"{namespace}.{name} has no docstring"
 
 
 # Structs, and functions of namespace vidrial or public members, of the device library that templates see.
