@@ -20,7 +20,7 @@ def pictures() -> dict[str, str]:
     return {
         "smem_layout": draw(tile),
         "tiled_copy": draw(copy),
-        **{f"tiled_mma_{part}": draw(mma, part) for part in ("A", "B", "C")},  # type: ignore[arg-type]
+        **{f"tiled_mma_{part}": draw(mma, part) for part in ("A", "B", "C")},
         "warpgroup_mma_B": draw(wgmma, "B"),
         "warpgroup_mma_C": draw(wgmma, "C"),
     }

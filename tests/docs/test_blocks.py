@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import re
 from pathlib import Path
 
@@ -124,3 +125,25 @@ def test_blocks_of_all_kinds(tmp_path: Path) -> None:
         (11, ("vidrial", "demo"), ""),
     ]
     assert isinstance(found[0], Block)
+
+
+@pytest.mark.parametrize("page", [*PAGES, ROOT / "CONTRIBUTING.md", *sorted((ROOT / "examples").glob("*/README.md"))], ids=name_of)
+def test_files_that_are_named_exist(page: Path) -> None:
+    named = re.findall(
+        r"(?<![\w/])((?:tests|vidrial|templates|kernels|sweeps|docs|benchmarks|examples|requirements)/[\w/.-]+\.\w+)", page.read_text()
+    )
+    for path in named:
+        assert (ROOT / path).exists() or (ROOT / "templates/include" / path).exists(), f"{page.relative_to(ROOT)} names {path}"
+
+
+def test_names_of_modules_and_values_that_are_named_exist() -> None:
+    """`vidrial.layout.counts`, `vidrial.testing.check(...)`: what a page says in code is there to be imported."""
+    for page in [*PAGES, ROOT / "CONTRIBUTING.md"]:
+        for path in re.findall(r"`(vidrial(?:\.\w+)+)", page.read_text()):
+            if path != "vidrial.ops":  # a group of entry points
+                found: object = importlib.import_module("vidrial")
+                parts = path.split(".")[1:]
+                for i, part in enumerate(parts):
+                    if not hasattr(found, part):
+                        importlib.import_module(".".join(["vidrial", *parts[: i + 1]]))
+                    found = getattr(found, part)
