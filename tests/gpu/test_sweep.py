@@ -55,7 +55,7 @@ def test_an_empty_run_takes_microseconds_though_the_host_is_slow() -> None:
 
 
 @pytest.mark.parametrize(
-    ("error", "status"),
+    ("fault", "status"),
     [
         (bad_op.NONE, Status.ok),
         (bad_op.WRONG, Status.wrong),

@@ -46,7 +46,7 @@ def test_trial_and_time_reply_with_figures() -> None:
 
 
 @pytest.mark.parametrize(
-    ("error", "status", "reason"),
+    ("fault", "status", "reason"),
     [
         ("crash", Status.crash, "signal SIGABRT"),
         ("bug", Status.crash, "ZeroDivisionError: in the op's own check"),
