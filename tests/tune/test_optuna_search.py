@@ -65,7 +65,7 @@ def test_a_sweep_with_it_keeps_its_budget_and_resumes() -> None:
 
 def test_without_optuna_and_with_options_that_contradict(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "optuna", None)
-    with pytest.raises(ToolchainError, match=r"pip install vidrial\[optuna\]"):
+    with pytest.raises(ToolchainError, match=r"pip install vidrial-dsl\[optuna\]"):
         OptunaSearch(op, example(), H200)
     with pytest.raises(ArgumentError, match="give one of them"):
         sweep(op, example(), FAKE, exhaustive=True)
