@@ -73,7 +73,7 @@ class Bench:
         for name, timing in zip(runs, self._time(list(runs.values())), strict=True):
             seen = row.entries.get(name, Entry())
             call = None if name == CUBLAS else self._call_ms(runs[name], timing.median_ms)
-            row.entries[name] = Entry(timing.median_ms, timing.iqr_ms, timing.samples, call, seen.relative, seen.max_error)
+            row.entries[name] = Entry(timing.median_ms, timing.iqr_ms, timing.samples, call, seen.relative, seen.worst)
         return row
 
     def _retention(self, x: dict[str, Any], chunk: int) -> Run:
