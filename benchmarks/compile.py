@@ -91,9 +91,9 @@ def op_units(op: Any, problem: Any, arch: str, label: str, config: Any) -> Itera
 def by_instruction(op: Any, problem: Any, device: Device) -> Iterator[Any]:
     """The config predicted best with chunks of 1024, by mma.sync and, where there is one, by wgmma."""
     shared = replace(op.config(), chunk=1024)
-    spaces = op.part_spaces(problem, shared, device)
+    ranked = op.ranked_parts(problem, shared, device)
     for mma in ("sync", "wgmma"):
-        best = {name: next((config for config in space if config.mma == mma), None) for name, space in spaces.items()}
+        best = {name: next((c.config for c in part if c.config.mma == mma), None) for name, part in ranked.items()}
         if all(best.values()):
             yield replace(shared, **best)
 

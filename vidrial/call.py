@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Hashable, Mapping
 from functools import cache, lru_cache
 from typing import Any, cast
@@ -16,6 +15,7 @@ from vidrial.host.plan import HostPlan
 from vidrial.runtime.arrays import CPU, A, Array, current_stream, empty, release, scratch, wrap_output
 from vidrial.runtime.plan import CudaPlan
 from vidrial.settings import Settings
+from vidrial.spec.choices import own_axes
 from vidrial.spec.fields import C, P
 from vidrial.spec.op import Op
 from vidrial.tune.pick import choose_config
@@ -111,7 +111,7 @@ def prepare(op: Op[P, C], problem: P, index: int | None = None, **fixed: object)
     Raises:
         ArgumentError: a name in `fixed` is no choice of the op's. ToolchainError, CompileError, LaunchError: it cannot be built.
     """
-    own = [field.name for field in dataclasses.fields(op.config) if field.name not in op.parts]
+    own = own_axes(op.config)
     unknown = [name for name in fixed if name not in own]
     if unknown:
         raise ArgumentError(f"{op.name} has no choice of its own named {', '.join(unknown)}; accepted: {', '.join(own) or 'none'}")

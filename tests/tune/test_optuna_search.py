@@ -11,7 +11,7 @@ import pytest
 from fake_op import H200, Config, PartsConfig, example, op, parts_ms, parts_op
 
 from vidrial.errors import ArgumentError, ToolchainError
-from vidrial.spec.choices import axes, build, configs, flat
+from vidrial.spec.choices import axes, configs, flatten, unflatten
 from vidrial.tune.options import Options
 from vidrial.tune.optuna_search import OptunaSearch
 from vidrial.tune.sweeper import sweep
@@ -30,9 +30,9 @@ def found_by(seed: int, trials: int) -> dict[Any, float]:
 
 
 def test_configs_survive_being_flattened() -> None:
-    assert list(axes(PartsConfig))[:2] == [("chunk", (256, 64, 1024, 0)), ("first.tile", (128, 64, 96, 32))]
+    assert list(axes(PartsConfig).items())[:2] == [("chunk", (256, 64, 1024, 0)), ("first.tile", (128, 64, 96, 32))]
     for config in (PartsConfig(), PartsConfig(64, Config(96, 2), Config(32, 4))):
-        assert build(PartsConfig, dict(flat(config))) == config
+        assert unflatten(PartsConfig, flatten(config)) == config
 
 
 def test_the_same_seed_names_the_same_configs() -> None:

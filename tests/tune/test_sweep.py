@@ -20,13 +20,13 @@ from killed_worker import Killer
 
 from vidrial.device import Device
 from vidrial.errors import ArgumentError, ArgumentTypeError, ConfigError, NoValidConfig, SweepError
-from vidrial.spec.choices import configs
+from vidrial.spec.choices import configs, neighbours
 from vidrial.tune import options as sweep_options
 from vidrial.tune.candidates import check_configs
 from vidrial.tune.options import Options
 from vidrial.tune.pick import choose_config
 from vidrial.tune.ranking import local
-from vidrial.tune.search import Search, neighbours
+from vidrial.tune.search import Search
 from vidrial.tune.sweeper import sweep, sweep_lengths
 from vidrial.tune.trial import Status
 

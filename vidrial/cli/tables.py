@@ -136,7 +136,8 @@ def compile_best(console: Console, op: Op, problem: Any, device: Device, top: in
     Raises:
         ToolchainError: NVRTC or a header is missing.
     """
-    stages = {s.binary: s for config in op.space(problem, device, limit=top) for s in op.stages(problem, config)}
+    best = itertools.islice(op.ranked(problem, device), top)
+    stages = {s.binary: s for candidate in best for s in op.stages(problem, candidate.config)}
     sources: Mapping[Hashable, tuple[Source, str]] = {
         key: (s.kernel.source(s.problem, s.config), describe(s.config)) for key, s in stages.items()
     }

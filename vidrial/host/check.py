@@ -160,11 +160,11 @@ def _candidates(op: Op, problem: Any) -> Iterator[Candidate]:
     for shared in op.shared():
         if op.reject(problem, shared, device, part="") is not None:
             continue
-        spaces = op.part_spaces(problem, shared, device)
-        if all(spaces.values()):
+        parts = {name: list(part) for name, part in op.ranked_parts(problem, shared, device).items()}
+        if all(parts.values()):
             # Every part's best, then each part in turn at each of its others.
-            best = replace(shared, **{name: space.legal[0].config for name, space in spaces.items()})
-            configs = [best, *(replace(best, **{name: c}) for name, space in spaces.items() for c in tuple(space)[1:])]
+            best = replace(shared, **{name: part[0].config for name, part in parts.items()})
+            configs = [best, *(replace(best, **{name: c.config}) for name, part in parts.items() for c in part[1:])]
             yield from (Candidate(config, op.seconds(problem, config, device)) for config in configs)
 
 

@@ -1,38 +1,90 @@
-"""Every walk over the choices of a config: all configs, the order of declaration, one line of text, flat names."""
+"""The one walk over the choices of a config, parts included: `axes` has the names and values, `flatten` and `unflatten` go to and fro."""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Hashable, Iterator, Mapping
+from operator import attrgetter
+from types import MappingProxyType
+from typing import Any, cast
 
 from vidrial.errors import ConfigError
 from vidrial.spec.fields import CHOICES, KIND, C
 
+Axes = Mapping[str, tuple[Any, ...]]
 
-def configs(config: type) -> Iterator[Any]:
-    """Every combination of a config's choices, the default first; parts contribute the combinations of their own choices."""
-    axes = []
-    for field in dataclasses.fields(config):
+
+@functools.cache
+def parts(config_type: type) -> Mapping[str, type]:
+    """Name -> type of each part of a config."""
+    return MappingProxyType({f.name: f.metadata[CHOICES] for f in dataclasses.fields(config_type) if f.metadata.get(KIND) == "part"})
+
+
+def axes(config_type: type) -> Axes:
+    """Name -> values of every choice of a config, in order of declaration; those of its parts by dotted name, `scan.tokens`."""
+    # mypy: a type is hashable.
+    return _axes(cast(Hashable, config_type))
+
+
+@functools.cache
+def _axes(config_type: type) -> Axes:
+    found: dict[str, tuple[Any, ...]] = {}
+    for field in dataclasses.fields(config_type):
         if field.metadata.get(KIND) == "part":
-            axes.append([(field.name, v) for v in configs(field.metadata[CHOICES])])
+            found |= {f"{field.name}.{name}": values for name, values in axes(field.metadata[CHOICES]).items()}
         elif CHOICES in field.metadata:
-            axes.append([(field.name, v) for v in field.metadata[CHOICES]])
-    for combination in itertools.product(*axes):
-        yield config(**dict(combination))
+            found[field.name] = field.metadata[CHOICES]
+    return MappingProxyType(found)
+
+
+def own_axes(config_type: type) -> Axes:
+    """The choices of a config that are not those of a part."""
+    return {name: values for name, values in axes(config_type).items() if "." not in name}
+
+
+def flatten(config: Any) -> dict[str, Any]:
+    """Name -> value of every choice that a config made, named as by `axes`."""
+    return {name: attrgetter(name)(config) for name in axes(type(config))}
+
+
+def unflatten(config_type: type, values: Mapping[str, Any]) -> Any:
+    """The config that makes the choices `values`, named as by `axes`; one that is left out is made by default."""
+    if not parts(config_type):
+        return config_type(**values)
+    own, inner = dict[str, Any](), dict[str, dict[str, Any]]()
+    for name, value in values.items():
+        first, dot, rest = name.partition(".")
+        if dot:
+            inner.setdefault(first, {})[rest] = value
+        else:
+            own[first] = value
+    return config_type(**own, **{name: unflatten(parts(config_type)[name], given) for name, given in inner.items()})
+
+
+def combinations(config_type: type, choices: Axes) -> Iterator[Any]:
+    """The config of every combination of some choices, the first values first; the other choices are made by default."""
+    return (unflatten(config_type, dict(zip(choices, values, strict=True))) for values in itertools.product(*choices.values()))
+
+
+@functools.cache
+def configs(config_type: type) -> tuple[Any, ...]:
+    """Every config of a type, the default first. They are kept: an op asks for those of a part once per combination of its own choices."""
+    return tuple(combinations(config_type, axes(config_type)))
+
+
+def neighbours(config: Any) -> Iterator[Any]:
+    """The configs that differ in one choice, legal or not."""
+    made = flatten(config)
+    for name, values in axes(type(config)).items():
+        yield from (unflatten(type(config), made | {name: value}) for value in values if value != made[name])
 
 
 def config_order(config: Any) -> tuple[int, ...]:
-    """Position of a config in the order of declaration: the index of each of its choices, parts included."""
-    order: tuple[int, ...] = ()
-    for field in dataclasses.fields(config):
-        value, choices = getattr(config, field.name), field.metadata.get(CHOICES, ())
-        if field.metadata.get(KIND) == "part":
-            order += config_order(value)
-        else:
-            order += (choices.index(value) if value in choices else len(choices),)
-    return order
+    """Position of a config in the order of declaration: the index of each of its choices."""
+    known = axes(type(config))
+    return tuple(known[name].index(value) if value in known[name] else len(known[name]) for name, value in flatten(config).items())
 
 
 def check_choices(config: Any) -> None:
@@ -41,49 +93,12 @@ def check_choices(config: Any) -> None:
     Raises:
         ConfigError: naming the field, what came and what is accepted.
     """
-    for field in dataclasses.fields(config):
-        value, accepted = getattr(config, field.name), field.metadata.get(CHOICES)
-        if field.metadata.get(KIND) == "part":
-            check_choices(value)
-        elif accepted is not None and value not in accepted:
-            raise ConfigError(f"{type(config).__name__}.{field.name}={value!r} is not a choice; accepted: {', '.join(map(repr, accepted))}")
+    for name, value in flatten(config).items():
+        accepted = axes(type(config))[name]
+        if value not in accepted:
+            raise ConfigError(f"{type(config).__name__}.{name}={value!r} is not a choice; accepted: {', '.join(map(repr, accepted))}")
 
 
 def describe(config: C) -> str:
-    """The choices of a config on one line, parts flattened: `chunk=1024 scan.tokens=64`."""
-    words = []
-    for field in dataclasses.fields(config):
-        value = getattr(config, field.name)
-        if field.metadata.get(KIND) == "part":
-            words += [f"{field.name}.{word}" for word in describe(value).split()]
-        elif CHOICES in field.metadata:
-            words.append(f"{field.name}={value}")
-    return " ".join(words)
-
-
-Axes = dict[str, tuple[Any, ...]]
-
-
-def axes(config: type, prefix: str = "") -> Iterator[tuple[str, tuple[Any, ...]]]:
-    """(dotted name, values) of every choice of a config, those of its parts included."""
-    for field in dataclasses.fields(config):
-        if field.metadata.get(KIND) == "part":
-            yield from axes(field.metadata[CHOICES], f"{prefix}{field.name}.")
-        else:
-            yield f"{prefix}{field.name}", field.metadata[CHOICES]
-
-
-def flat(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """(dotted name, value) of every choice that a config made."""
-    for field in dataclasses.fields(config):
-        value = getattr(config, field.name)
-        yield from flat(value, f"{prefix}{field.name}.") if field.metadata.get(KIND) == "part" else [(f"{prefix}{field.name}", value)]
-
-
-def build(config: type, values: Mapping[str, Any], prefix: str = "") -> Any:
-    """The config whose choices `flat` would give as `values`."""
-    made = {}
-    for field in dataclasses.fields(config):
-        name = f"{prefix}{field.name}"
-        made[field.name] = build(field.metadata[CHOICES], values, f"{name}.") if field.metadata.get(KIND) == "part" else values[name]
-    return config(**made)
+    """The choices of a config on one line: `chunk=1024 scan.tokens=64`."""
+    return " ".join(f"{name}={value}" for name, value in flatten(config).items())

@@ -1,7 +1,6 @@
 """One kernel: two dataclasses, a few small pure functions and one template.
 
 softmax = Kernel(name="softmax", template=HERE / "softmax.cu.j2", problem=Problem, config=Config, args=ARGS, tiles=tiles, grid=grid, cost=cost)
-softmax.space(problem, device)       # the legal configs, and why the others are not
 softmax.source(problem, config)      # the rendered C++
 """
 
@@ -20,13 +19,12 @@ from vidrial.layout.counts import Counts
 from vidrial.layout.mma import TiledMma
 from vidrial.layout.occupancy import Occupancy
 from vidrial.layout.wgmma import WarpgroupMma
-from vidrial.spec.choices import check_choices, configs
+from vidrial.spec.choices import check_choices
 from vidrial.spec.cost import Cost
 from vidrial.spec.digest import closure_digest, code_digest, tiles_asked_for
 from vidrial.spec.fields import ByReads, C, P, Static, fields
 from vidrial.spec.geometry import Geometry
 from vidrial.spec.source import Arguments, Source, Tiles, include_folders, render
-from vidrial.spec.space import Space
 
 # Members of `struct Tiles` that are no fact of a problem or config.
 RESERVED = frozenset({"threads", "min_blocks", "Smem"})
@@ -152,16 +150,11 @@ class Kernel(Generic[P, C]):
         check_choices(config)
         reason = self.reject(problem, config, device)
         if reason is not None:
-            raise ConfigError(f"{self.name}: {config} is not legal for {problem}: {reason}; see {self.name}.space(problem, device)")
+            raise ConfigError(f"{self.name}: {config} is not legal for {problem}: {reason}")
 
     def seconds(self, problem: P, config: C, device: Device) -> float:
         """Predicted time of one launch, 0 without a cost model."""
         return self.cost(problem, config, device).seconds(device) if self.cost is not None else 0.0
-
-    def space(self, problem: P, device: Device | None = None) -> Space[C]:
-        """All configs for a problem: legal ones ranked by predicted time, rejected ones with their reason."""
-        device = device or Device.default()
-        return Space.of(configs(self.config), lambda c: self.reject(problem, c, device), lambda c: self.seconds(problem, c, device))
 
     def geometry(self, problem: P, config: C) -> Geometry:
         """Grid, threads and dynamic shared memory of the launch."""

@@ -8,17 +8,17 @@ import heapq
 import itertools
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Generic, TypeAlias, cast
+from typing import Any, Generic, TypeAlias
 
 from numpy.typing import NDArray
 
 from vidrial.device import Device
 from vidrial.dtypes import DType
 from vidrial.errors import ConfigError, LayoutError
-from vidrial.spec.choices import check_choices, configs, describe
-from vidrial.spec.fields import CHOICES, KIND, C, P
+from vidrial.spec.choices import check_choices, combinations, configs, describe, own_axes, parts
+from vidrial.spec.fields import C, P
 from vidrial.spec.kernel import Kernel
-from vidrial.spec.space import Candidate, Rejected, Space
+from vidrial.spec.space import Candidate, Rejected, Space, Stream
 
 ALIGNMENT = 256  # bytes; of every workspace buffer
 Arrays: TypeAlias = Mapping[str, NDArray[Any]]  # by name; bfloat16 as uint16 bits
@@ -82,24 +82,6 @@ class Check:
         return self.relative <= self.relative_bound and self.max_error <= self.max_error_bound
 
 
-@dataclass(frozen=True)
-class _Outline:
-    """For one combination of an op's own choices: the time of the stages of no part, and what the rules leave of each part's configs."""
-
-    shared: Any
-    base: float
-    parts: Mapping[str, list[Candidate]]
-
-    @property
-    def possible(self) -> bool:
-        return all(self.parts.values())
-
-    @property
-    def least(self) -> float:
-        """No legal config of it is predicted to be faster."""
-        return sum((candidates[0].seconds for candidates in self.parts.values()), self.base)
-
-
 @dataclass(frozen=True, eq=False)
 class Op(Generic[P, C]):
     """An op's description, of its author's own problem P and config C.
@@ -160,6 +142,10 @@ class Op(Generic[P, C]):
             example=example,
         )
 
+    def _stages_of(self, problem: P, config: C, part: str | None) -> Sequence[Stage]:
+        """The stages of a part, or of no part (""), or all (None)."""
+        return [stage for stage in self.stages(problem, config) if part is None or stage.part == part]
+
     def reject(self, problem: P, config: C, device: Device, part: str | None = None) -> str | None:
         """The reason of the first rule that the config breaks, or None: the op's own rules first, then the stages'.
 
@@ -168,18 +154,17 @@ class Op(Generic[P, C]):
         for holds, reason in self.rules(problem, config):
             if not holds:
                 return reason
-        for stage in self.stages(problem, config):
-            if part is None or stage.part == part:
-                broken = stage.kernel.reject(stage.problem, stage.config, device)
-                if broken is not None:
-                    return broken if stage.kernel.name == self.name else f"{stage.kernel.name}: {broken}"
+        for stage in self._stages_of(problem, config, part):
+            broken = stage.kernel.reject(stage.problem, stage.config, device)
+            if broken is not None:
+                return broken if stage.kernel.name == self.name else f"{stage.kernel.name}: {broken}"
         return None
 
     def estimate(self, problem: P, config: C, device: Device, part: str | None = None) -> float | None:
         """`seconds` of a config that breaks no rule, else None. It may still be illegal: no tiles are made, only `reject` asks them."""
         if not all(holds for holds, _ in self.rules(problem, config)):
             return None
-        asked = [stage for stage in self.stages(problem, config) if part is None or stage.part == part]
+        asked = self._stages_of(problem, config, part)
         if any(stage.kernel.broken_rule(stage.problem, stage.config, device) is not None for stage in asked):
             return None
         try:
@@ -198,116 +183,121 @@ class Op(Generic[P, C]):
         if reason is not None:
             raise ConfigError(f"{self.name}: {describe(config)} is not legal for {problem}: {reason}")
 
-    def seconds(self, problem: P, config: C, device: Device, part: str | None = None) -> float:
-        """Predicted time: the sum over the stages (of `part`, if given)."""
-        return sum(s.kernel.seconds(s.problem, s.config, device) for s in self.stages(problem, config) if part is None or s.part == part)
+    def seconds(self, problem: P, config: C, device: Device) -> float:
+        """Predicted time: the sum over the stages."""
+        return sum(s.kernel.seconds(s.problem, s.config, device) for s in self.stages(problem, config))
 
     @property
     def parts(self) -> tuple[str, ...]:
         """Names of the config's parts, one per stage or a few."""
-        return tuple(f.name for f in dataclasses.fields(self.config) if f.metadata.get(KIND) == "part")
+        return tuple(parts(self.config))
 
     def shared(self, fixed: Mapping[str, object] | None = None) -> Iterator[C]:
         """Every combination of the config's own choices, its parts at their defaults; `fixed` choices take one value only."""
-        fixed = fixed or {}
-        fields = [f for f in dataclasses.fields(self.config) if f.metadata.get(KIND) != "part"]
-        for values in itertools.product(*((fixed[f.name],) if f.name in fixed else f.metadata[CHOICES] for f in fields)):
-            yield self.config(**dict(zip((f.name for f in fields), values, strict=True)))
+        return combinations(self.config, {**own_axes(self.config), **{name: (value,) for name, value in (fixed or {}).items()}})
 
-    def part_spaces(self, problem: P, shared: C, device: Device) -> dict[str, Space[Any]]:
-        """For one combination of shared choices: each part's own space. Stages run one after another, so parts rank on their own."""
-        spaces = {}
-        for name in self.parts:
+    def _part_variants(self, problem: P, shared: Any, part: str) -> Iterator[Any]:
+        """`shared` with every config of a part; itself alone where the part launches nothing."""
+        if not self._stages_of(problem, shared, part):
+            return iter((shared,))
+        return (dataclasses.replace(shared, **{part: config}) for config in configs(parts(self.config)[part]))
 
-            def put(value: Any, name: str = name) -> Any:
-                return dataclasses.replace(shared, **{name: value})
+    def _estimates(self, problem: Any, shared: Any, device: Device, part: str) -> list[Candidate]:
+        """What the rules leave of `shared` with the part's configs, by the part's own predicted time."""
+        variants = ((v, self.estimate(problem, v, device, part)) for v in self._part_variants(problem, shared, part))
+        return sorted((Candidate(v, seconds) for v, seconds in variants if seconds is not None), key=lambda c: c.seconds)
 
-            def reject(value: Any, put: Any = put, name: str = name) -> str | None:
-                return self.reject(problem, put(value), device, name)
+    def _legal(self, problem: Any, device: Device, part: str, estimates: Iterable[Candidate]) -> Stream[Candidate]:
+        """Of `estimates`, with the part's config alone, what its tiles allow: they take milliseconds, and are asked as they are read."""
+        legal = (c for c in estimates if self.reject(problem, c.config, device, part) is None)
+        return Stream(Candidate(getattr(c.config, part), c.seconds) for c in legal)
 
-            def seconds(value: Any, put: Any = put, name: str = name) -> float:
-                return self.seconds(problem, put(value), device, name)
+    def ranked_parts(self, problem: Any, shared: Any, device: Device) -> dict[str, Stream[Candidate]]:
+        """For one combination of own choices: each part's legal configs, fastest-predicted first, with the part's own time.
 
-            spaces[name] = Space.of(self._part_configs(problem, shared, name), reject, seconds)
-        return spaces
+        Stages run one after another, so parts rank on their own.
+        """
+        return {part: self._legal(problem, device, part, self._estimates(problem, shared, device, part)) for part in self.parts}
 
-    def _part_configs(self, problem: Any, shared: Any, name: str) -> Iterator[Any]:
-        """A part's configs; of a part that launches nothing with these choices, the one that `shared` has."""
-        if all(stage.part != name for stage in self.stages(problem, shared)):
-            return iter((getattr(shared, name),))
-        return configs(next(f.metadata[CHOICES] for f in dataclasses.fields(self.config) if f.name == name))
-
-    def space(self, problem: P, device: Device | None = None, limit: int = 256, fixed: Mapping[str, object] | None = None) -> Space[C]:
-        """The legal configs, fastest-predicted first, at most `limit`; and every rejection once, of a config or of a part of one.
+    def ranked(self, problem: P, device: Device, fixed: Mapping[str, object] | None = None) -> Iterator[Candidate[C]]:
+        """The legal configs, fastest-predicted first, ties in order of declaration; tiles are asked of those that come first alone.
 
         `fixed` holds choices of the op's own (not of its parts) at one value: name -> value.
         """
+        # One stream per combination of own choices, by the time of its next config; before the first one, by what none can be below.
+        heap: list[tuple[float, int, Candidate | None, Iterator[Candidate]]] = []
+        for order, shared in enumerate(self.shared(fixed)):
+            base = self.estimate(problem, shared, device, "")
+            estimates = {part: self._estimates(problem, shared, device, part) for part in self.parts} if base is not None else {}
+            if base is not None and all(estimates.values()):
+                least = sum((candidates[0].seconds for candidates in estimates.values()), base)
+                heap.append((least, order, None, self._combined(problem, device, Candidate(shared, base), estimates)))
+        heapq.heapify(heap)
+        while heap:
+            _, order, candidate, stream = heap[0]
+            if candidate is not None:
+                yield candidate
+            following = next(stream, None)
+            if following is None:
+                heapq.heappop(heap)
+            else:
+                heapq.heapreplace(heap, (following.seconds, order, following, stream))
+
+    def _combined(
+        self, problem: Any, device: Device, shared: Candidate, estimates: Mapping[str, Sequence[Candidate]]
+    ) -> Iterator[Candidate]:
+        """All combinations of the parts' legal configs with own choices, fastest-predicted first."""
+        if self.reject(problem, shared.config, device, "") is not None:
+            return
+        streams = {part: self._legal(problem, device, part, candidates) for part, candidates in estimates.items()}
+
+        def entry(index: tuple[int, ...]) -> list[tuple[float, tuple[int, ...], Candidate]]:
+            chosen = {part: candidate for (part, s), i in zip(streams.items(), index, strict=True) if (candidate := s.get(i)) is not None}
+            if len(chosen) < len(streams):
+                return []
+            seconds = sum((c.seconds for c in chosen.values()), shared.seconds)
+            config = dataclasses.replace(shared.config, **{part: c.config for part, c in chosen.items()})
+            return [(seconds, index, Candidate(config, seconds))]
+
+        heap = entry((0,) * len(streams))
+        seen = {(0,) * len(streams)}
+        while heap:
+            _, index, candidate = heapq.heappop(heap)
+            yield candidate
+            for axis in range(len(index)):
+                after = (*index[:axis], index[axis] + 1, *index[axis + 1 :])
+                if after not in seen:
+                    seen.add(after)
+                    for following in entry(after):
+                        heapq.heappush(heap, following)
+
+    def space(self, problem: Any, device: Device | None = None, limit: int = 256, fixed: Mapping[str, Any] | None = None) -> Space:
+        """The first `limit` of `ranked`; and every rejection once, of a config or of a part of one."""
         device = device or Device.default()
-        streams: list[Iterator[Candidate]] = []
         rejected: dict[Any, Rejected] = {}
         for shared in self.shared(fixed):
-            reason = self.reject(problem, shared, device, part="")
+            reason = self.reject(problem, shared, device, "")
             if reason is not None:
                 rejected[shared] = Rejected(shared, reason)
                 continue
-            spaces = self.part_spaces(problem, shared, device)
-            for space in spaces.values():
-                rejected.update({(shared, r.config): r for r in space.rejected})
-            if all(spaces.values()):
-                base = self.seconds(problem, shared, device, part="")
-                streams.append(_combinations(shared, base, spaces))
-        legal = itertools.islice(heapq.merge(*streams, key=lambda c: c.seconds), limit)
-        return Space(tuple(legal), tuple(rejected.values()))
+            for part, variant in ((name, variant) for name in self.parts for variant in self._part_variants(problem, shared, name)):
+                reason = self.reject(problem, variant, device, part)
+                if reason is not None:
+                    config = getattr(variant, part)
+                    rejected[shared, config] = Rejected(config, reason)
+        return Space(tuple(itertools.islice(self.ranked(problem, device, fixed), limit)), tuple(rejected.values()))
 
     def predicted(self, problem: P, device: Device, fixed: Mapping[str, object] | None = None) -> C:
-        """The cost model's choice: what a call takes that nothing was measured for.
+        """The cost model's choice, the first of `ranked`: what a call takes that nothing was measured for.
 
         Raises:
             ConfigError: no config is legal.
         """
-        # The first of `space`, but tiles, which take milliseconds each, are asked of the configs that come first alone.
-        outlines = [o for o in self._outlines(problem, device, fixed) if o.possible]
-        found: list[tuple[float, int, Any]] = []
-        for order, outline in sorted(enumerate(outlines), key=lambda o: o[1].least):
-            if found and outline.least > min(found)[0]:
-                break
-            candidate = self._fastest(problem, device, outline)
-            found += [(candidate.seconds, order, candidate.config)] if candidate is not None else []
-        if not found:
-            reasons = "; ".join(itertools.islice(self.space(problem, device, 1, fixed).reasons(), 3))
+        first = next(self.ranked(problem, device, fixed), None)
+        if first is None:
+            reasons = "; ".join(itertools.islice(self.space(problem, device, 0, fixed).reasons(), 3))
             raise ConfigError(f"{self.name}: no legal config for {problem} on {device.name}: {reasons}")
-        return cast(C, min(found)[2])
-
-    def _outlines(self, problem: Any, device: Device, fixed: Mapping[str, Any] | None) -> Iterator[_Outline]:
-        for shared in self.shared(fixed):
-            base = self.estimate(problem, shared, device, "")
-            if base is not None:
-                yield _Outline(shared, base, {name: self._estimates(problem, shared, device, name) for name in self.parts})
-
-    def _estimates(self, problem: Any, shared: Any, device: Device, part: str) -> list[Candidate]:
-        """What the rules leave of a part's configs, fastest-predicted first, with the part's own time."""
-        found = []
-        for value in self._part_configs(problem, shared, part):
-            seconds = self.estimate(problem, dataclasses.replace(shared, **{part: value}), device, part)
-            if seconds is not None:
-                found.append(Candidate(value, seconds))
-        return sorted(found, key=lambda c: c.seconds)
-
-    def _fastest(self, problem: Any, device: Device, outline: _Outline) -> Candidate | None:
-        """The fastest-predicted legal config of an outline: each part's first that its tiles allow."""
-        if self.reject(problem, outline.shared, device, "") is not None:
-            return None
-        chosen = {}
-        for name, candidates in outline.parts.items():
-            legal = (
-                c for c in candidates if self.reject(problem, dataclasses.replace(outline.shared, **{name: c.config}), device, name) is None
-            )
-            first = next(legal, None)
-            if first is None:
-                return None
-            chosen[name] = first
-        config = dataclasses.replace(outline.shared, **{name: c.config for name, c in chosen.items()})
-        return Candidate(config, sum((c.seconds for c in chosen.values()), outline.base))
+        return first.config
 
     def digest(self) -> str:
         """Digest of all templates' code: a ranking holds for this code only, whatever its comments, and the names of its files.
@@ -320,18 +310,3 @@ class Op(Generic[P, C]):
     def text_digest(self) -> str:
         """Digest of all templates as they are: while it stays, so does `digest`, which takes longer."""
         return hashlib.sha256("".join(kernel.text_digest() for kernel in self.kernels).encode()).hexdigest()
-
-
-def _combinations(shared: Any, base: float, spaces: Mapping[str, Space]) -> Iterator[Candidate]:
-    """All combinations of the parts' legal configs, best sum first."""
-    names, lists = list(spaces), [space.legal for space in spaces.values()]
-    start = (0,) * len(lists)
-    heap, seen = [(sum((x[0].seconds for x in lists), base), start)], {start}
-    while heap:
-        seconds, index = heapq.heappop(heap)
-        yield Candidate(dataclasses.replace(shared, **{n: x[i].config for n, x, i in zip(names, lists, index, strict=True)}), seconds)
-        for axis, x in enumerate(lists):
-            after = (*index[:axis], index[axis] + 1, *index[axis + 1 :])
-            if after[axis] < len(x) and after not in seen:
-                seen.add(after)
-                heapq.heappush(heap, (seconds - x[index[axis]].seconds + x[after[axis]].seconds, after))

@@ -1,12 +1,15 @@
-"""The legal configs of a problem, ranked by predicted time, and why the others are not legal. One statement of legality serves all."""
+"""The legal configs of a problem, ranked by predicted time, and why the others are not legal."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+import itertools
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Generic
+from typing import Generic, TypeVar
 
 from vidrial.spec.fields import C
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -32,18 +35,6 @@ class Space(Generic[C]):
     legal: tuple[Candidate[C], ...]
     rejected: tuple[Rejected[C], ...]
 
-    @classmethod
-    def of(cls, configs: Iterable[C], reject: Callable[[C], str | None], seconds: Callable[[C], float]) -> Space[C]:
-        """Split `configs` by `reject` (None: legal) and rank the legal ones by `seconds`."""
-        legal, rejected = [], []
-        for config in configs:
-            reason = reject(config)
-            if reason is None:
-                legal.append(Candidate(config, seconds(config)))
-            else:
-                rejected.append(Rejected(config, reason))
-        return cls(tuple(sorted(legal, key=lambda c: c.seconds)), tuple(rejected))
-
     def reasons(self) -> dict[str, list[C]]:
         """Reason -> the configs it rejects, most frequent reason first."""
         groups: dict[str, list[C]] = {}
@@ -56,3 +47,22 @@ class Space(Generic[C]):
 
     def __iter__(self) -> Iterator[C]:
         return (c.config for c in self.legal)
+
+
+class Stream(Generic[T]):
+    """An iterator that may be read again from the beginning; what it is made from is read once, as far as it is asked for."""
+
+    def __init__(self, source: Iterator[T]) -> None:
+        self._source, self._read = source, list[T]()
+
+    def get(self, index: int) -> T | None:
+        """Its item of that index; None past the end."""
+        self._read += itertools.islice(self._source, max(0, index + 1 - len(self._read)))
+        return self._read[index] if index < len(self._read) else None
+
+    def __iter__(self) -> Iterator[T]:
+        for index in itertools.count():
+            item = self.get(index)
+            if item is None:
+                return
+            yield item

@@ -12,7 +12,7 @@ from typing import Any
 
 from vidrial.device import Device
 from vidrial.errors import ToolchainError
-from vidrial.spec.choices import Axes, axes, build, config_order, flat
+from vidrial.spec.choices import axes, config_order, flatten, unflatten
 from vidrial.spec.op import Op
 
 # Configs proposed at a time; draws, most of them illegal perhaps, before the space counts as exhausted.
@@ -34,7 +34,7 @@ class OptunaSearch:
         except ImportError as error:
             raise ToolchainError(f"optuna cannot be imported ({error}); install it: pip install vidrial-dsl[optuna]") from None
         self._optuna, self._op, self._problem, self._device, self._seed = optuna, op, problem, device, seed
-        self._axes: Axes = dict(axes(op.config))
+        self._axes = axes(op.config)
         categories = {name: tuple(range(len(values))) for name, values in self._axes.items()}
         self._distributions: dict[str, Any] = {
             name: optuna.distributions.CategoricalDistribution(indices) for name, indices in categories.items()
@@ -53,7 +53,7 @@ class OptunaSearch:
             if len(found) == BATCH:
                 break
             trial = study.ask(self._distributions)
-            config = build(self._op.config, {name: self._axes[name][i] for name, i in trial.params.items()})
+            config = unflatten(self._op.config, {name: self._axes[name][i] for name, i in trial.params.items()})
             if config in seen or config in found:
                 continue
             legal = list(self._legal(config))
@@ -69,7 +69,7 @@ class OptunaSearch:
 
     def _finished(self, config: Any, ms: float) -> Any:
         create, states = self._optuna.trial.create_trial, self._optuna.trial.TrialState
-        params = {name: self._axes[name].index(value) for name, value in flat(config) if value in self._axes[name]}
+        params = {name: self._axes[name].index(value) for name, value in flatten(config).items() if value in self._axes[name]}
         if math.isfinite(ms) and len(params) == len(self._axes):
             return create(state=states.COMPLETE, value=ms, params=params, distributions=self._distributions)
         return create(state=states.FAIL)

@@ -15,9 +15,9 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from vidrial.device import Device
-from vidrial.spec.fields import CHOICES, KIND
+from vidrial.spec.choices import neighbours
 from vidrial.spec.op import Op
-from vidrial.spec.space import Space
+from vidrial.spec.space import Candidate, Stream
 
 # Shared choices whose probe is further behind the best one are left alone; of the others, so many are looked into.
 BEHIND, SHARED_LEADERS = 1.6, 3
@@ -30,6 +30,7 @@ BASES = 4
 # What a sweep may be told: `rounds` is this module's, `optuna` that of vidrial.tune.optuna_search.
 STRATEGIES = ("rounds", "optuna")
 Times = Mapping[Any, float]
+Parts = Mapping[str, Stream[Candidate]]
 
 
 class Search:
@@ -43,13 +44,13 @@ class Search:
     def __init__(self, op: Op, problem: Any, device: Device, trials: int, exhaustive: bool = False) -> None:
         self._op, self._problem, self._device = op, problem, device
         self._trials, self._exhaustive = trials, exhaustive
-        self._shared: list[tuple[Any, dict[str, Space]]] = []
+        self._shared: list[tuple[Any, Parts]] = []
         if op.parts:
-            legal = ((s, op.part_spaces(problem, s, device)) for s in op.shared() if op.reject(problem, s, device, part="") is None)
-            self._shared = [(shared, spaces) for shared, spaces in legal if all(spaces.values())]
+            legal = ((s, op.ranked_parts(problem, s, device)) for s in op.shared() if op.reject(problem, s, device, part="") is None)
+            self._shared = [(shared, parts) for shared, parts in legal if all(part.get(0) for part in parts.values())]
             self._rounds = [self._probes, self._vary, self._combine] + ([] if exhaustive else [self._neighbours])
         else:
-            self._space = op.space(problem, device, limit=sys.maxsize)
+            self._ranked = Stream(op.ranked(problem, device))
             self._rounds = [self._predicted] + ([] if exhaustive else [self._neighbours])
 
     def propose(self, seen: Times) -> list[Any]:
@@ -70,23 +71,24 @@ class Search:
         return tuple((s.kernel.name, s.problem, s.config) for s in self._op.stages(self._problem, config))
 
     def _predicted(self, seen: Times) -> Iterator[Any]:
-        share = len(self._space) if self._exhaustive else max(1, round(PREDICTED_SHARE * self._trials))
-        return itertools.islice(self._space, share)
+        share = None if self._exhaustive else max(1, round(PREDICTED_SHARE * self._trials))
+        return (candidate.config for candidate in itertools.islice(self._ranked, share))
 
     def _probes(self, seen: Times) -> Iterator[Any]:
-        return (self._base(shared, spaces, seen) for shared, spaces in self._shared)
+        return (self._base(shared, parts, seen) for shared, parts in self._shared)
 
-    def _base(self, shared: Any, spaces: Mapping[str, Space], seen: Times) -> Any:
+    def _base(self, shared: Any, parts: Parts, seen: Times) -> Any:
         """The best-predicted parts together; the next best ones if that failed."""
         for i in range(BASES):
-            parts = {name: space.legal[min(i, len(space) - 1)].config for name, space in spaces.items()}
-            base = dataclasses.replace(shared, **parts)
+            # The last one of a part that has fewer.
+            best = {name: list(itertools.islice(part, i + 1))[-1].config for name, part in parts.items()}
+            base = dataclasses.replace(shared, **best)
             if math.isfinite(seen.get(base, 0.0)):
                 break
         return base
 
-    def _leading(self, seen: Times) -> list[tuple[Any, dict[str, Space]]]:
-        times = {shared: seen.get(self._base(shared, spaces, seen), math.inf) for shared, spaces in self._shared}
+    def _leading(self, seen: Times) -> list[tuple[Any, Parts]]:
+        times = {shared: seen.get(self._base(shared, parts, seen), math.inf) for shared, parts in self._shared}
         near = [entry for entry in self._shared if times[entry[0]] <= BEHIND * min(times.values()) and math.isfinite(times[entry[0]])]
         return near if self._exhaustive else sorted(near, key=lambda entry: times[entry[0]])[:SHARED_LEADERS]
 
@@ -95,19 +97,19 @@ class Search:
         axes = len(leading) * len(self._op.parts)
         depth = sys.maxsize if self._exhaustive else max(2, round((PREDICTED_SHARE * self._trials - len(self._shared)) / max(1, axes)))
         columns = []
-        for shared, spaces in leading:
-            base = self._base(shared, spaces, seen)
-            for name, space in spaces.items():
-                columns.append([dataclasses.replace(base, **{name: value}) for value in itertools.islice(space, depth)])
+        for shared, parts in leading:
+            base = self._base(shared, parts, seen)
+            for name, part in parts.items():
+                columns.append([dataclasses.replace(base, **{name: value.config}) for value in itertools.islice(part, depth)])
         for row in itertools.zip_longest(*columns):
             yield from (config for config in row if config is not None)
 
     def _combine(self, seen: Times) -> Iterator[Any]:
-        for shared, spaces in self._leading(seen):
-            base = self._base(shared, spaces, seen)
+        for shared, parts in self._leading(seen):
+            base = self._base(shared, parts, seen)
             options = []
-            for name, space in spaces.items():
-                timed = [(seen.get(dataclasses.replace(base, **{name: value}), math.inf), value) for value in space]
+            for name, part in parts.items():
+                timed = [(seen.get(dataclasses.replace(base, **{name: c.config}), math.inf), c.config) for c in part]
                 options.append([(t, name, v) for t, v in sorted(timed, key=lambda x: x[0]) if math.isfinite(t)][:BEST_OF_PART])
             together = sorted(itertools.product(*options), key=lambda values: sum(t for t, _, _ in values))
             yield from (dataclasses.replace(base, **{name: value for _, name, value in values}) for values in together[:COMBINATIONS])
@@ -116,11 +118,3 @@ class Search:
         timed = sorted((c for c in seen if math.isfinite(seen[c])), key=lambda c: seen[c])
         found = [c for best in timed[:2] for c in neighbours(best) if self._op.reject(self._problem, c, self._device) is None]
         return iter(sorted(found, key=lambda c: self._op.seconds(self._problem, c, self._device)))
-
-
-def neighbours(config: Any) -> Iterator[Any]:
-    """The configs that differ in one choice, legal or not."""
-    for field in dataclasses.fields(config):
-        value = getattr(config, field.name)
-        others = neighbours(value) if field.metadata.get(KIND) == "part" else field.metadata.get(CHOICES, ())
-        yield from (dataclasses.replace(config, **{field.name: other}) for other in others if other != value)
