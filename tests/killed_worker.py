@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 from pathlib import Path
@@ -17,7 +18,7 @@ class Killer:
         """Nothing to do."""
 
     def advance(self, text: str) -> None:
-        """The process's arguments end with its descriptor, our pid, the op, the bench and the GPU, then the paths."""
+        """The process's one argument says whose child it is, and what it serves: the op, the bench and the GPU."""
         if self.killed:
             return
         for folder in Path("/proc").glob("[0-9]*"):
@@ -25,11 +26,10 @@ class Killer:
                 words = (folder / "cmdline").read_bytes().split(b"\0")
             except OSError:
                 continue
-            if (
-                len(words) > 8
-                and b"vidrial.tune.workers" in words[2]
-                and words[4] == b"%d" % os.getpid()
-                and words[7] == b"%d" % self.index
-            ):
+            if len(words) < 4 or b"vidrial.build.processes" not in words[2]:
+                continue
+            told = json.loads(words[3])
+            mine = told["parent"] == os.getpid() and told["target"] == "vidrial.tune.workers:server"
+            if mine and told["arguments"][2] == str(self.index):
                 os.kill(int(folder.name), signal.SIGKILL)
                 self.killed.append(int(folder.name))

@@ -219,9 +219,9 @@ def test_nothing_is_left(own_tempdir: Path) -> None:
     with CompilePool(2) as own:
         results = own.compile_many([(n, source(n), "tiny", "sm_80") for n in range(3)])
         next(results)
-        assert any(name.startswith("vidrial-pch-") for name in os.listdir(own_tempdir))
+        assert any(name.startswith("vidrial-child-") for name in os.listdir(own_tempdir))
         results.close()  # type: ignore[attr-defined]
-    assert not [name for name in os.listdir(own_tempdir) if name.startswith("vidrial-pch-")]
+    assert not [name for name in os.listdir(own_tempdir) if name.startswith("vidrial-child-")]
 
 
 # No `if __name__ == "__main__"`: a user's script need not have one.
@@ -241,7 +241,7 @@ def test_workers_die_with_their_parent(number: int) -> None:
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
     assert process.stdout and process.stdout.readline() == "0\n"
     workers = [int(pid) for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
-    folder = re.search(r"\S*vidrial-pch-\w+", Path(f"/proc/{workers[0]}/cmdline").read_text().replace("\0", " "))
+    folder = re.search(r"[^\"]*vidrial-child-\w+", Path(f"/proc/{workers[0]}/cmdline").read_text())
     assert len(workers) == 1 and folder is not None
     os.kill(process.pid, number)
     process.communicate(timeout=30)

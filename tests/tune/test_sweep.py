@@ -158,7 +158,8 @@ def test_what_cannot_be_checked_is_not_timed() -> None:
 PROGRAM = """
 import sys
 from fake_op import *
-from vidrial.tune.sweeper import Options, sweep
+from vidrial.tune.options import Options
+from vidrial.tune.sweeper import sweep
 result = sweep(op, example(), Options(device=H200, bench="fake_op:FakeBench", journal=sys.argv[1], resume=sys.argv[2] == "resume"))
 print(result.winner.ms)
 """

@@ -102,7 +102,7 @@ def test_workers_die_with_their_parent(tmp_path: Path, monkeypatch: pytest.Monke
         "import os, sys, test_worker as t\n"
         "w = t.Workers('fake_op:op', t.BENCH, (0,), t.PREPARE, 60.0)\n"
         "list(w.run([t.trial(1)]))\n"
-        "print(w._idle[0]._process.pid, flush=True)\n"
+        "print(w._idle[0]._child.process.pid, flush=True)\n"
         "list(w.run([t.trial(2)]))\n"
     )
     monkeypatch.setenv("FAKE_OP_FAULTS", "2=hang")

@@ -2,24 +2,17 @@
 
 from __future__ import annotations
 
-import multiprocessing
-import multiprocessing.connection
+import base64
+import functools
 import os
-import shutil
-import signal
-import subprocess
-import sys
-import tempfile
-import threading
-import time
 from collections import deque
-from collections.abc import Hashable, Iterable, Iterator
-from typing import NamedTuple
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
+from dataclasses import asdict
+from typing import Any, NamedTuple
 
-from vidrial.build.nvrtc import (
-    Cubin,
-    compile_source,
-)
+from vidrial import errors
+from vidrial.build.nvrtc import Cubin, Resources, compile_source
+from vidrial.build.processes import Child, Ended, ready
 from vidrial.errors import CompileError, VidrialError
 from vidrial.settings import Settings
 
@@ -38,6 +31,39 @@ class Job(NamedTuple):
     config: str = ""
     includes: tuple[str, ...] = ()
 
+    @property
+    def request(self) -> dict[str, Any]:
+        """The job as JSON, without its key."""
+        return {name: value for name, value in self._asdict().items() if name != "key"}
+
+
+def answer(request: Mapping[str, Any], pch: str | None = None) -> dict[str, Any]:
+    """Compile a job's request: the cubin as JSON, or the error."""
+    try:
+        cubin = compile_source(**request, pch=pch)
+    except VidrialError as error:
+        return {"error": type(error).__name__, "text": str(error)}
+    return asdict(cubin) | {"image": base64.b64encode(cubin.image).decode()}
+
+
+def result(reply: Mapping[str, Any]) -> Cubin | CompileError:
+    """What `answer` replied.
+
+    Raises:
+        ToolchainError: NVRTC or a header is missing there.
+    """
+    if "error" in reply:
+        error: VidrialError = getattr(errors, reply["error"])(reply["text"])
+        if isinstance(error, CompileError):
+            return error
+        raise error
+    return Cubin(**{**reply, "image": base64.b64decode(reply["image"]), "resources": Resources(**reply["resources"])})
+
+
+def server(_: Callable[[Any], None], folder: str) -> Callable[[Mapping[str, Any]], dict[str, Any]]:
+    """What answers in a compiling process; the folder of its precompiled headers is its own."""
+    return functools.partial(answer, pch=folder)
+
 
 def worker_environment() -> dict[str, str]:
     """The environment of a process that compiles many; what GLIBC_TUNABLES says already counts more."""
@@ -54,7 +80,7 @@ class CompilePool:
     def __init__(self, jobs: int | None = None, timeout: float = TIMEOUT_SECONDS) -> None:
         self.jobs = jobs or Settings.read().jobs
         self.timeout = timeout
-        self._idle: list[_Worker] = []
+        self._idle: list[Child] = []
 
     def compile_many(self, jobs: Iterable[tuple[Hashable, str, str, str] | Job]) -> Iterator[tuple[Hashable, Cubin | CompileError]]:
         """Compile (key, source, name, arch[, config, includes]) and yield (key, Cubin or CompileError) as they finish, in any order.
@@ -62,29 +88,25 @@ class CompilePool:
         Raises:
             ToolchainError: NVRTC or a header is missing.
         """
-        pending = deque(Job(*job) for job in jobs)
-        busy: dict[multiprocessing.connection.Connection, _Worker] = {}
+        pending, busy = deque(Job(*job) for job in jobs), dict[Child, Job]()
         try:
             while pending or busy:
                 while pending and len(busy) < self.jobs:
-                    worker = self._take()
-                    worker.start(pending.popleft())
-                    busy[worker.connection] = worker
-                soonest = min(worker.started for worker in busy.values()) + self.timeout
-                ready = multiprocessing.connection.wait(busy, max(0.0, soonest - time.monotonic()))
-                finished = [busy[c] for c in busy if c in ready]
-                finished = finished or [w for w in busy.values() if time.monotonic() - w.started >= self.timeout]
-                for worker in finished:
-                    del busy[worker.connection]
-                    job, result = worker.job, worker.result(self.timeout)
-                    if worker.alive:
-                        self._idle.append(worker)
-                    if not isinstance(result, Cubin | CompileError):
-                        raise result
-                    yield job.key, result
+                    child, job = self._take(), pending.popleft()
+                    child.ask(job.request, self.timeout)
+                    busy[child] = job
+                for child in ready(busy):
+                    job = busy.pop(child)
+                    try:
+                        reply = child.receive()
+                    except Ended as error:
+                        yield job.key, self._ended(job, error)
+                        continue
+                    self._idle.append(child)
+                    yield job.key, result(reply)
         finally:
-            for worker in busy.values():
-                worker.stop()
+            for child in busy:
+                child.stop()
 
     def close(self) -> None:
         """End the processes and remove what they left."""
@@ -97,91 +119,15 @@ class CompilePool:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _take(self) -> _Worker:
+    def _take(self) -> Child:
         while self._idle:
-            worker = self._idle.pop()
-            if worker.process.poll() is None:
-                return worker
-            worker.stop()
-        return _Worker()
+            child = self._idle.pop()
+            if child.alive:
+                return child
+            child.stop()
+        return Child("vidrial.build.pool:server", environment=worker_environment())
 
-
-class _Worker:
-    """A process that compiles one job at a time; the folder of its precompiled headers is its own."""
-
-    # NOTE: not multiprocessing.Process: it would run the user's main script again in each child.
-    PROGRAM = "import sys; sys.path[:] = sys.argv[4:]; from vidrial.build.pool import serve; serve(*sys.argv[1:4])"
-
-    def __init__(self) -> None:
-        self.connection, theirs = multiprocessing.Pipe()
-        self.folder = tempfile.mkdtemp(prefix="vidrial-pch-")
-        arguments = [str(theirs.fileno()), str(os.getpid()), self.folder]
-        # A session of its own: Ctrl-C reaches this process only, which then ends its workers.
-        self.process = subprocess.Popen(
-            [sys.executable, "-c", self.PROGRAM, *arguments, *sys.path],
-            pass_fds=[theirs.fileno()],
-            stdin=subprocess.DEVNULL,
-            env=worker_environment(),
-            start_new_session=True,
-        )
-        theirs.close()
-        self.alive = True
-        self.started = 0.0
-        self.job = Job("", "", "", "")
-
-    def start(self, job: Job) -> None:
-        self.job, self.started = job, time.monotonic()
-        try:
-            self.connection.send(tuple(job[1:]))
-        except OSError:
-            self.process.kill()  # result() then reports how it ended
-
-    def result(self, timeout: float) -> VidrialError | Cubin:
-        """The job's outcome, once the connection is readable or the time is over."""
-        late = not self.connection.poll()
-        if not late:
-            try:
-                answer: VidrialError | Cubin = self.connection.recv()
-                return answer
-            except (EOFError, ConnectionResetError):
-                pass
-        else:
-            self.process.kill()
-        code = self.process.wait()
-        self.stop()
-        how = f"took more than {timeout:g} s and was stopped" if late else f"ended its compiler: {_ending(code)}"
-        about = f"\n  config: {self.job.config}" if self.job.config else ""
-        return CompileError(f"{self.job.name} for {self.job.arch} {how}. Reject this config, or compile it alone to see more{about}")
-
-    def stop(self) -> None:
-        self.alive = False
-        self.process.kill()
-        self.process.wait()
-        self.connection.close()
-        shutil.rmtree(self.folder, ignore_errors=True)
-
-
-def _ending(code: int) -> str:
-    return f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
-
-
-def serve(descriptor: str, parent: str, folder: str) -> None:
-    """A worker's whole life: compile what arrives, until the connection closes or the parent is gone."""
-    threading.Thread(target=_follow_parent, args=(int(parent), folder), daemon=True).start()
-    connection = multiprocessing.connection.Connection(int(descriptor))
-    try:
-        while True:
-            source, name, arch, config, includes = connection.recv()
-            try:
-                connection.send(compile_source(source, name, arch, pch=folder, config=config, includes=includes))
-            except VidrialError as error:
-                connection.send(error)
-    except (EOFError, BrokenPipeError, ConnectionResetError):
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def _follow_parent(parent: int, folder: str) -> None:
-    while os.getppid() == parent:
-        time.sleep(0.5)
-    shutil.rmtree(folder, ignore_errors=True)
-    os._exit(1)
+    def _ended(self, job: Job, error: Ended) -> CompileError:
+        how = f"took more than {self.timeout:g} s and was stopped" if error.late else f"ended its compiler: {error.how}"
+        about = f"\n  config: {job.config}" if job.config else ""
+        return CompileError(f"{job.name} for {job.arch} {how}. Reject this config, or compile it alone to see more{about}")

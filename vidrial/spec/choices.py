@@ -11,7 +11,7 @@ from types import MappingProxyType
 from typing import Any, cast
 
 from vidrial.errors import ConfigError
-from vidrial.spec.fields import CHOICES, KIND, C
+from vidrial.spec.fields import CHOICES, KIND
 
 Axes = Mapping[str, tuple[Any, ...]]
 
@@ -44,7 +44,7 @@ def own_axes(config_type: type) -> Axes:
     return {name: values for name, values in axes(config_type).items() if "." not in name}
 
 
-def flatten(config: Any) -> dict[str, Any]:
+def flatten(config: object) -> dict[str, Any]:
     """Name -> value of every choice that a config made, named as by `axes`."""
     return {name: attrgetter(name)(config) for name in axes(type(config))}
 
@@ -74,20 +74,20 @@ def configs(config_type: type) -> tuple[Any, ...]:
     return tuple(combinations(config_type, axes(config_type)))
 
 
-def neighbours(config: Any) -> Iterator[Any]:
+def neighbours(config: object) -> Iterator[Any]:
     """The configs that differ in one choice, legal or not."""
     made = flatten(config)
     for name, values in axes(type(config)).items():
         yield from (unflatten(type(config), made | {name: value}) for value in values if value != made[name])
 
 
-def config_order(config: Any) -> tuple[int, ...]:
+def config_order(config: object) -> tuple[int, ...]:
     """Position of a config in the order of declaration: the index of each of its choices."""
     known = axes(type(config))
     return tuple(known[name].index(value) if value in known[name] else len(known[name]) for name, value in flatten(config).items())
 
 
-def check_choices(config: Any) -> None:
+def check_choices(config: object) -> None:
     """Refuse a config whose value is not among its field's choices.
 
     Raises:
@@ -99,6 +99,6 @@ def check_choices(config: Any) -> None:
             raise ConfigError(f"{type(config).__name__}.{name}={value!r} is not a choice; accepted: {', '.join(map(repr, accepted))}")
 
 
-def describe(config: C) -> str:
+def describe(config: object) -> str:
     """The choices of a config on one line: `chunk=1024 scan.tokens=64`."""
     return " ".join(f"{name}={value}" for name, value in flatten(config).items())

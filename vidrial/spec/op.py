@@ -280,7 +280,7 @@ class Op(Generic[P, C]):
             if reason is not None:
                 rejected[shared] = Rejected(shared, reason)
                 continue
-            for part, variant in ((name, variant) for name in self.parts for variant in self._part_variants(problem, shared, name)):
+            for part, variant in ((name, v) for name in self.parts for v in self._part_variants(problem, shared, name)):
                 reason = self.reject(problem, variant, device, part)
                 if reason is not None:
                     config = getattr(variant, part)

@@ -16,16 +16,18 @@ import subprocess
 import sys
 from collections import Counter, deque
 from collections.abc import Hashable, Iterable, Iterator, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from typing import Any
 
 from vidrial import __version__
 from vidrial.build.cubins import Compiler
-from vidrial.build.nvrtc import Cubin, Resources, cubin_key
+from vidrial.build.nvrtc import Cubin, cubin_key
 from vidrial.build.pool import Job as CompileJob
+from vidrial.build.pool import answer, result
 from vidrial.build.store import Store
 from vidrial.device import Device
-from vidrial.errors import ArgumentError, CompileError, SweepError, ToolchainError, VidrialError
+from vidrial.errors import ArgumentError, CompileError, SweepError, ToolchainError
+from vidrial.spec.headers import vidrial_include
 from vidrial.spec.op import Op
 from vidrial.spec.registry import resolve
 from vidrial.tune.codec import decode, encode
@@ -209,16 +211,15 @@ class RayWorkers:
             while waiting or busy:
                 while waiting and len(busy) < AHEAD * cpus:
                     job = waiting.popleft()
-                    busy[task.remote(self._names[0], job.source, job.name, job.arch, job.config)] = job
+                    busy[task.remote(self._names[0], json.dumps(job.request))] = job
                 (done, *_), _ = self._ray.wait(list(busy), num_returns=1)
                 job = busy.pop(done)
                 try:
-                    image, told, log = self._ray.get(done)
+                    reply = json.loads(self._ray.get(done))
                 except self._ray.exceptions.RayError as error:
                     yield job.key, CompileError(f"{job.name} for {job.arch} ended its compiler: {_cause(error)}\n  config: {job.config}")
                     continue
-                resources = Resources(**told["resources"]) if "resources" in told else None
-                yield job.key, Cubin(image, job.arch, resources, log, told["seconds"]) if resources else CompileError(told["error"])
+                yield job.key, result(reply)
         finally:
             for future in busy:
                 self._ray.cancel(future, force=True)
@@ -264,17 +265,11 @@ class _Actor:
         return json.dumps(encode(replace(reply, gpu=self._gpu)))
 
 
-def _compile_task(op: str, text: str, entry: str, arch: str, config: str) -> tuple[bytes, dict[str, Any], str]:
-    """A cubin, its resources and its log; or the error."""
-    from vidrial.build.nvrtc import compile_source
-    from vidrial.spec.headers import vidrial_include
-
-    home = next((kernel.template.parent for kernel in resolve(op).kernels if kernel.name == entry), vidrial_include())
-    try:
-        cubin = compile_source(text, entry, arch, config=config, includes=(str(home), str(vidrial_include())))
-    except VidrialError as error:
-        return b"", {"error": str(error)}, ""
-    return cubin.image, {"resources": asdict(cubin.resources), "seconds": cubin.seconds}, cubin.log
+def _compile_task(op: str, text: str) -> str:
+    """The answer to a compile job's request; its includes are this node's."""
+    request = json.loads(text)
+    home = next((kernel.template.parent for kernel in resolve(op).kernels if kernel.name == request["name"]), vidrial_include())
+    return json.dumps(answer(request | {"includes": (str(home), str(vidrial_include()))}))
 
 
 def _connect(address: str) -> tuple[Any, bool]:

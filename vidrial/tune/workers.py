@@ -1,21 +1,12 @@
 """The measuring process: one per GPU, with a CUDA context of its own, replaced when a config hangs, crashes or spoils it.
 
-What travels between the processes is JSON: ops by name (`module:attribute` or `file.py:attribute`), problems and configs by field.
+What travels between the processes: ops by name (`module:attribute` or `file.py:attribute`), problems and configs by field.
 """
 
 from __future__ import annotations
 
 import functools
-import json
 import math
-import multiprocessing
-import multiprocessing.connection
-import os
-import signal
-import subprocess
-import sys
-import tempfile
-import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -23,6 +14,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from vidrial.build.cubins import Compiler
+from vidrial.build.processes import Child, Ended, ready
 from vidrial.errors import CompileError, ConfigError, SweepError, VidrialError
 from vidrial.spec.op import Check, Op
 from vidrial.spec.registry import resolve
@@ -143,7 +135,7 @@ class Workers:
         self._prepare, self._limit = prepare or Job("prepare"), limit
         self.count = len(indices)
         self._idle = deque(self._make(index) for index in indices)
-        self._busy: dict[multiprocessing.connection.Connection, _Worker] = {}
+        self._busy: dict[Child, _Worker] = {}
         self.replaced = 0
 
     def set_problem(self, prepare: Job) -> None:
@@ -166,44 +158,34 @@ class Workers:
             while job is not None or busy:
                 while job is not None and self._idle:
                     worker = self._idle.popleft()
-                    worker.start(job, self._prepare, self._limit)
-                    busy[worker.connection] = worker
+                    busy[worker.start(job, self._prepare, self._limit)] = worker
                     job = again.popleft() if again else next(waiting, None)
-                soonest = min(worker.deadline for worker in busy.values())
-                ready = multiprocessing.connection.wait(busy, max(0.0, soonest - time.monotonic()))
-                now = time.monotonic()
-                for worker in [w for c, w in busy.items() if c in ready or w.deadline <= now]:
+                for child in ready(busy):
+                    worker = busy[child]
                     try:
-                        reply = worker.receive(worker.connection in ready)
+                        reply = worker.receive()
                     except SweepError as error:
-                        self._drop_gpu(worker, error)
+                        if self.count == 1:
+                            raise
+                        del busy[child]
+                        worker.stop()
+                        self.count -= 1
+                        self.notes += (f"GPU {worker.index} was left out: {error}",)
                         again.append(worker.job)
                         job = job or again.popleft()
                         continue
                     if reply is not None:
-                        del busy[worker.connection]
-                        self._idle.append(self._keep(worker))
+                        del busy[child]
+                        if reply.status in (Status.crash, Status.timeout):
+                            worker.stop()
+                            self.replaced += 1
+                        self._idle.append(worker)
                         yield worker.job, replace(reply, gpu=str(worker.index))
         finally:
             while busy:
                 _, worker = busy.popitem()
                 worker.stop()
-                self._idle.append(self._make(worker.index))
-
-    def _keep(self, worker: _Worker) -> _Worker:
-        if worker.alive:
-            return worker
-        worker.stop()
-        self.replaced += 1
-        return self._make(worker.index)
-
-    def _drop_gpu(self, worker: _Worker, error: SweepError) -> None:
-        if self.count == 1:
-            raise error
-        del self._busy[worker.connection]
-        worker.stop()
-        self.count -= 1
-        self.notes += (f"GPU {worker.index} was left out: {error}",)
+                self._idle.append(worker)
 
     def close(self) -> None:
         """End the processes."""
@@ -218,128 +200,69 @@ class Workers:
 
 
 class _Worker:
-    """A process that is started when it has something to do."""
-
-    PROGRAM = "import sys; sys.path[:] = sys.argv[6:]; from vidrial.tune.workers import serve; serve(*sys.argv[1:6])"
+    """What measures on one GPU: a process that is started when it has something to do, anew after it was stopped."""
 
     def __init__(self, op: str, bench: str, index: int) -> None:
         self.index = index
-        self._names = (op, bench)
-        self._process: subprocess.Popen[bytes] | None = None
+        self._arguments = (op, bench, str(index))
         # A process is told to prepare, and a job at the earliest when it has answered that.
-        self._prepare_sent = self._prepared = False
+        self._child: Child | None = None
+        self._prepared = False
         self._at: int | None = None
-        self.alive = True
-        self.deadline = math.inf
         self.job = Job("prepare")
 
-    def begin(self, prepare: Job) -> None:
+    def begin(self, prepare: Job) -> Child:
         """Send what has to come before the first job, and do not wait for it."""
-        if self._prepare_sent and not self._prepared:
-            self.stop()
-        if self._process is None:
-            self._spawn()
-        self._prepare_sent, self._prepared = True, False
-        self._send(prepare, PREPARE_SECONDS)
-
-    def start(self, job: Job, prepare: Job, limit: float) -> None:
-        """Send a job, after what has to come before the first one."""
-        self.job, self._limit, self._at = job, limit, None
-        if not self._prepare_sent:
-            self.begin(prepare)
-        if self._prepared:
-            self._send(job, limit)
-
-    def receive(self, readable: bool) -> Reply | None:
-        """The job's reply, None while there is none yet."""
-        message: Any = None
-        if readable:
-            try:
-                message = json.loads(self.connection.recv_bytes())
-            except (EOFError, ConnectionResetError):
-                return self._lost(late=False)
-        if message is None:
-            return self._lost(late=True)
-        if "at" in message and "status" not in message:
-            self._at, self.deadline = message["at"], time.monotonic() + self._limit
-            return None
-        reply: Reply = decode(Reply, message)
         if not self._prepared:
-            if reply.status is not Status.ok:
-                raise SweepError(f"measuring process for GPU {self.index} cannot begin: {reply.reason}")
-            self._prepared = True
-            self._send(self.job, self._limit)
-            return None
-        self.alive = reply.status is not Status.crash
-        return reply
+            self.stop()
+        self._child = child = self._child or Child("vidrial.tune.workers:server", *self._arguments)
+        self._prepared = False
+        child.ask(encode(prepare), PREPARE_SECONDS)
+        return child
+
+    def start(self, job: Job, prepare: Job, limit: float) -> Child:
+        """Send a job, after what has to come before the first one; the process that is then busy with it."""
+        self.job, self._limit, self._at = job, limit, None
+        child = self._child or self.begin(prepare)
+        if self._prepared:
+            child.ask(encode(job), limit)
+        return child
+
+    def receive(self) -> Reply | None:
+        """The job's reply, None while there is none yet."""
+        child = self._child
+        if child is None:
+            raise SweepError(f"measuring process for GPU {self.index} was not started")
+        try:
+            message = child.receive()
+        except Ended as error:
+            reply = Reply(Status.crash, f"the measuring process ended by {error.how}", at=self._at)
+            if error.late:
+                reply = Reply(Status.timeout, f"no answer within {self._limit:g} s: it hangs, or is far too slow", at=self._at)
+        else:
+            if "at" in message and "status" not in message:
+                self._at, child.deadline = message["at"], time.monotonic() + self._limit
+                return None
+            reply = decode(Reply, message)
+        if self._prepared:
+            return reply
+        if reply.status is not Status.ok:
+            raise SweepError(f"measuring process for GPU {self.index} cannot begin: {reply.reason}")
+        self._prepared = True
+        child.ask(encode(self.job), self._limit)
+        return None
 
     def stop(self) -> None:
         """End the process, whatever it is doing."""
-        if self._process is not None:
-            self._process.kill()
-            self._process.wait()
-            self.connection.close()
-            self._errors.close()
-            self._process = None
-            self._prepare_sent = self._prepared = False
-
-    def _spawn(self) -> None:
-        self.connection, theirs = multiprocessing.Pipe()
-        self._errors = tempfile.TemporaryFile()  # noqa: SIM115
-        arguments = [str(theirs.fileno()), str(os.getpid()), *self._names, str(self.index)]
-        # A session of its own: Ctrl-C reaches the sweep alone, which then ends its workers.
-        self._process = subprocess.Popen(
-            [sys.executable, "-c", self.PROGRAM, *arguments, *sys.path],
-            pass_fds=[theirs.fileno()],
-            stdin=subprocess.DEVNULL,
-            stderr=self._errors,
-            start_new_session=True,
-        )
-        theirs.close()
-
-    def _send(self, job: Job, limit: float) -> None:
-        self.deadline = time.monotonic() + limit
-        try:
-            self.connection.send_bytes(json.dumps(encode(job)).encode())
-        except OSError:
-            self.deadline = time.monotonic()  # receive() then reports how it ended
-
-    def _lost(self, late: bool) -> Reply:
-        process = self._process
-        if process is None:
-            raise SweepError(f"measuring process for GPU {self.index} was not started")
-        self.alive = False
-        if late and process.poll() is None:
-            process.kill()
-            process.wait()
-            reply = Reply(Status.timeout, f"no answer within {self._limit:g} s: it hangs, or is far too slow", at=self._at)
-        else:
-            code = process.wait()
-            how = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
-            reply = Reply(Status.crash, f"the measuring process ended by {how}{self._last_words()}", at=self._at)
-        if not self._prepared:
-            raise SweepError(f"measuring process for GPU {self.index} cannot begin: {reply.reason}")
-        return reply
-
-    def _last_words(self) -> str:
-        self._errors.seek(0)
-        lines = self._errors.read().decode(errors="replace").strip().splitlines()
-        return f": {lines[-1]}" if lines else ""
+        if self._child is not None:
+            self._child.stop()
+        self._child, self._prepared = None, False
 
 
-def serve(descriptor: str, parent: str, op: str, bench: str, index: str) -> None:
-    """A measuring process's whole life: jobs that arrive, until the connection closes, the parent is gone or the context is spoilt."""
-    threading.Thread(target=_follow_parent, args=(int(parent),), daemon=True).start()
-    connection = multiprocessing.connection.Connection(int(descriptor))
-    server = _Server(resolve(op), resolve(bench), int(index), lambda message: connection.send_bytes(json.dumps(message).encode()))
-    try:
-        while True:
-            reply = server.answer(json.loads(connection.recv_bytes()))
-            connection.send_bytes(json.dumps(encode(reply)).encode())
-            if reply.status is Status.crash:
-                return
-    except (EOFError, BrokenPipeError, ConnectionResetError):
-        return
+def server(send: Callable[[Any], None], folder: str, op: str, bench: str, index: str) -> Callable[[Any], Any]:
+    """What answers in a measuring process."""
+    jobs = _Server(resolve(op), resolve(bench), int(index), send)
+    return lambda message: encode(jobs.answer(message))
 
 
 class _Server:
@@ -392,9 +315,3 @@ class _Server:
 
     def _state(self, bench: Bench, job: Job) -> Reply:
         return Reply(Status.ok, notes=tuple(bench.slowdowns()))
-
-
-def _follow_parent(parent: int) -> None:
-    while os.getppid() == parent:
-        time.sleep(0.2)
-    os._exit(1)
