@@ -377,7 +377,7 @@ def test_a_read_only_folder_is_said_before_anything_is_measured(tmp_path: Path, 
 def test_trials_are_readable_json() -> None:
     result = sweep(op, example(), FAKE, configs=[Config(64, 3)])
     header, first, *_ = (json.loads(line) for line in result.journal.read_text().splitlines())
-    assert header["op"] == "fake" and header["device"] == H200.key and header["schema"] == 2
+    assert header["op"] == "fake" and header["device"] == H200.key and header["schema"] == 3
     assert first["config"] == {"tile": 64, "width": 3} and first["status"] == "ok" and first["timing"]["median_ms"] == true_ms(N, 64, 3)
 
 

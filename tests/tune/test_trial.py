@@ -170,7 +170,7 @@ def test_damage_in_the_middle_is_named_and_nothing_is_lost(tmp_path: Path, damag
 
 
 @pytest.mark.parametrize(
-    ("change", "said"), [({"device": "other"}, "device 'd'"), ({"digest": "1"}, "digest"), ({"schema": 99}, "schema 2, this sweep 99")]
+    ("change", "said"), [({"device": "other"}, "device 'd'"), ({"digest": "1"}, "digest"), ({"schema": 99}, "schema 3, this sweep 99")]
 )
 def test_another_sweeps_journal_is_refused(tmp_path: Path, change: dict[str, Any], said: str) -> None:
     path = tmp_path / "j.jsonl"

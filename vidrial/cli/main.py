@@ -228,19 +228,19 @@ def gpus_of(text: str) -> int | tuple[int, ...] | str:
 def report(journals: tuple[Path, ...], out: Path, png: Path | None) -> None:
     """Write one HTML page, which needs no network, from the journals of sweeps: files, or folders of them; by default the cache's."""
     from vidrial.build.store import Store
-    from vidrial.report.rows import read_journals, rejected_rows, write_report
+    from vidrial.report.rows import read_journals, rejected_trials, write_report
 
-    rows = read_journals(journals or [Store.shared().root / "journals"])
-    for name in {row.op for row in rows} & named_ops().keys():
+    trials = read_journals(journals or [Store.shared().root / "journals"])
+    for name in {trial.op for trial in trials} & named_ops().keys():
         try:
-            rows += rejected_rows(find_op(name), rows)
+            trials += rejected_trials(find_op(name), trials)
         except (ArgumentError, ToolchainError) as error:
             click.echo(f"vidrial: without the configs that rules forbid: {error}", err=True)
-    click.echo(write_report(rows, out))
+    click.echo(write_report(trials, out))
     if png is not None:
         from vidrial.report.plot import write_png
 
-        click.echo(write_png(rows, png))
+        click.echo(write_png(trials, png))
 
 
 @op_command("source")

@@ -6,10 +6,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from vidrial.errors import SweepError, ToolchainError
-from vidrial.report.rows import Group, Row, group, title
+from vidrial.report.rows import Group, group, title
+from vidrial.tune.trial import PlainTrial
 
 
-def write_png(rows: Sequence[Row], out: Path) -> Path:
+def write_png(trials: Sequence[PlainTrial], out: Path) -> Path:
     """Draw the time of every config by length as a PNG, and return its path.
 
     Raises:
@@ -20,14 +21,14 @@ def write_png(rows: Sequence[Row], out: Path) -> Path:
         from matplotlib.ticker import LogLocator
     except ImportError as error:
         raise ToolchainError(f"matplotlib cannot be imported ({error}); install it: pip install matplotlib") from None
-    axis, groups = group(rows)
+    axis, groups = group(trials)
     timed = [g for g in groups if g.timed]
     if not timed:
         raise SweepError("no config was timed; there is nothing to plot")
     figure = Figure(figsize=(8, 4.5), dpi=160, layout="constrained")
     axes = figure.subplots()
     for g in timed:
-        axes.scatter([g.length] * len(g.timed), [r.ms for r in g.timed], s=10, color="#9aa5b1", linewidths=0, zorder=2)
+        axes.scatter([g.length] * len(g.timed), [t.ms for t in g.timed], s=10, color="#9aa5b1", linewidths=0, zorder=2)
     series: dict[str, list[Group]] = {}
     for g in timed:
         series.setdefault(g.series, []).append(g)
@@ -36,7 +37,7 @@ def write_png(rows: Sequence[Row], out: Path) -> Path:
         label = f"fastest, {name}" if name else "fastest"
         axes.plot([g.length for g in line], [g.timed[0].ms for g in line], color=color, marker="o", markersize=4, zorder=3, label=label)
     axes.set(xscale="log", yscale="log", xlabel=axis, ylabel="milliseconds")
-    axes.set_title(title(rows), fontsize=9)
+    axes.set_title(title(trials), fontsize=9)
     # A label an eighth of an octave from the last one would lie on it.
     labelled = [g.length for n, g in enumerate(timed) if n == 0 or g.length > 1.5 * timed[n - 1].length]
     axes.set_xticks(labelled, [f"{x:g}" for x in labelled], rotation=45 if len(labelled) > 8 else 0)

@@ -44,9 +44,15 @@ def own_axes(config_type: type) -> Axes:
     return {name: values for name, values in axes(config_type).items() if "." not in name}
 
 
-def flatten(config: object) -> dict[str, Any]:
+def axes_of(config: Any) -> Axes:
+    """The `axes` of a config's type."""
+    kind: type = type(config)
+    return axes(kind)
+
+
+def flatten(config: Any) -> dict[str, Any]:
     """Name -> value of every choice that a config made, named as by `axes`."""
-    return {name: attrgetter(name)(config) for name in axes(type(config))}
+    return {name: attrgetter(name)(config) for name in axes_of(config)}
 
 
 def unflatten(config_type: type, values: Mapping[str, Any]) -> Any:
@@ -74,27 +80,27 @@ def configs(config_type: type) -> tuple[Any, ...]:
     return tuple(combinations(config_type, axes(config_type)))
 
 
-def neighbours(config: object) -> Iterator[Any]:
+def neighbours(config: Any) -> Iterator[Any]:
     """The configs that differ in one choice, legal or not."""
     made = flatten(config)
-    for name, values in axes(type(config)).items():
+    for name, values in axes_of(config).items():
         yield from (unflatten(type(config), made | {name: value}) for value in values if value != made[name])
 
 
-def config_order(config: object) -> tuple[int, ...]:
+def config_order(config: Any) -> tuple[int, ...]:
     """Position of a config in the order of declaration: the index of each of its choices."""
-    known = axes(type(config))
+    known = axes_of(config)
     return tuple(known[name].index(value) if value in known[name] else len(known[name]) for name, value in flatten(config).items())
 
 
-def check_choices(config: object) -> None:
+def check_choices(config: Any) -> None:
     """Refuse a config whose value is not among its field's choices.
 
     Raises:
         ConfigError: naming the field, what came and what is accepted.
     """
     for name, value in flatten(config).items():
-        accepted = axes(type(config))[name]
+        accepted = axes_of(config)[name]
         if value not in accepted:
             raise ConfigError(f"{type(config).__name__}.{name}={value!r} is not a choice; accepted: {', '.join(map(repr, accepted))}")
 

@@ -4,21 +4,27 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import functools
 import json
 import os
+import re
 import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeVar
 
 from vidrial.errors import SweepError
 from vidrial.spec.op import Op
 from vidrial.tune.codec import encode
 from vidrial.tune.trial import Trial
 
-SCHEMA = 2
+T = TypeVar("T")
+# 3: `reason` and `max_error` were `sentence` and `worst`.
+SCHEMA = 3
 KIND = "vidrial journal"
+# How a journal is named that was set aside.
+SET_ASIDE = re.compile(r"\.\d{8}T\d{6}-[0-9a-f]{4}\.jsonl$")
 
 
 class Journal:
@@ -116,36 +122,43 @@ class Journal:
         whole = text.rfind(b"\n") + 1
         if whole < len(text):
             os.ftruncate(self._file.fileno(), whole)
-        lines = text[:whole].splitlines()
-        if not lines:
+        if not whole:
             self._write(self._header)
             return
-        self._check_header(self._parse(lines[0], 1))
-        for number, line in enumerate(lines[1:], 2):
-            data = self._parse(line, number)
-            try:
-                self.trials.append(Trial.from_json(op, data))
-            except SweepError as error:
-                raise self._damaged(number, str(error)) from None
-
-    def _parse(self, line: bytes, number: int) -> Any:
-        try:
-            return json.loads(line)
-        except ValueError as error:
-            raise self._damaged(number, str(error)) from None
-
-    def _damaged(self, number: int, why: str) -> SweepError:
-        return SweepError(
-            f"journal {self.path}, line {number} is damaged ({why}); "
-            "delete that line to keep the others, or move the file away to begin anew"
-        )
-
-    def _check_header(self, found: Any) -> None:
-        if not isinstance(found, dict) or found.get("kind") != KIND:
-            raise SweepError(f"{self.path} is not a journal: its first line is no header; name another file with journal=...")
+        header, self.trials = read_journal(self.path, text, functools.partial(Trial.from_json, op))
         for name, expected in self._header.items():
-            if found.get(name) != expected:
+            if header.get(name) != expected:
                 raise SweepError(
-                    f"journal {self.path} has {name} {found.get(name)!r}, this sweep {expected!r}: "
+                    f"journal {self.path} has {name} {header.get(name)!r}, this sweep {expected!r}: "
                     "their trials do not compare; name another file with journal=..., or move this one away"
                 )
+
+
+def read_journal(path: Path, data: bytes, read: Callable[[object], T]) -> tuple[Mapping[str, Any], list[T]]:
+    """The header and the trials of a journal's whole lines, each as `read` makes it of its JSON.
+
+    Raises:
+        SweepError: it is no journal, of another schema, or damaged before its last line.
+    """
+    *lines, _ = data.split(b"\n")
+    try:
+        header = json.loads(lines[0]) if lines else None
+    except ValueError:
+        header = None
+    if not isinstance(header, dict) or header.get("kind") != KIND:
+        raise SweepError(f"{path} is not a journal: its first line is no header; name a file that a sweep wrote, or a new one")
+    if header.get("schema") != SCHEMA:
+        raise SweepError(
+            f"journal {path} is of schema {header.get('schema')}, this version's is {SCHEMA}: "
+            "report it with the version that wrote it, or move it away and sweep again"
+        )
+    trials = []
+    for number, line in enumerate(lines[1:], 2):
+        try:
+            trials.append(read(json.loads(line)))
+        except (ValueError, SweepError) as error:
+            raise SweepError(
+                f"journal {path}, line {number} is damaged ({error}); "
+                "delete that line to keep the others, or move the file away to begin anew"
+            ) from None
+    return header, trials

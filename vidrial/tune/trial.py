@@ -1,14 +1,15 @@
-"""One measured config as a value, and the journal of them: append-only JSON lines that no interruption damages."""
+"""One measured config as a value."""
 
 from __future__ import annotations
 
 import enum
 import math
 import typing
-from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import Generic
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Generic, TypeAlias
 
+from vidrial.errors import SweepError
 from vidrial.spec.choices import describe
 from vidrial.spec.fields import C, P
 from vidrial.spec.op import Check, Op
@@ -80,10 +81,26 @@ class Trial(Generic[P, C]):
         Raises:
             SweepError: a field is missing, unknown or of another type.
         """
-        return typing.cast(Trial, decode(cls, data, {"problem": op.problem, "config": op.config}))
+        return typing.cast(Trial[P, C], decode(cls, data, {"problem": op.problem, "config": op.config}))
+
+    @classmethod
+    def from_plain_json(cls, data: object) -> PlainTrial:
+        """The trial that `encode` wrote, without its op: the problem is its facts by name, the config the line of text that `describe` makes.
+
+        Raises:
+            SweepError: a field is missing, unknown or of another type.
+        """
+        trial: Trial[Any, Any] = decode(cls, data)
+        if not isinstance(trial.problem, dict) or not isinstance(trial.config, dict):
+            raise SweepError(f"problem {trial.problem!r} and config {trial.config!r} are not fields by name")
+        return replace(trial, config=" ".join(_words(trial.config)))
 
     def __str__(self) -> str:
         return f"{describe(self.config)}: {self.timing if self.ok else f'{self.status.name}: {self.reason}'}"
+
+
+# Of an op that need not be there: no dataclasses, but a dict and a line of text.
+PlainTrial: TypeAlias = Trial[Any, Any]
 
 
 def latest(trials: Iterable[Trial[P, C]]) -> dict[C, Trial[P, C]]:
@@ -94,3 +111,9 @@ def latest(trials: Iterable[Trial[P, C]]) -> dict[C, Trial[P, C]]:
         if before is None or (before.status is Status.ok and (trial.timing is not None or trial.status is not Status.ok)):
             found[trial.config] = trial
     return found
+
+
+def _words(config: Mapping[str, Any]) -> Iterator[str]:
+    """What `describe` says of a config, from its JSON."""
+    for name, value in config.items():
+        yield from (f"{name}.{word}" for word in _words(value)) if isinstance(value, dict) else [f"{name}={value}"]
