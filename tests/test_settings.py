@@ -16,7 +16,7 @@ def test_defaults() -> None:
     assert settings.target == "cuda"
     assert settings.jobs == len(os.sched_getaffinity(0))
     assert settings.cache_max_bytes == 2048 * 1024 * 1024
-    assert (settings.cutlass_include, settings.cuda_include, settings.cuda_home, settings.cxx) == (None, None, None, None)
+    assert (settings.cutlass_include, settings.cuda_include, settings.cxx) == (None, None, None)
 
 
 def test_every_variable(tmp_path: Path) -> None:
@@ -29,14 +29,13 @@ def test_every_variable(tmp_path: Path) -> None:
             "VIDRIAL_CACHE_MAX_MB": "7",
             "VIDRIAL_CUTLASS_INCLUDE": str(tmp_path),
             "VIDRIAL_CUDA_INCLUDE": str(tmp_path),
-            "CUDA_HOME": "/opt/cuda",
             "CXX": "clang++",
         }
     )
     assert (settings.target, settings.jobs, settings.cache_max_bytes) == ("host", 3, 7 << 20)
     assert settings.cache_dirs[:2] == (tmp_path / "a", tmp_path / "b" / "vidrial")
     assert settings.cache_dirs[2].parts[-2:] == (".cache", "vidrial")
-    assert (settings.cutlass_include, settings.cuda_include, settings.cuda_home) == (tmp_path, tmp_path, Path("/opt/cuda"))
+    assert (settings.cutlass_include, settings.cuda_include) == (tmp_path, tmp_path)
     assert settings.cxx == "clang++"
 
 

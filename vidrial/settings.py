@@ -28,8 +28,6 @@ class Settings:
     """VIDRIAL_CUTLASS_INCLUDE: directory that holds `cute/` and `cutlass/`."""
     cuda_include: Path | None
     """VIDRIAL_CUDA_INCLUDE: directory that holds `cuda_fp16.h` and `cccl/`."""
-    cuda_home: Path | None
-    """CUDA_HOME or CUDA_PATH: a CUDA toolkit, used where the wheels are not installed."""
     cxx: str | None
     """CXX: host compiler of the `host` target."""
 
@@ -53,7 +51,6 @@ class Settings:
             ArgumentError: a variable has a value that is not accepted.
         """
         env = os.environ if environment is None else environment
-        home = env.get("CUDA_HOME") or env.get("CUDA_PATH")
         return cls(
             target=cls.read_target(env),
             jobs=_positive(env, "VIDRIAL_JOBS", len(os.sched_getaffinity(0))),
@@ -61,7 +58,6 @@ class Settings:
             cache_max_bytes=_positive(env, "VIDRIAL_CACHE_MAX_MB", 2048) << 20,
             cutlass_include=_folder(env, "VIDRIAL_CUTLASS_INCLUDE"),
             cuda_include=_folder(env, "VIDRIAL_CUDA_INCLUDE"),
-            cuda_home=Path(home) if home else None,
             cxx=env.get("CXX") or None,
         )
 

@@ -3,11 +3,12 @@ from __future__ import annotations
 import builtins
 import importlib.util
 import os
-import sys
+import site
 from pathlib import Path
 from typing import Any
 
 import pytest
+from cuda import pathfinder
 
 from vidrial.build import toolchain
 from vidrial.build.toolchain import HostCompiler, Toolchain, nvrtc_version
@@ -41,28 +42,33 @@ def test_find() -> None:
 HEADERS = ("vidrial/prelude.cuh", "cute/layout.hpp", "cuda_fp16.h", "cuda/std/utility")
 
 
+CUDA_INCLUDE = Toolchain.find().cuda_include
+
+
 def test_settings_come_first(tmp_path: Path) -> None:
     found = Toolchain.find(headers(tmp_path))
     assert (found.cutlass_include, found.cuda_include, found.cccl_version) == (tmp_path / "cutlass", tmp_path / "cuda", "3.0.1")
 
 
-def wheel(root: Path, *versions: str) -> str:
-    """An entry of sys.path with a wheel of NVRTC, whose second library is of these versions."""
+def wheel(root: Path, *versions: str) -> Path:
+    """The include folder of a wheel of NVRTC, whose second library is of these versions."""
     folder = root / "nvidia/cu13/lib"
     folder.mkdir(parents=True)
     for name in (toolchain.NVRTC, "libnvrtc-builtins.alt.so.13.0", *(f"libnvrtc-builtins.so.{version}" for version in versions)):
         (folder / name).write_text("")
-    return str(root)
+    return folder.parent / "include"
 
 
 def test_a_wheel_tells_its_version_without_being_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first, second = wheel(tmp_path / "first", "13.7"), wheel(tmp_path / "second", "13.8.1")
-    assert toolchain._wheel_nvrtc((str(tmp_path), first, second)) == (13, 7)
-    assert toolchain._wheel_nvrtc((second, first)) == (13, 8)
-    assert toolchain._wheel_nvrtc((wheel(tmp_path / "both", "13.7", "13.8"),)) is None
-    assert toolchain._wheel_nvrtc((wheel(tmp_path / "neither"), second)) is None, "the first library found is the one that is loaded"
-    monkeypatch.setattr(sys, "path", [first, *sys.path])
+    assert toolchain._wheel_nvrtc(first) == (13, 7) and toolchain._wheel_nvrtc(second) == (13, 8)
+    assert toolchain._wheel_nvrtc(wheel(tmp_path / "both", "13.7", "13.8")) is None
+    assert toolchain._wheel_nvrtc(wheel(tmp_path / "neither")) is toolchain._wheel_nvrtc(tmp_path) is toolchain._wheel_nvrtc(None) is None
+    assert toolchain._wheel_nvrtc(toolchain._headers("nvrtc")) == toolchain.nvrtc().getVersion()
+    monkeypatch.setattr(toolchain, "_headers", lambda library: first)
     monkeypatch.setattr(toolchain, "_loaded_nvrtc", lambda: None)
+    toolchain._find.cache_clear()
+    monkeypatch.setenv("VIDRIAL_CUDA_INCLUDE", str(CUDA_INCLUDE))
     assert nvrtc_version() == (13, 7) and "nvrtc 13.7, cutlass" in Toolchain.find().version
     monkeypatch.setattr(toolchain, "_loaded_nvrtc", lambda: (13, 9))
     assert nvrtc_version() == (13, 9), "what is loaded counts, and compiles"
@@ -121,8 +127,21 @@ def test_nothing_installed(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_cuda_headers_from_a_toolkit(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     headers(tmp_path)
     os.rename(tmp_path / "cuda", tmp_path / "include")
-    monkeypatch.setattr(sys, "path", [str(tmp_path / "empty")])
-    assert toolchain._cuda_include(tmp_path) == tmp_path / "include"
+    (tmp_path / "include/cccl/cuda/std/version").write_text("")
+    find = pathfinder.locate_nvidia_header_directory.cache_clear
+    for name in ("getsitepackages", "getusersitepackages"):
+        monkeypatch.setattr(site, name, lambda: [])
+    for name in ("CUDA_PATH", "CONDA_PREFIX"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    find()
+    pathfinder.get_cuda_path_or_home.cache_clear()
+    assert toolchain._cuda_include() == tmp_path / "include"
+    monkeypatch.setattr(toolchain, "_headers", lambda library: None)
+    with pytest.raises(ToolchainError, match="CUDA's headers are not found.*CUDA_HOME"):
+        toolchain._cuda_include()
+    find()
+    pathfinder.get_cuda_path_or_home.cache_clear()
 
 
 def test_host_compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -9,7 +9,6 @@ import os
 import re
 import shutil
 import subprocess
-import sys
 from functools import lru_cache
 from pathlib import Path
 from types import ModuleType
@@ -46,7 +45,7 @@ class Toolchain:
             ToolchainError: one is missing, or CUTLASS and CCCL do not go together; the message holds the command that helps.
         """
         chosen = settings or Settings.read()
-        return _find(chosen.cutlass_include, chosen.cuda_include, chosen.cuda_home)
+        return _find(chosen.cutlass_include, chosen.cuda_include)
 
     @property
     def includes(self) -> tuple[Path, ...]:
@@ -108,7 +107,7 @@ def nvrtc_version() -> tuple[int, int]:
     Raises:
         ToolchainError: NVRTC is missing.
     """
-    known = _loaded_nvrtc() or _wheel_nvrtc(tuple(sys.path))
+    known = _loaded_nvrtc() or _wheel_nvrtc(_headers("nvrtc"))
     if known is None:
         major, minor = nvrtc().getVersion()
         known = int(major), int(minor)
@@ -127,13 +126,13 @@ def _loaded_nvrtc() -> tuple[int, int] | None:
 
 
 @lru_cache
-def _wheel_nvrtc(path: tuple[str, ...]) -> tuple[int, int] | None:
-    """The version of the first wheel on `path`: NVRTC opens its second library by a name that ends in its own version."""
-    for folder in (Path(entry) / "nvidia/cu13/lib" for entry in path):
-        if (folder / NVRTC).is_file():
-            found = {(int(m[1]), int(m[2])) for file in folder.iterdir() if (m := NVRTC_BUILTINS.match(file.name))}
-            return found.pop() if len(found) == 1 else None
-    return None
+def _wheel_nvrtc(include: Path | None) -> tuple[int, int] | None:
+    """The version of the wheel whose headers lie in `include`: NVRTC opens its second library by a name that ends in its own version."""
+    folder = include.parent / "lib" if include is not None else None
+    if folder is None or not (folder / NVRTC).is_file():
+        return None
+    found = {(int(m[1]), int(m[2])) for file in folder.iterdir() if (m := NVRTC_BUILTINS.match(file.name))}
+    return found.pop() if len(found) == 1 else None
 
 
 def missing() -> list[str]:
@@ -148,8 +147,8 @@ def missing() -> list[str]:
 
 
 @lru_cache
-def _find(cutlass: Path | None, cuda: Path | None, cuda_home: Path | None) -> Toolchain:
-    cutlass_include, cuda_include = cutlass or _cutlass_include(), cuda or _cuda_include(cuda_home)
+def _find(cutlass: Path | None, cuda: Path | None) -> Toolchain:
+    cutlass_include, cuda_include = cutlass or _cutlass_include(), cuda or _cuda_include()
     for folder, header, variable, install in (
         (cutlass_include, "cute/layout.hpp", "VIDRIAL_CUTLASS_INCLUDE", INSTALL_CUTLASS),
         (cuda_include, "cuda_fp16.h", "VIDRIAL_CUDA_INCLUDE", INSTALL_CUDA),
@@ -177,13 +176,20 @@ def _cutlass_include() -> Path:
     raise ToolchainError(f"CUTLASS's headers are not found; {INSTALL_CUTLASS}, or set VIDRIAL_CUTLASS_INCLUDE")
 
 
-def _cuda_include(cuda_home: Path | None) -> Path:
-    wheels = [Path(entry) / "nvidia/cu13/include" for entry in sys.path]
-    toolkits = [home / "include" for home in (cuda_home, Path("/usr/local/cuda")) if home]
-    for folder in (*wheels, *toolkits):
-        if (folder / "cuda_fp16.h").is_file() and (folder / "cccl").is_dir():
-            return folder
-    raise ToolchainError(f"CUDA's headers are not found; {INSTALL_CUDA}, or set VIDRIAL_CUDA_INCLUDE or CUDA_HOME")
+def _headers(library: str) -> Path | None:
+    """The include folder of a library of CUDA, where CuPy finds that: in wheels, conda, CUDA_PATH or CUDA_HOME, or installed toolkits."""
+    # Inside, since it takes a tenth of a second where CuPy has not loaded it.
+    from cuda import pathfinder
+
+    found = pathfinder.find_nvidia_header_directory(library)
+    return Path(found) if found else None
+
+
+def _cuda_include() -> Path:
+    cccl = _headers("cccl")
+    if cccl is None:
+        raise ToolchainError(f"CUDA's headers are not found; {INSTALL_CUDA}, or set VIDRIAL_CUDA_INCLUDE or CUDA_HOME")
+    return cccl.parent
 
 
 @lru_cache
