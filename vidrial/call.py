@@ -8,7 +8,7 @@ from typing import Any, cast
 
 import numpy as np
 
-from vidrial.device import Device
+from vidrial.device import DEFAULT_GPU, Device
 from vidrial.dtypes import DType
 from vidrial.errors import ArgumentError, ArgumentTypeError
 from vidrial.host.plan import HostPlan
@@ -129,7 +129,7 @@ def host_plan(op: Op[P, C], problem: P, fixed: tuple[tuple[str, object], ...] = 
 
 @lru_cache(maxsize=64)
 def _host_plan(op: Op, problem: Any, fixed: tuple[tuple[str, object], ...]) -> HostPlan:
-    return HostPlan(op, problem, op.predicted(problem, Device.of("h200"), dict(fixed)))
+    return HostPlan(op, problem, op.predicted(problem, Device.of(DEFAULT_GPU), dict(fixed)))
 
 
 def run(plan: CudaPlan, pointers: dict[str, int], like: A, library: str) -> dict[str, A]:

@@ -1,4 +1,4 @@
-"""ArraySpec of a GPU: asked of the driver where there is one, taken from a table where there is none."""
+"""Facts of a GPU: asked of the driver where there is one, taken from a table where there is none."""
 
 from __future__ import annotations
 
@@ -10,6 +10,12 @@ from typing import Any
 from vidrial.errors import ArgumentError, ToolchainError
 
 KB, MB = 1 << 10, 1 << 20
+# Alike on every architecture that is served: threads of a warp and, at most, of a CTA; bytes of the widest load (of a vector of cp.async,
+# a row of ldmatrix, a swizzle's unit), of a kernel's parameters, and of shared memory that the system takes of every CTA.
+WARP, CTA_THREADS = 32, 1024
+VECTOR_BYTES, PARAMETER_BYTES, RESERVED_SMEM = 16, 4096, 1024
+# The GPU of the table that stands in where there is none.
+DEFAULT_GPU = "h200"
 
 # Attribute numbers of cudaDeviceGetAttribute, by field of Device.
 ATTRIBUTES = {
@@ -93,11 +99,11 @@ class Device:
 
     @classmethod
     def default(cls) -> Device:
-        """The current GPU if there is one, else the H200 of the table."""
+        """The current GPU if there is one, else the table's stand-in, an H200."""
         try:
             return cls.current()
         except ToolchainError:
-            return cls.of("h200")
+            return cls.of(DEFAULT_GPU)
 
 
 @functools.lru_cache

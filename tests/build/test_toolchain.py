@@ -130,7 +130,7 @@ def test_cuda_headers_from_a_toolkit(monkeypatch: pytest.MonkeyPatch, tmp_path: 
     (tmp_path / "include/cccl/cuda/std/version").write_text("")
     find = pathfinder.locate_nvidia_header_directory.cache_clear
     for name in ("getsitepackages", "getusersitepackages"):
-        monkeypatch.setattr(site, name, lambda: [])
+        monkeypatch.setattr(site, name, list)
     for name in ("CUDA_PATH", "CONDA_PREFIX"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("CUDA_HOME", str(tmp_path))

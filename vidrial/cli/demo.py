@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.text import Text
 
 from vidrial.cli.tables import compile_best, duration, progress_bar, show_built, show_space, show_table, show_winners
-from vidrial.device import Device
+from vidrial.device import DEFAULT_GPU, Device
 from vidrial.errors import ToolchainError
 from vidrial.host.check import diverse_configs
 from vidrial.host.plan import HostPlan, poison
@@ -67,7 +67,7 @@ def run_with_gpu(console: Console, op: Op, device: Device) -> None:
 
 def run_without_gpu(console: Console, op: Op) -> None:
     """Explain, compile for an H200, and check the numbers on the CPU."""
-    device, begin = Device.of("h200"), time.perf_counter()
+    device, begin = Device.of(DEFAULT_GPU), time.perf_counter()
     heading(console, f"1. which configs are legal for length {EXPLAINED}, and what they should cost on an H200")
     show_space(console, op, problem_of(op, EXPLAINED), device, 5)
     heading(console, "2. the ones predicted fastest, compiled for sm_90a: no GPU is needed for that")

@@ -23,7 +23,7 @@ from vidrial.build.cubins import build_many, cubin_of
 from vidrial.build.nvrtc import Cubin
 from vidrial.build.store import Store
 from vidrial.build.toolchain import HostCompiler, Toolchain, missing, nvrtc_version
-from vidrial.device import TABLE, Device, gpu_count
+from vidrial.device import TABLE, VECTOR_BYTES, Device, gpu_count
 from vidrial.errors import ArgumentError, CompileError, ConfigError, ToolchainError
 from vidrial.host.check import Outcome, Report
 from vidrial.installation import named_ops, other_distribution
@@ -32,7 +32,6 @@ from vidrial.layout.copies import LoadMatrix, LoadVector, TiledCopy
 from vidrial.layout.counts import Counts
 from vidrial.layout.mma import TiledMma, atoms_of
 from vidrial.layout.occupancy import Waves
-from vidrial.layout.smem import VECTOR_BYTES
 from vidrial.layout.wgmma import WarpgroupMma
 from vidrial.settings import Settings
 from vidrial.spec.choices import describe

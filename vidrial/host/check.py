@@ -14,7 +14,7 @@ from typing import Any, Generic, TypeAlias
 
 import numpy as np
 
-from vidrial.device import Device
+from vidrial.device import DEFAULT_GPU, Device
 from vidrial.errors import ArgumentError, CheckError, CompileError, LaunchError, UnsupportedError
 from vidrial.host.plan import HostPlan, poison
 from vidrial.host.target import SCHEDULES, Schedule
@@ -32,7 +32,6 @@ SANITIZERS = (None, "address", "thread")
 GUARD_BYTES = 1024
 SEED = 0
 Arrays: TypeAlias = Mapping[str, np.ndarray]
-DEVICE = "h200"
 
 
 @dataclass(frozen=True)
@@ -140,7 +139,7 @@ def odd_problems(op: Op[P, C], keywords: Mapping[str, Any] | None = None) -> lis
 def diverse_configs(op: Op[P, C], problem: P, count: int) -> list[C]:
     """The config predicted best, then, `count` in all, the best ones that launch other kernels, with other tiles, by other choices."""
     candidates = sorted(_candidates(op, problem), key=lambda candidate: candidate.seconds)
-    chosen = [candidates[0].config if candidates else op.predicted(problem, Device.of(DEVICE))]
+    chosen = [candidates[0].config if candidates else op.predicted(problem, Device.of(DEFAULT_GPU))]
     while len(chosen) < count:
         kernels, tiles, values = (set().union(*(traits[i] for traits in (_traits(op, problem, c) for c in chosen))) for i in range(3))
 
@@ -156,7 +155,7 @@ def diverse_configs(op: Op[P, C], problem: P, count: int) -> list[C]:
 
 
 def _candidates(op: Op, problem: Any) -> Iterator[Candidate]:
-    device = Device.of(DEVICE)
+    device = Device.of(DEFAULT_GPU)
     for shared in op.shared():
         if op.reject(problem, shared, device, part="") is not None:
             continue
@@ -179,7 +178,7 @@ def _traits(op: Op, problem: Any, config: Any) -> tuple[set[Any], set[Any], set[
 
 
 def _runs(op: Op, problems: Sequence[Any], count: int, sanitizers: Sequence[str | None]) -> Iterator[tuple[Any, Any, str | None]]:
-    device, chosen = Device.of(DEVICE), diverse_configs(op, problems[-1], count)
+    device, chosen = Device.of(DEFAULT_GPU), diverse_configs(op, problems[-1], count)
     for problem in problems:
         legal = [config for config in chosen if op.reject(problem, config, device) is None]
         for config in legal or [op.predicted(problem, device)]:

@@ -8,7 +8,7 @@ from typing import Any, Generic
 import numpy as np
 from numpy.typing import NDArray
 
-from vidrial.device import Device
+from vidrial.device import DEFAULT_GPU, Device
 from vidrial.dtypes import DType
 from vidrial.errors import UnsupportedError
 from vidrial.host.target import SCHEDULES, HostBinary, HostStats, Schedule, compile_host
@@ -34,7 +34,7 @@ class HostPlan(Generic[P, C]):
     """
 
     def __init__(self, op: Op[P, C], problem: P, config: C, sanitizer: str | None = None, guard: int = 0) -> None:
-        op.check_config(problem, config, Device.of("h200"))
+        op.check_config(problem, config, Device.of(DEFAULT_GPU))
         self.config = config
         self._buffers = op.workspace(problem, config)
         self._launches: list[tuple[HostBinary, Tiles, Stage, bytearray]] = []

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vidrial.build.store import Store, binary_key
+from vidrial.device import CTA_THREADS, PARAMETER_BYTES
 from vidrial.errors import ArgumentError, LaunchError
 from vidrial.host.compiler import TEXT, Build, execute, temporary
 from vidrial.host.messages import crash, resolve
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
     from vidrial.layout.smem import SharedMemory
 # The process is killed this long after its own time limit, which tells where it was.
 GRACE_SECONDS = 5.0
-MAX_THREADS, MAX_SHARED_BYTES, MAX_PACKED_BYTES, ARRAY_ALIGNMENT = 1024, 227 << 10, 4096, 256
+MAX_SHARED_BYTES, ARRAY_ALIGNMENT = 227 << 10, 256
 PAYLOAD = "kernel.host"
 ORDERS, SEEDS = ("up", "down"), 2**32 - 2
 
@@ -124,14 +125,14 @@ class HostBinary:
         """
         threads = _three("block", block)
         blocks = _three("grid", grid)
-        if not 1 <= threads[0] * threads[1] * threads[2] <= MAX_THREADS:
-            raise ArgumentError(f"block {threads} has {threads[0] * threads[1] * threads[2]} threads; accepted are 1 to {MAX_THREADS}")
+        if not 1 <= threads[0] * threads[1] * threads[2] <= CTA_THREADS:
+            raise ArgumentError(f"block {threads} has {threads[0] * threads[1] * threads[2]} threads; accepted are 1 to {CTA_THREADS}")
         shared_bytes, gaps = (shared, ()) if isinstance(shared, int) else (shared.bytes, shared.gaps())
         used = shared_bytes - sum(size for _, size in gaps)
         if not 0 <= used <= MAX_SHARED_BYTES:
             raise ArgumentError(f"{used} bytes of shared memory; accepted are 0 to {MAX_SHARED_BYTES}")
-        if len(packed) > MAX_PACKED_BYTES:
-            raise ArgumentError(f"{len(packed)} bytes of arguments; accepted are up to {MAX_PACKED_BYTES}")
+        if len(packed) > PARAMETER_BYTES:
+            raise ArgumentError(f"{len(packed)} bytes of arguments; accepted are up to {PARAMETER_BYTES}")
         memory = Memory(pointers, len(packed))
         head = REQUEST.pack(
             *blocks,

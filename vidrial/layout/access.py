@@ -14,14 +14,14 @@ from typing import Any, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
+from vidrial.device import VECTOR_BYTES, WARP
 from vidrial.errors import ArgumentError
 from vidrial.layout.copies import LoadMatrix, LoadVector, TiledCopy
 from vidrial.layout.mma import Operand, TiledMma
-from vidrial.layout.smem import VECTOR_BYTES
 from vidrial.layout.wgmma import DEPTH, SWIZZLE_BYTES, Descriptor, WarpgroupMma
 
 Described: TypeAlias = LoadMatrix | LoadVector | Operand | TiledMma | WarpgroupMma | Descriptor | TiledCopy
-WARP, BANKS, BANK_BYTES, PHASE_BYTES, SECTOR_BYTES = 32, 32, 4, 128, 32
+BANKS, BANK_BYTES, PHASE_BYTES, SECTOR_BYTES = 32, 4, 128, 32
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,11 +12,12 @@ from typing import Any
 
 import numpy as np
 
+from vidrial.device import VECTOR_BYTES, WARP
 from vidrial.layout.copies import LoadMatrix, TiledCopy
 from vidrial.layout.mma import TiledMma
 from vidrial.layout.wgmma import WarpgroupMma
 
-WARP, BANKS_16_BYTES, VECTOR_BYTES, SECTOR_BYTES = 32, 8, 16, 32
+BANKS_16_BYTES, SECTOR_BYTES = 8, 32
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,12 +9,13 @@ from typing import Literal, TypeAlias
 
 import numpy as np
 
+from vidrial.device import VECTOR_BYTES, WARP
 from vidrial.errors import ArgumentError
-from vidrial.layout.access import BANK_BYTES, BANKS, WARP
+from vidrial.layout.access import BANK_BYTES, BANKS
 from vidrial.layout.algebra import ComposedLayout, Layout, product
 from vidrial.layout.copies import TiledCopy
 from vidrial.layout.mma import TiledMma
-from vidrial.layout.smem import VECTOR_BYTES, SmemLayout
+from vidrial.layout.smem import SmemLayout
 from vidrial.layout.wgmma import DEPTH, ROWS, WARPGROUP, Descriptor, WarpgroupMma
 
 WIDTH, HEIGHT, MARGIN = 44, 20, 26

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from vidrial.device import WARP
 from vidrial.errors import LayoutError
 from vidrial.layout.algebra import Layout
 from vidrial.layout.atoms import CopyAtom, MmaAtom, ldmatrix
@@ -22,8 +23,6 @@ from vidrial.layout.copies import LoadMatrix, TiledCopy
 from vidrial.layout.fragments import accumulator_feeds, fragment_matrices, thread_layouts
 from vidrial.layout.smem import SmemLayout, Steps, Transposed, prove_access
 from vidrial.layout.wgmma import WarpgroupMma
-
-WARP = 32
 
 
 @dataclasses.dataclass(frozen=True)

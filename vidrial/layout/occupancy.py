@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 
-from vidrial.device import Device
+from vidrial.device import RESERVED_SMEM, WARP, Device
 from vidrial.errors import ArgumentError
-from vidrial.layout.access import (
-    PHASE_BYTES,
-    WARP,
-)
+from vidrial.layout.access import PHASE_BYTES
 
 # Resident CTAs per SM, by compute capability times ten; 32 elsewhere (CUDA C++ Programming Guide, technical specifications).
 CTAS_PER_SM = {86: 16, 87: 16, 89: 24, 120: 24}
-# What the system reserves in shared memory for each CTA, and in what units registers are given to the warps of an SM.
-RESERVED_SMEM, REGISTER_UNIT, WARP_UNIT = 1024, 8, 4
+# In what units registers are given to the warps of an SM.
+REGISTER_UNIT, WARP_UNIT = 8, 4
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,12 +9,11 @@ from typing import Any, Literal, TypeAlias, overload
 import numpy as np
 from numpy.typing import NDArray
 
+from vidrial.device import VECTOR_BYTES
 from vidrial.dtypes import DType
 from vidrial.errors import LayoutError
 from vidrial.layout.algebra import ComposedLayout, Layout, Swizzle
 
-# ldmatrix rows, cp.async vectors and the swizzles' smallest unit.
-VECTOR_BYTES = 16
 # (rows, columns) that device code adds to a thread's own place.
 Steps: TypeAlias = tuple[tuple[int, int], ...]
 

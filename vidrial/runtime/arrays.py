@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar, cast
 
+from vidrial.device import VECTOR_BYTES
 from vidrial.dtypes import DType
 from vidrial.errors import ArgumentTypeError, ToolchainError
 
@@ -18,7 +19,6 @@ else:
     A = TypeVar("A")
 
 CPU = -1
-VECTOR_BYTES = 16
 
 
 class ArraySpec(NamedTuple):

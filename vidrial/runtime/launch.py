@@ -7,13 +7,12 @@ import ctypes
 from typing import Any
 
 from vidrial.build.nvrtc import Cubin
+from vidrial.device import PARAMETER_BYTES
 from vidrial.errors import ArgumentError, LaunchError
 from vidrial.spec.geometry import Geometry
 
 # Beyond this a kernel has to ask for its dynamic shared memory.
 SMEM_UNASKED = 48 << 10
-# A kernel's parameters may take 4 KB on every architecture that is served.
-PARAMETER_BYTES = 4096
 MAX_DYNAMIC_SHARED_SIZE_BYTES = 8  # CUfunction_attribute
 
 

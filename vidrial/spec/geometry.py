@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 
+from vidrial.device import CTA_THREADS
 from vidrial.errors import ArgumentError
 
 GRID_LIMITS = (2**31 - 1, 65535, 65535)
-THREADS_LIMIT = 1024
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,8 +27,8 @@ class Geometry:
             raise ArgumentError(
                 f"grid {self.grid} is not three counts of CTAs from 0 to {GRID_LIMITS}; let a CTA do more, or split the launch"
             )
-        if not 1 <= self.block <= THREADS_LIMIT:
-            raise ArgumentError(f"block of {self.block} threads: accepted are 1 to {THREADS_LIMIT}")
+        if not 1 <= self.block <= CTA_THREADS:
+            raise ArgumentError(f"block of {self.block} threads: accepted are 1 to {CTA_THREADS}")
         if self.smem < 0:
             raise ArgumentError(f"dynamic shared memory of {self.smem} bytes is negative")
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Generic, cast
 
-from vidrial.device import Device
+from vidrial.device import CTA_THREADS, RESERVED_SMEM, WARP, Device
 from vidrial.errors import ArgumentError, ConfigError, LayoutError, TemplateError
 from vidrial.layout.copies import LoadMatrix, TiledCopy
 from vidrial.layout.counts import Counts
@@ -28,7 +28,6 @@ from vidrial.spec.source import Arguments, Source, Tiles, include_folders, rende
 
 # Members of `struct Tiles` that are no fact of a problem or config.
 RESERVED = frozenset({"threads", "min_blocks", "Smem"})
-SMEM_RESERVED = 1024  # bytes of shared memory that the system takes of every CTA
 
 
 def _no_rules(problem: object, config: object, device: Device) -> Iterable[tuple[bool, str]]:
@@ -126,11 +125,11 @@ class Kernel(Generic[P, C]):
             tiles = self.resolve(problem, config)
         except (LayoutError, ConfigError) as error:
             return str(error)
-        if tiles.threads % 32 or not 32 <= tiles.threads <= 1024:
-            return f"{tiles.threads} threads per CTA: must be a multiple of 32, at most 1024"
+        if tiles.threads % WARP or not WARP <= tiles.threads <= CTA_THREADS:
+            return f"{tiles.threads} threads per CTA: must be a multiple of {WARP}, at most {CTA_THREADS}"
         if tiles.smem_bytes > device.smem_per_block:
             return f"{tiles.smem_bytes} bytes of shared memory: a CTA has {device.smem_per_block} on {device.name}"
-        if tiles.min_blocks * (tiles.smem_bytes + SMEM_RESERVED) > device.smem_per_sm:
+        if tiles.min_blocks * (tiles.smem_bytes + RESERVED_SMEM) > device.smem_per_sm:
             return f"{tiles.min_blocks} CTAs of {tiles.smem_bytes} bytes of shared memory: an SM has {device.smem_per_sm} on {device.name}"
         if tiles.min_blocks * tiles.threads > device.threads_per_sm:
             return f"{tiles.min_blocks} CTAs of {tiles.threads} threads: an SM holds {device.threads_per_sm} on {device.name}"
