@@ -1,7 +1,7 @@
 """Code lines by package, without docstrings, comments and blank lines, beside what tests/budgets.json allows.
 
 python tests/code_lines.py                 # each package: its lines and its budget
-python tests/code_lines.py --write         # take today's lines as the budgets; a row that grows keeps its reason, or asks for one
+python tests/code_lines.py --write [WHY]   # take today's lines as the budgets; a row that grows needs the reason
 python tests/code_lines.py FOLDER          # count another tree
 """
 
@@ -57,21 +57,38 @@ def budgets() -> dict[str, dict[str, object]]:
     return json.loads(BUDGETS.read_text()) if BUDGETS.is_file() else {}
 
 
+def exceeded(found: dict[str, int], allowed: dict[str, dict[str, object]]) -> dict[str, int]:
+    """Package -> how many lines it is beyond its row; a package without a row is beyond it altogether."""
+    over = {package: lines - int(str(allowed.get(package, {}).get("lines", 0))) for package, lines in found.items()}
+    return {package: lines for package, lines in over.items() if lines > 0}
+
+
+def rewritten(found: dict[str, int], before: dict[str, dict[str, object]], why: str) -> dict[str, dict[str, object]]:
+    """The rows of `found`: one that shrinks or stays keeps its reason, one that grows takes `why`.
+
+    Raises:
+        SystemExit: a row grows, and nothing says why.
+    """
+    grown = exceeded(found, before)
+    if before and grown and not why:
+        raise SystemExit(f"{', '.join(f'{package} grows by {lines}' for package, lines in grown.items())}: say why")
+    rows: dict[str, dict[str, object]] = {}
+    for package, lines in found.items():
+        reason = why if package in grown else before.get(package, {}).get("reason", "")
+        rows[package] = {"lines": lines, "reason": reason} if reason else {"lines": lines}
+    return rows
+
+
 def main(arguments: list[str]) -> None:
-    folders = [word for word in arguments if not word.startswith("--")]
-    found, known = count(Path(folders[0]) if folders else ROOT), budgets()
+    write = arguments[:1] == ["--write"]
+    found, known = count(ROOT if write or not arguments else Path(arguments[0])), budgets()
     for package in sorted(found.keys() | known.keys()):
         lines, allowed = found.get(package, 0), known.get(package, {}).get("lines", "-")
         print(f"{package:32} {lines:6} {allowed:>6}")
     print(f"{'vidrial/ in all':32} {sum(n for p, n in found.items() if p.startswith('vidrial')):6}")
     print(f"{'in all':32} {sum(found.values()):6}")
-    if "--write" in arguments:
-        made = {}
-        for package, lines in found.items():
-            before = known.get(package, {})
-            grown = "lines" in before and lines > int(str(before["lines"]))
-            made[package] = {"lines": lines} | ({"reason": before.get("reason", "WHY?")} if grown else {})
-        BUDGETS.write_text(json.dumps(made, indent=1) + "\n")
+    if write:
+        BUDGETS.write_text(json.dumps(rewritten(found, known, " ".join(arguments[1:])), indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -108,8 +108,3 @@ class Waves:
         """Part of the last wave that is filled."""
         slots = self.sms * self.ctas_per_sm
         return (self.ctas - (self.waves - 1) * slots) / slots
-
-    @property
-    def utilisation(self) -> float:
-        """Part of all waves' slots that is filled."""
-        return self.ctas / (self.waves * self.sms * self.ctas_per_sm)

@@ -240,22 +240,14 @@ def _region(name: str, region: int | SmemLayout | tuple[SmemLayout, int]) -> tup
 
 @dataclasses.dataclass(frozen=True)
 class Pipeline:
-    """Tiles in flight from global to shared memory: `stages` buffers, filled by `kind`.
+    """Tiles in flight from global to shared memory: `stages` buffers, filled by cp.async.
 
     Raises:
-        LayoutError: fewer than 2 stages, or an unknown kind.
+        LayoutError: fewer than 2 stages.
     """
 
     stages: int
-    kind: str = "cp.async"
 
     def __post_init__(self) -> None:
-        if self.kind != "cp.async":
-            raise LayoutError(f"a pipeline of kind {self.kind!r} is not known; accepted: 'cp.async'")
         if self.stages < 2:
             raise LayoutError(f"a pipeline of {self.stages} stages overlaps nothing; take at least 2, or no pipeline")
-
-    @property
-    def in_flight(self) -> int:
-        """Tiles that are being filled while one is read: what `cp_async_wait` may leave behind is one less."""
-        return self.stages - 1

@@ -17,19 +17,16 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from vidrial.device import Device
 from vidrial.spec.cost import LAUNCH_SECONDS, Cost
 from vidrial.spec.fields import keyed_fields
 from vidrial.spec.op import Op
 
-TERMS = 4
 # Before anything is measured the three ways to count work weigh alike.
 PRIOR = (1.0, 1 / 3, 1 / 3, 1 / 3)
 # Weight of the prior against one measurement, both relative: a few lengths outweigh it, one length only scales it.
 POOLED_WEIGHT, OWN_WEIGHT = 1e-3, 1e-2
-Vector = NDArray[np.float64]
 
 
 def terms(costs: Sequence[Cost], device: Device) -> tuple[float, float, float, float]:
@@ -60,9 +57,9 @@ def fit(rows: Sequence[Sequence[float]], times: Sequence[float], prior: Sequence
     """Coefficients, none negative, of least relative error: minimise |X b / t - 1|^2 + weight |(b - prior) x / t|^2.
 
     Args:
-        rows: [n, TERMS] terms of each measurement, in milliseconds.
+        rows: [n, 4] terms of each measurement, in milliseconds.
         times: [n] measured milliseconds.
-        prior: [TERMS] where the measurements leave the choice.
+        prior: [4] where the measurements leave the choice.
         weight: of the prior against one measurement.
     """
     relative = np.asarray(rows, np.float64) / np.asarray(times, np.float64)[:, None]
