@@ -8,6 +8,7 @@ for child in ready([child]):
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import json
 import multiprocessing
@@ -74,10 +75,8 @@ class Child:
     def ask(self, request: Any, seconds: float) -> None:
         """Send a request that is to be answered within `seconds`."""
         self.deadline = time.monotonic() + seconds
-        try:
+        with contextlib.suppress(OSError):  # it is gone: receive() says how it ended
             self._connection.send_bytes(json.dumps(request).encode())
-        except OSError:
-            self.deadline = time.monotonic()  # receive() then says how it ended
 
     def receive(self) -> Any:
         """Its next message, once `ready` has named it.
