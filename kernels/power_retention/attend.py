@@ -27,7 +27,6 @@ from vidrial.layout import (
     cp_async,
     ldmatrix,
 )
-from vidrial.layout.counts import Counts, copies, loads, products, vectors
 from vidrial.templates import TEMPLATES
 
 # Fragments, addresses and loop state, beside the accumulators, before and from sm_90 on; seen in ptxas's reports.
@@ -49,6 +48,15 @@ class Config:
     @property
     def rows(self) -> int:
         return 16 * self.m * self.warps
+
+    @property
+    def warps_per_band(self) -> int:
+        """Warps whose rows are multiplied together: 16 rows of each atom are a warp's."""
+        return 4 if self.mma == "wgmma" else 1
+
+    @property
+    def rows_per_band(self) -> int:
+        return 16 * self.m * self.warps_per_band
 
 
 ARGS = Arguments(
@@ -84,9 +92,7 @@ def tiles(p: Chunked, c: Config) -> Tiles:
     stage_bytes = max(kv_bytes, s.bytes, z.bytes)
     copy, shared = cp_async(16, zero_fill=True), (q, k, replace(v, dtype=bf16), s, z)
     qk, pv, ps, qz = _by_wgmma(p, c, *shared) if c.mma == "wgmma" else _by_mma_sync(p, c, *shared)
-    # Warps whose rows are multiplied together, and how many rows these are; 16 rows of each atom are a warp's.
-    warps_per_band = 4 if c.mma == "wgmma" else 1
-    rows_per_band, step = 16 * c.m * warps_per_band, 16 * warps_per_band
+    warps_per_band, rows_per_band, step = c.warps_per_band, c.rows_per_band, 16 * c.warps_per_band
 
     def row_of(thread: int) -> int:
         warp = thread // 32
@@ -204,12 +210,40 @@ def rules(p: Chunked, c: Config, device: Device) -> Iterator[tuple[bool, str]]:
     )
 
 
+@dataclass(frozen=True)
+class Work:
+    """Of one query head: `blocks` of a band's rows x keys that are multiplied; `waited`: blocks that bands multiply or wait for, those above a
+    band's diagonal that other bands of its CTA have to multiply; `stateful_rows` that read a state; `rows` of all CTAs, tails filled up;
+    `rows_before`: those that a later CTA of the chunk reads as keys before its own."""
+
+    blocks: int
+    waited: int
+    stateful_rows: int
+    rows: int
+    rows_before: int
+
+
+def _work(p: Chunked, c: Config) -> Work:
+    bands, across = c.rows // c.rows_per_band, c.rows // c.keys
+    whole, rest = divmod(p.t, p.chunk)
+    blocks = waited = rows = before = 0
+    for tokens, chunks in ((p.chunk, whole), (rest, 1 if rest else 0)):
+        # Causal: a CTA sees the rows of its chunk before its own, and of those a band what does not lie above its diagonal.
+        ctas = -(-tokens // c.rows)
+        last = -(-(tokens - (ctas - 1) * c.rows) // c.keys)
+        earlier, diagonal = across * (ctas * (ctas - 1) // 2), [bands - j * c.keys // c.rows_per_band for j in range(across)]
+        blocks += chunks * (earlier * bands + (ctas - 1) * sum(diagonal) + sum(diagonal[:last]))
+        waited += chunks * bands * (earlier + (ctas - 1) * across + last)
+        rows += chunks * ctas * c.rows
+        before += chunks * (ctas - 1) * c.rows
+    first = -(-min(p.chunk, p.t) // c.rows) * c.rows
+    return Work(blocks, waited, rows - first if p.stateful else 0, rows, before)
+
+
 def cost(p: Chunked, c: Config, device: Device) -> Cost:
-    size, chunk_rows = p.snapshot, min(p.chunk, p.t)
-    # Causal: on average a CTA sees half its chunk and half of its own square.
-    keys = (chunk_rows + c.rows) / 2
-    with_state = p.t - chunk_rows if p.stateful else 0
-    intra, state = 2 * p.b * p.hq * p.t * keys * (p.d + p.e), 2 * p.b * p.hq * with_state * size
+    work = _work(p, c)
+    heads, scores = 2 * p.b * p.hq, c.rows_per_band * c.keys * (p.d + p.e)
+    intra, waited, state = heads * work.blocks * scores, heads * work.waited * scores, heads * work.stateful_rows * p.snapshot
     # Measured on an H200: the state wants warps to hide behind, the keys' blocks fewer barriers; wgmma wants long instructions.
     if c.mma == "wgmma":
         full = (0.55, 0.68) if p.e <= 64 else (0.72, 0.92)
@@ -220,47 +254,12 @@ def cost(p: Chunked, c: Config, device: Device) -> Cost:
             0.42 * (1.0 if c.keys == 64 else 0.94),
             0.55 * (1.0 if c.blocks * c.warps >= 12 else 0.94 if c.blocks * c.warps >= 8 else 0.8),
         )
-    efficiency = (intra + state) / (intra / busy[0] + state / busy[1]) if intra else 1.0
-    read = p.b * (p.t * 2 * (p.hq + p.h) * (p.d + p.e) + (p.chunks - 1) * p.h * size * 2)
+    efficiency = (intra + state) / (waited / busy[0] + state / busy[1]) if intra else 1.0
+    once = p.t * p.dtype.bytes * (p.hq + p.h) * (p.d + p.e) + (p.chunks - 1) * p.h * p.snapshot * 2
+    read = p.b * (once + (8 * work.rows + 4 * work.rows_before) * p.h * p.gated)
     ctas = grid(p, c)[0] * p.b * p.hq
     # Of one chunk, the first rows have few keys and the last ones all.
     return Cost(flops=intra + state, bytes=read, ctas=ctas, ctas_per_sm=c.blocks, efficiency=efficiency, uneven=p.chunks == 1)
-
-
-def traffic(p: Chunked, c: Config, tiles: Tiles) -> dict[str, Counts]:
-    """At most: a state and blocks of keys that the gates have forgotten altogether are left out."""
-    q_stride, k_stride, v_stride = (stride[1] * p.dtype.bytes for stride in (p.q_stride, p.k_stride, p.v_stride))
-    names = "CopyQ", "CopyK", "CopyV", "Decay", "QK", "PV"
-    total = dict.fromkeys(names, Counts())
-    stateful = 0  # CTAs that read a state
-    for m0 in range(0, p.t, c.rows):
-        c0 = m0 // p.chunk * p.chunk
-        stateful += p.stateful and c0 > 0
-        total["CopyQ"] += copies(tiles.CopyQ, min(c.rows, p.t - m0), q_stride)
-        for j0 in range(c0, min(m0 + c.rows, p.t), c.keys):
-            rows = min(c.keys, p.t - j0)
-            # What multiplies together, a warp or a warpgroup, skips a block that begins above its last row.
-            bands = sum(j0 < last for last in range(m0 + tiles.band, m0 + c.rows + 1, tiles.band))
-            work = (
-                copies(tiles.CopyK, rows, k_stride),
-                copies(tiles.CopyV, rows, v_stride),
-                vectors(c.keys // (2 if j0 >= m0 else 4)) * p.gated,
-                products(tiles.QK) * bands,
-                products(tiles.PV) * bands,
-            )
-            total.update((name, total[name] + one) for name, one in zip(names[1:], work, strict=True))
-    bands, z_blocks, pairs = stateful * c.rows // tiles.band, tiles.z_stages * (p.d // tiles.QZ.tile[1]), tiles.s_stages * tiles.s_tiles
-    # mma.sync loads q beside Z, wgmma reads both.
-    q = Counts() if c.mma == "wgmma" else loads(tiles.QK.A.load, tiles.QK.A.loads * tiles.QZ.k_steps)
-    total |= {
-        "CopyZ": copies(tiles.CopyZ, tiles.z_rows, 2 * p.d) * (stateful * tiles.z_stages),
-        "RowsZ": loads(tiles.RowsZ, c.m * p.d // 16 * tiles.z_stages) * (stateful * c.warps),
-        "CopyS": copies(tiles.CopyS, 64 * tiles.s_tiles, 2 * p.e) * (stateful * tiles.s_stages),
-        "QZ": (products(tiles.QZ) + q) * (z_blocks * bands),
-        "RowsJ": loads(tiles.RowsJ, c.m // 2 * pairs) * (stateful * c.warps),
-        "PS": products(tiles.PS, 4 * pairs) * bands,
-    }
-    return {name: counts * (p.b * p.hq) for name, counts in total.items()}
 
 
 power_attend = Kernel(
@@ -273,5 +272,4 @@ power_attend = Kernel(
     grid,
     rules,
     cost,
-    traffic=traffic,
 )

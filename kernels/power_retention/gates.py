@@ -40,7 +40,9 @@ def grid(p: Chunked, c: Config) -> tuple[int, int, int]:
 
 
 def cost(p: Chunked, c: Config, device: Device) -> Cost:
-    return Cost(flops=0, bytes=20 * p.b * p.h * p.t, ctas=p.chunks * p.b * p.h, ctas_per_sm=4)
+    # Tables go on to the end of the last chunk; without a state nobody asks for `to_end`.
+    tables = (16 if p.stateful else 12) * p.chunks * p.chunk
+    return Cost(flops=0, bytes=p.b * p.h * (4 * p.t + tables), ctas=p.chunks * p.b * p.h, ctas_per_sm=4)
 
 
 power_gates = Kernel(

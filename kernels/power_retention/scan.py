@@ -15,7 +15,6 @@ from pathlib import Path
 from vidrial import Arguments, Cost, Device, DType, Kernel, Tiles, choice
 from vidrial.kernels.power_retention.problem import Chunked
 from vidrial.layout import LoadMatrix, MMA_16x8x16, Pipeline, SharedMemory, SmemLayout, TiledCopy, TiledMma, cp_async, ldmatrix
-from vidrial.layout.counts import Counts, copies, loads, products, vectors
 from vidrial.templates import TEMPLATES
 
 
@@ -118,53 +117,40 @@ def longest_segment(p: Chunked, c: Config) -> int:
     return min(-(-p.chunks // c.segments), p.chunks - 1) * p.chunk
 
 
-def traffic_bytes(p: Chunked) -> int:
-    """Bytes that cross device memory: keys and values once, every snapshot."""
-    scanned, size = (p.chunks - 1) * p.chunk, p.snapshot
-    return 2 * p.b * p.h * (scanned * (p.d + p.e) + (p.chunks - 1) * size)
+def scanned_tokens(p: Chunked) -> int:
+    """Tokens of a head that reach a state: all but the last chunk's."""
+    return (p.chunks - 1) * p.chunk
+
+
+def joined(p: Chunked, segments: int) -> tuple[int, int]:
+    """Chunks of a segment; how many segments have any."""
+    chunks = -(-p.chunks // segments)
+    return chunks, -(-p.chunks // chunks)
+
+
+def device_bytes(p: Chunked, c: Config) -> int:
+    """Bytes that cross device memory: keys, values and their decay once, the snapshots but for the first one of each segment, whose
+    end is written as float instead."""
+    _, segments = joined(p, c.segments)
+    tokens = scanned_tokens(p) * (p.dtype.bytes * (p.d + p.e) + 4 * p.gated)
+    return p.b * p.h * (tokens + p.snapshot * (2 * (p.chunks - segments) + 4 * (segments - 1)))
 
 
 def cost(p: Chunked, c: Config, device: Device) -> Cost:
-    size = p.snapshot
     ctas = -(-units(p, c) // c.warps) * p.b * p.h * c.segments
     # Measured on an H200, which holds two CTAs of 4 such warps per SM; narrow slices make phi twice as often.
     efficiency = (0.42 if c.columns == 64 else 0.37) * (1.0 if c.tokens == 64 else 0.95) * (1.0 if c.warps == 4 else 0.9)
     return Cost(
-        flops=2 * p.b * p.h * longest_segment(p, c) * c.segments * size,
-        bytes=traffic_bytes(p),
+        flops=2 * p.b * p.h * scanned_tokens(p) * p.snapshot,
+        bytes=device_bytes(p, c),
         ctas=ctas,
         ctas_per_sm=8 // c.warps,
-        efficiency=efficiency,
+        # All wait for the longest segment.
+        efficiency=efficiency * scanned_tokens(p) / (longest_segment(p, c) * c.segments),
     )
 
 
-def schedule(p: Chunked, c: Config) -> tuple[int, range, int]:
-    """Heads; the chunks that segments begin with; blocks of tokens that each unit of work goes through, over all heads."""
-    heads, per_segment = p.b * p.h, -(-p.chunks // c.segments)
-    starts = range(0, p.chunks, per_segment)
-    return heads, starts, sum(min(s + per_segment, p.chunks - 1) - s for s in starts) * (p.chunk // c.tokens) * heads
-
-
-def traffic(p: Chunked, c: Config, tiles: Tiles) -> dict[str, Counts]:
-    heads, starts, blocks = schedule(p, c)
-    copied = grid(p, c)[0] * blocks
-    pairs = p.pair_tiles * (p.e // c.columns)
-    # The factors of a segment's first block are loaded before its loop, those of the block after the last one in vain.
-    factors = pairs * (blocks + len(starts) * heads)
-    return {
-        "CopyK": copies(tiles.CopyK, c.tokens, p.k_stride[1] * p.dtype.bytes) * copied,
-        "CopyV": copies(tiles.CopyV, c.tokens, p.v_stride[1] * p.dtype.bytes) * copied,
-        "Decay": vectors(c.tokens // 4) * (copied * p.gated),
-        "Tokens": loads(tiles.Tokens, 2 * c.tokens // 32) * factors,
-        "Broadcast": loads(tiles.Broadcast, 4 * c.tokens // 16) * (pairs * blocks),
-        "State": products(tiles.State) * (pairs * blocks),
-        "Z": products(tiles.Z) * ((units(p, c) - pairs) * blocks),
-    }
-
-
-power_scan = Kernel(
-    "power_scan", Path(TEMPLATES, "power_retention", "power_scan.cu.j2"), Chunked, Config, ARGS, tiles, grid, rules, cost, traffic=traffic
-)
+power_scan = Kernel("power_scan", Path(TEMPLATES, "power_retention", "power_scan.cu.j2"), Chunked, Config, ARGS, tiles, grid, rules, cost)
 
 
 @dataclass(frozen=True)
@@ -187,8 +173,11 @@ def carry_grid(p: Chunked, c: CarryConfig) -> tuple[int, int, int]:
 
 
 def carry_cost(p: Chunked, c: CarryConfig, device: Device) -> Cost:
-    joined = p.chunks * (c.segments - 1) / c.segments
-    return Cost(flops=0, bytes=4 * joined * p.b * p.h * p.snapshot, ctas=math.prod(carry_grid(p, c)), ctas_per_sm=8)
+    first, segments = joined(p, c.segments)
+    # Ends are read as float; the snapshots of all segments but the first are read and written, each segment's own first one only written.
+    read = 4 * (segments - 1) + 2 * (p.chunks - first - (segments - 1))
+    size = p.b * p.h * p.snapshot
+    return Cost(flops=0, bytes=size * (read + 2 * (p.chunks - first)), ctas=math.prod(carry_grid(p, c)), ctas_per_sm=8)
 
 
 power_carry = Kernel(

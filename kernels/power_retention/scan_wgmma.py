@@ -14,7 +14,6 @@ from vidrial.kernels.power_retention import scan
 from vidrial.kernels.power_retention.problem import Chunked
 from vidrial.kernels.power_retention.scan import ARGS, Config
 from vidrial.layout import LoadMatrix, Pipeline, SharedMemory, SmemLayout, TiledCopy, WarpgroupMma, cp_async, ldmatrix
-from vidrial.layout.counts import Counts, copies, loads, products, vectors
 from vidrial.templates import TEMPLATES
 
 # Fragments, addresses and loop state, beside the accumulators; seen in ptxas's reports.
@@ -111,7 +110,8 @@ def cost(p: Chunked, c: Config, device: Device) -> Cost:
     # Warpgroups of Z are done soon. Those of the last segment are, too, but in a single wave all wait for the longest.
     ctas = -(-state // (c.warps // 4)) * p.b * p.h * c.segments
     single = ctas <= device.sms * resident
-    tokens = scan.longest_segment(p, c) * c.segments if single else (p.chunks - 1) * p.chunk
+    tokens = scan.scanned_tokens(p)
+    waited = scan.longest_segment(p, c) * c.segments if single else tokens
     # Measured on an H200: one tile is too little for what is loaded for it, a second warpgroup costs barriers, and a snapshot as much as
     # 64 tokens.
     together = 1.0 if c.warps == 4 or c.columns == 128 else 0.95 if c.tokens == 128 else 0.85
@@ -119,31 +119,12 @@ def cost(p: Chunked, c: Config, device: Device) -> Cost:
     efficiency = 0.6 * tile * together * (1.0 if c.stages >= 5 else 0.98) / (1 + 64 / p.chunk)
     return Cost(
         flops=2 * p.b * p.h * tokens * 64 * (state * c.tiles * c.columns + z * z_columns(p, c)),
-        bytes=scan.traffic_bytes(p),
+        bytes=scan.device_bytes(p, c),
         ctas=ctas,
         ctas_per_sm=resident,
-        efficiency=efficiency,
+        efficiency=efficiency * tokens / waited,
         uneven=not single,
     )
-
-
-def traffic(p: Chunked, c: Config, tiles: Tiles) -> dict[str, Counts]:
-    heads, starts, blocks = scan.schedule(p, c)
-    copied = grid(p, c)[0] * blocks
-    units, z, k_steps = state_units(p, c), z_units(p, c), c.tokens // 16
-    # The products of a segment's first block are made before its loop, those of the block after the last one in vain.
-    made = units * (blocks + len(starts) * heads)
-    return {
-        "CopyK": copies(tiles.CopyK, c.tokens, p.k_stride[1] * p.dtype.bytes) * copied,
-        "CopyV": copies(tiles.CopyV, c.tokens, p.v_stride[1] * p.dtype.bytes) * copied,
-        "Decay": vectors(c.tokens // 4) * (copied * p.gated),
-        "Tokens": loads(tiles.Tokens, c.tokens // 32) * made,
-        "Broadcast": loads(tiles.Broadcast, 4 * k_steps) * (units * blocks),
-        "Pairs": loads(tiles.Pairs, 4 * k_steps * -(-c.tiles // 2)) * (units * blocks),
-        "Rows": loads(tiles.Rows, 4 * k_steps) * (z * blocks),
-        "State": products(tiles.State) * (units * blocks),
-        "Z": products(tiles.Z) * (z * blocks),
-    }
 
 
 power_scan_wgmma = Kernel(
@@ -156,5 +137,4 @@ power_scan_wgmma = Kernel(
     grid,
     rules,
     cost,
-    traffic=traffic,
 )

@@ -259,36 +259,3 @@ def test_inputs_are_read_only(tmp_path: Path) -> None:
         x = np.zeros(32, np.float32)
         x.flags.writeable = False
         HostPlan(op, Nothing(1), One()).run({"y": x})
-
-
-def test_analyse_prints_what_was_counted(run: Callable[..., tuple[int, str, str]]) -> None:
-    code, out, _ = run("analyse", "power_retention", "--t", "257", "--h", "2", "--d", "64", "--arch", "sm_80")
-    op = find_op("power_retention")
-    problem = op.example(t=257, h=2)
-    stage = op.stages(problem, op.predicted(problem, vd.Device.of("a100")))[-1]
-    counts = stage.kernel.counts(stage.problem, stage.config)
-    row = next(line.split() for line in out.splitlines() if line.startswith("QK "))
-    assert code == 0 and row[3:] == ["16", str(counts["QK"].mma), str(counts["QK"].ldmatrix), "1", "0"]
-    copy = next(line.split() for line in out.splitlines() if line.startswith("CopyK "))
-    assert copy[3:6] == ["1", str(counts["CopyK"].cp_async_requests), "15.9"]
-    assert "CTAs per SM" in out
-
-
-def test_analyse_counts_wgmma(run: Callable[..., tuple[int, str, str]]) -> None:
-    code, out, _ = run("analyse", "power_retention", "--t", "5001", "--h", "2", "--d", "64", "--arch", "h200")
-    op, device = find_op("power_retention"), vd.Device.of("h200")
-    problem = op.example(t=5001, h=2)
-    found = [(s, s.kernel.counts(s.problem, s.config)) for s in op.stages(problem, op.predicted(problem, device))]
-    by_wgmma = [(stage, counts) for stage, counts in found if any(n.wgmma for n in counts.values())]
-    assert code == 0 and by_wgmma
-    for stage, counts in by_wgmma:
-        members = stage.kernel.resolve(stage.problem, stage.config).members
-        flops = 0
-        for name in (name for name, n in counts.items() if n.wgmma):
-            row = next(line.split() for line in out.splitlines() if line.startswith(f"{name} "))
-            (m, n, k), mma = members[name].atom.shape, members[name]
-            # B, and A if it is there; what an instruction of 64 x n x 16 multiplies.
-            assert row[1:] == [mma.atom.name, str(2 * k * (n + (m if mma.a else 0))), str(counts[name].wgmma), "1"]
-            flops += 2 * m * n * k * counts[name].wgmma
-        launch = next(line.split() for line in out.splitlines() if line.startswith(f"{stage.kernel.name} ") and "MB" in line)
-        assert f"{flops:.2e}" in launch

@@ -13,13 +13,8 @@ import vidrial
 from vidrial.host.target import SCHEDULES, Schedule
 from vidrial.kernels.power_retention import power_retention
 from vidrial.kernels.power_retention.attend import Config as Attend
-from vidrial.kernels.power_retention.op import RELATIVE_BOUND, Config, check, example, reference, sample, stages
+from vidrial.kernels.power_retention.op import RELATIVE_BOUND, Config, check, example, reference, sample
 from vidrial.kernels.power_retention.scan import Config as Scan
-from vidrial.kernels.power_retention.scan import units
-from vidrial.layout.access import Finding, analyse
-from vidrial.layout.copies import LoadMatrix, TiledCopy
-from vidrial.layout.mma import Operand, TiledMma
-from vidrial.spec.op import Stage
 
 # Both sides of a comparison of two results are rounded to 16 bits and made of bf16 products.
 TWO_RESULTS = 2 * RELATIVE_BOUND
@@ -224,88 +219,6 @@ def test_the_right_kernel_is_not() -> None:
     inputs["log_g"] *= np.float32(0.1)
     results, _ = run(p, SEGMENTED, inputs)
     assert_right(p, SEGMENTED, inputs, results)
-
-
-def findings(stage: Stage, row_bytes: dict[str, int]) -> dict[str, list[Finding]]:
-    """What the analysis says of each copy and load of a kernel."""
-    members = stage.kernel.resolve(stage.problem, stage.config).members
-    return {
-        name: analyse(member, name, row_bytes.get(name))
-        for name, member in members.items()
-        if isinstance(member, (TiledCopy, LoadMatrix, Operand)) or (isinstance(member, TiledMma) and (member.a or member.b) is not None)
-    }
-
-
-def copied(found: dict[str, list[Finding]], stage: Stage, name: str, rows: int) -> tuple[int, int]:
-    """Requests and sectors that the analysis predicts for `rows` rows of a copy's tiles."""
-    copy = getattr(stage.kernel.resolve(stage.problem, stage.config), name)
-    requests = rows * copy.row_vectors // 32
-    sectors = next(f.sectors for f in found[name] if f.kind == "cp.async load")
-    assert sectors is not None
-    return requests, requests * sectors
-
-
-PREDICTED = {
-    "narrow": ({"t": 512, "h": 2, "d": 32}, replace(NARROW, scan=replace(NARROW.scan, segments=2))),
-    "wide, grouped": ({"t": 512, "h": 1, "hq": 2, "d": 64}, WIDE),
-    "D = 128, E = 64": (
-        {"t": 256, "h": 1, "d": 128, "e": 64},
-        replace(WIDE, attend=replace(WIDE.attend, keys=32, blocks=1), scan=replace(WIDE.scan, segments=1)),
-    ),
-    "E > D, no gates": ({"t": 512, "h": 1, "d": 32, "e": 64, "gated": False}, replace(TALL, attend=WIDE.attend)),
-}
-
-
-@pytest.mark.parametrize("case", PREDICTED)
-def test_the_analysis_predicts_what_is_counted(case: str) -> None:
-    keywords, config = PREDICTED[case]
-    p = example(**keywords)
-    _, stats = run(p, config, sample(p, 11))
-    rows = {"CopyK": 2 * p.h * p.d, "CopyV": 2 * p.h * p.e, "CopyQ": 2 * p.hq * p.d}
-    by_name = {stage.kernel.name: stage for stage in stages(p, config)}
-    chunks = p.t // config.chunk
-    gate_sectors = int(p.gated)
-    # The scan: each CTA of a segment copies the tokens of its chunks, but of the last chunk of all; and 4 bytes of decay a token.
-    scan = by_name["power_scan"]
-    found = findings(scan, rows)
-    ctas = -(-units(scan.problem, config.scan) // config.scan.warps) * p.h
-    tiles = ctas * (chunks - 1) * config.chunk // config.scan.tokens
-    decay = (tiles * -(-config.scan.tokens // 128) * gate_sectors, tiles * config.scan.tokens // 8 * gate_sectors)
-    tokens = tiles * config.scan.tokens
-    expected = np.sum([copied(found, scan, "CopyK", tokens), copied(found, scan, "CopyV", tokens), decay], axis=0)
-    got = stats["power_scan"]
-    assert (got.cp_async_requests, got.cp_async_sectors) == tuple(expected)
-    assert got.ldmatrix_conflicts == 0 and got.ldmatrix > 0
-    assert {f.ways for fs in found.values() for f in fs if f.kind in ("ldmatrix", "shared load")} == {1}
-    # The output: queries once; the state before all chunks but the first; keys and values up to the CTA's own rows.
-    attend = by_name["power_attend"]
-    found = findings(attend, rows)
-    blocks = config.chunk // config.attend.rows
-    with_state = p.hq * (chunks - 1) * blocks
-    keys = p.hq * chunks * sum((i + 1) * config.attend.rows // config.attend.keys for i in range(blocks))
-    square = p.hq * chunks * blocks * config.attend.rows // config.attend.keys
-    # A block's decay: 8 bytes per key in the CTA's own square, 4 before it.
-    per_square, per_block = config.attend.keys * 8, config.attend.keys * 4
-    decay = (
-        gate_sectors * (square * -(-per_square // 512) + (keys - square) * -(-per_block // 512)),
-        gate_sectors * (square * per_square + (keys - square) * per_block) // 32,
-    )
-    state = replace(p, normalized=False).snapshot // p.e
-    expected = np.sum(
-        [
-            copied(found, attend, "CopyQ", p.hq * p.t),
-            copied(found, attend, "CopyK", keys * config.attend.keys),
-            copied(found, attend, "CopyV", keys * config.attend.keys),
-            copied(found, attend, "CopyZ", with_state * p.d),
-            copied(found, attend, "CopyS", with_state * state),
-            decay,
-        ],
-        axis=0,
-    )
-    got = stats["power_attend"]
-    assert (got.cp_async_requests, got.cp_async_sectors) == tuple(expected)
-    assert got.ldmatrix_conflicts == 0 and got.ldmatrix > 0
-    assert {f.ways for fs in found.values() for f in fs if f.kind in ("ldmatrix", "shared load")} == {1}
 
 
 def test_float16_scores_do_not_overflow() -> None:

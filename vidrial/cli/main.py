@@ -259,8 +259,10 @@ def source(reference: str, keywords: tuple[str, ...], arch: str | None, stage: s
 @op_command("analyse")
 @target_option
 def analyse(reference: str, keywords: tuple[str, ...], arch: str | None) -> None:
-    """Show what the config predicted fastest will do: its accesses, bank conflicts, sectors, occupancy and waves."""
-    from vidrial.cli.tables import make_console, show_analysis
+    """Show what the config predicted fastest does, counted on the host target at a small size: accesses, bank conflicts, sectors, FLOP, bytes;
+    and its occupancy and waves at the size that is asked for."""
+    from vidrial.cli.analysis import show_analysis
+    from vidrial.cli.tables import make_console
 
     op, problem = read_one(reference, keywords)
     show_analysis(make_console(), op, problem, device_of(arch))

@@ -6,7 +6,6 @@ import contextlib
 import dataclasses
 import importlib.metadata
 import itertools
-import math
 import platform
 import sys
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
@@ -19,20 +18,14 @@ from rich.table import Table
 from rich.text import Text
 
 from vidrial import __version__
-from vidrial.build.cubins import build_many, cubin_of
+from vidrial.build.cubins import build_many
 from vidrial.build.nvrtc import Cubin
 from vidrial.build.store import Store
 from vidrial.build.toolchain import HostCompiler, Toolchain, missing, nvrtc_version
-from vidrial.device import TABLE, VECTOR_BYTES, Device, gpu_count
-from vidrial.errors import ArgumentError, CompileError, ConfigError, ToolchainError
+from vidrial.device import TABLE, Device, gpu_count
+from vidrial.errors import ArgumentError, CompileError, ToolchainError
 from vidrial.host.check import Outcome, Report
 from vidrial.installation import named_ops, other_distribution
-from vidrial.layout.access import analyse
-from vidrial.layout.copies import LoadMatrix, LoadVector, TiledCopy
-from vidrial.layout.counts import Counts
-from vidrial.layout.mma import TiledMma, atoms_of
-from vidrial.layout.occupancy import Waves
-from vidrial.layout.wgmma import WarpgroupMma
 from vidrial.settings import Settings
 from vidrial.spec.choices import describe
 from vidrial.spec.op import Op, Stage
@@ -295,35 +288,6 @@ def show_winners(console: Console, results: Sequence[SweepResult]) -> None:
         console.print(Text(note, "yellow"))
 
 
-ACCESS_COLUMNS = (
-    "",
-    "instruction",
-    ">B each",
-    ">MMA",
-    ">ldmatrix",
-    ">bank ways",
-    ">extra passes",
-    ">cp.async",
-    ">sectors each",
-    ">read",
-)
-LAUNCH_COLUMNS = (
-    "kernel",
-    ">CTAs",
-    ">threads",
-    ">registers",
-    ">shared B",
-    ">CTAs per SM",
-    "limited by",
-    ">waves",
-    ">last wave",
-    ">MMA FLOP",
-    ">cp.async",
-    ">memory",
-    ">predicted",
-)
-
-
 def show_report(console: Console, report: Report) -> None:
     """Print one row a problem, config and sanitizer, then what is wrong."""
     outcomes = report.outcomes
@@ -354,87 +318,3 @@ def _errors(outcome: Outcome) -> tuple[str, str]:
 
 def _verdict(outcome: Outcome) -> Text:
     return Text("FAILED", "bold red") if outcome.failure else Text("right", "green")
-
-
-def show_analysis(console: Console, op: Op, problem: Any, device: Device) -> None:
-    """Print what is known of the config predicted fastest before it runs: each access, arithmetic, occupancy and waves of every kernel.
-
-    Raises:
-        ConfigError: no config is legal. ToolchainError: the compiler, which tells the registers, is missing.
-    """
-    config = op.predicted(problem, device)
-    console.print(Text(f"{op.name} on {device.name} ({device.arch}): {facts(problem)}\n{describe(config)}"))
-    stages = [s for s in op.stages(problem, config) if 0 not in s.kernel.grid(s.problem, s.config)]
-    for stage in stages:
-        rows = list(_accesses(stage))
-        if rows:
-            show_table(console, stage.kernel.name, ACCESS_COLUMNS, rows)
-    show_table(console, "launches", LAUNCH_COLUMNS, [_launch(stage, device) for stage in stages])
-
-
-def _accesses(stage: Stage) -> Iterator[tuple[Any, ...]]:
-    """One row for each tiled object that is at work, and for what else the kernel's traffic names."""
-    members = stage.kernel.resolve(stage.problem, stage.config).members
-    counts = stage.kernel.counts(stage.problem, stage.config)
-    tiled = (LoadMatrix, LoadVector, TiledCopy, TiledMma, WarpgroupMma)
-    for name in dict.fromkeys((*counts, *(n for n, member in members.items() if isinstance(member, LoadVector)))):
-        member, n = members.get(name), counts.get(name, Counts())
-        findings = analyse(member, name) if isinstance(member, tiled) else []
-        ways = max((f.ways for f in findings if f.ways is not None), default=None)
-        # A thread moves so many bytes; an instruction of wgmma reads so many, both operands together.
-        sizes = [f.bytes for f in findings]
-        size = sum(sizes) if isinstance(member, WarpgroupMma) else max(sizes, default=VECTOR_BYTES)
-        if n == Counts() and not isinstance(member, LoadVector):
-            continue
-        instructions = ", ".join(dict.fromkeys(atom.name for atom in atoms_of(member))) or ("shared load" if member else "cp.async")
-        each = f"{n.cp_async_sectors / n.cp_async_requests:.1f}" if n.cp_async_requests else ""
-        passes = n.ldmatrix_conflicts if n.ldmatrix else ""
-        yield (
-            name,
-            instructions,
-            size,
-            n.mma or n.wgmma or "",
-            n.ldmatrix or "",
-            ways or "",
-            passes,
-            n.cp_async_requests or "",
-            each,
-            _bytes(n.cp_async_bytes),
-        )
-
-
-def _launch(stage: Stage, device: Device) -> tuple[Any, ...]:
-    kernel, tiles = stage.kernel, stage.kernel.resolve(stage.problem, stage.config)
-    resources = cubin_of(kernel, stage.problem, stage.config, device.arch).resources
-    shared = tiles.smem_bytes + resources.static_smem
-    occupancy = kernel.occupancy(stage.problem, stage.config, device, resources.registers)
-    if occupancy.ctas < 1:
-        raise ConfigError(f"{kernel.name}: no CTA fits an SM of {device.name}: {occupancy}; take another config")
-    ctas = math.prod(kernel.grid(stage.problem, stage.config))
-    waves = Waves(ctas, device.sms, occupancy.ctas)
-    cost = kernel.cost(stage.problem, stage.config, device) if kernel.cost is not None else None
-    counts = kernel.counts(stage.problem, stage.config)
-    flops = sum(
-        2 * math.prod(member.atom.shape) * (n.mma + n.wgmma)
-        for name, n in counts.items()
-        if isinstance(member := tiles.members.get(name), (TiledMma, WarpgroupMma))
-    )
-    return (
-        kernel.name,
-        ctas,
-        tiles.threads,
-        resources.registers,
-        shared,
-        occupancy.ctas,
-        ", ".join(occupancy.limited_by),
-        waves.waves,
-        f"{waves.tail:.0%}",
-        f"{flops:.2e}" if flops else "",
-        _bytes(sum(n.cp_async_bytes for n in counts.values())),
-        _bytes(int(cost.bytes)) if cost else "",
-        duration(cost.seconds(device)) if cost else "",
-    )
-
-
-def _bytes(size: int) -> str:
-    return f"{size / 1e6:.3g} MB" if size else ""

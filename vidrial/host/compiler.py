@@ -26,7 +26,11 @@ SANITIZERS: dict[str | None, tuple[str, ...]] = {
     "address": ("-fsanitize=address", "-fno-omit-frame-pointer"),
     "thread": ("-fsanitize=thread",),
     "undefined": ("-fsanitize=alignment,bounds,shift,signed-integer-overflow,integer-divide-by-zero", "-fno-sanitize-recover=all"),
+    # No sanitizer: the runtime's own functions are called before each access to memory, and count it.
+    "accesses": ("-fsanitize=kernel-address",),
 }
+# What each compiler takes for calls alone, without the red zones that AddressSanitizer would check.
+ACCESS_OPTIONS = ("asan-instrumentation-with-call-threshold=0", "asan-stack=0", "asan-globals=0")
 COMPILE_SECONDS = 600
 # A precompiled header takes 100 MB.
 PRODUCTS_KEPT = 12
@@ -34,8 +38,9 @@ TEXT = """#include <vidrial/host/pch.h>
 #line 1 "{name}.cu"
 {source}
 #line 1 "/vidrial/host/main.cu"
-int main() {{ return vidrial::host::serve<&{name}>(); }}
+int main() {{ return vidrial::host::serve<{entry}>(); }}
 """
+SHORT = {"ASAN": "address", "TSAN": "thread", "ACCESSES": "accesses"}
 _ERROR = re.compile(r"^(?P<place>[^\s:][^:\n]*:\d+)(?::\d+)?: (?:fatal )?error: (?P<text>.*)$", re.MULTILINE)
 _REQUIRED = re.compile(r"^([^\s:][^:\n]*:\d+)(?::\d+)?:\s+required from here$", re.MULTILINE)
 
@@ -67,7 +72,8 @@ class Build:
         """The compiler's flags for a kernel, without its include folders."""
         # GCC surrounds arrays of a named section, here static shared memory, by red zones only if told to.
         zones = ("-fsanitize-sections=vidrial_shared",) if self.sanitizer == "address" and not self.clang else ()
-        return (self.optimise, *FLAGS, *SANITIZERS[self.sanitizer], *zones)
+        calls = [flag for option in ACCESS_OPTIONS for flag in (("-mllvm", f"-{option}") if self.clang else ("--param", option))]
+        return (self.optimise, *FLAGS, *SANITIZERS[self.sanitizer], *zones, *(calls if self.sanitizer == "accesses" else ()))
 
     @property
     def version(self) -> str:
@@ -121,7 +127,7 @@ class Build:
 
     def runtime_flags(self) -> list[str]:
         """The runtime is not under test: it calls memcpy and memset, which sanitizers watch, wherever it touches the kernel's memory."""
-        macros = [f"-DVIDRIAL_{short}={int(self.sanitizer == long)}" for short, long in (("ASAN", "address"), ("TSAN", "thread"))]
+        macros = [f"-DVIDRIAL_{short}={int(self.sanitizer == long)}" for short, long in SHORT.items()]
         calls = ["-fno-builtin"] if self.clang else ["-fno-builtin-memcpy", "-fno-builtin-memset", "-fno-tree-loop-distribute-patterns"]
         return ["-O2", *FLAGS, *calls, *macros, *_include_flags()]
 

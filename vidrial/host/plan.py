@@ -12,6 +12,7 @@ from vidrial.device import DEFAULT_GPU, Device
 from vidrial.dtypes import DType
 from vidrial.errors import UnsupportedError
 from vidrial.host.target import SCHEDULES, HostBinary, HostStats, Schedule, compile_host
+from vidrial.layout.access import tiled_objects
 from vidrial.layout.mma import atoms_of
 from vidrial.spec.fields import C, P
 from vidrial.spec.op import Op, Stage
@@ -42,7 +43,8 @@ class HostPlan(Generic[P, C]):
             tiles = stage.kernel.resolve(stage.problem, stage.config).guarded(guard)
             _refuse_what_has_no_emulation(stage.kernel.name, tiles)
             source = stage.kernel.source(stage.problem, stage.config, guard)
-            binary = compile_host(source.text, stage.kernel.name, sanitizer=sanitizer, include_dirs=source.include_dirs)
+            objects = tuple(tiled_objects(tiles.members))
+            binary = compile_host(source.text, stage.kernel.name, objects=objects, sanitizer=sanitizer, include_dirs=source.include_dirs)
             self._launches.append((binary, tiles, stage, stage.kernel.pack(stage.problem, stage.config)))
 
     def run(self, arrays: Mapping[str, NDArray[Any]], schedule: Schedule = SCHEDULES[0]) -> dict[str, HostStats]:

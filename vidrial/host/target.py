@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import ctypes
 import dataclasses
+import itertools
 import os
 import shutil
 import struct
@@ -25,6 +26,7 @@ from vidrial.device import CTA_THREADS, PARAMETER_BYTES
 from vidrial.errors import ArgumentError, LaunchError
 from vidrial.host.compiler import TEXT, Build, execute, temporary
 from vidrial.host.messages import crash, resolve
+from vidrial.layout.counts import FIELDS, Counts
 
 if TYPE_CHECKING:
     import numpy as np
@@ -69,35 +71,48 @@ SCHEDULES = (Schedule(), Schedule(lazy=False, order="down"), Schedule(order=5))
 
 
 @dataclasses.dataclass(frozen=True)
-class HostStats:
-    """What a launch did, in all CTAs together; `seconds` are the CPU's and say nothing about a GPU.
+class HostStats(Counts):
+    """What a launch did, in all CTAs together: the counts, and the same by object.
 
-    `mma`: those of warps, without `wgmma`, one per warpgroup. `ldmatrix_conflicts`: passes over the banks beyond one per matrix.
-    `cp_async_sectors`: 32-byte sectors read by `cp_async_requests` warp-wide cp.async. `cp_async_bytes`: read from global memory.
-    `shared_memory_high_water`: dynamic bytes up to the last one written.
+    `objects`: names of tiled objects of one C++ type, which count together -> what they did; under () what none of them did.
+    `read_bytes`, `written_bytes`: 32 times the sectors of the arrays that the launch read before it wrote them, and that it wrote; None
+    unless the kernel was compiled with `accesses`. `switches`: from one thread to another. `shared_memory_high_water`: dynamic bytes up to
+    the last one written. `seconds`: the CPU's, which say nothing about a GPU.
     """
 
-    switches: int
-    mma: int
-    wgmma: int
-    ldmatrix: int
-    ldmatrix_conflicts: int
-    cp_async_requests: int
-    cp_async_sectors: int
-    cp_async_bytes: int
-    shared_memory_high_water: int
-    seconds: float
+    switches: int = 0
+    shared_memory_high_water: int = 0
+    read_bytes: int | None = None
+    written_bytes: int | None = None
+    seconds: float = 0.0
+    objects: Mapping[tuple[str, ...], Counts] = dataclasses.field(default_factory=dict)
+
+    def of(self, name: str) -> Counts:
+        """What the object of that name did, together with those of its type.
+
+        Raises:
+            ArgumentError: no object of the kernel has that name.
+        """
+        for names, found in self.objects.items():
+            if name in names:
+                return found
+        known = ", ".join(itertools.chain.from_iterable(self.objects))
+        raise ArgumentError(f"object {name!r} was not counted; accepted: {known or 'none, the kernel has no tiled objects'}")
 
 
-STATS, REQUEST, LENGTH = struct.Struct("=9qd"), struct.Struct("=3I3IIId5Q"), struct.Struct("=q")
+STATS, REQUEST, LENGTH = struct.Struct("=4qd"), struct.Struct("=3I3IIId5Q"), struct.Struct("=q")
+COUNTS = struct.Struct(f"={len(FIELDS)}q")
 
 
 @dataclasses.dataclass(frozen=True)
 class HostBinary:
-    """A kernel compiled for the CPU: an executable, which lives as long as this process."""
+    """A kernel compiled for the CPU: an executable, which lives as long as this process; `objects` are counted apart, `accesses` to
+    memory too."""
 
     name: str
     executable: Path
+    objects: tuple[str, ...] = ()
+    accesses: bool = False
 
     def launch(
         self,
@@ -171,8 +186,30 @@ class HostBinary:
         start = STATS.size + LENGTH.size
         if length:
             raise LaunchError(f"kernel {self.name}: {resolve(self.executable, reply[start : start + length].decode(errors='replace'))}")
-        memory.write_back(self.name, memoryview(reply)[start:])
-        return HostStats(*STATS.unpack_from(reply))
+        objects = self._objects(reply, start)
+        memory.write_back(self.name, memoryview(reply)[start + COUNTS.size + len(self.objects) * (LENGTH.size + COUNTS.size) :])
+        switches, high_water, read, written, seconds = STATS.unpack_from(reply)
+        return HostStats(
+            **dataclasses.asdict(sum(objects.values(), Counts())),
+            switches=switches,
+            shared_memory_high_water=high_water,
+            read_bytes=read if self.accesses else None,
+            written_bytes=written if self.accesses else None,
+            seconds=seconds,
+            objects=objects,
+        )
+
+    def _objects(self, reply: bytes, start: int) -> dict[tuple[str, ...], Counts]:
+        """Names of one type, together, and their counts; first what no object caused."""
+        names: dict[int, tuple[str, ...]] = {}
+        counts: dict[int, Counts] = {0: Counts(*COUNTS.unpack_from(reply, start))}
+        at = start + COUNTS.size
+        for name in self.objects:
+            (kind,) = LENGTH.unpack_from(reply, at)
+            names[kind] = (*names.get(kind, ()), name)
+            counts[kind] = Counts(*COUNTS.unpack_from(reply, at + LENGTH.size))
+            at += LENGTH.size + COUNTS.size
+        return {names.get(kind, ()): found for kind, found in counts.items()}
 
 
 class Memory:
@@ -219,6 +256,7 @@ def compile_host(
     source: str,
     name: str,
     *,
+    objects: Sequence[str] = (),
     sanitizer: str | None = None,
     optimise: str = "-O1",
     pch: bool = True,
@@ -228,7 +266,9 @@ def compile_host(
     """Compile kernel `name` of a rendered source for the CPU.
 
     Args:
-        sanitizer: None, `address` (memory), `thread` (races between the threads of a CTA) or `undefined` (alignment, shifts, ...).
+        objects: members of the source's `struct Tiles` to count apart, as `QK` or `QK.B`.
+        sanitizer: None, `address` (memory), `thread` (races between the threads of a CTA), `undefined` (alignment, shifts, ...), or
+            `accesses`, which finds nothing and counts the bytes of global memory that a launch touches.
         optimise: -O1 compiles and runs fastest altogether.
         pch: precompile what all kernels include, once a set of flags (5 s), in the store's folder.
         include_dirs: folders of the template's own headers, searched after Vidrial's.
@@ -241,7 +281,8 @@ def compile_host(
     """
     store = store or Store.shared()
     build = Build.find(sanitizer, optimise, tuple(str(folder) for folder in include_dirs), store.root / "host")
-    text = TEXT.format(source=source, name=name)
+    entry_point = ", ".join((f"&{name}", *(f"Tiles::{one.replace('.', '::')}" for one in objects)))
+    text = TEXT.format(source=source, name=name, entry=entry_point)
     key = binary_key(text, "host", (*build.flags, *build.include_dirs), build.version)
     entry = store.get(key, PAYLOAD)
     if entry is None:
@@ -249,7 +290,7 @@ def compile_host(
     executable = temporary() / key[:32]
     if not executable.exists():
         _write_executable(executable, entry.image)
-    return HostBinary(name, executable)
+    return HostBinary(name, executable, tuple(objects), sanitizer == "accesses")
 
 
 def _write_executable(path: Path, image: bytes) -> None:

@@ -3,12 +3,17 @@
 A warp's access to shared memory is served in phases of at most 128 bytes: eight threads of 16 bytes (each matrix of ldmatrix),
 sixteen of 8 bytes, or all 32. Within a phase, a bank that has to give several words takes as many turns. wgmma takes its operands by
 itself, in the same 8 x 16 bytes.
+
+What one instruction or one full tile costs follows from the object alone, and the host target counts it per object:
+`counted == per_instruction(load) * counted.ldmatrix`, `counted == per_tile(copy) * tiles`, less where a tile has fewer rows.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Mapping
+from functools import cache
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -17,10 +22,13 @@ from numpy.typing import NDArray
 from vidrial.device import VECTOR_BYTES, WARP
 from vidrial.errors import ArgumentError
 from vidrial.layout.copies import LoadMatrix, LoadVector, TiledCopy
+from vidrial.layout.counts import Counts
 from vidrial.layout.mma import Operand, TiledMma
 from vidrial.layout.wgmma import DEPTH, SWIZZLE_BYTES, Descriptor, WarpgroupMma
 
 Described: TypeAlias = LoadMatrix | LoadVector | Operand | TiledMma | WarpgroupMma | Descriptor | TiledCopy
+# What the host target counts apart.
+Tiled: TypeAlias = LoadMatrix | LoadVector | TiledCopy | Operand | TiledMma | WarpgroupMma
 BANKS, BANK_BYTES, PHASE_BYTES, SECTOR_BYTES = 32, 4, 128, 32
 
 
@@ -117,16 +125,82 @@ def _findings(described: Described, name: str, row_stride: int | None) -> Iterat
 
 def _ways(addresses: NDArray[Any], size: int) -> int:
     """Worst turns of a bank over accesses (accesses, threads) of `size` bytes per thread."""
+    return int(turns(addresses, size).max())
+
+
+def turns(addresses: Any, size: int) -> Any:
+    """Turns that the busiest bank takes in each phase of accesses (accesses, threads) of `size` bytes per thread: int64, (accesses, phases)."""
     phase = min(PHASE_BYTES // size, addresses.shape[1])
     first = addresses.reshape(-1, phase) // BANK_BYTES
     words = np.sort((first[:, :, None] + np.arange(max(size // BANK_BYTES, 1))).reshape(len(first), -1), axis=1)
     new = np.ones(words.shape, bool)
     new[:, 1:] = words[:, 1:] != words[:, :-1]
-    turns = np.zeros((len(words), BANKS), int)
-    np.add.at(turns, (np.nonzero(new)[0], words[new] % BANKS), 1)
-    return int(turns.max())
+    busy = np.zeros((len(words), BANKS), int)
+    np.add.at(busy, (np.nonzero(new)[0], words[new] % BANKS), 1)
+    return busy.max(axis=1).reshape(len(addresses), -1)
 
 
 def _sectors(addresses: NDArray[Any]) -> int:
     """Most sectors that one of the accesses (accesses, threads) touches; an aligned vector lies in one."""
     return max(len(np.unique(request // SECTOR_BYTES)) for request in addresses)
+
+
+def tiled_objects(members: Mapping[str, Any]) -> dict[str, Tiled]:
+    """The members of a `Tiles` that are counted apart, and the operands that a TiledMma loads, as `QK.B`."""
+    found: dict[str, Tiled] = {}
+    for name, member in members.items():
+        if isinstance(member, (LoadMatrix, LoadVector, TiledCopy, TiledMma, WarpgroupMma)):
+            found[name] = member
+        if isinstance(member, TiledMma):
+            found |= {f"{name}.{side}": operand for side, operand in (("A", member.A), ("B", member.B)) if operand is not None}
+    return found
+
+
+@cache
+def per_instruction(tiled: LoadMatrix | LoadVector | Operand | TiledMma | WarpgroupMma) -> Counts:
+    """One ldmatrix or shared load of a warp, one MMA. Conflicts are those of the worst warp, step and origin; where a layout treats all alike,
+    as every tile with its own swizzle and every padded one does, each instruction has as many."""
+    if isinstance(tiled, TiledMma):
+        return Counts(mma=1)
+    if isinstance(tiled, WarpgroupMma):
+        return Counts(wgmma=1)
+    conflicts = int(load_conflicts(tiled).max())
+    if isinstance(tiled, LoadVector):
+        return Counts(shared_loads=1, shared_load_conflicts=conflicts)
+    return Counts(ldmatrix=1, ldmatrix_conflicts=conflicts)
+
+
+def load_conflicts(tiled: LoadMatrix | LoadVector | Operand) -> Any:
+    """Passes over the banks beyond one per matrix, or per eight threads, of each instruction that the object may issue: int64, by origin, step
+    and warp."""
+    load = tiled.load if isinstance(tiled, Operand) else tiled
+    thread, tile = np.arange(load.threads), load.tile
+    origins, lanes = (load.origins, 8 * load.atom.matrices) if isinstance(load, LoadMatrix) else (((0, 0),), WARP)
+    bases = (tile.offset(row + load.row(thread), column + load.column(thread)) * tile.dtype.bytes for row, column in origins)
+    # A step may leave the part of the tile that begins at another origin than the first: the address arithmetic is the same.
+    reached = np.stack([tile.at(base, *step) for base in bases for step in load.steps]).reshape(-1, WARP)[:, :lanes]
+    return (turns(reached, VECTOR_BYTES) - 1).sum(axis=1)
+
+
+@cache
+def per_tile(copy: TiledCopy, row_stride: int | None = None, rows: int | None = None) -> Counts:
+    """One TiledCopy of a tile of which `rows` rows exist, by default all.
+
+    `row_stride`: bytes from row to row in global memory, by default those of a row of the tile; the first row is aligned to a sector.
+    """
+    thread, vector = np.arange(copy.threads), copy.atom.bytes
+    stride = copy.tile.columns * copy.tile.dtype.bytes if row_stride is None else row_stride
+    there = copy.tile.rows if rows is None else rows
+    requests = sectors = vectors = 0
+    for step, _ in copy.steps:
+        row = step + copy.row(thread)
+        sector = (row * stride + copy.column(thread) * copy.tile.dtype.bytes) // SECTOR_BYTES
+        for first in range(0, copy.threads, WARP):
+            read = sector[first : first + WARP][row[first : first + WARP] < there]
+            requests, sectors, vectors = requests + (len(read) > 0), sectors + len(np.unique(read)), vectors + len(read)
+    return Counts(copy_calls=copy.threads, cp_async_requests=requests, cp_async_sectors=sectors, cp_async_bytes=vectors * vector)
+
+
+def flops(tiled: TiledMma | WarpgroupMma, counts: Counts) -> int:
+    """Floating-point operations of the MMAs that were counted: 2 m n k each."""
+    return 2 * math.prod(tiled.atom.shape) * (counts.mma + counts.wgmma)

@@ -14,11 +14,13 @@ class Cost:
     """What a launch must do, to rank configs before anything is measured.
 
     Args:
-        flops: floating-point operations, those thrown away included.
-        bytes: bytes that must cross device memory.
+        flops: floating-point operations, those thrown away included: 2 m n k of every MMA that the launch issues, as the host target counts
+            them. Of a kernel without MMAs, those of its inner loop.
+        bytes: bytes that must cross device memory: those of the 32-byte sectors that the launch reads before it writes them, and of those
+            that it writes, each once, as the host target counts them (`accesses`). A kernel that reads again what L2 has lost adds that.
         ctas: CTAs launched.
         ctas_per_sm: how many of them an SM holds at once.
-        efficiency: share of the device's tensor rate that the inner loop reaches when every SM is full.
+        efficiency: share of the device's tensor rate that the inner loop reaches when every SM is full, less what waits for others.
         uneven: CTAs take unlike times, so that no wave ends at once: half of one is lost, however many there are.
     """
 

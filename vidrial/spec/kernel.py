@@ -14,11 +14,7 @@ from typing import Any, Generic, cast
 
 from vidrial.device import CTA_THREADS, RESERVED_SMEM, WARP, Device
 from vidrial.errors import ArgumentError, ConfigError, LayoutError, TemplateError
-from vidrial.layout.copies import LoadMatrix, TiledCopy
-from vidrial.layout.counts import Counts
-from vidrial.layout.mma import TiledMma
 from vidrial.layout.occupancy import Occupancy
-from vidrial.layout.wgmma import WarpgroupMma
 from vidrial.spec.choices import check_choices
 from vidrial.spec.cost import Cost
 from vidrial.spec.digest import closure_digest, code_digest, tiles_asked_for
@@ -51,8 +47,6 @@ class Kernel(Generic[P, C]):
         grid: (problem, config) -> CTAs along x, y, z.
         rules: (problem, config, device) -> (holds, reason) pairs beyond what the tiles themselves demand.
         cost: (problem, config, device) -> Cost; without it configs keep their order of declaration.
-        traffic: (problem, config, tiles) -> name of a tiled member -> what it does in one launch, built by `vidrial.layout.counts`; not needed
-            by a kernel whose tiles have no copy, load or MMA.
     """
 
     name: str
@@ -65,7 +59,6 @@ class Kernel(Generic[P, C]):
     rules: Callable[[P, C, Device], Iterable[tuple[bool, str]]] = _no_rules
     cost: Callable[[P, C, Device], Cost] | None = None
     scalars: Callable[[P, C], Mapping[str, object]] = _no_scalars
-    traffic: Callable[[P, C, Tiles], Mapping[str, Counts]] | None = None
     _tiles: ByReads[Tiles] = field(init=False, repr=False)
     _sources: ByReads[Source] = field(init=False, repr=False)
 
@@ -159,20 +152,6 @@ class Kernel(Generic[P, C]):
         """Grid, threads and dynamic shared memory of the launch."""
         tiles = self.resolve(problem, config)
         return Geometry(self.grid(problem, config), tiles.threads, tiles.smem_bytes)
-
-    def counts(self, problem: P, config: C) -> dict[str, Counts]:
-        """What each tiled member does in one launch: the host target counts the same.
-
-        Raises:
-            ArgumentError: the tiles have copies, loads or MMAs, and no `traffic` says how often they are at work.
-        """
-        tiles = self.resolve(problem, config)
-        tiled = [name for name, member in tiles.members.items() if isinstance(member, (LoadMatrix, TiledCopy, TiledMma, WarpgroupMma))]
-        if self.traffic is None and tiled:
-            raise ArgumentError(
-                f"kernel {self.name}: nothing says how often {', '.join(tiled)} are at work; give the kernel a traffic function"
-            )
-        return dict(self.traffic(problem, config, tiles)) if self.traffic is not None else {}
 
     def pack(self, problem: P, config: C) -> bytearray:
         """The packed parameter struct, pointers null.

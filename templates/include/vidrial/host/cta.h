@@ -1,6 +1,5 @@
 // What the threads of a CTA do together: barriers, warp collectives, cp.async.
 #pragma once
-#include <tuple>
 #include <vidrial/host/shared.h>
 
 namespace vidrial::host {
@@ -92,12 +91,9 @@ unsigned vote(unsigned mask, bool mine) {
 // One cp.async on its way. The source is read when it is issued, and `place` kept, so that the right line is blamed.
 struct Copy { void* target; void* place; int bytes; char data[16]; };
 struct CopyQueue { std::vector<Copy> copies; std::vector<size_t> groups; };
-// One thread's part of a warp-wide request: equal `place` and `turn` (how often the thread came there) make up one request.
-struct Access { void const* place; unsigned turn; uintptr_t sector; };
 
 inline bool lazy = true;
 inline std::vector<CopyQueue> queues;
-inline std::vector<std::vector<Access>> accesses;
 
 inline void land(Copy const& copy) {
   OnBehalfOf const kernel(copy.place);
@@ -114,12 +110,10 @@ void cp_async(void* target, void const* source, int bytes, int valid) {
   Copy copy{target, place, bytes, {}};
   OnBehalfOf const kernel(place);
   memcpy(copy.data, source, size_t(valid));
-  stats.cp_async_bytes += valid;
+  counted().cp_async_bytes += valid;
   if (valid) {
-    auto& mine = accesses[size_t(current)];
-    unsigned turn = 0;
-    for (auto a = mine.rbegin(); a != mine.rend(); ++a) if (a->place == place) { turn = a->turn + 1; break; }
-    mine.push_back({place, turn, uintptr_t(source) / 32});
+    global_copies.add(place, uintptr_t(source));
+    touch(source, size_t(valid), false);
   }
   if (!lazy) return land(copy);
   memset(target, kPoisonByte, size_t(bytes));
@@ -155,30 +149,15 @@ void cp_async_wait_all() {
   q.groups.clear();
 }
 
-// Requests and 32-byte sectors of the finished CTA.
-inline void count_accesses() {
-  std::vector<std::tuple<void const*, unsigned, uintptr_t>> merged;
-  for (size_t first = 0; first < accesses.size(); first += 32) {
-    merged.clear();
-    for (size_t t = first; t < std::min(first + 32, accesses.size()); ++t)
-      for (Access const& a : accesses[t]) merged.emplace_back(a.place, a.turn, a.sector);
-    std::sort(merged.begin(), merged.end());
-    merged.erase(std::unique(merged.begin(), merged.end()), merged.end());
-    stats.cp_async_sectors += int64_t(merged.size());
-    for (size_t i = 0; i < merged.size(); ++i)
-      stats.cp_async_requests += !i || std::get<0>(merged[i]) != std::get<0>(merged[i - 1]) || std::get<1>(merged[i]) != std::get<1>(merged[i - 1]);
-  }
-}
-
 inline void run_cta() {
   poison_shared();
   queues.assign(size_t(thread_count), {});
-  accesses.assign(size_t(thread_count), {});
+  begin_counts();
   barrier.arrived = 0;
   run_threads();
   for (CopyQueue& q : queues) land_first(q, q.copies.size());
   check_shared();
-  count_accesses();
+  end_counts();
 }
 
 }  // namespace vidrial::host

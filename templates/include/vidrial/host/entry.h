@@ -33,10 +33,10 @@ struct Entry<void (*)(P...)> {
   static void call(char const* packed) { call<Kernel>(packed, std::index_sequence_for<P...>{}); }
 };
 
-template <auto Kernel>
+template <auto Kernel, class... Objects>
 int serve() {
   using E = Entry<decltype(Kernel)>;
-  return serve(&E::template call<Kernel>, E::kOffsets.back());
+  return serve(&E::template call<Kernel>, E::kOffsets.back(), {&identity<Objects>...});
 }
 
 }  // namespace vidrial::host

@@ -1,6 +1,7 @@
 // Every CUDA thread of the running CTA is a fiber on one OS thread; it runs until it has to wait for others.
 #pragma once
 #include <sys/mman.h>
+#include <utility>
 #include <vector>
 #include <vidrial/host/report.h>
 
@@ -81,6 +82,7 @@ struct Fiber {
   char* stack = nullptr;
   void* race_context = nullptr;
   StackInfo stack_info;
+  void const* object = nullptr;  // the tiled object whose instructions the thread is at
   uint3 index{};
   Wait wait;
   bool done = false;
@@ -233,6 +235,7 @@ inline void prepare(Fiber& fiber, int thread) {
   unsigned const t = unsigned(thread);
   fiber.index = {t % blockDim.x, t / blockDim.x % blockDim.y, t / (blockDim.x * blockDim.y)};
   fiber.done = false;
+  fiber.object = nullptr;
   fiber.wait = {};
   warps[size_t(thread >> 5)].full |= 1u << (thread & 31);
 }

@@ -90,7 +90,27 @@ inline void run_grid(Request const& r) {
   stats.seconds = now() - start;
 }
 
-int serve(void (*call)(char const* packed), size_t bytes) {
+// Sectors that differ from what they were are written, whatever the compiler said of it.
+inline void count_bytes(std::vector<Array> const& arrays) {
+  for (size_t i = 0; i < arrays.size() && VIDRIAL_ACCESSES; ++i) {
+    Touched& t = touched[i];
+    for (uint64_t b = 0; b < t.bytes; ++b)
+      if (t.data[b] != arrays[i].original[b]) t.sectors[t.place(t.data + b)] |= Touched::kWritten;
+    for (unsigned char s : t.sectors) stats.read_bytes += s & Touched::kRead ? 32 : 0, stats.written_bytes += s & Touched::kWritten ? 32 : 0;
+  }
+}
+
+// Which type each of the objects is, by the first one of it, and the counts of that type; before them what no object caused.
+inline void reply_counts(std::vector<size_t> const& types) {
+  write_all(&counts[0], sizeof counts[0]);
+  for (size_t type : types) {
+    int64_t const index = int64_t(type);
+    write_all(&index, sizeof index);
+    write_all(&counts[type], sizeof counts[type]);
+  }
+}
+
+int serve(void (*call)(char const* packed), size_t bytes, std::initializer_list<void const*> objects) {
   reply_fd = dup(1);
   // What the kernel prints is no part of the reply.
   dup2(2, 1);
@@ -103,7 +123,15 @@ int serve(void (*call)(char const* packed), size_t bytes) {
   auto const pointers = read_many<PointerEntry>(request.pointers);
   gaps = read_many<Gap>(request.gaps);
   std::vector<Array> arrays;
-  for (ArrayEntry const& e : entries) arrays.push_back(read_array(e));
+  for (ArrayEntry const& e : entries) {
+    arrays.push_back(read_array(e));
+    if (VIDRIAL_ACCESSES) touched.emplace_back(arrays.back().data, e.bytes);
+  }
+  std::vector<size_t> types;
+  for (void const* object : objects) {
+    if (!index_of(object)) identities.push_back(object), counts.emplace_back();
+    types.push_back(index_of(object));
+  }
   for (PointerEntry const& p : pointers) {
     char* const address = arrays[p.array].data + p.delta;
     memcpy(packed + p.offset, &address, sizeof address);
@@ -120,7 +148,9 @@ int serve(void (*call)(char const* packed), size_t bytes) {
   watch(request.timeout);
   run_grid(request);
   for (PointerEntry const& p : pointers) check_array(arrays[p.array], p.offset);
+  count_bytes(arrays);
   begin_reply("");
+  reply_counts(types);
   for (size_t i = 0; i < arrays.size(); ++i) {
     if (!arrays[i].bytes || !memcmp(arrays[i].data, arrays[i].original.data(), arrays[i].bytes)) continue;
     int64_t const index = int64_t(i);

@@ -15,9 +15,9 @@ dim3 blockDim, gridDim;
 
 namespace vidrial::host {
 
-// Counted over the whole launch. NOTE: vidrial.host.HostStats has the same fields in the same order.
+// Of the whole launch. NOTE: vidrial.host.target unpacks these fields in the same order.
 struct Stats {
-  int64_t switches, mma, wgmma, ldmatrix, ldmatrix_conflicts, cp_async_requests, cp_async_sectors, cp_async_bytes, shared_memory_high_water;
+  int64_t switches, shared_memory_high_water, read_bytes, written_bytes;
   double seconds;
 };
 inline Stats stats{};

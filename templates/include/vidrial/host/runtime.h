@@ -2,6 +2,7 @@
 // kernels and without a sanitizer: what it does in its own memory is no finding, what it does in the kernel's goes through memcpy and
 // memset, which sanitizers watch.
 #pragma once
+#include <initializer_list>
 #include <vidrial/host/cuda_shim.h>
 
 #define VIDRIAL_INLINE inline __attribute__((always_inline))
@@ -55,7 +56,21 @@ void wgmma_wait_group(int pending);
 // What the CTA wrote to shared memory so far, wgmma may read after the next barrier.
 void fence_async_proxy();
 
-// main() of the executable: `call` runs the kernel in the current thread, with `bytes` of packed arguments.
-int serve(void (*call)(char const* packed), size_t bytes);
+// Tells the types of tiled objects apart. What a thread causes counts as that of the object that it entered last and has not left.
+template <class Object> inline char identity = 0;
+void const* enter_object(void const* identity);  // the one before
+struct Counted {
+  void const* const before;
+  explicit Counted(void const* identity) : before(enter_object(identity)) {}
+  ~Counted() { enter_object(before); }
+};
+// The thread begins its part of a tile's copy.
+void count_copy();
+// The thread loads 16 bytes at a shared-memory address.
+void count_shared_load(uint32_t address);
+
+// main() of the executable: `call` runs the kernel in the current thread, with `bytes` of packed arguments; `objects` are the identities of
+// the types that are counted apart, in the order that the reply has them.
+int serve(void (*call)(char const* packed), size_t bytes, std::initializer_list<void const*> objects);
 
 }  // namespace vidrial::host

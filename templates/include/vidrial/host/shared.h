@@ -1,6 +1,6 @@
 // The CTA's shared memory: the dynamic part, exactly as many bytes as asked for, and the static arrays in their section.
 #pragma once
-#include <vidrial/host/fiber.h>
+#include <vidrial/host/counts.h>
 
 namespace vidrial::host {
 

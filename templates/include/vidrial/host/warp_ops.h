@@ -36,7 +36,7 @@ void multiply_warp(MmaArgument<K>** lanes) {
       for (int n = 0; n < 8; ++n) d[m][n] += a[m][k] * b[k][n];
   for (int t = 0; t < 32; ++t)
     for (int v = 0; v < 4; ++v) lanes[t]->c[v] = d[(t >> 2) + (v >> 1) * 8][(t & 3) * 2 + (v & 1)];
-  ++stats.mma;
+  ++counted().mma;
 }
 
 template <class Element, int K>
@@ -47,28 +47,14 @@ void mma(MmaArgument<K>& argument) {
 
 struct MatrixArgument { void const* row; uint16_t data[8]; uint32_t result[4]; };
 
-// Extra passes over the banks: rows in the same 4 banks at different addresses, for each matrix.
-inline int conflicts(MatrixArgument* const* lanes) {
-  int worst = 0;
-  for (int r = 0; r < 8; ++r) {
-    uintptr_t const mine = uintptr_t(lanes[r]->row) / 16;
-    int together = 0;
-    for (int s = 0; s <= r; ++s) {
-      uintptr_t const other = uintptr_t(lanes[s]->row) / 16;
-      bool const repeated = std::any_of(lanes, lanes + s, [&](MatrixArgument* x) { return uintptr_t(x->row) / 16 == other; });
-      together += other % 8 == mine % 8 && !repeated;
-    }
-    worst = std::max(worst, together);
-  }
-  return worst - 1;
-}
-
 // Matrix i has its 8 rows from lanes 8i to 8i + 7; lane t gets elements 2(t % 4) and the next of row t / 4, or of column t / 4.
 template <int Matrices, bool Transposed>
 void load_warp(MatrixArgument** lanes) {
   for (int i = 0; i < Matrices; ++i) {
     MatrixArgument** const rows = lanes + 8 * i;
-    stats.ldmatrix_conflicts += conflicts(rows);
+    uintptr_t address[8];
+    for (int r = 0; r < 8; ++r) address[r] = uintptr_t(rows[r]->row);
+    counted().ldmatrix_conflicts += bank_conflicts(address, 8);
     for (int t = 0; t < 32; ++t) {
       int const g = t >> 2, pair = (t & 3) * 2;
       uint32_t const low = Transposed ? rows[pair]->data[g] : rows[g]->data[pair];
@@ -76,7 +62,7 @@ void load_warp(MatrixArgument** lanes) {
       lanes[t]->result[i] = low | high << 16;
     }
   }
-  ++stats.ldmatrix;
+  ++counted().ldmatrix;
 }
 
 // The row is read by the lane that gives its address: a sanitizer blames the right thread. Lanes beyond 8 Matrices give none.

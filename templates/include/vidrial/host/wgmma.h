@@ -39,6 +39,7 @@ struct Registers {
 struct Operation {
   Wgmma instruction;
   void* place;
+  void const* object;
   bool done;
   Chunk a, b[2 * kMostColumns / 32];
   float c[kMostColumns / 2];
@@ -223,7 +224,7 @@ inline void execute(int first, size_t index) {
   }
   if (threads[0]->done) return;
   for (int w = 0; w < kGroupThreads; w += 32) multiply_rows(threads + w, spread_b(threads + w, w == 0));
-  ++stats.wgmma;
+  ++counts_of(threads[0]->object).wgmma;
   for (int t = 0; t < kGroupThreads; ++t) {
     Operation& o = *threads[t];
     o.done = true;
@@ -268,6 +269,7 @@ void wgmma(Wgmma const& instruction, float* const* registers) {
   bool const follows = lazy && on_same_registers(q, 0, mine) != &o;
   o.instruction = instruction;
   o.place = __builtin_return_address(0);
+  o.object = fibers[size_t(current)].object;
   o.done = false;
   visit_chunks(o, [](Matrix const& matrix, uint32_t c, Chunk& chunk) { chunk = matrix.read_behind_fence(c); });
   for (int v = 0; v < mine.count && !follows; ++v) o.c[v] = *mine[v];
