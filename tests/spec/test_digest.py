@@ -15,7 +15,8 @@ from vidrial.errors import TemplateError
 from vidrial.spec.digest import Include, closure_digest, code_digest, code_of, includes_of, tiles_asked_for
 from vidrial.templates import TEMPLATES
 
-HEADERS = sorted(Path(TEMPLATES).rglob("*.cuh"))
+# Not the host target's: they shadow the library's own, by #include_next.
+HEADERS = sorted(path for path in Path(TEMPLATES).rglob("*.cuh") if "host" not in path.parts)
 
 
 def tokens(text: str, jinja: bool = False) -> list[str]:
