@@ -202,7 +202,7 @@ class Op(Generic[P, C]):
             return iter((shared,))
         return (dataclasses.replace(shared, **{part: config}) for config in configs(parts(self.config)[part]))
 
-    def _estimates(self, problem: Any, shared: Any, device: Device, part: str) -> list[Candidate]:
+    def _estimates(self, problem: P, shared: Any, device: Device, part: str) -> list[Candidate]:
         """What the rules leave of `shared` with the part's configs, by the part's own predicted time."""
         variants = ((v, self.estimate(problem, v, device, part)) for v in self._part_variants(problem, shared, part))
         return sorted((Candidate(v, seconds) for v, seconds in variants if seconds is not None), key=lambda c: c.seconds)
@@ -212,7 +212,7 @@ class Op(Generic[P, C]):
         legal = (c for c in estimates if self.reject(problem, c.config, device, part) is None)
         return Stream(Candidate(getattr(c.config, part), c.seconds) for c in legal)
 
-    def ranked_parts(self, problem: Any, shared: Any, device: Device) -> dict[str, Stream[Candidate]]:
+    def ranked_parts(self, problem: P, shared: C, device: Device) -> dict[str, Stream[Candidate[Any]]]:
         """For one combination of own choices: each part's legal configs, fastest-predicted first, with the part's own time.
 
         Stages run one after another, so parts rank on their own.
@@ -271,7 +271,7 @@ class Op(Generic[P, C]):
                     for following in entry(after):
                         heapq.heappush(heap, following)
 
-    def space(self, problem: Any, device: Device | None = None, limit: int = 256, fixed: Mapping[str, Any] | None = None) -> Space:
+    def space(self, problem: P, device: Device | None = None, limit: int = 256, fixed: Mapping[str, object] | None = None) -> Space[C]:
         """The first `limit` of `ranked`; and every rejection once, of a config or of a part of one."""
         device = device or Device.default()
         rejected: dict[Any, Rejected] = {}
