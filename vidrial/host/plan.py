@@ -11,9 +11,10 @@ from vidrial.device import Device
 from vidrial.dtypes import DType
 from vidrial.errors import UnsupportedError
 from vidrial.host.target import SCHEDULES, HostBinary, HostStats, Schedule, compile_host
+from vidrial.host.tensor_map import pack
 from vidrial.layout.mma import atoms_of
 from vidrial.spec.op import Op, Stage
-from vidrial.spec.source import Tiles
+from vidrial.spec.source import TENSOR_MAP_BYTES, Tiles
 
 # The newest architecture (80 for sm_80) whose instructions the host target has.
 NEWEST_EMULATED = 90
@@ -41,7 +42,10 @@ class HostPlan:
             _refuse_what_has_no_emulation(stage.kernel.name, tiles)
             source = stage.kernel.source(stage.problem, stage.config, guard)
             binary = compile_host(source.text, stage.kernel.name, sanitizer=sanitizer, include_dirs=source.include_dirs)
-            self._launches.append((binary, tiles, stage, stage.kernel.pack(stage.problem, stage.config)))
+            packed = stage.kernel.pack(stage.problem, stage.config)
+            for offset, (name, map) in stage.kernel.tensor_maps(stage.problem, stage.config).items():
+                packed[offset : offset + TENSOR_MAP_BYTES] = pack(map, name)
+            self._launches.append((binary, tiles, stage, packed))
 
     def run(self, arrays: Mapping[str, np.ndarray], schedule: Schedule = SCHEDULES[0]) -> dict[str, HostStats]:
         """Run all launches on NumPy arrays (bfloat16 as uint16 bits), outputs in place; what each kernel did, by its name."""
@@ -53,6 +57,8 @@ class HostPlan:
             grid = stage.kernel.grid(stage.problem, stage.config)
             if 0 not in grid:
                 pointers = {offset: every[name] for name, offset in stage.kernel.args.pointers.items() if name in every}
+                maps = stage.kernel.tensor_maps(stage.problem, stage.config)
+                pointers |= {offset: every[map.array] for offset, (_, map) in maps.items()}
                 stats[stage.kernel.name] = binary.launch(grid, tiles.threads, tiles.smem or 0, packed, pointers, schedule)
         return stats
 

@@ -20,6 +20,7 @@ from vidrial.layout.copies import LoadMatrix, TiledCopy
 from vidrial.layout.counts import Counts
 from vidrial.layout.mma import TiledMma
 from vidrial.layout.occupancy import Occupancy
+from vidrial.layout.tma import TensorMap
 from vidrial.layout.wgmma import WarpgroupMma
 from vidrial.spec.choices import check_choices, configs
 from vidrial.spec.cost import Cost
@@ -38,6 +39,10 @@ def _no_scalars(problem: Any, config: Any) -> Mapping[str, Any]:
     return {}
 
 
+def _no_maps(problem: Any, config: Any, tiles: Tiles) -> Mapping[str, TensorMap]:
+    return {}
+
+
 @dataclass(frozen=True, eq=False)
 class Kernel:
     """A kernel's description.
@@ -53,6 +58,7 @@ class Kernel:
         cost: (problem, config, device) -> Cost; without it configs keep their order of declaration.
         traffic: (problem, config, tiles) -> name of a tiled member -> what it does in one launch, built by `vidrial.layout.counts`; not needed
             by a kernel whose tiles have no copy, load or MMA.
+        maps: (problem, config, tiles) -> argument of type TensorMap -> which of the op's arrays it is, with its true extents and strides.
     """
 
     name: str
@@ -66,6 +72,7 @@ class Kernel:
     cost: Callable[[Any, Any, Device], Cost] | None = None
     scalars: Callable[[Any, Any], Mapping[str, Any]] = _no_scalars
     traffic: Callable[[Any, Any, Tiles], Mapping[str, Counts]] | None = None
+    maps: Callable[[Any, Any, Tiles], Mapping[str, TensorMap]] = _no_maps
 
     def resolve(self, problem: Any, config: Any) -> Tiles:
         """Everything that is known before the launch.
@@ -154,6 +161,19 @@ class Kernel:
             ArgumentError: a scalar has no value.
         """
         return self.args.pack(fields(problem, "static") | fields(problem, "dynamic") | dict(self.scalars(problem, config)))
+
+    def tensor_maps(self, problem: Any, config: Any) -> dict[int, tuple[str, TensorMap]]:
+        """Offset in the parameter struct -> name and map of each argument of type TensorMap.
+
+        Raises:
+            ArgumentError: `maps` has others than the arguments. LayoutError: TMA cannot take such an array.
+        """
+        maps = self.maps(problem, config, self.resolve(problem, config))
+        if set(maps) != set(self.args.maps):
+            raise ArgumentError(
+                f"kernel {self.name}: maps gives {', '.join(maps) or 'none'}; its arguments of type TensorMap are {', '.join(self.args.maps) or 'none'}"
+            )
+        return {offset: (name, maps[name]) for name, offset in self.args.maps.items()}
 
     def occupancy(self, problem: Any, config: Any, device: Device, registers: int) -> Occupancy:
         """CTAs an SM holds, and what limits them, for a register count (from the cubin, or an estimate)."""

@@ -21,9 +21,13 @@ from typing import Any
 import jinja2
 
 from vidrial.errors import ArgumentError, TemplateError, ToolchainError
+from vidrial.layout.atoms import MmaAtom
+from vidrial.layout.barriers import Barriers, NamedBarriers
+from vidrial.layout.mma import atoms_of
 from vidrial.layout.smem import SharedMemory
 
 FORMATS = {"int": "i", "int32_t": "i", "uint32_t": "I", "int64_t": "q", "float": "f"}
+TENSOR_MAP, TENSOR_MAP_BYTES, TENSOR_MAP_ALIGNMENT = "TensorMap", 128, 64
 INCLUDE = re.compile(r'^\s*#\s*include\s*[<"]([^>"]+)[>"]', re.MULTILINE)
 HOST_HEADERS = "vidrial/host/"
 # Template lines after which the rendered text may have more or fewer lines than the template.
@@ -51,38 +55,46 @@ def cpp(value: Any) -> str:
 class Arguments:
     """The kernel's one parameter, a struct passed by value: field name -> C++ type, declared once for both sides.
 
-    Types: `int`, `int32_t`, `uint32_t`, `int64_t`, `float`, any pointer (`Elem const*`), or an array of the former (`int64_t[3]`).
+    Types: `int`, `int32_t`, `uint32_t`, `int64_t`, `float`, any pointer (`Elem const*`), or an array of the former (`int64_t[3]`); and
+    `TensorMap`, 128 bytes aligned to 64, which the launch fills in by what `Kernel.maps` says (`maps` has their offsets).
     """
 
     def __init__(self, **types: str) -> None:
         self.types = types
         self.pointers: dict[str, int] = {}
+        self.maps: dict[str, int] = {}
         self._scalars: dict[str, tuple[int, str]] = {}
-        layout = "@"
+        end, self.alignment = 0, 8
         for name, kind in types.items():
             element, count = (m[1].strip(), int(m[2])) if (m := re.fullmatch(r"(.+)\[(\d+)\]", kind)) else (kind, 1)
+            if kind == TENSOR_MAP:
+                self.maps[name] = end = -(-end // TENSOR_MAP_ALIGNMENT) * TENSOR_MAP_ALIGNMENT
+                end, self.alignment = end + TENSOR_MAP_BYTES, TENSOR_MAP_ALIGNMENT
+                continue
             code = "P" if element.endswith("*") else FORMATS.get(element)
             if code is None:
                 raise ArgumentError(
-                    f"argument {name}: type {kind!r} is not known; accepted: a pointer, {', '.join(FORMATS)}, or an array of these"
+                    f"argument {name}: type {kind!r} is not known; accepted: a pointer, {', '.join(FORMATS)}, or an array of these; {TENSOR_MAP}"
                 )
-            layout += f"0{code}"
-            offset = struct.calcsize(layout)
+            size = struct.calcsize(code)
+            offset = -(-end // size) * size
             if code == "P":
                 self.pointers[name] = offset
             else:
                 self._scalars[name] = (offset, f"@{count}{code}")
-            layout += f"{count}{code}"
-        self.bytes = struct.calcsize(layout + "0P")
+            end = offset + size * count
+        self.bytes = -(-end // self.alignment) * self.alignment
 
     @property
     def cpp(self) -> str:
         """`struct Args {...};`, laid out as `pack` packs it."""
         members = (
-            f"  {m[1]} {name}[{m[2]}];" if (m := re.fullmatch(r"(.+)\[(\d+)\]", kind)) else f"  {kind} {name};"
+            f"  {m[1]} {name}[{m[2]}];"
+            if (m := re.fullmatch(r"(.+)\[(\d+)\]", kind))
+            else f"  {'vidrial::' * (kind == TENSOR_MAP)}{kind} {name};"
             for name, kind in self.types.items()
         )
-        return "struct alignas(8) Args {\n" + "\n".join(members) + "\n};"
+        return f"struct alignas({self.alignment}) Args {{\n" + "\n".join(members) + "\n};"
 
     def pack(self, values: Mapping[str, Any]) -> bytearray:
         """The struct's bytes with every scalar filled in and every pointer null (`pointers` has their offsets).
@@ -109,7 +121,7 @@ class Tiles:
         threads: threads per CTA.
         smem: the regions of dynamic shared memory, or None.
         min_blocks: CTAs per SM that the register allocation must allow (the second launch bound).
-        members: name -> int, bool, DType, or an object that prints as a C++ type. Read back as attributes.
+        members: name -> int, bool, DType, or an object that prints as a C++ type, or as a struct of them. Read back as attributes.
     """
 
     def __init__(self, *, threads: int, smem: SharedMemory | None = None, min_blocks: int = 1, **members: Any) -> None:
@@ -137,18 +149,22 @@ class Tiles:
 
     @property
     def cpp(self) -> str:
-        """`struct Tiles {...};`"""
+        """`struct Tiles {...};`, behind the definitions of the atoms that it names."""
         lines = [f"  static constexpr int threads = {self.threads}, min_blocks = {self.min_blocks};"]
         for name, value in self.members.items():
             if isinstance(value, bool):
                 lines.append(f"  static constexpr bool {name} = {cpp(value)};")
             elif isinstance(value, int):
                 lines.append(f"  static constexpr int {name} = {value};")
+            elif isinstance(value, (Barriers, NamedBarriers)):
+                lines.append(value.declare(name))
             else:
                 lines.append(f"  using {name} = {cpp(value)};")
         if self.smem is not None:
             lines.append("  struct Smem { static constexpr int " + ", ".join(f"{k} = {v}" for k, v in self.smem.members().items()) + "; };")
-        return "struct Tiles {\n" + "\n".join(lines) + "\n};"
+        atoms = (atom for member in self.members.values() for atom in atoms_of(member) if isinstance(atom, MmaAtom))
+        definitions = dict.fromkeys(atom.definition for atom in atoms if atom.definition)
+        return "\n".join((*definitions, "struct Tiles {", *lines, "};"))
 
 
 @dataclass(frozen=True)
