@@ -17,6 +17,7 @@ import pytest
 from vidrial.device import Device
 from vidrial.dtypes import DType
 from vidrial.errors import ArgumentError
+from vidrial.events import Counts
 from vidrial.host.plan import HostPlan, poison
 from vidrial.host.target import HostStats, compile_host
 from vidrial.kernels.power_retention import attend, scan
@@ -25,7 +26,6 @@ from vidrial.kernels.power_retention.op import op as power_retention
 from vidrial.layout.access import Tiled, flops, load_conflicts, per_instruction, per_tile, tiled_objects
 from vidrial.layout.atoms import cp_async, ldmatrix
 from vidrial.layout.copies import LoadMatrix, LoadVector, TiledCopy
-from vidrial.layout.counts import Counts
 from vidrial.layout.mma import Operand, TiledMma
 from vidrial.layout.smem import SmemLayout
 from vidrial.layout.wgmma import WarpgroupMma

@@ -14,11 +14,11 @@ from vidrial.build.cubins import cubin_of
 from vidrial.cli.tables import duration, facts, show_table, split_words
 from vidrial.device import VECTOR_BYTES, WARP, Device
 from vidrial.errors import ConfigError, ToolchainError, UnsupportedError
+from vidrial.events import Counts
 from vidrial.host.plan import HostPlan, poison
 from vidrial.host.target import HostStats, Schedule
 from vidrial.layout.access import Tiled, analyse, flops, per_instruction, per_tile, tiled_objects
 from vidrial.layout.copies import LoadVector, TiledCopy
-from vidrial.layout.counts import Counts
 from vidrial.layout.mma import Operand, TiledMma
 from vidrial.layout.occupancy import Waves
 from vidrial.layout.wgmma import WarpgroupMma

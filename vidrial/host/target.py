@@ -24,9 +24,9 @@ from typing import TYPE_CHECKING, Any
 from vidrial.build.store import Store, binary_key
 from vidrial.device import CTA_THREADS, PARAMETER_BYTES
 from vidrial.errors import ArgumentError, LaunchError
+from vidrial.events import FIELDS, Counts
 from vidrial.host.compiler import TEXT, Build, execute, temporary
 from vidrial.host.messages import crash, resolve
-from vidrial.layout.counts import FIELDS, Counts
 
 if TYPE_CHECKING:
     import numpy as np

@@ -21,8 +21,8 @@ from numpy.typing import NDArray
 
 from vidrial.device import VECTOR_BYTES, WARP
 from vidrial.errors import ArgumentError
+from vidrial.events import Counts
 from vidrial.layout.copies import LoadMatrix, LoadVector, TiledCopy
-from vidrial.layout.counts import Counts
 from vidrial.layout.mma import Operand, TiledMma
 from vidrial.layout.wgmma import DEPTH, SWIZZLE_BYTES, Descriptor, WarpgroupMma
 

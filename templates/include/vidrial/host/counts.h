@@ -7,7 +7,7 @@
 
 namespace vidrial::host {
 
-// NOTE: vidrial.layout.counts.Counts has the same fields in the same order.
+// NOTE: vidrial.events.Counts has the same fields in the same order.
 struct Counts {
   int64_t mma, wgmma, ldmatrix, ldmatrix_conflicts, shared_loads, shared_load_conflicts, copy_calls, cp_async_requests, cp_async_sectors, cp_async_bytes;
 };

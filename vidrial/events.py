@@ -1,4 +1,4 @@
-"""What a launch does, as the host target counts it. `vidrial.layout.access` predicts it per instruction and per tile."""
+"""What is counted of a launch: the host target counts it, `vidrial.layout.access` predicts it per instruction and per tile."""
 
 from __future__ import annotations
 
