@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from vidrial.device import Device
 from vidrial.dtypes import DType
 from vidrial.errors import ArgumentError, TemplateError
 from vidrial.spec.choices import configs, describe
-from vidrial.spec.fields import choice, dynamic, specialize, static
+from vidrial.spec.fields import ByReads, Static, choice, dynamic, specialize, static
 from vidrial.spec.kernel import Kernel
 from vidrial.spec.source import Arguments, Tiles
 
@@ -183,3 +184,28 @@ def test_a_config_s_plain_field_is_no_choice(kernel: Kernel) -> None:
     assert describe(Config(block=99)) == "tile=64 stages=2 mma=sync fixed="
     legal = [c for c in configs(Config) if kernel.reject(problem(), c, Device.of("h200")) is None]
     assert {c.block for c in legal} == {16} and len(legal) == 16
+
+
+def test_calls_at_once_do_not_disturb_one_another(kernel: Kernel) -> None:
+    """Another thread makes tiles that read other fields while this one looks through what is known."""
+    remembered = ByReads(lambda static: kernel.tiles(static.problem, static.config))
+
+    class Interrupted(Static):
+        def values(self, names: Any) -> tuple[Any, ...]:
+            remembered(Static(problem(gated=False), Config()))
+            return super().values(names)
+
+    remembered(Static(problem(d=9), Config()))
+    assert remembered(Interrupted(problem(), Config())).width == 4
+    assert remembered.made == 3
+
+
+def test_many_threads_get_one_answer_each(kernel: Kernel) -> None:
+    asked = [problem(d=d, e=e, gated=gated) for d in range(1, 9) for e in range(1, 5) for gated in (True, False)]
+    alone = [kernel.source(p, Config()).text for p in asked]
+    shared = dataclasses.replace(kernel)
+    with ThreadPoolExecutor(8) as pool:
+        binaries = list(pool.map(lambda p: shared.binary(p, Config()), asked * 4))
+        texts = list(pool.map(lambda p: shared.source(p, Config()).text, asked * 4))
+    assert texts == alone * 4
+    assert len(set(binaries)) == len(set(alone)) and binaries[: len(asked)] * 4 == binaries

@@ -197,25 +197,26 @@ class ByReads(Generic[T]):
 
     def clear(self) -> None:
         """Remember nothing."""
-        self._version: Hashable = None
-        self._known: dict[tuple[Read, ...], dict[tuple[Any, ...], T]] = {}
+        self._known: tuple[Hashable, dict[tuple[Read, ...], dict[tuple[Any, ...], tuple[T]]]] = None, {}
         self.made = 0
 
     def __call__(self, static: Static, version: Hashable = None) -> T:
         """The result, whose reads `static` notes as its own; `version`: whatever else decides it, nothing of another one is kept."""
-        if version != self._version:
-            self._version, self._known = version, {}
-        for names, results in self._known.items():
+        # NOTE: no lock, so threads that call at once may make one thing twice; what one looks through, another may add to or replace.
+        if version != self._known[0]:
+            self._known = version, {}
+        known = self._known[1]
+        for names, results in tuple(known.items()):
             values = static.values(names)
-            if values in results:
+            if (found := results.get(values)) is not None:
                 static.reads.update(zip(names, values, strict=True))
-                return results[values]
+                return found[0]
         own = static.anew()
         made = self._function(own)
         self.made += 1
-        results = self._known.setdefault(tuple(own.reads), {})
+        results = known.setdefault(tuple(own.reads), {})
         if len(results) >= REMEMBERED:
             results.clear()
-        results[tuple(own.reads.values())] = made
+        results[tuple(own.reads.values())] = (made,)
         static.reads.update(own.reads)
         return made

@@ -60,7 +60,7 @@ class Kernel(Generic[P, C]):
     cost: Callable[[P, C, Device], Cost] | None = None
     scalars: Callable[[P, C], Mapping[str, object]] = _no_scalars
     _tiles: ByReads[Tiles] = field(init=False, repr=False)
-    _sources: ByReads[Source] = field(init=False, repr=False)
+    _reads: ByReads[str] = field(init=False, repr=False)
 
     def resolve(self, problem: P, config: C) -> Tiles:
         """Everything that is known before the launch; one object for all problems and configs that agree in what `tiles` reads.
@@ -82,7 +82,7 @@ class Kernel(Generic[P, C]):
         """What decides the binary: all that `source` reads, with its values; with `lengths` False, but for dynamic fields baked in."""
         static = Static(problem, config)
         stat = self.template.stat()
-        self._sources(static, (stat.st_mtime_ns, stat.st_size, self._asked_for()))
+        self._reads(static, (stat.st_mtime_ns, stat.st_size, self._asked_for()))
         left_out = set() if lengths else {("problem", name) for name in fields(problem, "dynamic")}
         return self.name, tuple((read, value) for read, value in static.reads.items() if read not in left_out)
 
@@ -184,7 +184,8 @@ class Kernel(Generic[P, C]):
         if not self.template.is_file():
             raise ArgumentError(f"kernel {self.name}: template {self.template} does not exist")
         object.__setattr__(self, "_tiles", ByReads(lambda static: self.tiles(cast(P, static.problem), cast(C, static.config))))
-        object.__setattr__(self, "_sources", ByReads(self._render))
+        # The text itself, kilobytes of it, is not kept.
+        object.__setattr__(self, "_reads", ByReads(lambda static: self._render(static).entry))
 
 
 def _has(record: type, name: str) -> bool:
