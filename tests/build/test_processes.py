@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from vidrial.build.processes import Child, Ended, ready
 
 PROGRAM = """
 import os, sys, time
-def server(send, folder, name):
+def server(send, name, folder=None):
     def answer(request):
         if request == "die":
             print("no such luck", file=sys.stderr)
@@ -30,9 +31,23 @@ def server(send, folder, name):
 def child(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     (tmp_path / "answers.py").write_text(PROGRAM)
     monkeypatch.syspath_prepend(str(tmp_path))
-    child = Child("answers:server", "mine", environment=os.environ | {"HOME": "/nowhere"})
+    child = Child("answers:server", "mine", environment=os.environ | {"HOME": "/nowhere"}, folder=True)
     yield child
     child.stop()
+
+
+def test_without_a_folder_nothing_is_left_of_one_that_is_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "answers.py").write_text(PROGRAM)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    (tmp_path / "temporary").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
+    for folder in (False, True):
+        child = Child("answers:server", "mine", folder=folder)
+        child.process.kill()
+        child.process.wait()
+        assert len(list((tmp_path / "temporary").iterdir())) == int(folder)
+        child.stop()
+        assert not list((tmp_path / "temporary").iterdir())
 
 
 def test_it_answers_one_request_after_another(child: Child) -> None:

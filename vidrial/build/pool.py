@@ -125,7 +125,7 @@ class CompilePool:
             if child.alive:
                 return child
             child.stop()
-        return Child("vidrial.build.pool:server", environment=worker_environment())
+        return Child("vidrial.build.pool:server", environment=worker_environment(), folder=True)
 
     def _ended(self, job: Job, error: Ended) -> CompileError:
         how = f"took more than {self.timeout:g} s and was stopped" if error.late else f"ended its compiler: {error.how}"

@@ -1,6 +1,6 @@
 """The one child process: it answers requests one at a time, within their time, and dies with its parent. What travels is JSON.
 
-child = Child("vidrial.build.pool:server")     # there: server(send, folder) -> what answers a request
+child = Child("module:server")                  # there: server(send) -> what answers a request
 child.ask(request, seconds=120.0)
 for child in ready([child]):
     reply = child.receive()                     # or Ended, which says how
@@ -22,7 +22,6 @@ import tempfile
 import threading
 import time
 from collections.abc import Collection, Mapping
-from pathlib import Path
 from typing import Any
 
 # NOTE: not multiprocessing.Process: it would run the user's main script again in each child.
@@ -46,25 +45,27 @@ class Child:
     """A process of its own session, so that Ctrl-C reaches this one alone, which then ends its children.
 
     Args:
-        target: `module:function`, called there as function(send, folder, *arguments); it returns what makes a request its reply. `send`
-            sends a message before that. `folder` is the child's own, and gone with it.
+        target: `module:function`, called there as function(send, *arguments); it returns what makes a request its reply. `send` sends a
+            message before that.
         environment: by default this process's.
+        folder: whether the last argument is the path of a folder, the child's own and gone with it.
     """
 
-    def __init__(self, target: str, *arguments: str, environment: Mapping[str, str] | None = None) -> None:
+    def __init__(self, target: str, *arguments: str, environment: Mapping[str, str] | None = None, folder: bool = False) -> None:
         self._connection, theirs = multiprocessing.Pipe()
-        self._folder = tempfile.mkdtemp(prefix="vidrial-child-")
+        # Without a name: nothing is left where this process and the child are killed together, as Ray does it.
+        self._last_words = tempfile.TemporaryFile()  # noqa: SIM115
+        self._folders = [tempfile.mkdtemp(prefix="vidrial-child-")] if folder else []
         self.deadline = 0.0
-        told = {"descriptor": theirs.fileno(), "parent": os.getpid(), "folder": self._folder, "target": target, "arguments": arguments}
-        with open(self._last_words, "wb") as errors:
-            self.process = subprocess.Popen(
-                [sys.executable, "-c", PROGRAM, json.dumps({**told, "path": sys.path})],
-                pass_fds=[theirs.fileno()],
-                stdin=subprocess.DEVNULL,
-                stderr=errors,
-                env=environment,
-                start_new_session=True,
-            )
+        told = {"descriptor": theirs.fileno(), "parent": os.getpid(), "target": target, "arguments": arguments, "folders": self._folders}
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", PROGRAM, json.dumps({**told, "path": sys.path})],
+            pass_fds=[theirs.fileno()],
+            stdin=subprocess.DEVNULL,
+            stderr=self._last_words,
+            env=environment,
+            start_new_session=True,
+        )
         theirs.close()
 
     @property
@@ -94,7 +95,8 @@ class Child:
             self.process.kill()
         code = self.process.wait()
         how = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
-        lines = self._last_words.read_text(errors="replace").strip().splitlines()
+        self._last_words.seek(0)
+        lines = self._last_words.read().decode(errors="replace").strip().splitlines()
         self.stop()
         raise Ended(late, ": ".join([how, *lines[-1:]]))
 
@@ -103,11 +105,8 @@ class Child:
         self.process.kill()
         self.process.wait()
         self._connection.close()
-        shutil.rmtree(self._folder, ignore_errors=True)
-
-    @property
-    def _last_words(self) -> Path:
-        return Path(self._folder, "stderr")
+        self._last_words.close()
+        _remove(self._folders)
 
 
 def ready(children: Collection[Child]) -> list[Child]:
@@ -118,25 +117,30 @@ def ready(children: Collection[Child]) -> list[Child]:
     return [child for child in children if child._connection in found or child.deadline <= now]
 
 
-def serve(descriptor: int, parent: int, folder: str, target: str, arguments: list[str]) -> None:
+def serve(descriptor: int, parent: int, target: str, arguments: list[str], folders: list[str]) -> None:
     """A child's whole life: requests that arrive, until the connection closes or the parent is gone."""
-    threading.Thread(target=_follow_parent, args=(parent, folder), daemon=True).start()
+    threading.Thread(target=_follow_parent, args=(parent, folders), daemon=True).start()
     connection = multiprocessing.connection.Connection(descriptor)
 
     def send(message: Any) -> None:
         connection.send_bytes(json.dumps(message).encode())
 
     module, _, function = target.partition(":")
-    answer = getattr(importlib.import_module(module), function)(send, folder, *arguments)
+    answer = getattr(importlib.import_module(module), function)(send, *arguments, *folders)
     try:
         while True:
             send(answer(json.loads(connection.recv_bytes())))
     except (EOFError, BrokenPipeError, ConnectionResetError):
-        shutil.rmtree(folder, ignore_errors=True)
+        _remove(folders)
 
 
-def _follow_parent(parent: int, folder: str) -> None:
+def _follow_parent(parent: int, folders: list[str]) -> None:
     while os.getppid() == parent:
         time.sleep(FOLLOW_SECONDS)
-    shutil.rmtree(folder, ignore_errors=True)
+    _remove(folders)
     os._exit(1)
+
+
+def _remove(folders: list[str]) -> None:
+    for folder in folders:
+        shutil.rmtree(folder, ignore_errors=True)

@@ -259,7 +259,7 @@ class _Worker:
         self._child, self._prepared = None, False
 
 
-def server(send: Callable[[Any], None], folder: str, op: str, bench: str, index: str) -> Callable[[Any], Any]:
+def server(send: Callable[[Any], None], op: str, bench: str, index: str) -> Callable[[Any], Any]:
     """What answers in a measuring process."""
     jobs = _Server(resolve(op), resolve(bench), int(index), send)
     return lambda message: encode(jobs.answer(message))
