@@ -3,6 +3,8 @@ PYTHON ?= python3
 # The interpreter that runs things; `make gpu-test RUN=python3` uses one that has everything already, and builds no .venv.
 RUN ?= .venv/bin/python
 BENCH ?=
+# A process of tests per core; `make test ASIDE=` runs one after another.
+ASIDE ?= -n auto --dist worksteal
 
 PIP := .venv/bin/python -m pip -qq --disable-pip-version-check --no-input install --no-deps
 export PYTHONPATH := $(CURDIR)
@@ -35,10 +37,12 @@ demo: $(BASE)
 
 # What tests/slow.txt names is left out; tests that have become slow show below the dots.
 quick: $(TEST)
-	@$(RUN) -m pytest -m "not slow" --durations 5 --durations-min 2
+	@$(RUN) -m pytest $(ASIDE) -m "not slow and not gpu" --durations 5 --durations-min 3
 
+# Tests that share a GPU run one after another.
 test: $(LINT)
-	@$(RUN) -m pytest
+	@$(RUN) -m pytest $(ASIDE) -m "not gpu"
+	@$(RUN) -m pytest tests/gpu
 
 gpu-test: $(TEST)
 	@$(RUN) -m pytest tests/gpu

@@ -41,7 +41,8 @@ class Kernel(Generic[P, C]):
     Args:
         name: of the `extern "C" __global__` function, and in the cache.
         template: the Jinja template that names `tiles`, `args`, `p` (static facts), `c` (config).
-        problem, config: frozen dataclasses with `static`, `dynamic` and `choice` fields.
+        problem: a frozen dataclass of `static` and `dynamic` fields.
+        config: a frozen dataclass of `choice` fields.
         args: the kernel's one parameter; scalars are fields or properties of the problem by name, or in `scalars(problem, config)`.
         tiles: (static facts, config) -> Tiles; may not read a dynamic field.
         grid: (problem, config) -> CTAs along x, y, z.

@@ -89,7 +89,8 @@ class Op(Generic[P, C]):
     Args:
         name: in rankings and on the command line.
         kernels: all that its stages may launch.
-        problem, config: frozen dataclasses; the config may have parts, one per stage.
+        problem: a frozen dataclass of static and dynamic fields.
+        config: a frozen dataclass of choices; it may have parts, one per stage.
         stages: (problem, config) -> the launches, in order.
         outputs: problem -> name -> Buffer.
         workspace: (problem, config) -> name -> Buffer.
