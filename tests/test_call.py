@@ -153,6 +153,8 @@ def test_prepare_makes_a_first_call_in_a_capture_possible(driver: Driver, monkey
     assert call.cuda_plan(op, example(n=9999), 0).config == config
     with pytest.raises(ArgumentError, match="no choice of its own named depth; accepted: tile, width"):
         call.prepare(op, example(), depth=3)
+    with pytest.raises(ArgumentError, match="no choice of its own named depth; accepted: tile, width"):
+        call.apply(op, example(), {"x": as_array(np.zeros(1, np.float32), "x")}, depth=3)
 
 
 class Place(NamedTuple):

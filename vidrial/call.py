@@ -111,15 +111,20 @@ def prepare(op: Op[P, C], problem: P, index: int | None = None, **fixed: object)
     Raises:
         ArgumentError: a name in `fixed` is no choice of the op's. ToolchainError, CompileError, LaunchError: it cannot be built.
     """
-    own = own_axes(op.config)
-    unknown = [name for name in fixed if name not in own]
-    if unknown:
-        raise ArgumentError(f"{op.name} has no choice of its own named {', '.join(unknown)}; accepted: {', '.join(own) or 'none'}")
+    _check_own(op, fixed)
     if index is None:
         from cupy.cuda import runtime
 
         index = int(runtime.getDevice())
     return cast(C, cuda_plan(op, problem, index, tuple(fixed.items())).config)
+
+
+def _check_own(op: Op[P, C], fixed: Mapping[str, object]) -> None:
+    """Refuse what is no choice of the op's own."""
+    own = own_axes(op.config)
+    unknown = [name for name in fixed if name not in own]
+    if unknown:
+        raise ArgumentError(f"{op.name} has no choice of its own named {', '.join(unknown)}; accepted: {', '.join(own) or 'none'}")
 
 
 def host_plan(op: Op[P, C], problem: P, fixed: tuple[tuple[str, object], ...] = ()) -> HostPlan[P, C]:
@@ -139,7 +144,9 @@ def run(plan: CudaPlan, pointers: dict[str, int], like: A, library: str) -> dict
         pointers: addresses of the inputs on the plan's GPU, by name; those of the outputs are added.
         like: one of the inputs. library: whose it is.
     """
-    device, outputs = plan.index, dict[str, Any]()
+    device = plan.index
+    # NOTE: annotated, not made as dict[str, Any](): that makes a new type at every call.
+    outputs: dict[str, Any] = {}
     for name, buffer in plan.outputs.items():
         pointers[name], outputs[name] = empty(buffer.shape, buffer.dtype, like, library, device)
     stream, size = current_stream(library, device), plan.workspace.bytes
@@ -195,8 +202,11 @@ def apply(op: Op[P, C], problem: P, inputs: Mapping[str, Array[A]], target: str 
         The outputs by name, arrays of the inputs' library.
 
     Raises:
-        ArgumentTypeError: target `host` and an array on a GPU. CompileError, LaunchError, ToolchainError: it could not be built or run.
+        ArgumentError: a name in `fixed` is no choice of the op's. ArgumentTypeError: target `host` and an array on a GPU.
+        CompileError, LaunchError, ToolchainError: it could not be built or run.
     """
+    if fixed:
+        _check_own(op, fixed)
     like, chosen = next(iter(inputs.values())), tuple(fixed.items())
     if like.device == CPU or current_target(target) == "host":
         return run_on_host(op, problem, inputs, host_plan(op, problem, chosen))

@@ -200,5 +200,5 @@ def test_compiling_and_launching_is_quick() -> None:
 
 
 def test_importing_it_touches_nothing() -> None:
-    code = "import sys, vidrial.host.target; print([m for m in ('cupy', 'torch') if m in sys.modules])"
+    code = "import sys, vidrial.host.target; print([m for m in ('numpy', 'cupy', 'torch') if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"

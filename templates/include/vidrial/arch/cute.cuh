@@ -1,5 +1,5 @@
 // What kernels use of CuTe, under CuTe's names: layout types, whose algebra Python has worked out already, and bare instruction atoms.
-// NOTE: CuTe's own headers give the same instructions (tests/test_cute_headers.py), but are 4 MB of C++: 0.9 s of every compile, 0.12 s
+// NOTE: CuTe's own headers give the same instructions (tests/build/test_cute_headers.py), but are 4 MB of C++: 0.9 s of every compile, 0.12 s
 // where they are precompiled. A kernel that needs more of CuTe includes <cute/tensor.hpp> before <vidrial/prelude.cuh>, and gets CuTe's
 // own of everything below; so does the host target.
 #pragma once

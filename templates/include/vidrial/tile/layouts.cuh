@@ -1,5 +1,5 @@
 // What a CuTe layout type of constants says, worked out directly.
-// NOTE: CuTe's own evaluation gives the same offsets (tests/test_cute_agreement.py) but is a third of a kernel's compile time.
+// NOTE: CuTe's own evaluation gives the same offsets (tests/layout/test_cute_agreement.py) but is a third of a kernel's compile time.
 #pragma once
 
 namespace vidrial {

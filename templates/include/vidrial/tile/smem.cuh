@@ -28,7 +28,7 @@ struct SmemTile<T_, cute::ComposedLayout<cute::Swizzle<B, M, S>, cute::_0, L>> {
 
   // Byte address of (r + row, c + column), given that of (r, c): low bits by XOR, high bits by addition.
   // NOTE: true only where L(row, column) has no bit among those the swizzle reads and the sum carries into none;
-  // vidrial.tiled proves it for every pair that a kernel uses.
+  // vidrial.layout proves it for every pair that a kernel uses.
   CUTE_HOST_DEVICE static constexpr uint32_t at(uint32_t address, int row, int column) {
     int const y = Plane<L>::at(row, column);
     return (address ^ uint32_t((y & kLow) * int(sizeof(T)))) + uint32_t((y & ~kLow) * int(sizeof(T)));

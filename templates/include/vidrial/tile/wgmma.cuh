@@ -1,4 +1,4 @@
-// The tiled objects of vidrial.wgmma as they reach the device: wgmma runs on by itself, reading registers and shared memory until it is
+// The tiled objects of vidrial.layout.wgmma as they reach the device: wgmma runs on by itself, reading registers and shared memory until it is
 // waited for. `mma_k` and `gemm` issue and commit a group; `wait<N>` waits until at most the last N groups still run.
 #pragma once
 #include <cute/arch/mma_sm90_gmma.hpp>
