@@ -33,18 +33,12 @@ from vidrial import (
     signature_of,
 )
 from vidrial.kernels.power_retention.cpu import power_retention_cpu
-from vidrial.kernels.power_retention.op import CHUNKS, op
+from vidrial.kernels.power_retention.op import CHUNKS, DEGREES, DIMS, DTYPES, MAX_ELEMENTS, MAX_HEADS, MAX_SCALE, NORMALIZE, op
 from vidrial.kernels.power_retention.problem import Problem
 
 __all__ = ["power_retention"]
 
 NAMES = ("q", "k", "v", "log_g")
-DIMS = (32, 64, 128)
-DEGREES = (2, 4)
-NORMALIZE = ("sum", "none")
-MAX_ELEMENTS = 2**31
-MAX_HEADS = 65535  # batch times heads: a dimension of the grid
-MAX_SCALE = 1e9  # its fourth power is a float32
 A = TypeVar("A")  # an array of torch, CuPy, JAX or NumPy
 
 
@@ -224,9 +218,9 @@ def _check_places(facts: dict[str, ArraySpec], target: str) -> None:
         wanted = (
             (DType.float32,)
             if name == "log_g"
-            else (DType.bfloat16, DType.float16)
+            else DTYPES
             if on_gpu
-            else (DType.bfloat16, DType.float16, DType.float32)
+            else (*DTYPES, DType.float32)
         )
         if other not in wanted:
             raise ArgumentTypeError(f"{name} is {other}; accepted: {', '.join(map(str, wanted))}")

@@ -11,13 +11,18 @@ from functools import lru_cache
 
 import numpy as np
 
-from vidrial import Buffer, Check, DType, Op, Stage, choice, part
+from vidrial import ArgumentError, Buffer, Check, DType, Op, Stage, choice, part
 from vidrial.kernels.power_retention import attend, gates, scan, scan_wgmma
 from vidrial.kernels.power_retention.problem import Chunked, Problem
 from vidrial.kernels.power_retention.reference import attention_form
 
 # Tokens that may share a state, 0 for none; the first one is the default.
 CHUNKS = (1024, 0, 128, 256, 512, 2048, 4096)
+# What is served, of calls and of problems alike.
+DTYPES, DIMS, DEGREES, NORMALIZE = (DType.bfloat16, DType.float16), (32, 64, 128), (2, 4), ("sum", "none")
+MAX_ELEMENTS = 2**31
+MAX_HEADS = 65535  # batch times heads: a dimension of the grid
+MAX_SCALE = 1e9  # its fourth power is a float32
 # Rows of tables are padded to this many tokens when the sequence is one chunk: every tile's rows divide it.
 PADDING = 512
 # Elements of an input that are drawn.
@@ -68,9 +73,33 @@ def stages(p: Problem, c: Config) -> list[Stage]:
     return [*launches, Stage(attend.power_attend, asked, c.attend, "attend")]
 
 
+def refusal(p: Problem) -> str | None:
+    """Why no config serves a problem, or None. Calls are refused before they make one, by the argument."""
+    if p.dtype not in DTYPES:
+        return f"dtype {p.dtype} is not served; accepted: {', '.join(map(str, DTYPES))}"
+    if p.d not in DIMS or p.e not in DIMS:
+        return f"d={p.d} and e={p.e} are not served; accepted: {', '.join(map(str, DIMS))}"
+    if p.degree not in DEGREES:
+        return f"degree={p.degree} has no kernel; accepted: {', '.join(map(str, DEGREES))}"
+    if p.hq % p.h:
+        return f"hq={p.hq} query heads are no multiple of h={p.h} key heads"
+    if p.b * p.hq > MAX_HEADS:
+        return f"b={p.b} times hq={p.hq} heads; accepted: at most {MAX_HEADS}"
+    if p.b * p.t * max(p.hq * p.d, p.h * p.e) > MAX_ELEMENTS:
+        return f"b={p.b} times t={p.t} tokens have more than 2^31 elements of q or v"
+    if not abs(p.scale) <= MAX_SCALE:
+        return f"scale={p.scale}; accepted: at most {MAX_SCALE:g} in magnitude"
+    return None
+
+
 def rules(p: Problem, c: Config) -> Iterator[tuple[bool, str]]:
-    yield c.chunk == 0 or p.degree == 2, f"degree {p.degree} has the attention form only: chunk=0"
-    yield c.chunk == 0 or c.chunk < p.t, f"chunk={c.chunk} holds all {p.t} tokens: chunk=0 is the same without a state"
+    # Asked of every config: a reason is written when it is needed.
+    if (refused := refusal(p)) is not None:
+        yield False, refused
+    if c.chunk and p.degree != 2:
+        yield False, f"degree {p.degree} has the attention form only: chunk=0"
+    if c.chunk and c.chunk >= p.t:
+        yield False, f"chunk={c.chunk} holds all {p.t} tokens: chunk=0 is the same without a state"
 
 
 def outputs(p: Problem) -> dict[str, Buffer]:
@@ -106,8 +135,14 @@ def example(
     dtype: str = "bfloat16",
     scale: float | None = None,
 ) -> Problem:
-    """A problem with contiguous arrays."""
-    hq, e = hq or h, e or d
+    """A problem with contiguous arrays.
+
+    Raises:
+        ArgumentError: `normalize` is not known.
+    """
+    if normalize not in NORMALIZE:
+        raise ArgumentError(f"normalize={normalize!r} is not known; accepted: {', '.join(map(repr, NORMALIZE))}")
+    hq, e = h if hq is None else hq, d if e is None else e
     return Problem(
         DType.of(dtype),
         d,
@@ -119,7 +154,7 @@ def example(
         t,
         hq,
         h,
-        scale if scale is not None else d**-0.5,
+        max(d, 1) ** -0.5 if scale is None else scale,
         strides(b, t, hq, d),
         strides(b, t, h, d),
         strides(b, t, h, e),

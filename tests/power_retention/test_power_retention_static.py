@@ -12,7 +12,7 @@ from vidrial.build.cubins import build_many
 from vidrial.build.nvrtc import Cubin
 from vidrial.device import Device
 from vidrial.dtypes import DType
-from vidrial.errors import ConfigError, TemplateError
+from vidrial.errors import ArgumentError, ConfigError, TemplateError
 from vidrial.kernels.power_retention import attend, gates, scan, scan_wgmma
 from vidrial.kernels.power_retention.op import Config, chunked, example, op, stages, workspace
 from vidrial.spec.choices import describe
@@ -169,6 +169,40 @@ def test_a_broken_rule_says_so(device: Device, case: str) -> None:
     assert found is not None and reason in found
     with pytest.raises(ConfigError, match="is not legal for"):
         kernel.check(problem, config, device)
+
+
+UNSERVED: dict[str, tuple[dict[str, Any], str]] = {
+    "float32": ({"dtype": "float32"}, "dtype float32 is not served; accepted: bfloat16, float16"),
+    "int32": ({"dtype": "int32"}, "dtype int32 is not served"),
+    "d": ({"d": 77}, "d=77 and e=77 are not served; accepted: 32, 64, 128"),
+    "d = 0": ({"d": 0}, "d=0 and e=0 are not served"),
+    "d below 0": ({"d": -64}, "d=-64 and e=-64 are not served"),
+    "e = 0": ({"e": 0}, "d=64 and e=0 are not served"),
+    "odd degree": ({"degree": 3}, "degree=3 has no kernel; accepted: 2, 4"),
+    "degree below 0": ({"degree": -1}, "degree=-1 has no kernel"),
+    "heads": ({"hq": 3, "h": 2}, "hq=3 query heads are no multiple of h=2 key heads"),
+    "fewer query heads": ({"hq": 1, "h": 2}, "hq=1 query heads are no multiple"),
+    "many heads": ({"b": 2, "h": 40_000}, "b=2 times hq=40000 heads; accepted: at most 65535"),
+    "elements": ({"t": 2**22}, "b=1 times t=4194304 tokens have more than 2^31 elements of q or v"),
+    "scale": ({"scale": float("inf")}, "scale=inf; accepted: at most 1e+09 in magnitude"),
+    "scale is no number": ({"scale": float("nan")}, "scale=nan; accepted"),
+}
+
+
+@pytest.mark.parametrize("case", UNSERVED)
+def test_what_calls_refuse_no_config_is_legal_for(case: str) -> None:
+    keywords, reason = UNSERVED[case]
+    problem = example(**{"t": 10, **keywords})
+    space = op.space(problem, H200)
+    assert not space.legal and all(reason in found for found in space.reasons())
+    with pytest.raises(ConfigError, match="no legal config"):
+        op.predicted(problem, H200)
+
+
+def test_an_example_takes_the_words_of_a_call() -> None:
+    with pytest.raises(ArgumentError, match="normalize='foo' is not known; accepted: 'sum', 'none'"):
+        example(t=10, normalize="foo")
+    assert not example(t=10, normalize="none").normalized and example(t=10, hq=0).hq == 0
 
 
 def test_the_rules_of_the_op() -> None:
