@@ -112,6 +112,20 @@ def test_source_tree_needs_no_installation() -> None:
     assert [Path(path).resolve() for path in inside] == [ROOT / "kernels/__init__.py", ROOT / "templates/__init__.py"]
 
 
+def test_a_package_that_is_linked_to_knows_its_ops(tmp_path: Path) -> None:
+    (tmp_path / "vidrial").symlink_to(ROOT / "vidrial")
+    assert "struct Tiles" in run("-m", "vidrial", "source", "power_retention", "--t", "100", "--arch", "h200", PYTHONPATH=str(tmp_path))
+
+
+@pytest.mark.parametrize("project", ['[project]\nname = "theirs"\n', "[project\n"], ids=["another's", "damaged"])
+def test_another_projects_file_beside_the_package_is_not_its_own(tmp_path: Path, project: str) -> None:
+    """As `pip install --target .` leaves it."""
+    place = install(tmp_path)
+    (place / "pyproject.toml").write_text(project)
+    program = "from vidrial.installation import own_ops; print(*own_ops())"
+    assert run("-c", program, PYTHONPATH=str(place)).split() == ["power_retention"]
+
+
 def refused(*command: str, **environment: str) -> str:
     ended = subprocess.run(
         [sys.executable, *command], capture_output=True, text=True, check=False, env=os.environ | environment, cwd="/", timeout=120
@@ -171,14 +185,22 @@ def test_env_says_that_another_distribution_has_the_name(tmp_path: Path) -> None
 def test_ops_of_other_packages_are_found_and_a_broken_one_is_named(tmp_path: Path) -> None:
     other = tmp_path / "other"
     points = "[vidrial.ops]\nrow_softmax = their_softmax:op\nbroken = their_broken:op\nlacking = their_softmax:nothing\nnumber = math:pi\n"
+    points += "leaving = their_leaving:op\ninner = their_softmax:Ops.inner [extra]\nlayout = their_layout:op\n"
     distribution(other, "theirs", entry_points=points)
     shutil.copy(ROOT / "examples/softmax/softmax.py", other / "their_softmax.py")
     shutil.copy(ROOT / "examples/softmax/softmax.cu.j2", other)
+    with (other / "their_softmax.py").open("a") as file:
+        file.write("\n\nclass Ops:\n    inner = op\n")
     (other / "their_broken.py").write_text("raise RuntimeError('no such\\nmachine')\n")
+    (other / "their_leaving.py").write_text("import sys\n\nsys.exit('no GPU')\n")
+    (other / "their_layout.py").write_text("import vidrial as vd\n\nvd.layout.Layout((2, 2), (1,))\n")
     path = os.pathsep.join((str(ROOT), str(other)))
     said = environment_of(ROOT, other, cache=tmp_path / "cache")
     assert "op broken: its entry point their_broken:op cannot be imported: RuntimeError: no such machine" in said
     assert "op lacking: its entry point their_softmax:nothing cannot be imported: AttributeError" in said
+    assert "op leaving: its entry point their_leaving:op cannot be imported: SystemExit: no GPU" in said
+    assert "op layout: its entry point their_layout:op cannot be imported: LayoutError: " in said
+    assert "inner their_softmax:Ops.inner [extra]" in said and "op inner" not in said
     assert "'number' names a float, not an Op" in said
     assert "row_softmax their_softmax:op" in said and "row_softmax, " not in said.partition(" rankings ")[0]
     assert "predicted fastest" in run("-m", "vidrial", "explain", "row_softmax", "--n", "1000", "--arch", "h200", PYTHONPATH=path)
@@ -187,7 +209,7 @@ def test_ops_of_other_packages_are_found_and_a_broken_one_is_named(tmp_path: Pat
     said = refused("-m", "vidrial", "explain", "broken", "--t", "100", PYTHONPATH=path)
     assert said == "vidrial: op broken: its entry point their_broken:op cannot be imported: RuntimeError: no such machine\n"
     said = refused("-m", "vidrial", "explain", "nonsense", PYTHONPATH=path)
-    assert "accepted: power_retention, broken, lacking, number, row_softmax, module:attribute" in said
+    assert "accepted: power_retention, broken, inner, lacking, layout, leaving, number, row_softmax, module:attribute" in said
 
 
 def test_public_names_resolve_and_are_said_once() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib.metadata
 import tomllib
@@ -52,10 +53,13 @@ def other_distribution() -> str | None:
 @functools.cache
 def own_ops() -> Mapping[str, str]:
     """Name -> `module:attribute` of the ops that come along: by the pyproject.toml beside the package, else as installed."""
-    project = HERE.parent / "pyproject.toml"
-    if project.is_file():
-        entries: Mapping[str, str] = tomllib.loads(project.read_text()).get("project", {}).get("entry-points", {}).get(ENTRY_POINTS, {})
-        return entries
+    # The package may be linked to from elsewhere, or lie in another project's folder.
+    file = HERE.resolve().parent / "pyproject.toml"
+    with contextlib.suppress(FileNotFoundError, NotADirectoryError, tomllib.TOMLDecodeError):
+        project = tomllib.loads(file.read_text()).get("project", {})
+        if project.get("name") == DISTRIBUTION:
+            entries: Mapping[str, str] = project.get("entry-points", {}).get(ENTRY_POINTS, {})
+            return entries
     try:
         installed = importlib.metadata.distribution(DISTRIBUTION).entry_points
     except importlib.metadata.PackageNotFoundError:

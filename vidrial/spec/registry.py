@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import importlib.metadata
 import importlib.util
 import inspect
 import sys
@@ -12,8 +13,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
-from vidrial.errors import ArgumentError, VidrialError
-from vidrial.installation import named_ops
+from vidrial.errors import ArgumentError, ToolchainError, VidrialError
+from vidrial.installation import ENTRY_POINTS, named_ops
 from vidrial.spec.fields import C, P, keyed_fields
 from vidrial.spec.op import Op
 
@@ -36,13 +37,17 @@ def resolve(reference: str) -> Any:
     """What `module:attribute` or `file.py:attribute` names.
 
     Raises:
-        ArgumentError: there is no such module, file or attribute.
+        ArgumentError: there is no such module, file or attribute, or it cannot be imported.
     """
     home, _, name = reference.rpartition(":")
     try:
         return getattr(_load_file(str(Path(home).resolve())) if home.endswith(".py") else importlib.import_module(home), name)
-    except (ImportError, AttributeError, ValueError, OSError) as error:
-        raise ArgumentError(f"{reference!r} names nothing ({error}); accepted: module:attribute or file.py:attribute") from None
+    except VidrialError:
+        raise
+    except (ImportError, AttributeError, ValueError, TypeError, OSError) as error:
+        raise ArgumentError(f"{reference!r} names nothing ({error}); accepted: module:attribute or file.py:attribute") from error
+    except (Exception, SystemExit) as error:
+        raise ArgumentError(f"{reference!r} cannot be imported: {_on_one_line(error)}") from error
 
 
 @functools.lru_cache
@@ -81,16 +86,18 @@ def find_op(reference: str) -> Op:
 
 
 def _entry_point(name: str, reference: str) -> Op:
-    module, _, attribute = reference.partition(":")
     try:
-        found = getattr(importlib.import_module(module), attribute)
-    except VidrialError:
+        found = importlib.metadata.EntryPoint(name, reference, ENTRY_POINTS).load()
+    except ToolchainError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         # Whatever another package's module raises, the caller is told which op it was.
-        reason = " ".join(str(error).split())
-        raise ArgumentError(f"op {name}: its entry point {reference} cannot be imported: {type(error).__name__}: {reason}") from error
+        raise ArgumentError(f"op {name}: its entry point {reference} cannot be imported: {_on_one_line(error)}") from error
     return _checked(name, found)
+
+
+def _on_one_line(error: BaseException) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())
 
 
 def _checked(reference: str, found: object) -> Op:
