@@ -10,7 +10,7 @@ LOWEST_NORMALISER = 1e-20
 
 
 class Distance(NamedTuple):
-    """`relative`: norm of the difference over that of the result. `worst`: largest difference of an element times its conditioning, over
+    """`relative`: norm of the difference over that of the result. `max_error`: largest difference of an element times its conditioning, over
     the largest |v|: the measure that the op's own check uses."""
 
     relative: float

@@ -35,7 +35,7 @@ class Entry:
 
 @dataclass(frozen=True)
 class Row:
-    """A case, the config that an untold call takes, and every implementation by name; `run` counts in the file's `runs`."""
+    """A case, the config that a call without a config takes, and every implementation by name; `run` counts in the file's `runs`."""
 
     case: Case
     config: str

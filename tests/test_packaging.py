@@ -257,6 +257,32 @@ def test_names_of_version_1_say_what_stands_for_them() -> None:
                 found = getattr(found, part)
 
 
+def changelog_rows() -> list[tuple[list[str], list[str]]]:
+    """Of the changelog's table: names of version 1, and those of version 2."""
+    rows = re.findall(r"^\| (`.+) \| (.+) \|$", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
+    return [(re.findall(r"`([\w.]+)`", old), re.findall(r"`([\w.]+)`", new)) for old, new in rows]
+
+
+@pytest.mark.parametrize(("old", "new"), changelog_rows(), ids=str)
+def test_what_the_changelog_says_has_moved_says_so_itself(old: list[str], new: list[str]) -> None:
+    space = ""
+    for name in old:
+        space, _, last = name.rpartition(".") if "." in name else (space, "", name)
+        if space == "Check":
+            with pytest.raises(
+                AttributeError, match=f"Check has no {last}, a name of version 1; instead: {new[old.index(name)].split('.')[-1]}$"
+            ):
+                getattr(vidrial.Check(0.0, 0.0, 0.0, 0.0), last)
+            continue
+        first = f"{space}.{last}".removeprefix("vidrial.").partition(".")[0]
+        if name in ("vidrial.layout", "vidrial.call.Planned"):  # modules that are still there
+            continue
+        with pytest.raises(AttributeError, match=f"^vidrial.{first} was a name of version 1; instead: ") as raised:
+            getattr(vidrial, first)
+        sentence = str(raised.value)
+        assert "instead: nothing" in sentence or new[old.index(name) if len(new) == len(old) else 0].split(".")[-1] in sentence
+
+
 def test_locks_pin_what_the_project_asks_for() -> None:
     pins = {}
     for lock in sorted((ROOT / "requirements").glob("*.txt")):

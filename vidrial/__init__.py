@@ -118,10 +118,10 @@ _MOVED = {
     "Store": "nothing: set VIDRIAL_CACHE_DIR; `vidrial cache` shows and cleans the cache",
     "Toolchain": "nothing: `vidrial env` shows what was found",
     "analysis": "`vidrial analyse`",
-    "arrays": "vidrial.as_array, vidrial.contiguous and vidrial.to_library",
+    "arrays": "vidrial.as_array, contiguous, signature_of, ArraySpec and to_library",
     "atoms": "vidrial.layout",
     "counts": "vidrial.layout",
-    "check": "vidrial.testing.check and vidrial.testing.assert_op_correct",
+    "check": "vidrial.testing.check, assert_op_correct and diverse_configs",
     "draw": "vidrial.layout.draw",
     "give_back": "vidrial.to_library",
     "kernel": "vidrial.Kernel",
@@ -130,7 +130,7 @@ _MOVED = {
     "op": "vidrial.Op, Buffer, Check and Stage",
     "plan": "vidrial.testing.HostPlan and vidrial.testing.poison; on a GPU vidrial.CachedPlan",
     "problem": "vidrial.static, dynamic, choice, part and specialize",
-    "ranking": "vidrial.tune.choose_config, Ranking and publish",
+    "ranking": "vidrial.tune.choose_config, Choice, top_configs, ProblemTimings, RankedConfig, Ranking and publish",
     "render": "vidrial.Arguments and vidrial.Tiles",
     "smem": "vidrial.layout",
     "space": "vidrial.Cost; Kernel.space and Op.space list configs",
@@ -139,6 +139,7 @@ _MOVED = {
     "sweep_result": "vidrial.tune.SweepResult",
     "tiled": "vidrial.layout",
     "trial": "vidrial.tune.Trial and vidrial.tune.Status",
+    "wgmma": "vidrial.layout",
 }
 
 

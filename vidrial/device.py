@@ -16,6 +16,7 @@ WARP, CTA_THREADS = 32, 1024
 VECTOR_BYTES, PARAMETER_BYTES, RESERVED_SMEM = 16, 4096, 1024
 # The GPU of the table that stands in where there is none.
 DEFAULT_GPU = "h200"
+INSTALL_CUPY = "pip install cupy-cuda13x==14.2.0"
 
 # Attribute numbers of cudaDeviceGetAttribute, by field of Device.
 ATTRIBUTES = {
@@ -86,12 +87,12 @@ class Device:
         """
         try:
             from cupy.cuda import runtime
-        except ImportError as error:
-            raise ToolchainError(f"CuPy cannot be imported ({error}); install it: pip install cupy-cuda13x==14.2.0") from error
+        except (ImportError, OSError) as error:
+            raise cupy_missing(error) from error
         try:
             chosen = runtime.getDevice() if index is None else index
             return _ask(runtime, int(chosen))
-        except (runtime.CUDARuntimeError, ImportError) as error:
+        except (runtime.CUDARuntimeError, ImportError, OverflowError) as error:
             which = "" if index is None else f" {index}"
             raise ToolchainError(
                 f"no usable CUDA GPU{which}: {error}. Check nvidia-smi and CUDA_VISIBLE_DEVICES, or name a target with Device.of('h200')"
@@ -117,11 +118,17 @@ def _ask(runtime: Any, index: int) -> Device:
     return Device(name=label, arch=arch, tensor_tflops=tflops, bandwidth_gbs=bandwidth, **value)
 
 
+def cupy_missing(error: Exception) -> ToolchainError:
+    """What to do where `import cupy` raises: it is not there, or cannot make its cache folder, which it does at import."""
+    helps = "set CUPY_CACHE_DIR to a folder that can be written" if isinstance(error, OSError) else f"install it: {INSTALL_CUPY}"
+    return ToolchainError(f"CuPy cannot be imported ({error}); {helps}")
+
+
 def gpu_count() -> int:
     """How many CUDA GPUs this process can see; 0 without CuPy or a driver."""
     try:
         from cupy.cuda import runtime
-    except ImportError:
+    except (ImportError, OSError):
         return 0
     try:
         return int(runtime.getDeviceCount())

@@ -215,13 +215,7 @@ def _check_places(facts: dict[str, ArraySpec], target: str) -> None:
                 f"{where.get(device, f'CUDA device {device}')}; accepted: one library and one device for all"
             )
         on_gpu = place != CPU or target == "host"
-        wanted = (
-            (DType.float32,)
-            if name == "log_g"
-            else DTYPES
-            if on_gpu
-            else (*DTYPES, DType.float32)
-        )
+        wanted = (DType.float32,) if name == "log_g" else DTYPES if on_gpu else (*DTYPES, DType.float32)
         if other not in wanted:
             raise ArgumentTypeError(f"{name} is {other}; accepted: {', '.join(map(str, wanted))}")
         if name in ("k", "v") and other is not dtype:

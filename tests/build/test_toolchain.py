@@ -4,6 +4,8 @@ import builtins
 import importlib.util
 import os
 import site
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -122,6 +124,20 @@ def test_nothing_installed(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "pip install cupy-cuda13x==14.2.0" in nvrtc_line
     assert "g++" in compiler_line and "CXX" in compiler_line
     toolchain._find_compiler.cache_clear()
+
+
+def test_a_home_that_nobody_may_write_to(monkeypatch: pytest.MonkeyPatch) -> None:
+    """CuPy makes its cache folder when it is imported."""
+    program = "from vidrial.device import Device, gpu_count; from vidrial.build import toolchain; print(gpu_count())\n"
+    program += "for ask in (toolchain.nvrtc, Device.current):\n  try: ask()\n  except Exception as e: print(type(e).__name__, e)\n"
+    environment = {name: value for name, value in os.environ.items() if name != "CUPY_CACHE_DIR"} | {"HOME": "/proc"}
+    ended = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True)
+    count, *said = ended.stdout.splitlines()
+    assert count == "0" and len(said) == 2
+    for line in said:
+        assert (
+            line.startswith("ToolchainError CuPy cannot be imported (") and "; set CUPY_CACHE_DIR to a folder that can be written" in line
+        )
 
 
 def test_cuda_headers_from_a_toolkit(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -36,7 +36,7 @@ def run(capsys: pytest.CaptureFixture[str]):
     return call
 
 
-COMMANDS = ("explain", "compile", "sweep", "source", "draw", "report", "env", "demo", "cache", "new")
+COMMANDS = ("explain", "compile", "sweep", "source", "analyse", "check", "draw", "report", "env", "demo", "cache", "new")
 
 
 @pytest.mark.parametrize("command", [(), *((name,) for name in COMMANDS)])
@@ -68,6 +68,12 @@ def test_keywords_take_the_types_of_example(words: list[str], values: dict[str, 
         (["explain", "nonsense"], "op 'nonsense' is not known; accepted: power_retention"),
         (["explain", "no.such.module:op"], "No module named 'no'"),
         (["explain", "nowhere.py:op"], "nowhere.py"),
+        (["explain", "..relative:op"], "'..relative:op' names nothing"),
+        (["explain", "antigravity_that_raises.py:op"], "cannot be imported: NameError: name 'undefined' is not defined"),
+        (["explain", "that_leaves.py:op"], "cannot be imported: SystemExit: no GPU"),
+        (["explain", "power_retention", "--t", "9", "--normalize", "max"], "normalize='max' is not known; accepted: 'sum', 'none'"),
+        (["compile", "power_retention", "--t", "9", "--arch", "h200", "--dtype", "int32"], "dtype int32 is not served; accepted: bfloat16"),
+        (["source", "power_retention", "--t", "9", "--arch", "h200", "--d", "0"], "d=0 and e=0 are not served; accepted: 32, 64, 128"),
         (["explain", "vidrial.errors:VidrialError"], "names a type, not an Op"),
         (["explain", "--t", "3"], "'--t' stands where OP should"),
         (["explain", "power_retention"], "power_retention needs --t"),
@@ -83,13 +89,21 @@ def test_keywords_take_the_types_of_example(words: list[str], values: dict[str, 
         (["report", "no_such_journal.jsonl", "--out", "page.html"], "no_such_journal.jsonl cannot be read"),
     ],
 )
-def test_a_mistake_is_one_line_and_code_2(run, words: list[str], reason: str) -> None:
+def test_a_mistake_is_one_line_and_code_2(run, words: list[str], reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("antigravity_that_raises.py").write_text("undefined\n")
+    Path("that_leaves.py").write_text("import sys\n\nsys.exit('no GPU')\n")
     code, out, err = run(*words)
     assert code == 2
     assert reason in err
     assert err.startswith("vidrial: ")
     assert err.count("\n") == 1
     assert "Traceback" not in err + out
+
+
+def test_an_index_that_no_gpu_has_is_refused_by_it(run) -> None:
+    code, _, err = run("sweep", "power_retention", "--t", "9", "--gpus", f"{10**30},")
+    assert code == 2 and err.startswith("vidrial: ") and err.count("\n") == 1 and str(10**30) in err
 
 
 def test_debug_lets_the_error_through() -> None:

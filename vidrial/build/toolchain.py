@@ -14,11 +14,11 @@ from pathlib import Path
 from types import ModuleType
 from typing import cast
 
+from vidrial.device import cupy_missing
 from vidrial.errors import ToolchainError
 from vidrial.settings import Settings
 from vidrial.spec.headers import vidrial_include
 
-INSTALL_CUPY = "pip install cupy-cuda13x==14.2.0"
 INSTALL_CUDA = 'pip install "cuda-toolkit[nvrtc,cudart,cccl]==13.0.*"'
 INSTALL_CUTLASS = "pip install --no-deps nvidia-cutlass==4.2.0.0"
 INSTALL_CXX = "apt-get install g++, or set CXX to a C++17 compiler"
@@ -89,12 +89,12 @@ def nvrtc() -> ModuleType:
     """
     try:
         from cupy.cuda import nvrtc as binding
-    except ImportError as error:
-        raise ToolchainError(f"CuPy cannot be imported ({error}); install it: {INSTALL_CUPY}") from error
+    except (ImportError, OSError) as error:
+        raise cupy_missing(error) from error
     try:
         binding.getVersion()
     except (RuntimeError, OSError) as error:
-        raise ToolchainError(f"NVRTC cannot be loaded ({error}); install it: {INSTALL_CUDA}") from error
+        raise ToolchainError(f"NVRTC cannot be loaded ({' '.join(str(error).split())}); install it: {INSTALL_CUDA}") from error
     return cast(ModuleType, binding)
 
 

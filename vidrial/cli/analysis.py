@@ -29,7 +29,7 @@ from vidrial.tune.candidates import check_configs
 SEED = 0
 # A launch that takes the host target longer is not worth waiting for.
 TIMEOUT_SECONDS = 600.0
-OBJECT_COLUMNS = ("", "instruction", ">B each", ">passes each", ">sectors a tile", ">issued", ">passes", ">tiles", ">sectors", ">read")
+OBJECT_COLUMNS = ("", "instruction", ">B each", ">passes each", ">sectors per tile", ">issued", ">passes", ">tiles", ">sectors", ">read")
 COUNTED_COLUMNS = ("kernel", ">CTAs", ">MMA FLOP", ">by its cost", ">bytes read", ">written", ">by its cost")
 LAUNCH_COLUMNS = (
     "kernel",
@@ -68,7 +68,7 @@ def show_analysis(console: Console, op: Op, problem: Any, device: Device) -> Non
     small = op.small(problem)
     asked, at_small = split_words([facts(problem), facts(small)])[1] if small != problem else ("the size asked for",) * 2
     counted, said = _count(op, small, problem, config, device)
-    console.print(Text(f"\n`passes each` and `sectors a tile`, which is full and aligned, are predicted; {said.format(small=at_small)}"))
+    console.print(Text(f"\n`passes each` and `sectors per tile`, which is full and aligned, are predicted; {said.format(small=at_small)}"))
     for stage in stages:
         rows = list(_objects(stage, counted.get(_source(stage))))
         if rows:

@@ -158,6 +158,8 @@ def compile_(reference: str, keywords: tuple[str, ...], arch: str | None, top: i
     op, problem = read_one(reference, keywords)
     console, device = make_console(), device_of(arch)
     built = compile_best(console, op, problem, device, top, jobs)
+    if not built:
+        op.predicted(problem, device)  # refuses, with the rules' reasons
     show_built(console, built, f"{op.name}: kernels of the {top} configs predicted fastest on {device.name}, for {device.arch}")
     failed = sum(not isinstance(b.result, Cubin) for b in built)
     if failed:

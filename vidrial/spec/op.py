@@ -8,7 +8,7 @@ import heapq
 import itertools
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Generic, TypeAlias
+from typing import TYPE_CHECKING, Any, Generic, TypeAlias
 
 from numpy.typing import NDArray
 
@@ -80,6 +80,13 @@ class Check:
     def ok(self) -> bool:
         """Both within their bounds; NaN never is."""
         return self.relative <= self.relative_bound and self.max_error <= self.max_error_bound
+
+    # Hidden from type checkers: to them a field that is not declared is a mistake.
+    if not TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> object:
+            new = {"worst": "max_error", "worst_bound": "max_error_bound"}.get(name)
+            raise AttributeError(f"Check has no {name}" + (f", a name of version 1; instead: {new}" if new else ""))
 
 
 @dataclass(frozen=True, eq=False)
