@@ -18,8 +18,9 @@ NAMESPACES = {
 }
 HEAD = """# Python API
 
-Every public name with the first sentence of its docstring; the site has signatures and docstrings behind it. A name that is not here is
-Vidrial's own affair and may change. (`python docs/api.py` writes this page.)
+Every public name with the first sentence of its docstring; the site (`make docs`) has signatures and docstrings behind it, and so has
+`python -c "import vidrial; help(vidrial.Op)"`. A name that is not here is Vidrial's own affair and may change. (`python docs/api.py` writes this
+page.)
 """
 
 

@@ -66,6 +66,7 @@ def test_keywords_take_the_types_of_example(words: list[str], values: dict[str, 
     ("words", "reason"),
     [
         (["explain", "nonsense"], "op 'nonsense' is not known; accepted: power_retention"),
+        (["explain", "my/rows.py"], "or path/to/file.py:attribute; my/rows.py:op, if op is what the file calls it"),
         (["explain", "no.such.module:op"], "No module named 'no'"),
         (["explain", "nowhere.py:op"], "nowhere.py"),
         (["explain", "..relative:op"], "'..relative:op' names nothing"),
@@ -104,6 +105,13 @@ def test_a_mistake_is_one_line_and_code_2(run, words: list[str], reason: str, tm
 def test_an_index_that_no_gpu_has_is_refused_by_it(run) -> None:
     code, _, err = run("sweep", "power_retention", "--t", "9", "--gpus", f"{10**30},")
     assert code == 2 and err.startswith("vidrial: ") and err.count("\n") == 1 and str(10**30) in err
+
+
+def test_a_report_before_any_sweep_says_so(run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VIDRIAL_CACHE_DIR", str(tmp_path / "empty"))
+    code, _, err = run("report", "--out", str(tmp_path / "page.html"))
+    assert code == 2 and not (tmp_path / "page.html").exists()
+    assert "no sweep has left a journal in" in err and "sweep first (vidrial sweep OP), or name journals" in err
 
 
 def test_debug_lets_the_error_through() -> None:

@@ -26,6 +26,7 @@ def run(*words: str, cwd: Path) -> subprocess.CompletedProcess[str]:
 def test_the_whole_thing(tmp_path: Path) -> None:
     made = run("vidrial", "new", "my_axpy", "--folder", "kernels/mine", cwd=tmp_path)
     assert made.returncode == 0, made.stderr
+    assert "python -m vidrial check kernels/mine/my_axpy.py:op" in made.stdout  # as it was called itself
     assert {str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*.*")} == {
         f"kernels/mine/{file}" for file in ("my_axpy.py", "my_axpy.cu.j2", "test_my_axpy.py", "sweep_my_axpy.py")
     }
@@ -44,6 +45,8 @@ def test_what_comes_next_names_the_files(tmp_path: Path) -> None:
     steps = "\n".join(next_steps("one", tmp_path))
     for path in paths:
         assert str(path) in steps or path.suffix == ".j2"
+    assert "  vidrial" not in steps and steps.startswith("vidrial check ")
+    assert [line.startswith("python ") for line in next_steps("one", tmp_path, "python -m vidrial")] == [True] * 5
 
 
 def test_no_hole_is_left_and_nothing_spills(tmp_path: Path) -> None:

@@ -232,7 +232,10 @@ def report(journals: tuple[Path, ...], out: Path, png: Path | None) -> None:
     from vidrial.build.store import Store
     from vidrial.report.rows import read_journals, rejected_trials, write_report
 
-    trials = read_journals(journals or [Store.shared().root / "journals"])
+    own = Store.shared().root / "journals"
+    if not journals and not own.is_dir():
+        raise ArgumentError(f"no sweep has left a journal in {own}; sweep first (vidrial sweep OP), or name journals")
+    trials = read_journals(journals or [own])
     for name in {trial.op for trial in trials} & named_ops().keys():
         try:
             trials += rejected_trials(find_op(name), trials)
@@ -392,4 +395,6 @@ def new(name: str, folder: Path) -> None:
     from vidrial.cli.new import next_steps, write_kernel
 
     paths = write_kernel(name, folder)
-    click.echo("\n".join(["wrote", *(f"  {path}" for path in paths), "next", *(f"  {line}" for line in next_steps(name, folder))]))
+    # A source tree that is not installed has no command of its own.
+    program = "python -m vidrial" if Path(sys.argv[0]).name == "__main__.py" else "vidrial"
+    click.echo("\n".join(["wrote", *(f"  {path}" for path in paths), "next", *(f"  {line}" for line in next_steps(name, folder, program))]))

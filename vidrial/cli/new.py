@@ -44,14 +44,14 @@ def write_kernel(name: str, folder: Path) -> list[Path]:
     return list(texts)
 
 
-def next_steps(name: str, folder: Path) -> list[str]:
-    """The commands that come next, each with what it shows."""
+def next_steps(name: str, folder: Path, program: str = "vidrial") -> list[str]:
+    """The commands that come next, each with what it shows; `program` is how the command line is called here."""
     file = folder / f"{name}.py"
     commands = {
-        f"vidrial check {file}:op --quick": "values and memory errors, on the CPU",
+        f"{program} check {file}:op --quick": "values and memory errors, on the CPU",
         f"python -m pytest {folder / f'test_{name}.py'}": "its own tests",
-        f"vidrial explain {file}:op --n 100000": "the legal configs, and why the others are not",
-        f"vidrial compile {file}:op --n 100000": "registers, spills, shared memory",
+        f"{program} explain {file}:op --n 100000": "the legal configs, and why the others are not",
+        f"{program} compile {file}:op --n 100000": "registers, spills, shared memory",
         f"python {folder / f'sweep_{name}.py'}": "which configs are fastest; needs a GPU",
     }
     width = max(map(len, commands))

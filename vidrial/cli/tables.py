@@ -297,7 +297,7 @@ def show_report(console: Console, report: Report) -> None:
         (problem, config, o.sanitizer or "plain", o.schedules, *_errors(o), _verdict(o), duration(o.seconds))
         for o, problem, config in zip(outcomes, problems, configs, strict=True)
     ]
-    title = " ".join(word for word in (f"{report.op} on the host target;", common, alike) if word)
+    title = "; ".join(part for part in (f"{report.op} on the host target", " ".join(word for word in (common, alike) if word)) if part)
     show_table(
         console, title, ("problem" if any(problems) else "", "config", "sanitizer", ">schedules", ">error", ">worst", "", ">took"), rows
     )

@@ -81,7 +81,8 @@ def find_op(reference: str) -> Op:
         return _entry_point(reference, known[reference])
     if ":" not in reference:
         names = "".join(f"{name}, " for name in known)
-        raise ArgumentError(f"op {reference!r} is not known; accepted: {names}module:attribute, or path/to/file.py:attribute")
+        meant = f"; {reference}:op, if op is what the file calls it" if reference.endswith(".py") else ""
+        raise ArgumentError(f"op {reference!r} is not known; accepted: {names}module:attribute, or path/to/file.py:attribute{meant}")
     return _checked(reference, resolve(reference))
 
 
