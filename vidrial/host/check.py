@@ -15,7 +15,8 @@ from typing import Any, Generic, TypeAlias
 import numpy as np
 
 from vidrial.device import DEFAULT_GPU, Device
-from vidrial.errors import ArgumentError, CheckError, CompileError, LaunchError, UnsupportedError
+from vidrial.dtypes import DType
+from vidrial.errors import ArgumentError, ArgumentTypeError, CheckError, CompileError, LaunchError, UnsupportedError
 from vidrial.host.plan import HostPlan, poison
 from vidrial.host.target import SCHEDULES, Schedule
 from vidrial.progress import Progress, Silent
@@ -95,7 +96,8 @@ def check(
         sanitizers: None (values only), `address`, `thread` (races), `undefined`.
 
     Raises:
-        ArgumentError: no problem or no config is asked for. ConfigError: no config is legal. ToolchainError: there is no compiler.
+        ArgumentError: no problem or no config is asked for. ArgumentTypeError: a sample is of a dtype that no call takes.
+        ConfigError: no config is legal. ToolchainError: there is no compiler.
     """
     chosen = list(problems) if problems is not None else odd_problems(op)
     if not chosen or configs < 1:
@@ -103,7 +105,7 @@ def check(
     runs = list(_runs(op, chosen, configs, sanitizers))
     progress = progress or Silent()
     progress.begin("check", len(runs))
-    outcomes, inputs = [], {problem: op.sample(problem, SEED) for problem in chosen}
+    outcomes, inputs = [], {problem: _inputs(op, problem) for problem in chosen}
     expected = {problem: op.reference(problem, inputs[problem]) for problem in chosen}
     for problem, config, sanitizer in runs:
         outcomes.append(_outcome(op, problem, config, sanitizer, (inputs[problem], expected[problem])))
@@ -184,6 +186,18 @@ def _runs(op: Op, problems: Sequence[Any], count: int, sanitizers: Sequence[str 
         for config in legal or [op.predicted(problem, device)]:
             for sanitizer in sanitizers:
                 yield problem, config, sanitizer
+
+
+def _inputs(op: Op, problem: Any) -> dict[str, np.ndarray]:
+    inputs: dict[str, np.ndarray] = op.sample(problem, SEED)
+    accepted = [dtype.label for dtype in DType if dtype is not DType.bfloat16] + ["uint16 (bfloat16)"]
+    for name, array in inputs.items():
+        if array.dtype != np.uint16 and array.dtype.name not in accepted:
+            raise ArgumentTypeError(
+                f"{op.name}: its sample gives {name} as {array.dtype}, which no call takes; accepted: {', '.join(accepted)}; "
+                "DType.round makes them of floats"
+            )
+    return inputs
 
 
 def _outcome(op: Op, problem: Any, config: Any, sanitizer: str | None, known: tuple[Arrays, Arrays]) -> Outcome:

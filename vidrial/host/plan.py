@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any, Generic
 
@@ -10,7 +11,7 @@ from numpy.typing import NDArray
 
 from vidrial.device import DEFAULT_GPU, Device
 from vidrial.dtypes import DType
-from vidrial.errors import UnsupportedError
+from vidrial.errors import LaunchError, UnsupportedError
 from vidrial.host.target import SCHEDULES, HostBinary, HostStats, Schedule, compile_host
 from vidrial.layout.access import tiled_objects
 from vidrial.layout.mma import atoms_of
@@ -54,11 +55,24 @@ class HostPlan(Generic[P, C]):
             every[name] = poison(buffer.shape, buffer.dtype)
         stats = {}
         for binary, tiles, stage, packed in self._launches:
-            grid = stage.kernel.grid(stage.problem, stage.config)
+            grid = stage.kernel.geometry(stage.problem, stage.config).grid
             if 0 not in grid:
                 pointers = {offset: every[name] for name, offset in stage.kernel.args.pointers.items() if name in every}
-                stats[stage.kernel.name] = binary.launch(grid, tiles.threads, tiles.smem or 0, packed, pointers, schedule)
+                try:
+                    stats[stage.kernel.name] = binary.launch(grid, tiles.threads, tiles.smem or 0, packed, pointers, schedule)
+                except LaunchError as error:
+                    raise LaunchError(_named(str(error), stage.kernel.args.pointers, every)) from error
         return stats
+
+
+def _named(message: str, pointers: Mapping[str, int], arrays: Mapping[str, object]) -> str:
+    """A launch's message with arrays by their names, and the pointers that are null."""
+    names = {str(offset): name for name, offset in pointers.items()}
+    message = re.sub(r"the array at offset (\d+) of the arguments", lambda found: f"array {names[found[1]]}", message)
+    null = ", ".join(name for name in pointers if name not in arrays)
+    note = f"\n  null pointers, for which the op has no input, output or workspace of that name: {null}" if null else ""
+    said, mark, report = message.partition("\nwhole ")
+    return said + note + mark + report
 
 
 def _refuse_what_has_no_emulation(kernel: str, tiles: Tiles) -> None:

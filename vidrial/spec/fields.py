@@ -18,7 +18,7 @@ import types as types_of
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast, get_type_hints
 
-from vidrial.errors import TemplateError
+from vidrial.errors import ArgumentTypeError, TemplateError
 
 if TYPE_CHECKING:
     # Of the standard library's and the checker's own stubs, which no interpreter has. `Op` alone means Op[Any, Any]: an op of some author.
@@ -73,6 +73,18 @@ def baked(config: Any) -> tuple[str, ...]:
 def specialized(config: Any) -> bool:
     """Whether a config, or a part of it, bakes a dynamic field in."""
     return bool(baked(config)) or any(specialized(part) for part in fields(config, "part").values())
+
+
+def check_record(what: str, kind: type) -> None:
+    """Refuse what can be no key: problems and configs are.
+
+    Raises:
+        ArgumentTypeError: `kind` is not a frozen dataclass.
+    """
+    if not dataclasses.is_dataclass(kind) or not kind.__dataclass_params__.frozen:  # type: ignore[attr-defined]
+        raise ArgumentTypeError(
+            f"{what} {getattr(kind, '__qualname__', kind)!r} is no frozen dataclass; write @dataclass(frozen=True) above it"
+        )
 
 
 def fields(record: Any, kind: str) -> dict[str, Any]:

@@ -23,7 +23,11 @@ class Geometry:
     smem: int = 0
 
     def __post_init__(self) -> None:
-        if len(self.grid) != 3 or any(not 0 <= n <= limit for n, limit in zip(self.grid, GRID_LIMITS, strict=True)):
+        if (
+            not isinstance(self.grid, tuple)
+            or len(self.grid) != 3
+            or any(not 0 <= n <= limit for n, limit in zip(self.grid, GRID_LIMITS, strict=True))
+        ):
             raise ArgumentError(
                 f"grid {self.grid} is not three counts of CTAs from 0 to {GRID_LIMITS}; let a CTA do more, or split the launch"
             )

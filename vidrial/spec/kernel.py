@@ -18,7 +18,7 @@ from vidrial.layout.occupancy import Occupancy
 from vidrial.spec.choices import check_choices
 from vidrial.spec.cost import Cost
 from vidrial.spec.digest import closure_digest, code_digest, tiles_asked_for
-from vidrial.spec.fields import ByReads, C, P, Static, fields
+from vidrial.spec.fields import ByReads, C, P, Static, check_record, fields
 from vidrial.spec.geometry import Geometry
 from vidrial.spec.source import Arguments, Source, Tiles, include_folders, render
 
@@ -184,6 +184,8 @@ class Kernel(Generic[P, C]):
     def __post_init__(self) -> None:
         if not self.template.is_file():
             raise ArgumentError(f"kernel {self.name}: template {self.template} does not exist")
+        check_record(f"kernel {self.name}: problem", self.problem)
+        check_record(f"kernel {self.name}: config", self.config)
         object.__setattr__(self, "_tiles", ByReads(lambda static: self.tiles(cast(P, static.problem), cast(C, static.config))))
         # The text itself, kilobytes of it, is not kept.
         object.__setattr__(self, "_reads", ByReads(lambda static: self._render(static).entry))

@@ -14,9 +14,9 @@ from numpy.typing import NDArray
 
 from vidrial.device import Device
 from vidrial.dtypes import DType
-from vidrial.errors import ConfigError, LayoutError
+from vidrial.errors import ArgumentError, ConfigError, LayoutError
 from vidrial.spec.choices import check_choices, combinations, configs, describe, own_axes, parts
-from vidrial.spec.fields import C, P
+from vidrial.spec.fields import C, P, check_record
 from vidrial.spec.kernel import Kernel
 from vidrial.spec.space import Candidate, Rejected, Space, Stream
 
@@ -184,12 +184,35 @@ class Op(Generic[P, C]):
         """Refuse an illegal config.
 
         Raises:
-            ConfigError: with the rule's reason.
+            ConfigError: with the rule's reason. ArgumentError: a stage is not what the op declares.
         """
         check_choices(config)
+        self._check_stages(problem, config)
         reason = self.reject(problem, config, device)
         if reason is not None:
             raise ConfigError(f"{self.name}: {describe(config)} is not legal for {problem}: {reason}")
+
+    def _check_stages(self, problem: P, config: C) -> None:
+        """Refuse stages whose kernels or parts the op does not declare: its rankings and its search would leave them out unnoticed."""
+        kernels, declared = [kernel.name for kernel in self.kernels], parts(self.config)
+        for stage in self.stages(problem, config):
+            where = f"op {self.name}: the stage of {stage.kernel.name}"
+            if stage.kernel.name not in kernels:
+                raise ArgumentError(
+                    f"{where} launches a kernel that is not among the op's ({', '.join(kernels)}); name it in Op(kernels=...)"
+                )
+            if stage.part and stage.part not in declared:
+                raise ArgumentError(
+                    f"{where} has part={stage.part!r}; parts of {self.config.__qualname__}: {', '.join(declared) or 'none'}; declare it as "
+                    f"`{stage.part}: ... = part(...)`, or leave it out of Stage"
+                )
+            owners = [name for name in declared if getattr(config, name) is stage.config]
+            if owners and stage.part not in owners:
+                raise ArgumentError(f"{where} takes its config from part {owners[0]} and has part={stage.part!r}; give part={owners[0]!r}")
+
+    def __post_init__(self) -> None:
+        check_record(f"op {self.name}: problem", self.problem)
+        check_record(f"op {self.name}: config", self.config)
 
     def seconds(self, problem: P, config: C, device: Device) -> float:
         """Predicted time: the sum over the stages."""
