@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from cute_names import cute_wgmma
 from test_cute_agreement import build_and_run
 
 from vidrial.dtypes import DType
@@ -102,7 +103,9 @@ def accumulator(name: str, mma: WarpgroupMma) -> str:
     """The statement that compares the accumulator of a WarpgroupMma with CuTe's."""
     (m, n, _), groups = mma.tile, mma.warpgroups
     rows = f"Layout<Shape<_64, Int<{groups}>, Int<{mma.m_atoms}>>, Stride<_1, Int<{64 * mma.m_atoms}>, _64>>"
-    theirs = f"make_tiled_mma(MMA_Atom<{mma.atom.cpp}>{{}}, Layout<Shape<Int<{groups}>, _1, _1>>{{}}, Tile<{rows}, Int<{n}>, _16>{{}})"
+    theirs = (
+        f"make_tiled_mma(MMA_Atom<{cute_wgmma(mma.atom)}>{{}}, Layout<Shape<Int<{groups}>, _1, _1>>{{}}, Tile<{rows}, Int<{n}>, _16>{{}})"
+    )
     return f'report("{name}", [] {{ accumulator<{mma.cpp}>({theirs}, {m}, {n}, {mma.threads}); }});'
 
 

@@ -21,7 +21,8 @@ class MmaAtom:
     """One matrix instruction: `C (m x n) += A (m x k) B (n x k)^T`.
 
     `a_layout`, `b_layout` and `c_layout` take (thread, value) to m + M k, n + N k and m + M n (an operand in shared memory: every
-    thread to all of it); `arch` is the smallest architecture (80 for sm_80); `kind` is the path that issues it.
+    thread to all of it); `arch` is the smallest architecture (80 for sm_80); `kind` is the path that issues it. `definition`: C++ that
+    stands in a source before what uses the atom, empty where Vidrial's headers have it.
     """
 
     name: str
@@ -35,6 +36,7 @@ class MmaAtom:
     c_layout: Layout
     arch: int = 80
     kind: Literal["mma.sync", "wgmma"] = "mma.sync"
+    definition: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,9 +82,9 @@ MMA_16x8x16: Mapping[DType, MmaAtom] = {
     for dtype in _CPP_FRAGMENT
 }
 MMA_16x8x8: Mapping[DType, MmaAtom] = {dtype: _mma_sync(8, dtype, _ROW_16x8, Layout(((4, 8), 2), ((16, 1), 8))) for dtype in _CPP_FRAGMENT}
-# n of a wgmma: the accumulator has n / 2 registers per thread. NOTE: the hardware has every multiple of 8, CuTe the others only behind
-# CUTE_SM90_EXTENDED_MMA_SHAPES_ENABLED: 56000 lines more for each kernel's compiler.
-WGMMA_N = (8, 16, 32, 64, 96, 128, 192, 256)
+# n of a wgmma: the accumulator has n / 2 registers per thread.
+WGMMA_N = tuple(range(8, 257, 8))
+_WGMMA_TYPE = {DType.bfloat16: "bf16", DType.float16: "f16"}
 
 
 @cache
@@ -94,16 +96,16 @@ def wgmma(n: int, dtype: DType, *, a_shared: bool = False, b_transposed: bool = 
     Raises:
         LayoutError: another n or element type is asked for.
     """
-    if n not in WGMMA_N or dtype not in _CPP_FRAGMENT:
+    if n not in WGMMA_N or dtype not in _WGMMA_TYPE:
         raise LayoutError(
-            f"wgmma of n={n} {dtype} is not served; accepted: n of {', '.join(map(str, WGMMA_N))}, of {', '.join(map(str, _CPP_FRAGMENT))}"
+            f"wgmma of n={n} {dtype} is not served; accepted: n a multiple of 8 from 8 to 256, of {', '.join(map(str, _WGMMA_TYPE))}"
         )
-    major = "cute::SM90::GMMA::Major::"
-    kind = f"F32{_CPP_FRAGMENT[dtype] * 2}_{'SS' if a_shared else 'RS'}"
     warpgroup, value = ((4, 8, 4), (128, 1, 16)), (64, 8, 512)
+    name = f"wgmma.m64n{n}k16.{dtype}{'.ss' if a_shared else ''}{'.trans' if b_transposed else ''}"
+    cpp = f"vidrial::Wgmma<{n}, {dtype.cpp}, {str(a_shared).lower()}, {str(b_transposed).lower()}>"
     return MmaAtom(
-        name=f"wgmma.m64n{n}k16.{dtype}{'.ss' if a_shared else ''}{'.trans' if b_transposed else ''}",
-        cpp=f"cute::SM90::GMMA::MMA_64x{n}x16_{kind}<{major}K, {major}{'MN' if b_transposed else 'K'}>",
+        name=name,
+        cpp=cpp,
         shape=(64, n, 16),
         a=dtype,
         b=dtype,
@@ -113,7 +115,41 @@ def wgmma(n: int, dtype: DType, *, a_shared: bool = False, b_transposed: bool = 
         c_layout=Layout((warpgroup[0], (2, 2, n // 8)), (warpgroup[1], value)),
         arch=90,
         kind="wgmma",
+        definition=_wgmma_definition(name, cpp, n, _WGMMA_TYPE[dtype], a_shared, b_transposed),
     )
+
+
+def _wgmma_definition(name: str, cpp: str, n: int, element: str, a_shared: bool, b_transposed: bool) -> str:
+    """The specialisation of `vidrial::Wgmma` for NVRTC; the host target has one for all.
+
+    The instruction takes each accumulator as an operand of its own, so its text depends on n: it is written out for the n in use.
+    """
+    registers = n // 2
+
+    def operands(first: int, count: int) -> str:
+        return ", ".join(f"%{first + i}" for i in range(count))
+
+    sources = 1 if a_shared else 4
+    a, parameter = ('"l"(a)', "uint64_t a") if a_shared else (", ".join(f'"r"(a[{i}])' for i in range(4)), "uint32_t const (&a)[4]")
+    a_operand = f"%{registers}" if a_shared else f"{{{operands(registers, 4)}}}"
+    b, scale = registers + sources, registers + sources + 1
+    # Signs of A and B, then whether A (in shared memory) and B are transposed.
+    constants = ["1", "1", *(["0"] if a_shared else []), str(int(b_transposed))]
+    text = (
+        f"{{.reg .pred p; setp.ne.b32 p, %{scale}, 0; wgmma.mma_async.sync.aligned.m64n{n}k16.f32.{element}.{element} "
+        f"{{{operands(0, registers)}}}, {a_operand}, %{b}, p, {operands(scale + 1, len(constants))};}}"
+    )
+    accumulators = ", ".join(f'"+f"(c[{v // 4}][{v % 4}])' for v in range(registers))
+    return f"""#ifdef __CUDACC_RTC__
+// {name}
+template <> struct {cpp} {{
+  CUTE_DEVICE static void fma(float (&c)[{n // 8}][4], {parameter}, uint64_t b, int accumulate = 1) {{
+    asm volatile("{text}"
+                 : {accumulators}
+                 : {a}, "l"(b), "r"(accumulate), {", ".join(f'"n"({value})' for value in constants)});
+  }}
+}};
+#endif"""
 
 
 _VECTOR_CPP = {4: "uint32_t", 8: "uint64_t", 16: "cute::uint128_t"}

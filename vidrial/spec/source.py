@@ -15,6 +15,8 @@ from typing import Any
 import jinja2
 
 from vidrial.errors import ArgumentError, TemplateError
+from vidrial.layout.atoms import MmaAtom
+from vidrial.layout.mma import atoms_of
 from vidrial.layout.smem import SharedMemory
 from vidrial.spec.digest import closure_digest
 from vidrial.spec.headers import vidrial_include
@@ -141,7 +143,7 @@ class Tiles:
 
     @property
     def cpp(self) -> str:
-        """`struct Tiles {...};`"""
+        """`struct Tiles {...};`, behind the definitions of the atoms that it names."""
         lines = [f"  static constexpr int threads = {self.threads}, min_blocks = {self.min_blocks};"]
         for name, value in self.members.items():
             if isinstance(value, bool):
@@ -152,7 +154,9 @@ class Tiles:
                 lines.append(f"  using {name} = {cpp(value)};")
         if self.smem is not None:
             lines.append("  struct Smem { static constexpr int " + ", ".join(f"{k} = {v}" for k, v in self.smem.members().items()) + "; };")
-        return "struct Tiles {\n" + "\n".join(lines) + "\n};"
+        atoms = (atom for member in self.members.values() for atom in atoms_of(member) if isinstance(atom, MmaAtom))
+        definitions = dict.fromkeys(atom.definition for atom in atoms if atom.definition)
+        return "\n".join((*definitions, "struct Tiles {", *lines, "};"))
 
 
 @dataclass(frozen=True)

@@ -3,16 +3,23 @@
 // where they are precompiled. A kernel that needs more of CuTe includes <cute/tensor.hpp> before <vidrial/prelude.cuh>, and gets CuTe's
 // own of everything below; so does the host target.
 #pragma once
-#include <cute/config.hpp>
 #if !defined(__CUDACC_RTC__) || defined(__CUTE_REQUIRES)
+#include <cute/config.hpp>
 #include <cute/swizzle_layout.hpp>
 #include <cute/arch/mma_sm80.hpp>
 #include <cute/arch/copy_sm75.hpp>
 #include <cute/arch/copy_sm80.hpp>
 #include <cutlass/numeric_types.h>
 #else
+#include <cuda/std/cstdint>
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
+
+// NOTE: word for word as in <cute/config.hpp>, which may be included later.
+#define CUTE_HOST_DEVICE __forceinline__ __host__ __device__
+#define CUTE_DEVICE      __forceinline__          __device__
+#define CUTE_UNROLL    _Pragma("unroll")
+#define CUTE_NO_UNROLL _Pragma("unroll 1")
 
 namespace cutlass {
 

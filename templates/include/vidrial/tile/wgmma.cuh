@@ -1,7 +1,7 @@
 // The tiled objects of vidrial.layout.wgmma as they reach the device: wgmma runs on by itself, reading registers and shared memory until it is
 // waited for. `mma_k` and `gemm` issue and commit a group; `wait<N>` waits until at most the last N groups still run.
 #pragma once
-#include <cute/arch/mma_sm90_gmma.hpp>
+#include <vidrial/arch/wgmma.cuh>
 #include <vidrial/tile/smem.cuh>
 
 namespace vidrial {
@@ -38,32 +38,30 @@ struct WarpgroupMma {
   CUTE_DEVICE static void mma_k(float (&c)[M][N][4], uint32_t (&a)[M][4], B const& b, uint32_t stage, int k) { mma_k<M>(c, 0, a, b, stage, k); }
   template <int Count>
   CUTE_DEVICE static void mma_k(float (&c)[M][N][4], int m, uint32_t (&a)[Count][4], B const& b, uint32_t stage, int k) {
-    cute::warpgroup_arrive();
+    warpgroup_arrive();
     uint64_t const at = b(stage, k);
     CUTE_UNROLL
-    for (int i = 0; i < Count; ++i) fma(c[m + i], a[i], at, cute::make_index_sequence<4 * N>());
-    cute::warpgroup_commit_batch();
+    for (int i = 0; i < Count; ++i) Atom::fma(c[m + i], a[i], at);
+    warpgroup_commit();
   }
   // All steps of k for 64 rows, A in registers.
   CUTE_DEVICE static void gemm(float (&c)[N][4], uint32_t (&a)[K][4], B const& b, uint32_t stage) {
-    cute::warpgroup_arrive();
+    warpgroup_arrive();
     CUTE_UNROLL
-    for (int k = 0; k < K; ++k) fma(c, a[k], b(stage, k), cute::make_index_sequence<4 * N>());
-    cute::warpgroup_commit_batch();
+    for (int k = 0; k < K; ++k) Atom::fma(c, a[k], b(stage, k));
+    warpgroup_commit();
   }
   // C = A B for the 64 rows m, A in shared memory from its step k on.
   template <class Operand>
   CUTE_DEVICE static void gemm(float (&c)[N][4], Operand const& a, int m, int k, B const& b, uint32_t stage) {
-    cute::warpgroup_arrive();
+    warpgroup_arrive();
     CUTE_UNROLL
-    for (int i = 0; i < K; ++i) {
-      fma(c, a(0, k + i, m * 64), b(stage, i), i ? cute::SM90::GMMA::ScaleOut::One : cute::SM90::GMMA::ScaleOut::Zero, cute::make_index_sequence<4 * N>());
-    }
-    cute::warpgroup_commit_batch();
+    for (int i = 0; i < K; ++i) Atom::fma(c, a(0, k + i, m * 64), b(stage, i), i > 0);
+    warpgroup_commit();
   }
 
   template <int Groups>
-  CUTE_DEVICE static void wait() { cute::warpgroup_wait<Groups>(); }
+  CUTE_DEVICE static void wait() { warpgroup_wait<Groups>(); }
   // What is written to accumulators before this, or read after it, stays on its side. Operands in registers need no fence: what makes
   // them is volatile. NOTE: one made later than `arrive`, and ptxas serialises all wgmmas (C7513).
   template <int R>
@@ -74,16 +72,6 @@ struct WarpgroupMma {
   CUTE_DEVICE static void fence(float (&c)[M][N][4]) {
     CUTE_UNROLL
     for (int m = 0; m < M; ++m) fence(c[m]);
-  }
-
- private:
-  template <size_t... I>
-  CUTE_DEVICE static void fma(float (&c)[N][4], uint32_t const (&a)[4], uint64_t b, cute::index_sequence<I...>) {
-    Atom::fma(a[0], a[1], a[2], a[3], b, c[I / 4][I % 4]...);
-  }
-  template <size_t... I>
-  CUTE_DEVICE static void fma(float (&c)[N][4], uint64_t a, uint64_t b, cute::SM90::GMMA::ScaleOut scale, cute::index_sequence<I...>) {
-    Atom::fma(a, b, c[I / 4][I % 4]..., scale);
   }
 };
 

@@ -1,6 +1,6 @@
 // The objects of Vidrial's own header of this name, counted; see copy.cuh beside this file.
 #pragma once
-#include <cute/arch/mma_sm90_gmma.hpp>
+#include <vidrial/arch/wgmma.cuh>
 #include <vidrial/tile/smem.cuh>
 
 #define WarpgroupMma UncountedWarpgroupMma
