@@ -10,7 +10,9 @@ from units import Case, cases
 from vidrial.build.nvrtc import compile_source
 from vidrial.device import Device
 from vidrial.runtime.launch import Binary
+from vidrial.runtime.tensor_map import encode
 from vidrial.spec.geometry import Geometry
+from vidrial.spec.source import TENSOR_MAP_BYTES
 
 pytestmark = pytest.mark.gpu
 
@@ -25,9 +27,12 @@ def test_unit(case: Case) -> None:
     binary = Binary.load(compile_source(case.source, case.name, arch), "unit")
     arrays = [cupy.asarray(array) for array in case.arrays]
     packed = bytearray(case.packed)
+    first = TENSOR_MAP_BYTES * len(case.maps)
+    for i, map in enumerate(case.maps):
+        packed[TENSOR_MAP_BYTES * i : TENSOR_MAP_BYTES * (i + 1)] = encode(map, arrays[int(map.array)].data.ptr)
     for i, array in enumerate(arrays):
-        struct.pack_into("P", packed, 8 * i, array.data.ptr)
-    binary.launch(Geometry((1, 1, 1), case.block, case.shared_bytes), packed, cupy.cuda.get_current_stream().ptr)
+        struct.pack_into("P", packed, first + 8 * i, array.data.ptr)
+    binary.launch(Geometry((case.ctas, 1, 1), case.block, case.shared_bytes), packed, cupy.cuda.get_current_stream().ptr)
     for host, array in zip(case.arrays, arrays, strict=True):
         host[...] = array.get()
     case.check()

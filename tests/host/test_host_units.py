@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from units import Case, cases
 
 from vidrial.build.nvrtc import compile_source
 from vidrial.host.target import SCHEDULES, compile_host
+from vidrial.layout.barriers import Roles
 
 
 @pytest.mark.parametrize("case", list(cases()), ids=lambda case: case.name)
@@ -19,24 +21,43 @@ def test_unit(case: Case) -> None:
     for schedule in SCHEDULES:
         for array, original in zip(case.arrays, fresh, strict=True):
             array[...] = original
-        pointers = {8 * i: array for i, array in enumerate(case.arrays)}
-        stats = binary.launch((1,), case.block, case.shared_bytes, case.packed, pointers, schedule)
+        stats = binary.launch((case.ctas,), case.block, case.shared_bytes, case.packed, case.pointers, schedule)
         case.check()
         assert stats.mma == ('"mma.cu"' in case.source)
-        assert stats.wgmma == 4 * ('"wgmma.cu"' in case.source)
+        assert stats.wgmma == 4 * ('"wgmma.cu"' in case.source) + 8 * ('"wgmma_atom.cu"' in case.source)
         assert stats.ldmatrix == ("ldmatrix.cu" in case.source)
 
 
 def test_wgmma_is_compiled_to_itself(tmp_path: Path) -> None:
     """CuTe's own traits say the same of who holds what, and the GPU's code holds the instruction, not a trap in its place."""
+    for case in [case for case in cases() if '"wgmma.cu"' in case.source][::7]:
+        cubin = compile_source("#define CHECK_TRAITS\n" + case.source, case.name, "sm_90a")
+        code = sass(tmp_path, cubin.image)
+        assert code.count(" HGMMA.64x") == 4 and "BPT" not in code, case.name
+        assert "wgmma" not in cubin.log and cubin.resources.spill_stores == 0, cubin.log
+
+
+def sass(tmp_path: Path, image: bytes) -> str:
     nvidia = pytest.importorskip("nvidia")
     tool = next((t for folder in nvidia.__path__ for t in Path(folder).glob("cu*/bin/cuobjdump")), None)
     if tool is None:
         pytest.skip("no cuobjdump")
-    for case in [case for case in cases() if case.arch == "sm_90a"][::7]:
-        cubin = compile_source("#define CHECK_TRAITS\n" + case.source, case.name, "sm_90a")
-        path = tmp_path / "unit.cubin"
-        path.write_bytes(cubin.image)
-        code = subprocess.run([tool, "-sass", path], capture_output=True, text=True, check=True).stdout
-        assert code.count(" HGMMA.64x") == 4 and "BPT" not in code, case.name
-        assert "wgmma" not in cubin.log and cubin.resources.spill_stores == 0, cubin.log
+    path = tmp_path / "unit.cubin"
+    path.write_bytes(image)
+    return subprocess.run([tool, "-sass", path], capture_output=True, text=True, check=True).stdout
+
+
+@pytest.mark.parametrize("case", [case for case in cases() if case.maps][::4], ids=lambda case: case.name)
+def test_tma_is_compiled_to_itself(case: Case, tmp_path: Path) -> None:
+    cubin = compile_source(case.source, case.name, "sm_90a")
+    code = sass(tmp_path, cubin.image)
+    assert "UTMALDG" in code and "SYNCS" in code and "BPT" not in code
+    assert ("HGMMA.64x" in code) == (case.name.startswith("own-"))
+    assert "wgmma" not in cubin.log and cubin.resources.spill_stores == 0, cubin.log
+
+
+def test_registers_are_reallocated(tmp_path: Path) -> None:
+    (case,) = (case for case in cases() if case.name == "roles")
+    cubin = compile_source(case.source, case.name, "sm_90a")
+    assert cubin.resources.registers == Roles(1, 2).launched == 168 and cubin.resources.spill_stores == 0
+    assert {"UTMALDG", "UBLKCP", "USETMAXREG"} <= set(re.findall(r"\b[A-Z]+\b", sass(tmp_path, cubin.image)))

@@ -10,6 +10,16 @@ from typing import Any
 
 import numpy as np
 
+from vidrial.dtypes import DType
+from vidrial.host.tensor_map import pack
+from vidrial.layout.algebra import Swizzle
+from vidrial.layout.atoms import wgmma as wgmma_atom
+from vidrial.layout.barriers import Barrier, Barriers, Meeting, NamedBarriers, Roles, TileRing, TmaRing
+from vidrial.layout.smem import SharedMemory, SmemLayout
+from vidrial.layout.tma import TensorMap, TmaTile
+from vidrial.layout.wgmma import WarpgroupMma
+from vidrial.spec.source import TENSOR_MAP_BYTES
+
 Array = np.ndarray[Any, Any]
 FOLDER = Path(__file__).parent
 RNG_SEED = 20240607
@@ -17,7 +27,9 @@ RNG_SEED = 20240607
 
 @dataclasses.dataclass
 class Case:
-    """A launch of one CTA of `unit`, whose arguments are the arrays' addresses, then the integers.
+    """A launch of `ctas` CTAs of `unit`, whose arguments are the tensor maps, the arrays' addresses, then the integers.
+
+    A map's array is named by its index.
 
     `expected`: index of an array -> (what it must hold afterwards, absolute tolerance). `arch`: the only architecture that has the
     instruction, if not all of them do.
@@ -31,11 +43,22 @@ class Case:
     integers: tuple[int, ...]
     expected: dict[int, tuple[Array, float]]
     arch: str | None = None
+    maps: tuple[TensorMap, ...] = ()
+    ctas: int = 1
 
     @property
     def packed(self) -> bytes:
-        """The arguments, with null for each pointer."""
-        return bytes(8 * len(self.arrays)) + struct.pack(f"{len(self.integers)}i0q", *self.integers)
+        """The arguments as the host target has them, with null for each pointer."""
+        maps = b"".join(pack(map, f"map {i}") for i, map in enumerate(self.maps))
+        rest = bytes(8 * len(self.arrays)) + struct.pack(f"{len(self.integers)}i0q", *self.integers)
+        return maps + rest + bytes(-len(rest) % 64 if maps else 0)
+
+    @property
+    def pointers(self) -> dict[int, Array]:
+        """Offset of each pointer, and the base of each map, -> its array."""
+        first = TENSOR_MAP_BYTES * len(self.maps)
+        bases = {TENSOR_MAP_BYTES * i: self.arrays[int(map.array)] for i, map in enumerate(self.maps)}
+        return bases | {first + 8 * i: array for i, array in enumerate(self.arrays)}
 
     def check(self) -> None:
         """Compare the arrays with the answer; NaN equals nothing."""
@@ -199,6 +222,167 @@ def intrinsics() -> Case:
     return Case("intrinsics", text("intrinsics.cu"), 64, 0, arrays, (64,), {2: (bits, 0.0), 3: (floats, tolerance)})
 
 
+def numbers(rng: np.random.Generator, shape: tuple[int, ...], dtype: DType) -> tuple[Array, Array]:
+    """Small integers, as they are stored and as float32."""
+    values = rng.integers(-8, 9, shape).astype(np.float32)
+    return (bf16_bits(values) if dtype is DType.bfloat16 else values.astype(dtype.label)), values
+
+
+def tma(
+    name: str, tile: SmemLayout, shape: tuple[int, ...], at: tuple[int, ...], *, column_tail: bool = False, pad: int = 8, offset: int = 0
+) -> Case:
+    """The tile at `at` of a tensor whose rows are `pad` elements longer than they are; zeros beyond its true lengths."""
+    rng = np.random.default_rng(RNG_SEED)
+    outer = ("head", "batch")[: len(shape) - 2]
+    box = TmaTile(tile, outer, column_tail)
+    # Stored as [batch, row, head, column + pad], as a model has it.
+    rows, columns, *others = shape
+    stored, _ = numbers(rng, (*others[1:], rows, *others[:1], columns + pad), tile.dtype)
+    if tile.dtype is DType.float32:
+        stored = rng.standard_normal(stored.shape).astype(np.float32)
+    strides = [s // stored.itemsize for s in stored.strides]
+    order = {0: (0,), 1: (0, 1), 2: (1, 2, 0)}[len(others)]
+    tensor = TensorMap(box, "0", (rows, columns, *others), tuple(strides[d] for d in order), offset)
+    expected = np.zeros((tile.rows, tile.columns), stored.dtype)
+    source = np.moveaxis(stored, 0, -2) if len(others) == 2 else stored  # [row, head, batch, column]
+    place = source[(slice(None), *at[2:])][..., offset : offset + columns] if others else source[:, offset : offset + columns]
+    part = (
+        place[at[0] : at[0] + tile.rows, at[1] : at[1] + tile.columns]
+        if at[0] >= 0
+        else place[: tile.rows + at[0], at[1] : at[1] + tile.columns]
+    )
+    first = max(-at[0], 0)
+    expected[first : first + part.shape[0], : part.shape[1]] = part
+    bars = Barriers(full=Barrier(1))
+    smem = SharedMemory(tile=tile, bars=bars.bytes)
+    definitions = [
+        "#include <vidrial/pipeline/tma_ring.cuh>",
+        "#include <vidrial/tile/tma.cuh>",
+        f"using T = {tile.dtype.cpp if tile.dtype is DType.float32 else 'uint16_t'};",
+        f"constexpr int kRows = {tile.rows}, kColumns = {tile.columns}, kBarriers = {smem.offset('bars')};",
+        f"#define OUTER {len(outer)}",
+        f"using Tile = {tile.cpp};",
+        f"using Box = {box.cpp};",
+        bars.declare("Bars"),
+    ]
+    case = Case(
+        f"tma-{name}",
+        text("tma.cu", *definitions),
+        128,
+        smem.bytes,
+        [stored, np.zeros_like(expected)],
+        (*at, *(0 for _ in range(4 - len(at)))),
+        {},
+        "sm_90a",
+    )
+    case.maps, case.expected = (tensor,), {1: (expected, 0.0)}
+    if tile.dtype is not DType.float32:
+        case.arrays = [stored.view(np.uint16), np.zeros(expected.shape, np.uint16)]
+        case.expected = {1: (expected.view(np.uint16).astype(np.float64), 0.0)}
+    return case
+
+
+def roles() -> Case:
+    """A producer and two consumers: ring, bulk copies, votes, named barriers, registers, a dynamic schedule of 11 tiles."""
+    rng, count = np.random.default_rng(RNG_SEED), 11
+    who = Roles(producer=1, consumers=2)
+    tile = SmemLayout(DType.bfloat16, 64, 64, stages=3)
+    box = TmaTile(tile)
+    # The last tile has 29 rows.
+    stored, values = numbers(rng, (64 * count - 35, 64), DType.bfloat16)
+    factors = rng.integers(1, 5, (count, 64)).astype(np.float32)
+    padded = np.zeros((64 * count, 64), np.float32)
+    padded[: len(values)] = values
+    weighted = padded.reshape(count, 64, 64) * factors[:, :, None]
+    parts = weighted.reshape(count, 2, 2, 16, 64).sum(3)  # tile, group, half, column
+    counted = parts * (parts < 0).any((2, 3), keepdims=True)
+    out = counted.sum((0, 1)).reshape(128)
+    # The factors of a stage come to the same barrier.
+    bars = Barriers(ring=TmaRing((box,), who.consumer_warps, bulk_bytes=256), draw=TileRing(who.consumer_warps))
+    named = NamedBarriers(vote=Meeting(128, count=2), turn=Meeting(256), own=Meeting(128))
+    smem = SharedMemory(tile=tile, factors=3 * 256, sums=512, bars=bars.bytes)
+    definitions = [
+        "#include <vidrial/pipeline/scheduler.cuh>",
+        "#include <vidrial/pipeline/tma_ring.cuh>",
+        "#include <vidrial/tile/tma.cuh>",
+        "using T = cutlass::bfloat16_t;",
+        f"constexpr int kFactors = {smem.offset('factors')}, kSums = {smem.offset('sums')}, kBarriers = {smem.offset('bars')};",
+        f"using Tile = {tile.cpp};",
+        f"using Box = {box.cpp};",
+        f"using Roles = {who.cpp};",
+        bars.declare("Bars"),
+        named.declare("Named"),
+    ]
+    arrays = [stored, factors, np.zeros(128, np.float32), np.full(count, -1, np.int32), np.zeros(1, np.int32)]
+    expected: dict[int, tuple[Array, float]] = {2: (out, 0.0), 3: (np.arange(count), 0.0), 4: (np.zeros(1), 0.0)}
+    case = Case("roles", text("roles.cu", *definitions), who.threads, smem.bytes, arrays, (count,), expected, "sm_90a")
+    case.maps = (TensorMap(box, "0", values.shape, (64,)),)
+    return case
+
+
+def wgmma_own(dtype: DType, n: int, *, a_shared: bool, transposed: bool) -> Case:
+    """C = A B^T by one of our own atoms, operands by TMA."""
+    rng = np.random.default_rng(RNG_SEED)
+    a, a_values = numbers(rng, (64, 128), dtype)
+    b, b_values = numbers(rng, (128, n) if transposed else (n, 128), dtype)
+    a_tile, b_tile = SmemLayout(dtype, *a.shape), SmemLayout(dtype, *b.shape)
+    mma = WarpgroupMma(dtype, 1, (64, n, 128), b_tile.transposed if transposed else b_tile, a_tile if a_shared else None)
+    boxes = TmaTile(a_tile), TmaTile(b_tile)
+    bars = Barriers(full=Barrier(1))
+    smem = SharedMemory(a=a_tile, b=b_tile, bars=bars.bytes)
+    assert smem.offset("b") == a_tile.bytes and mma.atom == wgmma_atom(n, dtype, a_shared=a_shared, b_transposed=transposed)
+    definitions = [
+        "#include <vidrial/pipeline/tma_ring.cuh>",
+        "#include <vidrial/tile/tma.cuh>",
+        "#include <vidrial/tile/wgmma.cuh>",
+        mma.atom.definition,
+        f"using T = {dtype.cpp};",
+        f"constexpr int kBarriers = {smem.offset('bars')};",
+        f"#define SHARED_A {int(a_shared)}",
+        f"using BoxA = {boxes[0].cpp};",
+        f"using BoxB = {boxes[1].cpp};",
+        f"using Mma = {mma.cpp};",
+        bars.declare("Bars"),
+    ]
+    expected = a_values @ (b_values if transposed else b_values.T)
+    case = Case(
+        f"own-{mma.atom.name}",
+        text("wgmma_atom.cu", *definitions),
+        128,
+        smem.bytes,
+        [a, b, np.zeros((64, n), np.float32)],
+        (),
+        {2: (expected, 0.0)},
+        "sm_90a",
+    )
+    case.maps = tuple(TensorMap(box, str(i), x.shape, x.shape[1:]) for i, (box, x) in enumerate(zip(boxes, (a, b), strict=True)))
+    return case
+
+
+def hopper() -> Iterator[Case]:
+    """TMA, barriers and roles, and our own wgmma atoms."""
+    bf16, half, single = DType.bfloat16, DType.float16, DType.float32
+    yield tma("128B", SmemLayout(bf16, 64, 64), (200, 64), (64, 0))
+    yield tma("64B", SmemLayout(half, 32, 32), (100, 32), (32, 0))
+    yield tma("32B", SmemLayout(bf16, 16, 16), (100, 16), (16, 0))
+    yield tma("no-swizzle", SmemLayout(bf16, 24, 40, swizzle=None), (100, 40), (24, 0))
+    yield tma("two-blocks", SmemLayout(bf16, 48, 128), (100, 128), (24, 0))
+    yield tma("tail-of-rows", SmemLayout(half, 64, 128), (101, 128), (64, 0))
+    yield tma("before-the-first", SmemLayout(bf16, 64, 64), (101, 64), (-5, 0))
+    yield tma("beyond-the-last", SmemLayout(bf16, 64, 64), (64, 64), (64, 0))
+    yield tma("tail-of-columns", SmemLayout(bf16, 64, 128), (100, 181), (64, 64), column_tail=True, pad=3)
+    yield tma("heads", SmemLayout(bf16, 64, 128), (77, 128, 3), (64, 0, 2))
+    yield tma("rank-5", SmemLayout(half, 64, 128), (77, 128, 3, 2), (40, 0, 1, 1))
+    yield tma("rank-4-tail-of-columns", SmemLayout(bf16, 64, 128), (77, 120, 3, 2), (40, 0, 1, 1), column_tail=True)
+    yield tma("float32", SmemLayout(single, 32, 32, swizzle=Swizzle(3, 2, 3)), (77, 32), (64, 0))
+    yield tma("offset", SmemLayout(bf16, 64, 64), (70, 64), (32, 0), offset=8)
+    yield roles()
+    for i, n in enumerate((8, 24, 40, 80, 104, 176, 200, 256)):
+        yield wgmma_own((bf16, half)[i % 2], n, a_shared=i % 4 < 2, transposed=False)
+    for i, n in enumerate((16, 48, 80, 96, 176, 192, 256)):
+        yield wgmma_own((half, bf16)[i % 2], n, a_shared=i % 4 > 1, transposed=True)
+
+
 def cases() -> Iterator[Case]:
     """Every atom that the host target emulates, and what kernels use besides."""
     for element, spelled in (("bfloat16_t", "F32BF16BF16F32"), ("half_t", "F32F16F16F32")):
@@ -223,3 +407,4 @@ def cases() -> Iterator[Case]:
         yield copy_async(f"SM80_CP_ASYNC_CACHEGLOBAL{ending}", "cute::uint128_t", 16, zero_fill)
     yield warp()
     yield intrinsics()
+    yield from hopper()

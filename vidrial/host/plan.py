@@ -13,11 +13,12 @@ from vidrial.device import DEFAULT_GPU, Device
 from vidrial.dtypes import DType
 from vidrial.errors import LaunchError, UnsupportedError
 from vidrial.host.target import SCHEDULES, HostBinary, HostStats, Schedule, compile_host
+from vidrial.host.tensor_map import pack
 from vidrial.layout.access import tiled_objects
 from vidrial.layout.mma import atoms_of
 from vidrial.spec.fields import C, P
 from vidrial.spec.op import Op, Stage
-from vidrial.spec.source import Tiles
+from vidrial.spec.source import TENSOR_MAP_BYTES, Tiles
 
 # The newest architecture (80 for sm_80) whose instructions the host target has.
 NEWEST_EMULATED = 90
@@ -46,7 +47,10 @@ class HostPlan(Generic[P, C]):
             source = stage.kernel.source(stage.problem, stage.config, guard)
             objects = tuple(tiled_objects(tiles.members))
             binary = compile_host(source.text, stage.kernel.name, objects=objects, sanitizer=sanitizer, include_dirs=source.include_dirs)
-            self._launches.append((binary, tiles, stage, stage.kernel.pack(stage.problem, stage.config)))
+            packed = stage.kernel.pack(stage.problem, stage.config)
+            for offset, (name, map) in stage.kernel.tensor_maps(stage.problem, stage.config).items():
+                packed[offset : offset + TENSOR_MAP_BYTES] = pack(map, name)
+            self._launches.append((binary, tiles, stage, packed))
 
     def run(self, arrays: Mapping[str, NDArray[Any]], schedule: Schedule = SCHEDULES[0]) -> dict[str, HostStats]:
         """Run all launches on NumPy arrays (bfloat16 as uint16 bits), outputs in place; what each kernel did, by its name."""
@@ -58,6 +62,8 @@ class HostPlan(Generic[P, C]):
             grid = stage.kernel.geometry(stage.problem, stage.config).grid
             if 0 not in grid:
                 pointers = {offset: every[name] for name, offset in stage.kernel.args.pointers.items() if name in every}
+                maps = stage.kernel.tensor_maps(stage.problem, stage.config)
+                pointers |= {offset: every[map.array] for offset, (_, map) in maps.items()}
                 try:
                     stats[stage.kernel.name] = binary.launch(grid, tiles.threads, tiles.smem or 0, packed, pointers, schedule)
                 except LaunchError as error:

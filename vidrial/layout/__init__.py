@@ -19,30 +19,43 @@ from vidrial.layout.algebra import (
     right_inverse,
 )
 from vidrial.layout.atoms import CopyAtom, MMA_16x8x8, MMA_16x8x16, MmaAtom, cp_async, ldmatrix, wgmma
+from vidrial.layout.barriers import Barrier, Barriers, Meeting, NamedBarriers, Roles, TileRing, TmaRing
 from vidrial.layout.copies import LoadMatrix, LoadVector, TiledCopy
 from vidrial.layout.drawing import draw
 from vidrial.layout.mma import Accumulator, TiledMma
 from vidrial.layout.occupancy import Occupancy
+from vidrial.layout.schedule import Scheduler, equal_groups
 from vidrial.layout.smem import Pipeline, SharedMemory, SmemLayout, Transposed
+from vidrial.layout.tma import TensorMap, TmaTile
 from vidrial.layout.wgmma import WarpgroupMma
 
 __all__ = [
     "Accumulator",
+    "Barrier",
+    "Barriers",
     "ComposedLayout",
     "CopyAtom",
     "Layout",
     "LoadMatrix",
     "LoadVector",
-    "MMA_16x8x8",
     "MMA_16x8x16",
+    "MMA_16x8x8",
+    "Meeting",
     "MmaAtom",
+    "NamedBarriers",
     "Occupancy",
     "Pipeline",
+    "Roles",
+    "Scheduler",
     "SharedMemory",
     "SmemLayout",
     "Swizzle",
+    "TensorMap",
+    "TileRing",
     "TiledCopy",
     "TiledMma",
+    "TmaRing",
+    "TmaTile",
     "Transposed",
     "WarpgroupMma",
     "coalesce",
@@ -50,6 +63,7 @@ __all__ = [
     "composition",
     "cp_async",
     "draw",
+    "equal_groups",
     "ldmatrix",
     "left_inverse",
     "logical_divide",

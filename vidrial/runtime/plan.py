@@ -14,13 +14,17 @@ from vidrial.build.cubins import build
 from vidrial.build.nvrtc import Cubin
 from vidrial.device import Device
 from vidrial.errors import FrozenError
+from vidrial.layout.tma import TensorMap
 from vidrial.runtime.arrays import capturing
 from vidrial.runtime.launch import Binary, Launch
+from vidrial.runtime.tensor_map import encode
 from vidrial.spec.choices import describe
 from vidrial.spec.op import Op, Stage
-from vidrial.spec.source import Source
+from vidrial.spec.source import TENSOR_MAP_BYTES, Source
 
 POINTER = ctypes.sizeof(ctypes.c_size_t)
+# Encoded maps of one argument: an allocator hands out the same few addresses again and again.
+MAPS_KEPT = 64
 
 
 class Workspace:
@@ -85,11 +89,30 @@ class CudaPlan:
             for launch in self._launches if stage is None else self._launches[stage : stage + 1]:
                 for pack, offset, names in launch.slots:
                     pack(launch.packed, offset, *[address(name, 0) for name in names])
+                for tensor in launch.maps:
+                    tensor.write(launch.packed, address(tensor.map.array, 0))
                 launch.run(stream)
 
 
+class _Map:
+    """A tensor map in a launch's struct, from byte `offset` on; encoded once per address, of which the last few are kept."""
+
+    def __init__(self, offset: int, map: TensorMap) -> None:
+        self.offset, self.map = offset, map
+        self._encoded: dict[int, bytes] = {}
+
+    def write(self, packed: bytearray, pointer: int) -> None:
+        """Put the map of the array at `pointer` in its place."""
+        encoded = self._encoded.get(pointer)
+        if encoded is None:
+            if len(self._encoded) >= MAPS_KEPT:
+                self._encoded.clear()
+            encoded = self._encoded[pointer] = encode(self.map, pointer)
+        packed[self.offset : self.offset + TENSOR_MAP_BYTES] = encoded
+
+
 class _Launch(Launch):
-    """One stage. `slots`: what packs pointers that lie together into its struct, from which byte on, and their names."""
+    """One stage. `slots`: what packs pointers that lie together into its struct, from which byte on, and their names; `maps`: its tensor maps."""
 
     def __init__(self, binary: Binary, stage: Stage) -> None:
         self.packed = stage.kernel.pack(stage.problem, stage.config)
@@ -100,6 +123,7 @@ class _Launch(Launch):
                 runs[-1][1].append(name)
             else:
                 runs.append((offset, [name]))
+        self.maps = tuple(_Map(offset, map) for offset, (_, map) in stage.kernel.tensor_maps(stage.problem, stage.config).items())
         self.slots = tuple((struct.Struct(f"={len(names)}Q").pack_into, offset, tuple(names)) for offset, names in runs)
 
 

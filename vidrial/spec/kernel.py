@@ -15,6 +15,7 @@ from typing import Any, Generic, cast
 from vidrial.device import CTA_THREADS, RESERVED_SMEM, WARP, Device
 from vidrial.errors import ArgumentError, ConfigError, LayoutError, TemplateError
 from vidrial.layout.occupancy import Occupancy
+from vidrial.layout.tma import TensorMap
 from vidrial.spec.choices import check_choices
 from vidrial.spec.cost import Cost
 from vidrial.spec.digest import closure_digest, code_digest, tiles_asked_for
@@ -34,6 +35,10 @@ def _no_scalars(problem: object, config: object) -> Mapping[str, object]:
     return {}
 
 
+def _no_maps(problem: object, config: object, tiles: Tiles) -> Mapping[str, TensorMap]:
+    return {}
+
+
 @dataclass(frozen=True, eq=False)
 class Kernel(Generic[P, C]):
     """A kernel's description, of its author's own problem P and config C.
@@ -48,6 +53,7 @@ class Kernel(Generic[P, C]):
         grid: (problem, config) -> CTAs along x, y, z.
         rules: (problem, config, device) -> (holds, reason) pairs beyond what the tiles themselves demand.
         cost: (problem, config, device) -> Cost; without it configs keep their order of declaration.
+        maps: (problem, config, tiles) -> argument of type TensorMap -> which of the op's arrays it is, with its true extents and strides.
     """
 
     name: str
@@ -60,6 +66,7 @@ class Kernel(Generic[P, C]):
     rules: Callable[[P, C, Device], Iterable[tuple[bool, str]]] = _no_rules
     cost: Callable[[P, C, Device], Cost] | None = None
     scalars: Callable[[P, C], Mapping[str, object]] = _no_scalars
+    maps: Callable[[P, C, Tiles], Mapping[str, TensorMap]] = _no_maps
     _tiles: ByReads[Tiles] = field(init=False, repr=False)
     _reads: ByReads[str] = field(init=False, repr=False)
 
@@ -163,6 +170,19 @@ class Kernel(Generic[P, C]):
         given = self.scalars(problem, config)
         found = {name: getattr(problem, name) for name in self.args.scalars if name not in given and hasattr(problem, name)}
         return self.args.pack(found | dict(given))
+
+    def tensor_maps(self, problem: P, config: C) -> dict[int, tuple[str, TensorMap]]:
+        """Offset in the parameter struct -> name and map of each argument of type TensorMap.
+
+        Raises:
+            ArgumentError: `maps` has others than the arguments. LayoutError: TMA cannot take such an array.
+        """
+        maps = self.maps(problem, config, self.resolve(problem, config))
+        if set(maps) != set(self.args.maps):
+            raise ArgumentError(
+                f"kernel {self.name}: maps gives {', '.join(maps) or 'none'}; its arguments of type TensorMap are {', '.join(self.args.maps) or 'none'}"
+            )
+        return {offset: (name, maps[name]) for name, offset in self.args.maps.items()}
 
     def occupancy(self, problem: P, config: C, device: Device, registers: int) -> Occupancy:
         """CTAs an SM holds, and what limits them, for a register count (from the cubin, or an estimate)."""

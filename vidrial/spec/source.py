@@ -16,12 +16,14 @@ import jinja2
 
 from vidrial.errors import ArgumentError, TemplateError
 from vidrial.layout.atoms import MmaAtom
+from vidrial.layout.barriers import Barriers, NamedBarriers
 from vidrial.layout.mma import atoms_of
 from vidrial.layout.smem import SharedMemory
 from vidrial.spec.digest import closure_digest
 from vidrial.spec.headers import vidrial_include
 
 FORMATS = {"int": "i", "int32_t": "i", "uint32_t": "I", "int64_t": "q", "float": "f"}
+TENSOR_MAP, TENSOR_MAP_BYTES, TENSOR_MAP_ALIGNMENT = "TensorMap", 128, 64
 # Template lines after which the rendered text may have more or fewer lines than the template.
 RESYNC = re.compile(r"^\s*\{\{\s*\w+\s*\}\}\s*$|\{%-?\s*end(for|if)")
 
@@ -47,29 +49,35 @@ def cpp(value: object) -> str:
 class Arguments:
     """The kernel's one parameter, a struct passed by value: field name -> C++ type, declared once for both sides.
 
-    Types: `int`, `int32_t`, `uint32_t`, `int64_t`, `float`, any pointer (`Elem const*`), or an array of the former (`int64_t[3]`).
+    Types: `int`, `int32_t`, `uint32_t`, `int64_t`, `float`, any pointer (`Elem const*`), or an array of the former (`int64_t[3]`); and
+    `TensorMap`, 128 bytes aligned to 64, which the launch fills in by what `Kernel.maps` says (`maps` has their offsets).
     """
 
     def __init__(self, **types: str) -> None:
         self.types = types
         self.pointers: dict[str, int] = {}
+        self.maps: dict[str, int] = {}
         self._scalars: dict[str, tuple[int, str]] = {}
-        layout = "@"
+        end, self.alignment = 0, 8
         for name, kind in types.items():
             element, count = (m[1].strip(), int(m[2])) if (m := re.fullmatch(r"(.+)\[(\d+)\]", kind)) else (kind, 1)
+            if kind == TENSOR_MAP:
+                self.maps[name] = end = -(-end // TENSOR_MAP_ALIGNMENT) * TENSOR_MAP_ALIGNMENT
+                end, self.alignment = end + TENSOR_MAP_BYTES, TENSOR_MAP_ALIGNMENT
+                continue
             code = "P" if element.endswith("*") else FORMATS.get(element)
             if code is None:
                 raise ArgumentError(
-                    f"argument {name}: type {kind!r} is not known; accepted: a pointer, {', '.join(FORMATS)}, or an array of these"
+                    f"argument {name}: type {kind!r} is not known; accepted: a pointer, {', '.join(FORMATS)}, or an array of these; {TENSOR_MAP}"
                 )
-            layout += f"0{code}"
-            offset = struct.calcsize(layout)
+            size = struct.calcsize(code)
+            offset = -(-end // size) * size
             if code == "P":
                 self.pointers[name] = offset
             else:
                 self._scalars[name] = (offset, f"@{count}{code}")
-            layout += f"{count}{code}"
-        self.bytes = struct.calcsize(layout + "0P")
+            end = offset + size * count
+        self.bytes = -(-end // self.alignment) * self.alignment
 
     @property
     def scalars(self) -> tuple[str, ...]:
@@ -80,10 +88,12 @@ class Arguments:
     def cpp(self) -> str:
         """`struct Args {...};`, laid out as `pack` packs it."""
         members = (
-            f"  {m[1]} {name}[{m[2]}];" if (m := re.fullmatch(r"(.+)\[(\d+)\]", kind)) else f"  {kind} {name};"
+            f"  {m[1]} {name}[{m[2]}];"
+            if (m := re.fullmatch(r"(.+)\[(\d+)\]", kind))
+            else f"  {'vidrial::' * (kind == TENSOR_MAP)}{kind} {name};"
             for name, kind in self.types.items()
         )
-        return "struct alignas(8) Args {\n" + "\n".join(members) + "\n};"
+        return f"struct alignas({self.alignment}) Args {{\n" + "\n".join(members) + "\n};"
 
     def pack(self, values: Mapping[str, object]) -> bytearray:
         """The struct's bytes with every scalar filled in and every pointer null (`pointers` has their offsets).
@@ -110,8 +120,9 @@ class Tiles:
         threads: threads per CTA.
         smem: the regions of dynamic shared memory, or None.
         min_blocks: CTAs per SM that the register allocation must allow (the second launch bound).
-        members: name -> int, bool, DType, or an object that prints as a C++ type. Read back as attributes. Static facts and choices need
-            not be named: those that the template asks for, as `Tiles::name`, become members by themselves (`Kernel.source`).
+        members: name -> int, bool, DType, or an object that prints as a C++ type, or as a struct of them. Read back as attributes. Static
+            facts and choices need not be named: those that the template asks for, as `Tiles::name`, become members by themselves
+            (`Kernel.source`).
     """
 
     def __init__(self, *, threads: int, smem: SharedMemory | None = None, min_blocks: int = 1, **members: object) -> None:
@@ -150,6 +161,8 @@ class Tiles:
                 lines.append(f"  static constexpr bool {name} = {cpp(value)};")
             elif isinstance(value, int):
                 lines.append(f"  static constexpr int {name} = {value};")
+            elif isinstance(value, (Barriers, NamedBarriers)):
+                lines.append(value.declare(name))
             else:
                 lines.append(f"  using {name} = {cpp(value)};")
         if self.smem is not None:

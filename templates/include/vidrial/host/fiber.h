@@ -87,9 +87,9 @@ struct Fiber {
   Wait wait;
   bool done = false;
 };
-// Lanes that came together so far; a free slot has no mask.
+// Lanes that came together so far; a free slot has no mask. `role`: what a warp-specialised kernel calls the warp.
 struct Slot { unsigned arrived = 0, mask = 0; void* meeting = nullptr; char const* what = ""; void* arguments[32]; };
-struct Warp { unsigned runnable = 0, full = 0; Slot slots[32]; };
+struct Warp { unsigned runnable = 0, full = 0; char const* role = ""; Slot slots[32]; };
 
 enum class Order : unsigned { Up, Down, Random };
 
@@ -155,38 +155,50 @@ void describe_threads(std::string& text, Condition condition) {
   }
 }
 
+// What else may happen when no thread can go on, a copy that lands: false if nothing. What else explains why.
+inline bool (*make_progress)() = [] { return false; };
+inline void (*describe_state)(std::string&) = [](std::string&) {};
+
 [[noreturn]] inline void deadlock() {
   std::string text;
   std::vector<bool> told(fibers.size());
   for (int i = 0, shown = 0; i < thread_count && shown < 8; ++i) {
     if (told[size_t(i)]) continue;
     Wait const wait = fibers[size_t(i)].wait;
-    auto const same = [&](int j) { Wait const& w = fibers[size_t(j)].wait; return w.what == wait.what && w.place == wait.place; };
+    char const* const role = warps[size_t(i >> 5)].role;
+    auto const same = [&](int j) {
+      Wait const& w = fibers[size_t(j)].wait;
+      return w.what == wait.what && w.place == wait.place && warps[size_t(j >> 5)].role == role;
+    };
     for (int j = i; j < thread_count; ++j) if (same(j)) told[size_t(j)] = true;
     text += "\n  threads ";
     describe_threads(text, same);
+    if (*role) text += std::string(" (") + role + ")";
     text += std::string(": ") + wait.what;
     if (wait.place) { char at[40]; snprintf(at, sizeof at, " at <place %lx>", place(wait.place)); text += at; }
     ++shown;
   }
+  describe_state(text);
   fatal("deadlock: no thread can go on%s", text.c_str());
 }
 
 // Hand over to another fiber: one of the same warp first, so that a warp runs on to its next CTA barrier (a random order takes any).
 inline void reschedule(bool dying = false) {
   int const me = current, mine = me >> 5, count = int(warps.size());
-  int const first = order == Order::Random ? int(random_below(unsigned(count))) : mine;
-  for (int i = 0; i < count; ++i) {
-    int const w = (order == Order::Down ? first - i + count : first + i) % count;
-    if (!warps[size_t(w)].runnable) continue;
-    int const last = w == mine ? me & 31 : order == Order::Down ? 0 : 31;
-    int const next = w * 32 + next_lane(warps[size_t(w)].runnable, last);
-    if (next == me) return;
-    Fiber& to = fibers[size_t(next)];
-    current = next;
-    threadIdx = to.index;
-    return switch_to(fibers[size_t(me)], to, dying);
-  }
+  do {
+    int const first = order == Order::Random ? int(random_below(unsigned(count))) : mine;
+    for (int i = 0; i < count; ++i) {
+      int const w = (order == Order::Down ? first - i + count : first + i) % count;
+      if (!warps[size_t(w)].runnable) continue;
+      int const last = w == mine ? me & 31 : order == Order::Down ? 0 : 31;
+      int const next = w * 32 + next_lane(warps[size_t(w)].runnable, last);
+      if (next == me) return;
+      Fiber& to = fibers[size_t(next)];
+      current = next;
+      threadIdx = to.index;
+      return switch_to(fibers[size_t(me)], to, dying);
+    }
+  } while (live && make_progress());
   if (live) deadlock();
   switch_to(fibers[size_t(me)], main_fiber, true);
 }

@@ -4,7 +4,7 @@
 #include <ctime>
 #include <ucontext.h>
 #include <sys/time.h>
-#include <vidrial/host/wgmma.h>
+#include <vidrial/host/tma.h>
 
 namespace vidrial::host {
 
@@ -84,8 +84,11 @@ inline void run_grid(Request const& r) {
       for (unsigned x = 0; x < r.grid[0]; ++x) {
         blockIdx = {x, y, z};
         begin_wgmmas();
+        begin_barriers();
+        begin_bulk_copies();
         run_cta();
         check_wgmmas();
+        check_bulk_copies();
       }
   stats.seconds = now() - start;
 }
@@ -125,6 +128,7 @@ int serve(void (*call)(char const* packed), size_t bytes, std::initializer_list<
   std::vector<Array> arrays;
   for (ArrayEntry const& e : entries) {
     arrays.push_back(read_array(e));
+    global_arrays.push_back({arrays.back().data, arrays.back().bytes});
     if (VIDRIAL_ACCESSES) touched.emplace_back(arrays.back().data, e.bytes);
   }
   std::vector<size_t> types;

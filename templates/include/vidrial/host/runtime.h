@@ -56,6 +56,29 @@ void wgmma_wait_group(int pending);
 // What the CTA wrote to shared memory so far, wgmma may read after the next barrier.
 void fence_async_proxy();
 
+// mbarriers, by their shared-memory addresses. An arrival may announce bytes. `free`: the phase before the first counts as completed.
+void barrier_init(uint32_t barrier, uint32_t count, char const* name, int index);
+void barrier_arrive(uint32_t barrier, uint32_t bytes);
+void barrier_wait(uint32_t barrier, uint32_t parity, bool free);
+enum class Named { Sync, Arrive, Any };
+// Whether one of the threads that meet there says so.
+bool named_barrier(Named what, int id, int threads, bool mine);
+// setmaxnreg: by all threads of a warpgroup; an increase waits until the CTA's pool has so many.
+void reallocate_registers(int registers, bool increase);
+// What messages call the warp of this thread.
+void name_role(char const* name);
+
+// What stands in a TensorMap here. NOTE: vidrial.host.tensor_map packs it in the same order. Innermost dimension first; strides in bytes, of
+// the dimensions from the second on.
+struct TensorMap { char const* base; int64_t offset; uint64_t strides[4]; uint32_t dims[5], box[5]; uint8_t rank, element_bytes, swizzle, magic; char name[28]; };
+inline constexpr uint8_t kTensorMapMagic = 0xa7;
+static_assert(sizeof(TensorMap) == 120, "a tensor map has 128 bytes");
+void tma_load(void const* map, uint32_t barrier, uint32_t target, int rank, int const* coordinates);
+void bulk_load(uint32_t barrier, uint32_t target, void const* source, uint32_t bytes);
+void bulk_store(void* target, uint32_t source, uint32_t bytes);
+void bulk_commit();
+void bulk_wait(int pending);
+
 // Tells the types of tiled objects apart. What a thread causes counts as that of the object that it entered last and has not left.
 template <class Object> inline char identity = 0;
 void const* enter_object(void const* identity);  // the one before

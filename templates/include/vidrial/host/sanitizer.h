@@ -12,6 +12,11 @@
 // What the compiler calls at both ends of an instrumented function.
 extern "C" void __tsan_func_entry(void* caller);
 extern "C" void __tsan_func_exit();
+// By which a thread's accesses are left out.
+extern "C" void AnnotateIgnoreReadsBegin(char const* file, int line);
+extern "C" void AnnotateIgnoreReadsEnd(char const* file, int line);
+extern "C" void AnnotateIgnoreWritesBegin(char const* file, int line);
+extern "C" void AnnotateIgnoreWritesEnd(char const* file, int line);
 #endif
 
 namespace vidrial::host {
@@ -49,6 +54,8 @@ struct OnBehalfOf {
   explicit OnBehalfOf(void* caller) { __tsan_func_entry(caller); }
   ~OnBehalfOf() { __tsan_func_exit(); }
 };
+inline void ignore_accesses() { AnnotateIgnoreReadsBegin("", 0), AnnotateIgnoreWritesBegin("", 0); }
+inline void watch_accesses() { AnnotateIgnoreWritesEnd("", 0), AnnotateIgnoreReadsEnd("", 0); }
 #else
 inline void* race_context() { return nullptr; }
 inline void* new_race_context(char const*) { return nullptr; }
@@ -56,6 +63,20 @@ inline void enter_race_context(void*) {}
 inline void publish(void*) {}
 inline void observe(void*) {}
 struct OnBehalfOf { explicit OnBehalfOf(void*) {} };
+inline void ignore_accesses() {}
+inline void watch_accesses() {}
 #endif
+
+// While it lives, this thread's accesses are the runtime's own, which need no barriers. NOTE: sanitizers watch what the C++ library calls.
+struct Unwatched {
+  Unwatched() { ignore_accesses(); }
+  ~Unwatched() { watch_accesses(); }
+};
+// Within it, what the runtime does in the kernel's stead.
+struct Watched {
+  explicit Watched(void* caller) : kernel((watch_accesses(), caller)) {}
+  ~Watched() { ignore_accesses(); }
+  OnBehalfOf const kernel;
+};
 
 }  // namespace vidrial::host

@@ -48,8 +48,8 @@ struct Operation {
 };
 struct WgmmaQueue { std::vector<Operation> operations; std::vector<size_t> groups; size_t retiring = 0; bool arrived = false; };
 struct Warpgroup { int arrived = 0; char const* what = ""; };
-// What a wgmma found in 16 bytes, and after how many proxy fences.
-struct Seen { Chunk chunk; unsigned fences; };
+// What a wgmma found in 16 bytes, or TMA brought there (`landed`: no fence is needed), and after how many proxy fences.
+struct Seen { Chunk chunk; unsigned fences; bool landed; };
 
 inline std::vector<WgmmaQueue> wgmma_queues;
 inline std::vector<Warpgroup> warpgroups;
@@ -120,9 +120,9 @@ struct Matrix {
     Chunk const chunk = read(c);
     if (seen.empty()) seen.resize(shared_bytes / 16 + 1);
     Seen& previous = seen[address(c) / 16];
-    if (!proxy_fences || (previous.fences == proxy_fences && previous.chunk != chunk))
+    if ((!proxy_fences && !previous.landed) || (previous.fences == proxy_fences && previous.chunk != chunk))
       fatal("wgmma: its %c at the shared address 0x%x was written, and no thread has called fence_async_proxy since", name, address(c));
-    previous = {chunk, proxy_fences};
+    previous = {chunk, proxy_fences, previous.landed};
     return chunk;
   }
 };

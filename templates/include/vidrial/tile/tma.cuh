@@ -1,0 +1,24 @@
+// A tile of a tensor in global memory, brought into shared memory by TMA (vidrial.layout.tma).
+#pragma once
+#include <vidrial/arch/tma.cuh>
+#include <vidrial/tile/smem.cuh>
+
+namespace vidrial {
+
+// Columns lie in `Blocks` blocks of `Block`. `Split`: they are a dimension of the tensor, and one box holds them all; else each is a box.
+template <class Tile, int Block, int Blocks, bool Split>
+struct TmaTile {
+  static constexpr int kBytes = Tile::kBytes;
+  // By one thread: the tile at (row, column, outer...), `column` a multiple of Block. What lies beyond the tensor's ends becomes zero.
+  template <class... C>
+  CUTE_DEVICE static void load(TensorMap const& map, uint32_t barrier, uint32_t target, uint64_t hint, int row, int column, C... outer) {
+    if constexpr (Split) {
+      tma_load(map, barrier, target, hint, 0, row, column / Block, outer...);
+    } else {
+      CUTE_UNROLL
+      for (int i = 0; i < Blocks; ++i) tma_load(map, barrier, target + i * (kBytes / Blocks), hint, column + i * Block, row, outer...);
+    }
+  }
+};
+
+}  // namespace vidrial
