@@ -15,12 +15,14 @@ struct Mbarrier {
   int64_t bytes = 0;
   uint64_t phases = 0;
   std::string name, waits[2];
+  void* copy = nullptr;  // where the last copy for it was issued
   std::vector<uint64_t> seen;
   std::vector<int> waiting;
   char keys[4] = {};
   void* key(uint64_t phase) { return &keys[phase % 4]; }
 };
 inline std::deque<Mbarrier> mbarriers;
+inline constexpr char const* kNoEmptyWait = "the wait for an empty stage is missing, or a stage was released that nobody waited for";
 // What stands in the eight bytes of a barrier, so that what overwrites it is found.
 inline constexpr uint64_t kBarrierMark = 0xba55ba55ba55ba55ull;
 
@@ -99,7 +101,7 @@ void barrier_init(uint32_t address, uint32_t count, char const* name, int index)
 // Once everything has come the phase is over, and who waited for it goes on.
 inline void complete_phase(Mbarrier& b) {
   if (b.pending) return;
-  if (b.bytes < 0) fatal("barrier %s: %lld bytes more came than were announced", b.name.c_str(), (long long)-b.bytes);
+  if (b.bytes < 0) fatal("barrier %s: %lld bytes more came than were announced; the last copy was issued at <place %lx>", b.name.c_str(), (long long)-b.bytes, place(b.copy));
   if (b.bytes > 0) return;
   ++b.phases;
   b.pending = b.count;
@@ -111,7 +113,7 @@ void barrier_arrive(uint32_t address, uint32_t bytes) {
   void* const place = __builtin_return_address(0);
   Unwatched const runtime;
   Mbarrier& b = barrier_at("arrival", address, place);
-  if (!b.pending) fatal("barrier %s: an arrival more than the %u that it counts in a phase, while its bytes are on their way", b.name.c_str(), b.count);
+  if (!b.pending) fatal("barrier %s: an arrival more than the %u that it counts in a phase, while its bytes are on their way: %s", b.name.c_str(), b.count, kNoEmptyWait);
   publish(b.key(b.phases));
   b.bytes += bytes;
   --b.pending;

@@ -41,6 +41,7 @@ inline void land(BulkLoad const& load) {
     chunk.fences = proxy_fences, chunk.landed = true;
   }
   landed.push_back({load.what, load.name, load.place, load.barrier, load.barrier->phases, load.target, uint32_t(load.data.size()), false});
+  load.barrier->copy = load.place;
   load.barrier->bytes -= int64_t(load.data.size());
   complete_phase(*load.barrier);
 }
@@ -92,13 +93,13 @@ inline void issue_load(BulkLoad load, uint32_t barrier) {
     fatal("%s%s: its %zu bytes at the shared address 0x%x reach out of their region (the launch asked for %zu bytes)", what, name, load.data.size(), load.target, shared_bytes);
   for (BulkLoad const& other : flying)
     if (overlap(load.target, load.data.size(), other.target, other.data.size()))
-      fatal("%s%s: at the shared address 0x%x another copy, issued at <place %lx>, has not landed yet: the wait for an empty stage is missing", what, name, load.target, place(other.place));
+      fatal("%s%s: at the shared address 0x%x another copy, issued at <place %lx>, has not landed yet: %s", what, name, load.target, place(other.place), kNoEmptyWait);
   for (size_t i = 0; i < landed.size();) {
     Landed const& other = landed[i];
     if (!overlap(load.target, load.data.size(), other.target, other.bytes)) { ++i; continue; }
     if (!other.waited)
-      fatal("%s%s: at the shared address 0x%x lies what another copy, issued at <place %lx>, brought, and no thread has waited for that: the wait for an empty stage is missing", what,
-            name, load.target, place(other.place));
+      fatal("%s%s: at the shared address 0x%x lies what another copy, issued at <place %lx>, brought, and no thread has waited for that: %s", what, name,
+            load.target, place(other.place), kNoEmptyWait);
     landed.erase(landed.begin() + ptrdiff_t(i));
   }
   load.issued = new_meeting();
