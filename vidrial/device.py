@@ -14,6 +14,8 @@ KB, MB = 1 << 10, 1 << 20
 # a row of ldmatrix, a swizzle's unit), of a kernel's parameters, and of shared memory that the system takes of every CTA.
 WARP, CTA_THREADS = 32, 1024
 VECTOR_BYTES, PARAMETER_BYTES, RESERVED_SMEM = 16, 4096, 1024
+# The one architecture that has wgmma, and setmaxnreg as Roles uses it.
+HOPPER = "sm_90a"
 # The GPU of the table that stands in where there is none.
 DEFAULT_GPU = "h200"
 INSTALL_CUPY = "pip install cupy-cuda13x==14.2.0"

@@ -12,7 +12,8 @@ class Counts:
     `mma`, `ldmatrix`, `shared_loads` (16 bytes by each thread): instructions of a warp; `wgmma`: of a warpgroup. `ldmatrix_conflicts`,
     `shared_load_conflicts`: passes over the banks beyond one per matrix, or per eight threads. `copy_calls`: times that a thread
     began its part of a TiledCopy's tile. `cp_async_requests`: instructions of a warp of which some thread reads; `cp_async_sectors`
-    of 32 bytes and `cp_async_bytes` are what they read.
+    of 32 bytes and `cp_async_bytes` are what they read. `bulk_copies`: boxes by TMA and bulk copies, to and from shared memory;
+    `bulk_bytes`: what they move, without the zeros beyond a tensor's ends.
     """
 
     mma: int = 0
@@ -25,6 +26,8 @@ class Counts:
     cp_async_requests: int = 0
     cp_async_sectors: int = 0
     cp_async_bytes: int = 0
+    bulk_copies: int = 0
+    bulk_bytes: int = 0
 
     def __add__(self, other: Counts) -> Counts:
         return Counts(*(getattr(self, name) + getattr(other, name) for name in FIELDS))

@@ -14,7 +14,8 @@ from vidrial.dtypes import DType
 from vidrial.host.tensor_map import pack
 from vidrial.layout.algebra import Swizzle
 from vidrial.layout.atoms import wgmma as wgmma_atom
-from vidrial.layout.barriers import Barrier, Barriers, Meeting, NamedBarriers, Roles, TileRing, TmaRing
+from vidrial.layout.barriers import Barrier, Barriers, Meeting, NamedBarriers, Roles, TmaRing
+from vidrial.layout.schedule import Scheduler
 from vidrial.layout.smem import SharedMemory, SmemLayout
 from vidrial.layout.tma import TensorMap, TmaTile
 from vidrial.layout.wgmma import WarpgroupMma
@@ -298,7 +299,7 @@ def roles() -> Case:
     counted = parts * (parts < 0).any((2, 3), keepdims=True)
     out = counted.sum((0, 1)).reshape(128)
     # The factors of a stage come to the same barrier.
-    bars = Barriers(ring=TmaRing((box,), who.consumer_warps, bulk_bytes=256), draw=TileRing(who.consumer_warps))
+    bars = Barriers(ring=TmaRing((box,), who.consumer_warps, bulk_bytes=256), draw=Scheduler("dynamic", consumer_warps=who.consumer_warps))
     named = NamedBarriers(vote=Meeting(128, count=2), turn=Meeting(256), own=Meeting(128))
     smem = SharedMemory(tile=tile, factors=3 * 256, sums=512, bars=bars.bytes)
     definitions = [
@@ -314,7 +315,7 @@ def roles() -> Case:
         named.declare("Named"),
     ]
     arrays = [stored, factors, np.zeros(128, np.float32), np.full(count, -1, np.int32), np.zeros(1, np.int32)]
-    expected: dict[int, tuple[Array, float]] = {2: (out, 0.0), 3: (np.arange(count), 0.0), 4: (np.zeros(1), 0.0)}
+    expected: dict[int, tuple[Array, float]] = {2: (out, 0.0), 3: (np.arange(count), 0.0), 4: (np.full(1, count), 0.0)}
     case = Case("roles", text("roles.cu", *definitions), who.threads, smem.bytes, arrays, (count,), expected, "sm_90a")
     case.maps = (TensorMap(box, "0", values.shape, (64,)),)
     return case

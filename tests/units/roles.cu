@@ -21,7 +21,7 @@ extern "C" __global__ void __launch_bounds__(Roles::kThreads, 1) unit(__grid_con
     if (warp == 0) {
       Bars::ring::Producer ring(barriers);
       Bars::draw::Producer draw(barriers);
-      for (int tile = Bars::draw::first(); tile < args.tiles; tile = draw.next(args.counter, args.tiles)) {
+      for (int tile = Bars::draw::first(); tile < args.tiles; tile = draw.next(tile, args.tiles, args.counter)) {
         ring.next([&](int stage, uint32_t full) {
           Box::load(args.map, full, smem + stage * Box::kBytes, vidrial::kEvictNormal, tile * 64, 0);
           vidrial::bulk_load(full, smem + kFactors + stage * 256, args.factors + tile * 64, 256);
@@ -36,7 +36,7 @@ extern "C" __global__ void __launch_bounds__(Roles::kThreads, 1) unit(__grid_con
   Bars::draw::Consumer draw(barriers);
   float sum = 0.f;
   int count = 0;
-  for (int tile = Bars::draw::first(); tile < args.tiles; tile = draw.next()) {
+  for (int tile = Bars::draw::first(); tile < args.tiles; tile = draw.next(tile, args.tiles)) {
     int const stage = ring.next();
     // Thread t % 128 has column t % 64 of 16 rows.
     int const column = t % 64, row = group * 32 + t % 128 / 64 * 16;

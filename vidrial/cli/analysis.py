@@ -17,10 +17,11 @@ from vidrial.errors import ConfigError, ToolchainError, UnsupportedError
 from vidrial.events import Counts
 from vidrial.host.plan import HostPlan, poison
 from vidrial.host.target import HostStats, Schedule
-from vidrial.layout.access import Tiled, analyse, flops, per_instruction, per_tile, tiled_objects
+from vidrial.layout.access import SECTOR_BYTES, Tiled, analyse, flops, per_instruction, per_tile, tiled_objects
 from vidrial.layout.copies import LoadVector, TiledCopy
 from vidrial.layout.mma import Operand, TiledMma
 from vidrial.layout.occupancy import Waves
+from vidrial.layout.tma import TmaTile
 from vidrial.layout.wgmma import WarpgroupMma
 from vidrial.spec.choices import describe
 from vidrial.spec.op import Op, Stage
@@ -113,24 +114,18 @@ def _objects(stage: Stage, counted: Counted | None) -> Iterator[tuple[Any, ...]]
             yield (", ".join(names), *_predicted(objects[names[0]]), *_figures(objects[names[0]], n))
     own = groups.get(())
     if own is not None and own != Counts():
-        yield (
-            "by itself",
-            "cp.async",
-            VECTOR_BYTES,
-            "",
-            "",
-            own.cp_async_requests,
-            "",
-            "",
-            own.cp_async_sectors,
-            _bytes(own.cp_async_bytes),
-        )
+        copies = own.cp_async_requests, "", "", own.cp_async_sectors, _bytes(own.cp_async_bytes)
+        yield ("by itself", "cp.async", VECTOR_BYTES, "", "", *copies)
+    if own is not None and own.bulk_copies:
+        yield "by itself", "cp.async.bulk", "", "", "", own.bulk_copies, "", "", "", _bytes(own.bulk_bytes)
 
 
 def _predicted(tiled: Tiled) -> tuple[Any, ...]:
     """Instruction, bytes (a thread's, of wgmma those that one instruction reads), passes over the banks, sectors of a full tile."""
     if isinstance(tiled, TiledCopy):
         return tiled.atom.name, tiled.atom.bytes, "", per_tile(tiled).cp_async_sectors
+    if isinstance(tiled, TmaTile):
+        return f"cp.async.bulk.tensor.{len(tiled.box)}d", tiled.bytes // tiled.boxes, "", tiled.bytes // SECTOR_BYTES
     if isinstance(tiled, TiledMma):
         return tiled.atom.name, "", "", ""
     if isinstance(tiled, WarpgroupMma):
@@ -152,6 +147,8 @@ def _figures(tiled: Tiled, n: Counts | None) -> tuple[Any, ...]:
         return "", "", "", "", ""
     if isinstance(tiled, TiledCopy):
         return n.cp_async_requests, "", n.copy_calls // tiled.threads, n.cp_async_sectors, _bytes(n.cp_async_bytes)
+    if isinstance(tiled, TmaTile):
+        return n.bulk_copies, "", n.bulk_copies // tiled.boxes, "", _bytes(n.bulk_bytes)
     if isinstance(tiled, (TiledMma, WarpgroupMma)):
         return n.mma + n.wgmma, "", "", "", ""
     if isinstance(tiled, LoadVector):

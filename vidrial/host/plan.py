@@ -61,6 +61,9 @@ class HostPlan(Generic[P, C]):
         for binary, tiles, stage, packed in self._launches:
             grid = stage.kernel.geometry(stage.problem, stage.config).grid
             if 0 not in grid:
+                for name in stage.kernel.args.pointers:
+                    if name in self._buffers and self._buffers[name].zeroed:
+                        every[name][...] = 0
                 pointers = {offset: every[name] for name, offset in stage.kernel.args.pointers.items() if name in every}
                 maps = stage.kernel.tensor_maps(stage.problem, stage.config)
                 pointers |= {offset: every[map.array] for offset, (_, map) in maps.items()}

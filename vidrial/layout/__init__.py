@@ -19,7 +19,7 @@ from vidrial.layout.algebra import (
     right_inverse,
 )
 from vidrial.layout.atoms import CopyAtom, MMA_16x8x8, MMA_16x8x16, MmaAtom, cp_async, ldmatrix, wgmma
-from vidrial.layout.barriers import Barrier, Barriers, Meeting, NamedBarriers, Roles, TileRing, TmaRing
+from vidrial.layout.barriers import Barrier, Barriers, Meeting, NamedBarriers, Roles, TmaRing
 from vidrial.layout.copies import LoadMatrix, LoadVector, TiledCopy
 from vidrial.layout.drawing import draw
 from vidrial.layout.mma import Accumulator, TiledMma
@@ -51,7 +51,6 @@ __all__ = [
     "SmemLayout",
     "Swizzle",
     "TensorMap",
-    "TileRing",
     "TiledCopy",
     "TiledMma",
     "TmaRing",

@@ -24,11 +24,12 @@ from vidrial.errors import ArgumentError
 from vidrial.events import Counts
 from vidrial.layout.copies import LoadMatrix, LoadVector, TiledCopy
 from vidrial.layout.mma import Operand, TiledMma
+from vidrial.layout.tma import TmaTile
 from vidrial.layout.wgmma import DEPTH, SWIZZLE_BYTES, Descriptor, WarpgroupMma
 
 Described: TypeAlias = LoadMatrix | LoadVector | Operand | TiledMma | WarpgroupMma | Descriptor | TiledCopy
 # What the host target counts apart.
-Tiled: TypeAlias = LoadMatrix | LoadVector | TiledCopy | Operand | TiledMma | WarpgroupMma
+Tiled: TypeAlias = LoadMatrix | LoadVector | TiledCopy | TmaTile | Operand | TiledMma | WarpgroupMma
 BANKS, BANK_BYTES, PHASE_BYTES, SECTOR_BYTES = 32, 4, 128, 32
 
 
@@ -149,7 +150,7 @@ def tiled_objects(members: Mapping[str, Any]) -> dict[str, Tiled]:
     """The members of a `Tiles` that are counted apart, and the operands that a TiledMma loads, as `QK.B`."""
     found: dict[str, Tiled] = {}
     for name, member in members.items():
-        if isinstance(member, (LoadMatrix, LoadVector, TiledCopy, TiledMma, WarpgroupMma)):
+        if isinstance(member, (LoadMatrix, LoadVector, TiledCopy, TmaTile, TiledMma, WarpgroupMma)):
             found[name] = member
         if isinstance(member, TiledMma):
             found |= {f"{name}.{side}": operand for side, operand in (("A", member.A), ("B", member.B)) if operand is not None}
@@ -183,11 +184,14 @@ def load_conflicts(tiled: LoadMatrix | LoadVector | Operand) -> Any:
 
 
 @cache
-def per_tile(copy: TiledCopy, row_stride: int | None = None, rows: int | None = None) -> Counts:
-    """One TiledCopy of a tile of which `rows` rows exist, by default all.
+def per_tile(copy: TiledCopy | TmaTile, row_stride: int | None = None, rows: int | None = None) -> Counts:
+    """One TiledCopy or TmaTile of a tile of which `rows` rows exist, by default all.
 
     `row_stride`: bytes from row to row in global memory, by default those of a row of the tile; the first row is aligned to a sector.
     """
+    if isinstance(copy, TmaTile):
+        there = copy.tile.rows if rows is None else rows
+        return Counts(bulk_copies=copy.boxes, bulk_bytes=there * copy.tile.columns * copy.tile.dtype.bytes)
     thread, vector = np.arange(copy.threads), copy.atom.bytes
     stride = copy.tile.columns * copy.tile.dtype.bytes if row_stride is None else row_stride
     there = copy.tile.rows if rows is None else rows

@@ -9,10 +9,11 @@ Tiles(threads=roles.threads, smem=smem, Roles=roles, Bars=bars)                 
 from __future__ import annotations
 
 import dataclasses
-from typing import TypeAlias
+from typing import ClassVar, TypeAlias
 
-from vidrial.device import CTA_THREADS, VECTOR_BYTES, WARP
+from vidrial.device import CTA_THREADS, HOPPER, VECTOR_BYTES, WARP
 from vidrial.errors import LayoutError
+from vidrial.layout.schedule import Scheduler
 from vidrial.layout.tma import TmaTile
 
 WARPGROUP = 128
@@ -96,35 +97,7 @@ class Barrier:
         return f"vidrial::Barrier<{self.count}, {self.arrivals}, {at}>", f'"{name}"'
 
 
-@dataclasses.dataclass(frozen=True)
-class TileRing:
-    """Tiles that one warp draws from a counter and hands on to `consumer_warps` warps: what a dynamic schedule needs.
-
-    `heavy`: the last row of tiles first.
-
-    Raises:
-        LayoutError: no warp reads.
-    """
-
-    consumer_warps: int
-    heavy: bool = True
-
-    def __post_init__(self) -> None:
-        if not 1 <= self.consumer_warps < ARRIVALS_LIMIT:
-            raise LayoutError(f"tiles that {self.consumer_warps} warps read; give 1 or more")
-
-    @property
-    def size(self) -> int:
-        """Bytes in shared memory: two full and two empty barriers, two tiles."""
-        return 5 * BARRIER_BYTES
-
-    def placed(self, at: int, name: str) -> tuple[str, str]:
-        """As `TmaRing.placed`."""
-        heavy = str(self.heavy).lower()
-        return f"vidrial::DynamicScheduler<{heavy}, {self.consumer_warps}, {at}, {at + 16}, {at + 32}>", f'"{name}.full", "{name}.empty"'
-
-
-Placeable: TypeAlias = TmaRing | Barrier | TileRing
+Placeable: TypeAlias = TmaRing | Barrier | Scheduler
 
 
 class Barriers:
@@ -141,8 +114,8 @@ class Barriers:
         self.offsets: dict[str, int] = {}
         end = 0
         for name, member in members.items():
-            if not isinstance(member, (TmaRing, Barrier, TileRing)):
-                raise LayoutError(f"barriers {name}: {member!r}; accepted: a TmaRing, a Barrier, a TileRing")
+            if not isinstance(member, (TmaRing, Barrier, Scheduler)):
+                raise LayoutError(f"barriers {name}: {member!r}; accepted: a TmaRing, a Barrier, a Scheduler")
             self.offsets[name] = end
             end += member.size
         self.bytes = max(end, BARRIER_BYTES)
@@ -214,6 +187,7 @@ class Roles:
         LayoutError: too many threads, registers that setmaxnreg does not take, or more than the pool has.
     """
 
+    ARCH: ClassVar[str] = HOPPER
     producer: int = 1
     consumers: int = 2
     registers: tuple[int, int] | None = None

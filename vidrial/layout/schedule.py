@@ -14,20 +14,24 @@ from vidrial.errors import LayoutError
 class Scheduler:
     """Rows x columns of tiles, dealt to CTAs.
 
-    `kind`: "one" (a CTA per tile), "static" (the CTAs that fit take turns), "dynamic" (they draw from a counter; device code then takes the
-    `TileRing` of its barriers). `heavy`: rows come from the last, the one with most work, to the first. Columns (of heads, say) come in groups
-    of equal size, so that what a group reads stays in L2: a short last group would bring its heavy tiles last.
+    `kind`: "one" (a CTA per tile), "static" (the CTAs that fit take turns), "dynamic" (they draw from a counter, a zeroed workspace buffer; one
+    warp draws for the `consumer_warps` that read, by barriers of its own). It is a member of the kernel's `Barriers`. `heavy`: rows come from
+    the last, the one with most work, to the first. Columns (of heads, say) come in groups of equal size, so that what a group reads stays in
+    L2: a short last group would bring its heavy tiles last.
 
     Raises:
-        LayoutError: another kind.
+        LayoutError: another kind, or a dynamic one that no warp reads.
     """
 
     kind: Literal["one", "static", "dynamic"] = "one"
     heavy: bool = True
+    consumer_warps: int = 0
 
     def __post_init__(self) -> None:
         if self.kind not in ("one", "static", "dynamic"):
             raise LayoutError(f"a schedule of kind {self.kind!r}; accepted: 'one', 'static', 'dynamic'")
+        if self.kind == "dynamic" and self.consumer_warps < 1:
+            raise LayoutError("a dynamic schedule is read by warps; give consumer_warps, as Roles has them")
 
     def order(self, rows: int, columns: int, groups: int) -> Iterator[tuple[int, int]]:
         """(row, column) of tile 0, 1, ...
@@ -63,15 +67,15 @@ class Scheduler:
         return max(free)
 
     @property
-    def cpp(self) -> str:
-        """The C++ type.
+    def size(self) -> int:
+        """Bytes in the region of barriers: of a dynamic schedule two full and two empty barriers, and two tiles."""
+        return 40 if self.kind == "dynamic" else 0
 
-        Raises:
-            LayoutError: a dynamic schedule is its TileRing's.
-        """
-        if self.kind == "dynamic":
-            raise LayoutError("a dynamic schedule prints as the TileRing among the kernel's Barriers: it needs shared memory")
-        return f"vidrial::Scheduler<vidrial::Schedule::{self.kind.capitalize()}, {str(self.heavy).lower()}>"
+    def placed(self, at: int, name: str) -> tuple[str, str]:
+        """As `TmaRing.placed`."""
+        kind, heavy = self.kind.capitalize(), str(self.heavy).lower()
+        cpp = f"vidrial::Scheduler<vidrial::Schedule::{kind}, {heavy}, {self.consumer_warps}, {at}>"
+        return cpp, f'"{name}.full", "{name}.empty"'
 
 
 def equal_groups(columns: int, column_bytes: int, cache_bytes: int) -> int:

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import dataclasses
 from functools import cache
+from typing import ClassVar
 
 import numpy as np
 
-from vidrial.device import VECTOR_BYTES
+from vidrial.device import HOPPER, VECTOR_BYTES
 from vidrial.errors import LayoutError
 from vidrial.layout.smem import SmemLayout
 
@@ -30,6 +31,7 @@ class TmaTile:
         LayoutError: the tile's swizzle is none of TMA's, the box is too large or has too many dimensions, or an element would lie elsewhere.
     """
 
+    ARCH: ClassVar[str] = HOPPER
     tile: SmemLayout
     outer: tuple[str, ...] = ()
     column_tail: bool = False

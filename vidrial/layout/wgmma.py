@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import dataclasses
 from functools import cache, cached_property
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
 
+from vidrial.device import HOPPER
 from vidrial.dtypes import DType
 from vidrial.errors import LayoutError
 from vidrial.layout.algebra import Layout
@@ -130,6 +131,7 @@ class WarpgroupMma:
         LayoutError: the warpgroups cannot share the tile, an operand has another shape or dtype, or wgmma cannot read it.
     """
 
+    ARCH: ClassVar[str] = HOPPER
     dtype: DType
     warpgroups: int
     tile: tuple[int, int, int]

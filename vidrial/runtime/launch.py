@@ -93,6 +93,17 @@ class Binary:
             raise LaunchError(f"kernel {self.name} cannot have {smem} bytes of dynamic shared memory: {error}") from error
         self._smem_asked = smem
 
+    def zero(self, pointer: int, size: int, stream: int) -> None:
+        """Set `size` bytes at `pointer` to 0, on `stream`.
+
+        Raises:
+            LaunchError: the driver refuses, or an earlier error of this context comes to light.
+        """
+        try:
+            self._runtime.memsetAsync(pointer, 0, size, stream)
+        except self._runtime.CUDARuntimeError as error:
+            raise LaunchError(f"kernel {self.name}: {size} bytes of its workspace cannot be set to 0: {error}") from error
+
     def refused(self, geometry: Geometry, error: Exception) -> LaunchError:
         """A driver's error in words."""
         return LaunchError(

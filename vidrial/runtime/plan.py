@@ -28,13 +28,16 @@ MAPS_KEPT = 64
 
 
 class Workspace:
-    """Where each of an op's workspace buffers lies in one allocation of `bytes`."""
+    """Where each of an op's workspace buffers lies in one allocation of `bytes`; `zeroed`: those to set to 0, and how many bytes they have."""
 
     def __init__(self, op: Op, problem: Any, config: Any) -> None:
         self.offsets: dict[str, int] = {}
+        self.zeroed: dict[str, int] = {}
         self.bytes = 0
         for name, buffer in op.workspace(problem, config).items():
             self.offsets[name] = self.bytes
+            if buffer.zeroed:
+                self.zeroed[name] = buffer.bytes
             self.bytes += buffer.bytes
 
 
@@ -57,7 +60,7 @@ class CudaPlan:
         for stage in op.stages(problem, config):
             binary = _binary(stage.kernel.source(stage.problem, stage.config), device.arch, index, describe(stage.config))
             with binary.on_device():
-                self._launches.append(_Launch(binary, stage))
+                self._launches.append(_Launch(binary, stage, self.workspace))
 
     @property
     def stages(self) -> int:
@@ -91,6 +94,8 @@ class CudaPlan:
                     pack(launch.packed, offset, *[address(name, 0) for name in names])
                 for tensor in launch.maps:
                     tensor.write(launch.packed, address(tensor.map.array, 0))
+                for name, size in launch.zeroed:
+                    launch.binary.zero(table[name], size, stream)
                 launch.run(stream)
 
 
@@ -112,9 +117,10 @@ class _Map:
 
 
 class _Launch(Launch):
-    """One stage. `slots`: what packs pointers that lie together into its struct, from which byte on, and their names; `maps`: its tensor maps."""
+    """One stage. `slots`: what packs pointers that lie together into its struct, from which byte on, and their names; `maps`: its tensor maps;
+    `zeroed`: names and bytes of its buffers that are 0 before it."""
 
-    def __init__(self, binary: Binary, stage: Stage) -> None:
+    def __init__(self, binary: Binary, stage: Stage, workspace: Workspace) -> None:
         self.packed = stage.kernel.pack(stage.problem, stage.config)
         super().__init__(binary, stage.kernel.geometry(stage.problem, stage.config), self.packed)
         runs: list[tuple[int, list[str]]] = []
@@ -123,6 +129,7 @@ class _Launch(Launch):
                 runs[-1][1].append(name)
             else:
                 runs.append((offset, [name]))
+        self.zeroed = tuple((name, size) for name, size in workspace.zeroed.items() if name in stage.kernel.args.pointers)
         self.maps = tuple(_Map(offset, map) for offset, (_, map) in stage.kernel.tensor_maps(stage.problem, stage.config).items())
         self.slots = tuple((struct.Struct(f"={len(names)}Q").pack_into, offset, tuple(names)) for offset, names in runs)
 

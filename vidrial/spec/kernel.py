@@ -126,6 +126,9 @@ class Kernel(Generic[P, C]):
             tiles = self.resolve(problem, config)
         except (LayoutError, ConfigError) as error:
             return str(error)
+        for name, member in tiles.members.items():
+            if (arch := getattr(type(member), "ARCH", device.arch)) != device.arch:
+                return f"{name} is a {type(member).__name__}, which {arch} alone has; {device.name} is {device.arch}"
         if tiles.threads % WARP or not WARP <= tiles.threads <= CTA_THREADS:
             return f"{tiles.threads} threads per CTA: must be a multiple of {WARP}, at most {CTA_THREADS}"
         if tiles.smem_bytes > device.smem_per_block:

@@ -34,10 +34,14 @@ def _no_rules(problem: object, config: object) -> Iterable[tuple[bool, str]]:
 
 @dataclass(frozen=True)
 class Buffer:
-    """Shape and dtype of an array that an op makes: an output, or workspace between its stages."""
+    """Shape and dtype of an array that an op makes: an output, or workspace between its stages.
+
+    `zeroed`: a workspace buffer that is 0 before each launch which has it as an argument, a counter say.
+    """
 
     shape: tuple[int, ...]
     dtype: DType
+    zeroed: bool = False
 
     @property
     def bytes(self) -> int:

@@ -9,7 +9,8 @@ namespace vidrial::host {
 
 // NOTE: vidrial.events.Counts has the same fields in the same order.
 struct Counts {
-  int64_t mma, wgmma, ldmatrix, ldmatrix_conflicts, shared_loads, shared_load_conflicts, copy_calls, cp_async_requests, cp_async_sectors, cp_async_bytes;
+  int64_t mma, wgmma, ldmatrix, ldmatrix_conflicts, shared_loads, shared_load_conflicts, copy_calls, cp_async_requests, cp_async_sectors, cp_async_bytes,
+      bulk_copies, bulk_bytes;
 };
 
 // Types of tiled objects, each once; the first one, null, is none of them.

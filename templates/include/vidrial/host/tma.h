@@ -85,6 +85,11 @@ inline void check_source(char const* what, std::string const& name, char const* 
 #endif
 }
 
+inline void count_bulk(void const* global, size_t bytes, bool write) {
+  counted().bulk_bytes += int64_t(bytes);
+  touch(global, bytes, write);
+}
+
 inline void issue_load(BulkLoad load, uint32_t barrier) {
   char const* const what = load.what;
   char const* const name = load.name.c_str();
@@ -147,11 +152,13 @@ void tma_load(void const* encoded, uint32_t barrier, uint32_t target, int rank, 
       size_t const bytes = size_t(last - first) * map.element_bytes;
       source += first * map.element_bytes;
       check_source("tma_load", load.name, source, bytes);
+      count_bulk(source, bytes, false);
       Watched const kernel(load.place);
       memcpy(&line[size_t(first - coordinates[0]) * map.element_bytes], source, bytes);
     }
     for (size_t i = 0; i < row; i += 16) memcpy(&load.data[swizzled(uint32_t(target + r * row + i), map.swizzle) - target], &line[i], 16);
   }
+  ++counted().bulk_copies;
   issue_load(std::move(load), barrier);
 }
 
@@ -165,6 +172,8 @@ void bulk_load(uint32_t barrier, uint32_t target, void const* source, uint32_t b
   BulkLoad load{"bulk_load", "", place, nullptr, target, std::vector<char>(bytes), nullptr};
   check_bulk("bulk_load", source, target, bytes);
   check_source("bulk_load", "", static_cast<char const*>(source), bytes);
+  ++counted().bulk_copies;
+  count_bulk(source, bytes, false);
   {
     Watched const kernel(load.place);
     memcpy(load.data.data(), source, bytes);
@@ -188,6 +197,8 @@ void bulk_store(void* target, uint32_t source, uint32_t bytes) {
     Watched const kernel(s.place);
     memcpy(s.data.data(), shared_base + source, bytes);
   }
+  ++counted().bulk_copies;
+  count_bulk(target, bytes, true);
   if (!lazy) store(s);
   bulk_queues[size_t(current)].stores.push_back(std::move(s));
 }

@@ -1,0 +1,21 @@
+// The objects of Vidrial's own header of this name, counted; see copy.cuh beside this file.
+#pragma once
+#include <vidrial/arch/tma.cuh>
+#include <vidrial/tile/smem.cuh>
+
+#define TmaTile UncountedTmaTile
+#include_next <vidrial/tile/tma.cuh>
+#undef TmaTile
+
+namespace vidrial {
+
+template <class Tile, int Block, int Blocks, bool Split>
+struct TmaTile : UncountedTmaTile<Tile, Block, Blocks, Split> {
+  template <class... X>
+  static void load(X&&... x) {
+    host::Counted const self(&host::identity<TmaTile>);
+    UncountedTmaTile<Tile, Block, Blocks, Split>::load(static_cast<X&&>(x)...);
+  }
+};
+
+}  // namespace vidrial
