@@ -15,7 +15,7 @@ from vidrial.cli.tables import compile_best, duration, progress_bar, show_built,
 from vidrial.device import DEFAULT_GPU, Device
 from vidrial.errors import ToolchainError
 from vidrial.host.check import diverse_configs
-from vidrial.host.plan import HostPlan, poison
+from vidrial.host.plan import HostPlan
 from vidrial.spec.choices import describe
 from vidrial.spec.op import Check, Op
 from vidrial.spec.registry import find_op, make_problem
@@ -139,9 +139,7 @@ def check_on_host(op: Op, problem: Any, config: Any) -> Check:
         ConfigError, CompileError, LaunchError, ToolchainError: it cannot be built or run.
     """
     inputs = op.sample(problem, 0)
-    outputs = {name: poison(buffer.shape, buffer.dtype) for name, buffer in op.outputs(problem).items()}
-    HostPlan(op, problem, config).run({**inputs, **outputs})
-    return op.check(problem, inputs, outputs, op.reference(problem, inputs))
+    return op.check(problem, inputs, HostPlan(op, problem, config).results(inputs), op.reference(problem, inputs))
 
 
 def _verdict(found: Check) -> Text:
