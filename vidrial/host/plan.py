@@ -63,9 +63,13 @@ class HostPlan(Generic[P, C]):
 
     def results(self, inputs: Mapping[str, NDArray[Any]], schedule: Schedule = SCHEDULES[0]) -> dict[str, NDArray[Any]]:
         """The outputs of a run on these inputs, by name; an element that nothing wrote is NaN."""
-        outputs = _poisoned(self._outputs)
+        outputs = self.outputs()
         self.run({**inputs, **outputs}, schedule)
         return outputs
+
+    def outputs(self) -> dict[str, NDArray[Any]]:
+        """New arrays for the op's outputs, all NaN."""
+        return _poisoned(self._outputs)
 
 
 def _poisoned(buffers: Mapping[str, Buffer]) -> dict[str, NDArray[Any]]:
