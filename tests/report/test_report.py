@@ -15,7 +15,7 @@ import pytest
 
 from vidrial.cli import main as cli
 from vidrial.device import Device
-from vidrial.errors import SweepError
+from vidrial.errors import ArgumentError, SweepError
 from vidrial.kernels.power_retention.op import op
 from vidrial.report.page import chart
 from vidrial.report.plot import write_png
@@ -188,7 +188,7 @@ def test_damage_is_named_and_a_torn_last_line_is_not_damage(journals: Path, tmp_
     (tmp_path / "empty").mkdir()
     with pytest.raises(SweepError, match="no trial to report"):
         read_journals([tmp_path / "empty"])
-    with pytest.raises(SweepError, match="cannot be written"):
+    with pytest.raises(ArgumentError, match="cannot be written"):
         write_report(plains(trials(1000)), journals / "5001.jsonl" / "page.html")
 
 

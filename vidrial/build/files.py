@@ -11,8 +11,23 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Self
 
-from vidrial.errors import StoreError
+from vidrial.errors import ArgumentError, StoreError
+
+
+class Closing:
+    """What the end of a `with` block closes."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Let go of what it holds."""
+        raise NotImplementedError
 
 
 def usable(root: Path) -> Path:
@@ -75,6 +90,20 @@ def write_file(path: Path, data: bytes) -> None:
         os.fsync(file.fileno())
 
 
+@contextlib.contextmanager
+def writing(path: Path, option: str) -> Iterator[None]:
+    """To write `path` in the block, its folder made if need be; `option` is what names another place.
+
+    Raises:
+        ArgumentError: it cannot be written.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield
+    except OSError as error:
+        raise ArgumentError(f"{path} cannot be written ({error}); give {option} a place that can") from None
+
+
 def sync_folder(folder: Path) -> None:
     """Bring a directory's names to the disk."""
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
@@ -87,10 +116,8 @@ def sync_folder(folder: Path) -> None:
 def touch(path: Path, seconds: float) -> None:
     """Renew a path's time of last change, at most once in `seconds`."""
     if time.time() - modified(path) > seconds:
-        try:
+        with contextlib.suppress(OSError):  # gone, or read only: it keeps its age
             os.utime(path)
-        except OSError:
-            return  # gone, or read only: it keeps its age
 
 
 def children(folder: Path) -> list[Path]:

@@ -11,6 +11,7 @@ from dataclasses import asdict
 from typing import Any, NamedTuple
 
 from vidrial import errors
+from vidrial.build.files import Closing
 from vidrial.build.nvrtc import Cubin, Resources, compile_source
 from vidrial.build.processes import Child, Ended, ready
 from vidrial.errors import CompileError, VidrialError
@@ -70,7 +71,7 @@ def worker_environment() -> dict[str, str]:
     return os.environ | {"GLIBC_TUNABLES": ":".join(filter(None, (MALLOC, os.environ.get("GLIBC_TUNABLES"))))}
 
 
-class CompilePool:
+class CompilePool(Closing):
     """Compiles in `jobs` long-lived processes, because NVRTC serialises the compiles of one process.
 
     Processes start when first needed and die with this one. A process that crashes or exceeds `timeout` seconds costs its
@@ -112,12 +113,6 @@ class CompilePool:
         """End the processes and remove what they left."""
         while self._idle:
             self._idle.pop().stop()
-
-    def __enter__(self) -> CompilePool:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
     def _take(self) -> Child:
         while self._idle:

@@ -11,11 +11,11 @@ from rich.console import Console
 from rich.text import Text
 
 from vidrial.build.cubins import cubin_of
-from vidrial.cli.tables import duration, facts, show_table, split_words
+from vidrial.cli.tables import duration, facts, show_records, show_table, split_words
 from vidrial.device import VECTOR_BYTES, WARP, Device
 from vidrial.errors import ConfigError, ToolchainError, UnsupportedError
 from vidrial.events import Counts
-from vidrial.host.plan import HostPlan, poison
+from vidrial.host.plan import HostPlan
 from vidrial.host.target import HostStats, Schedule
 from vidrial.layout.access import SECTOR_BYTES, Tiled, analyse, flops, per_instruction, per_tile, tiled_objects
 from vidrial.layout.copies import LoadVector, TiledCopy
@@ -32,20 +32,6 @@ SEED = 0
 TIMEOUT_SECONDS = 600.0
 OBJECT_COLUMNS = ("", "instruction", ">B each", ">passes each", ">sectors per tile", ">issued", ">passes", ">tiles", ">sectors", ">read")
 COUNTED_COLUMNS = ("kernel", ">CTAs", ">MMA FLOP", ">by its cost", ">bytes read", ">written", ">by its cost")
-LAUNCH_COLUMNS = (
-    "kernel",
-    ">CTAs",
-    ">threads",
-    ">registers",
-    ">shared B",
-    ">CTAs per SM",
-    "limited by",
-    ">waves",
-    ">last wave",
-    ">FLOP",
-    ">memory",
-    ">predicted",
-)
 
 
 @dataclass(frozen=True)
@@ -76,7 +62,7 @@ def show_analysis(console: Console, op: Op, problem: Any, device: Device) -> Non
             show_table(console, stage.kernel.name, OBJECT_COLUMNS, rows)
     if counted:
         show_table(console, f"counted at {at_small}", COUNTED_COLUMNS, [_counted_launch(one, device) for one in counted.values()])
-    show_table(console, f"launches at {asked}, not counted", LAUNCH_COLUMNS, [_launch(stage, device) for stage in stages])
+    show_records(console, f"launches at {asked}, not counted", [_launch(stage, device) for stage in stages])
 
 
 def _source(stage: Stage) -> str:
@@ -92,9 +78,8 @@ def _count(op: Op, small: Any, problem: Any, config: Any, device: Device) -> tup
         return {}, "nothing was counted: no config that is legal at {small} runs these kernels"
     try:
         for one in configs:
-            outputs = {name: poison(buffer.shape, buffer.dtype) for name, buffer in op.outputs(small).items()}
             plan = HostPlan(op, small, one, sanitizer="accesses")
-            stats = plan.run({**op.sample(small, SEED), **outputs}, Schedule(timeout=TIMEOUT_SECONDS))
+            stats = plan.run({**op.sample(small, SEED), **plan.outputs()}, Schedule(timeout=TIMEOUT_SECONDS))
             for stage in op.stages(small, one):
                 source = _source(stage)
                 if source in wanted and stage.kernel.name in stats:
@@ -179,30 +164,29 @@ def _counted_launch(counted: Counted, device: Device) -> tuple[Any, ...]:
     )
 
 
-def _launch(stage: Stage, device: Device) -> tuple[Any, ...]:
+def _launch(stage: Stage, device: Device) -> dict[str, Any]:
     kernel, tiles = stage.kernel, stage.kernel.resolve(stage.problem, stage.config)
     resources = cubin_of(kernel, stage.problem, stage.config, device.arch).resources
-    shared = tiles.smem_bytes + resources.static_smem
     occupancy = kernel.occupancy(stage.problem, stage.config, device, resources.registers)
     if occupancy.ctas < 1:
         raise ConfigError(f"{kernel.name}: no CTA fits an SM of {device.name}: {occupancy}; take another config")
     ctas = math.prod(kernel.grid(stage.problem, stage.config))
     waves = Waves(ctas, device.sms, occupancy.ctas)
     cost = kernel.cost(stage.problem, stage.config, device) if kernel.cost is not None else None
-    return (
-        kernel.name,
-        ctas,
-        tiles.threads,
-        resources.registers,
-        shared,
-        occupancy.ctas,
-        ", ".join(occupancy.limited_by),
-        waves.waves,
-        f"{waves.tail:.0%}",
-        f"{cost.flops:.2e}" if cost and cost.flops else "",
-        _bytes(int(cost.bytes)) if cost else "",
-        duration(cost.seconds(device)) if cost else "",
-    )
+    return {
+        "kernel": kernel.name,
+        ">CTAs": ctas,
+        ">threads": tiles.threads,
+        ">registers": resources.registers,
+        ">shared B": tiles.smem_bytes + resources.static_smem,
+        ">CTAs per SM": occupancy.ctas,
+        "limited by": ", ".join(occupancy.limited_by),
+        ">waves": waves.waves,
+        ">last wave": f"{waves.tail:.0%}",
+        ">FLOP": f"{cost.flops:.2e}" if cost and cost.flops else "",
+        ">memory": _bytes(int(cost.bytes)) if cost else "",
+        ">predicted": duration(cost.seconds(device)) if cost else "",
+    }
 
 
 def _bytes(size: int) -> str:

@@ -5,22 +5,24 @@ from __future__ import annotations
 import inspect
 import sys
 import time
-from collections.abc import Callable, Iterator
-from typing import Any, cast
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeVar, cast
 
 from rich.console import Console
 from rich.text import Text
 
-from vidrial.cli.tables import compile_best, duration, progress_bar, show_built, show_space, show_table, show_winners
+from vidrial.cli.tables import compile_best, duration, show_built, show_space, show_table, show_winners
 from vidrial.device import DEFAULT_GPU, Device
 from vidrial.errors import ToolchainError
 from vidrial.host.check import diverse_configs
-from vidrial.host.plan import HostPlan, poison
+from vidrial.host.plan import HostPlan
+from vidrial.progress import reporting
 from vidrial.spec.choices import describe
 from vidrial.spec.op import Check, Op
 from vidrial.spec.registry import find_op, make_problem
 from vidrial.tune.sweeper import sweep
 
+T = TypeVar("T")
 FACTS: dict[str, Any] = {}  # keywords of the op's `example` beside its lengths
 LENGTHS = (1000, 5001, 10007, 33333)  # no tile divides the odd ones
 SWEEP_SECONDS = 25.0  # for each length
@@ -71,16 +73,16 @@ def run_without_gpu(console: Console, op: Op) -> None:
     heading(console, f"1. which configs are legal for length {EXPLAINED}, and what they should cost on an H200")
     show_space(console, op, problem_of(op, EXPLAINED), device, 5)
     heading(console, "2. the ones predicted fastest, compiled for sm_90a: no GPU is needed for that")
-    built = compile_best(console, op, problem_of(op, EXPLAINED), device, COMPILED)
+    built = compile_best(op, problem_of(op, EXPLAINED), device, COMPILED)
     show_built(console, built, f"{len(built)} kernels of {COMPILED} configs")
     heading(console, "3. the op's function on NumPy arrays, beside the reference in float64")
     function = function_of(op)
     if function is None:
         console.print(f"nothing named {op.name} beside it takes NumPy arrays of float32")
     else:
-        show_table(console, "", (">length", ">took", ">error (norm)", ""), _cpu_rows(console, op, function))
+        show_table(console, "", (">length", ">took", ">error (norm)", ""), _cpu_rows(op, function))
     heading(console, "4. the GPU kernels themselves, compiled for the CPU and run thread by thread, beside the reference in float64")
-    show_table(console, "", (">length", "config", ">took", ">error (norm)", ">worst", ""), _host_rows(console, op, device))
+    show_table(console, "", (">length", "config", ">took", ">error (norm)", ">worst", ""), _host_rows(op, device))
     lengths = ", ".join(map(str, LENGTHS))
     took = duration(time.perf_counter() - begin)
     console.print(Text(f"\nDone in {took}. On a machine with a GPU the same command sweeps the lengths {lengths}.", "bold"))
@@ -106,8 +108,8 @@ def function_of(op: Op) -> Callable[..., Any] | None:
     return None
 
 
-def _cpu_rows(console: Console, op: Op, function: Callable[..., Any]) -> Iterator[tuple[Any, ...]]:
-    for length in _steps(console, "on the CPU", CPU_LENGTHS):
+def _cpu_rows(op: Op, function: Callable[..., Any]) -> Iterator[tuple[Any, ...]]:
+    for length in _steps("on the CPU", CPU_LENGTHS):
         problem = op.small(problem_of(op, length, dtype="float32"))
         inputs = op.sample(problem, 0)
         begin = time.perf_counter()
@@ -118,14 +120,14 @@ def _cpu_rows(console: Console, op: Op, function: Callable[..., Any]) -> Iterato
         yield length, duration(took), f"{found.relative:.1e}", _verdict(found)
 
 
-def _host_rows(console: Console, op: Op, device: Device) -> Iterator[tuple[Any, ...]]:
+def _host_rows(op: Op, device: Device) -> Iterator[tuple[Any, ...]]:
     """The config predicted fastest of each length, and at the longest also the best one that is unlike it."""
     tasks: list[tuple[int, Any, Any]] = []
     for length in HOST_LENGTHS:
         problem = op.small(problem_of(op, length))
         tasks.append((length, problem, op.predicted(problem, device)))
     tasks += [(length, problem, config) for config in diverse_configs(op, problem, 2)[1:]]
-    for length, problem, config in _steps(console, "on the host target", tasks):
+    for length, problem, config in _steps("on the host target", tasks):
         begin = time.perf_counter()
         found = check_on_host(op, problem, config)
         took = duration(time.perf_counter() - begin)
@@ -139,9 +141,7 @@ def check_on_host(op: Op, problem: Any, config: Any) -> Check:
         ConfigError, CompileError, LaunchError, ToolchainError: it cannot be built or run.
     """
     inputs = op.sample(problem, 0)
-    outputs = {name: poison(buffer.shape, buffer.dtype) for name, buffer in op.outputs(problem).items()}
-    HostPlan(op, problem, config).run({**inputs, **outputs})
-    return op.check(problem, inputs, outputs, op.reference(problem, inputs))
+    return op.check(problem, inputs, HostPlan(op, problem, config).results(inputs), op.reference(problem, inputs))
 
 
 def _verdict(found: Check) -> Text:
@@ -150,6 +150,9 @@ def _verdict(found: Check) -> Text:
     return Text(f"WRONG: bounds are {found.relative_bound:.0e} and {found.max_error_bound:.0e}", "bold red")
 
 
-def _steps(console: Console, label: str, items: Any) -> Iterator[Any]:
-    with progress_bar(console) as bar:
-        yield from bar.track(items, description=label)
+def _steps(label: str, items: Sequence[T]) -> Iterator[T]:
+    with reporting(None) as progress:
+        progress.begin(label, len(items))
+        for item in items:
+            yield item
+            progress.advance("")

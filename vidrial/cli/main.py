@@ -113,20 +113,6 @@ def device_of(arch: str | None) -> Device:
     return Device.of(arch) if arch else Device.default()
 
 
-def write_text(path: Path, text: str) -> Path:
-    """Write a file, its folder made if need be, and return its path.
-
-    Raises:
-        ArgumentError: it cannot be written.
-    """
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text)
-    except OSError as error:
-        raise ArgumentError(f"{path} cannot be written ({error}); give --out a place that can") from error
-    return path
-
-
 @vidrial.command()
 def env() -> None:
     """Show versions, GPUs, what is missing and how to install it, the cache, and the rankings in force."""
@@ -157,7 +143,7 @@ def compile_(reference: str, keywords: tuple[str, ...], arch: str | None, top: i
 
     op, problem = read_one(reference, keywords)
     console, device = make_console(), device_of(arch)
-    built = compile_best(console, op, problem, device, top, jobs)
+    built = compile_best(op, problem, device, top, jobs)
     if not built:
         op.predicted(problem, device)  # refuses, with the rules' reasons
     show_built(console, built, f"{op.name}: kernels of the {top} configs predicted fastest on {device.name}, for {device.arch}")
@@ -301,6 +287,7 @@ def check_(reference: str, keywords: tuple[str, ...], configs: int, quick: bool)
 @click.option("--out", required=True, type=click.Path(file_okay=False, path_type=Path), help="Folder for the SVG files.")
 def draw(reference: str, keywords: tuple[str, ...], arch: str | None, out: Path) -> None:
     """Draw the layouts, tiles, copies and MMAs of the config predicted fastest, as SVG."""
+    from vidrial.build.files import writing
     from vidrial.layout.copies import TiledCopy
     from vidrial.layout.drawing import Part
     from vidrial.layout.drawing import draw as svg
@@ -323,8 +310,9 @@ def draw(reference: str, keywords: tuple[str, ...], arch: str | None, out: Path)
     if not pictures:
         click.echo("its tiles are plain numbers: nothing to draw")
     for name, text in pictures.items():
-        path = write_text(out / name, text)
-        click.echo(path)
+        with writing(out / name, "--out"):
+            (out / name).write_text(text)
+        click.echo(out / name)
 
 
 @vidrial.group(context_settings=CONTEXT)

@@ -8,6 +8,7 @@ import re
 import sys
 from pathlib import Path
 
+from vidrial.build.files import writing
 from vidrial.errors import ArgumentError
 
 TEMPLATES = Path(__file__).with_name("new_kernel")
@@ -34,13 +35,9 @@ def write_kernel(name: str, folder: Path) -> list[Path]:
     there = [str(path) for path in texts if path.exists() or path.is_symlink()]
     if there:
         raise ArgumentError(f"{', '.join(there)}: already there, and not overwritten; take another name or --folder")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        for path, text in texts.items():
-            with path.open("x") as file:
-                file.write(text)
-    except OSError as error:
-        raise ArgumentError(f"{folder} cannot be written ({error}); give --folder a place that can") from error
+    for path, text in texts.items():
+        with writing(path, "--folder"), path.open("x") as file:
+            file.write(text)
     return list(texts)
 
 

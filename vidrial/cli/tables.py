@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
 
@@ -26,9 +25,10 @@ from vidrial.device import TABLE, Device, gpu_count
 from vidrial.errors import ArgumentError, CompileError, ToolchainError
 from vidrial.host.check import Outcome, Report
 from vidrial.installation import named_ops, other_distribution
+from vidrial.progress import reporting
 from vidrial.settings import Settings
 from vidrial.spec.choices import describe
-from vidrial.spec.op import Op, Stage
+from vidrial.spec.op import Check, Op, Stage
 from vidrial.spec.registry import find_op
 from vidrial.spec.source import Source
 from vidrial.spec.space import Space
@@ -43,20 +43,6 @@ def make_console(*, stderr: bool = False) -> Console:
     """A console as wide as the terminal; wide enough for a config where there is none."""
     stream = sys.stderr if stderr else sys.stdout
     return Console(file=stream, width=None if stream.isatty() else WIDTH_WITHOUT_TERMINAL, highlight=False)
-
-
-def progress_bar(console: Console) -> Progress:
-    """A bar that counts steps and time; nothing where the output is no terminal."""
-    return Progress(
-        SpinnerColumn(),
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        console=console,
-        transient=True,
-        disable=not console.is_terminal,
-    )
 
 
 def duration(seconds: float) -> str:
@@ -79,6 +65,11 @@ def show_table(console: Console, title: str, columns: Sequence[str], rows: Itera
     console.print(made)
 
 
+def show_records(console: Console, title: str, records: Sequence[Mapping[str, Any]]) -> None:
+    """`show_table` of rows that name their columns themselves; all have the same ones."""
+    show_table(console, title, list(records[0]) if records else (), [record.values() for record in records])
+
+
 def split_words(texts: Sequence[str]) -> tuple[str, list[str]]:
     """The words that all texts share, and what is left of each; nothing is shared by fewer than two texts."""
     words = [text.split() for text in texts]
@@ -99,12 +90,8 @@ def show_space(console: Console, op: Op, problem: Any, device: Device, limit: in
     common, own = split_words([describe(c.config) for c in space.legal])
     console.print(Text(f"{op.name} on {device.name} ({device.arch}): {facts(problem)}"))
     ranked = enumerate(zip(space.legal, own, strict=True), 1)
-    show_table(
-        console,
-        total + (f"; all have {common}" if common else ""),
-        (">", ">predicted", "config"),
-        ((i, duration(c.seconds), text) for i, (c, text) in ranked),
-    )
+    title = total + (f"; all have {common}" if common else "")
+    show_table(console, title, (">", ">predicted", "config"), ((i, duration(c.seconds), text) for i, (c, text) in ranked))
     reasons = space.reasons()
     rows = [(len(configs), reason, describe(configs[0])) for reason, configs in itertools.islice(reasons.items(), limit)]
     if rows:
@@ -122,7 +109,7 @@ class Built:
     predicted: float
 
 
-def compile_best(console: Console, op: Op, problem: Any, device: Device, top: int, jobs: int | None = None) -> list[Built]:
+def compile_best(op: Op, problem: Any, device: Device, top: int, jobs: int | None = None) -> list[Built]:
     """Compile the kernels of the `top` configs predicted fastest, in parallel, each once; with progress.
 
     Raises:
@@ -134,11 +121,11 @@ def compile_best(console: Console, op: Op, problem: Any, device: Device, top: in
         key: (s.kernel.source(s.problem, s.config), describe(s.config)) for key, s in stages.items()
     }
     results: dict[Hashable, Cubin | CompileError] = {}
-    with progress_bar(console) as bar:
-        task = bar.add_task(f"compiling for {device.arch}", total=len(sources))
+    with reporting(None) as progress:
+        progress.begin(f"compiling for {device.arch}", len(sources))
         for key, result in build_many(sources, device.arch, jobs):
             results[key] = result
-            bar.advance(task)
+            progress.advance(sources[key][1])
     return [
         Built(s, results[key], s.kernel.resolve(s.problem, s.config).smem_bytes, s.kernel.seconds(s.problem, s.config, device))
         for key, s in sorted(stages.items(), key=lambda item: op.kernels.index(item[1].kernel))
@@ -166,16 +153,12 @@ def show_environment(console: Console) -> None:
     """Print versions, GPUs or what is missing and how to install it, the cache, the rankings in force and the settings."""
     console.print(Text(f"vidrial {__version__}, Python {platform.python_version()}, {platform.system()} {platform.machine()}"))
     show_table(console, "packages", ("", ""), [(name, _version(name)) for name in PACKAGES])
-    show_table(
-        console,
-        "toolchain",
-        ("", ""),
-        [
-            ("NVRTC", _ask(lambda: ".".join(map(str, nvrtc_version())))),
-            ("headers", _ask(lambda: Toolchain.find().version)),
-            ("host compiler", _ask(lambda: HostCompiler.find().version)),
-        ],
-    )
+    toolchain = {
+        "NVRTC": lambda: ".".join(map(str, nvrtc_version())),
+        "headers": lambda: Toolchain.find().version,
+        "host compiler": lambda: HostCompiler.find().version,
+    }
+    show_table(console, "toolchain", ("", ""), [(name, _ask(question)) for name, question in toolchain.items()])
     for reason in missing():
         console.print(Text(f"missing: {reason}", "red"))
     other = other_distribution()
@@ -186,16 +169,8 @@ def show_environment(console: Console) -> None:
     show_table(console, "rankings", ("", ""), _rankings())
     store, settings = Store.shared(), Settings.read()
     count, size = store.usage()
-    show_table(
-        console,
-        "settings",
-        ("", ""),
-        [
-            ("cache", f"{store.root} ({count} binaries, {size / 2**20:.1f} of at most {store.max_bytes >> 20} MB)"),
-            ("target", settings.target),
-            ("compile jobs", settings.jobs),
-        ],
-    )
+    cache = f"{store.root} ({count} binaries, {size / 2**20:.1f} of at most {store.max_bytes >> 20} MB)"
+    show_table(console, "settings", ("", ""), [("cache", cache), ("target", settings.target), ("compile jobs", settings.jobs)])
 
 
 def _rankings() -> Iterator[tuple[str, str]]:
@@ -267,21 +242,10 @@ def show_winners(console: Console, results: Sequence[SweepResult]) -> None:
     """Print the winner of each sweep: its time and noise, errors, and how much slower the slowest legal config was."""
     rows = []
     for result, sizes in zip(results, split_words([facts(r.problem) for r in results])[1], strict=True):
-        winner, check = result.winner, result.winner.check
-        errors = (f"{check.relative:.1e}", f"{check.max_error:.1e}") if check is not None else ("", "")
+        winner = result.winner
         noise = f"{winner.timing.iqr_ms / winner.timing.median_ms:.1%}" if winner.timing is not None else ""
-        rows.append(
-            (
-                sizes,
-                describe(winner.config),
-                f"{winner.ms:.4f}",
-                noise,
-                *errors,
-                f"{result.worst_ms / winner.ms:.2f}",
-                len(result.trials),
-                duration(result.seconds),
-            )
-        )
+        figures = (f"{winner.ms:.4f}", noise, *errors(winner.check), f"{result.worst_ms / winner.ms:.2f}")
+        rows.append((sizes, describe(winner.config), *figures, len(result.trials), duration(result.seconds)))
     columns = ("problem", "fastest config", ">ms", ">IQR", ">error", ">worst", ">slowest/fastest", ">trials", ">took")
     show_table(console, f"{results[0].op} on {results[0].device.name}", columns, rows)
     for note in dict.fromkeys(note for result in results for note in result.notes):
@@ -294,26 +258,23 @@ def show_report(console: Console, report: Report) -> None:
     common, problems = split_words([facts(outcome.problem) for outcome in outcomes])
     alike, configs = split_words([describe(outcome.config) for outcome in outcomes])
     rows = [
-        (problem, config, o.sanitizer or "plain", o.schedules, *_errors(o), _verdict(o), duration(o.seconds))
+        (problem, config, o.sanitizer or "plain", o.schedules, *errors(o.check), _verdict(o), duration(o.seconds))
         for o, problem, config in zip(outcomes, problems, configs, strict=True)
     ]
     title = "; ".join(part for part in (f"{report.op} on the host target", " ".join(word for word in (common, alike) if word)) if part)
-    show_table(
-        console, title, ("problem" if any(problems) else "", "config", "sanitizer", ">schedules", ">error", ">worst", "", ">took"), rows
-    )
+    columns = ("problem" if any(problems) else "", "config", "sanitizer", ">schedules", ">error", ">worst", "", ">took")
+    show_table(console, title, columns, rows)
     for o in report.failures:
         console.print(Text(f"\n{facts(o.problem)}\n{describe(o.config)}, {o.sanitizer or 'plain'}\n{o.summary}", "red"))
-    console.print(
-        Text(
-            f"\n{len(report.failures)} of {len(outcomes)} failed" if report.failures else f"\nall {len(outcomes)} right",
-            "bold red" if report.failures else "green",
-        )
-    )
+    if report.failures:
+        console.print(Text(f"\n{len(report.failures)} of {len(outcomes)} failed", "bold red"))
+    else:
+        console.print(Text(f"\nall {len(outcomes)} right", "green"))
 
 
-def _errors(outcome: Outcome) -> tuple[str, str]:
-    found = outcome.check
-    return (f"{found.relative:.1e}", f"{found.max_error:.1e}") if found is not None else ("", "")
+def errors(check: Check | None) -> tuple[str, str]:
+    """A check's two distances, relative to the norm and of the worst element, as a table has them."""
+    return (f"{check.relative:.1e}", f"{check.max_error:.1e}") if check is not None else ("", "")
 
 
 def _verdict(outcome: Outcome) -> Text:

@@ -17,7 +17,7 @@ import numpy as np
 from vidrial.device import DEFAULT_GPU, Device
 from vidrial.dtypes import DType
 from vidrial.errors import ArgumentError, ArgumentTypeError, CheckError, CompileError, LaunchError, UnsupportedError
-from vidrial.host.plan import HostPlan, poison
+from vidrial.host.plan import HostPlan
 from vidrial.host.target import SCHEDULES, Schedule
 from vidrial.progress import Progress, Silent
 from vidrial.spec.choices import describe
@@ -209,7 +209,7 @@ def _outcome(op: Op, problem: Any, config: Any, sanitizer: str | None, known: tu
     begin, found, failure = time.perf_counter(), None, ""
     try:
         plan = HostPlan(op, problem, config, sanitizer, GUARD_BYTES)
-        results = [_results(op, problem, plan, inputs, schedule) for schedule in schedules]
+        results = [_results(plan, inputs, schedule) for schedule in schedules]
         found = op.check(problem, inputs, results[0], expected)
         failure = _wrong(found, results, schedules)
     except (CompileError, LaunchError, UnsupportedError) as error:
@@ -217,13 +217,11 @@ def _outcome(op: Op, problem: Any, config: Any, sanitizer: str | None, known: tu
     return Outcome(problem, config, sanitizer, len(schedules), found, failure, time.perf_counter() - begin)
 
 
-def _results(op: Op, problem: Any, plan: HostPlan, inputs: Mapping[str, np.ndarray], schedule: Schedule) -> dict[str, np.ndarray]:
-    outputs = {name: poison(buffer.shape, buffer.dtype) for name, buffer in op.outputs(problem).items()}
+def _results(plan: HostPlan, inputs: Arrays, schedule: Schedule) -> dict[str, np.ndarray]:
     try:
-        plan.run({**inputs, **outputs}, schedule)
+        return plan.results(inputs, schedule)
     except LaunchError as error:
         raise LaunchError(f"{schedule}: {error}") from error
-    return outputs
 
 
 def _wrong(found: Check, results: Sequence[Mapping[str, np.ndarray]], schedules: Sequence[Schedule]) -> str:

@@ -97,28 +97,12 @@ class Build:
             header = self.build_artifact("vidrial/host/pch.h.gch", [*self.flags, *_include_flags(), "-x", "c++-header"], "pch.h")
             first = [f"-I{header.parents[2]}"]
         with tempfile.TemporaryDirectory(prefix="vidrial-host-") as folder:
+            includes = [*first, *self.flags, *_include_flags(), *(f"-I{d}" for d in self.include_dirs)]
             # Places are then relative, whatever folder this is.
-            relative = f"-fdebug-prefix-map={folder}=."
-            command = [
-                self.compiler.path,
-                *first,
-                *self.flags,
-                *_include_flags(),
-                *(f"-I{d}" for d in self.include_dirs),
-                relative,
-                "-fdiagnostics-color=never",
-                "-pie",
-                "-o",
-                "kernel",
-                "-x",
-                "c++",
-                "-",
-                "-x",
-                "none",
-                str(runtime),
-            ]
+            says = [f"-fdebug-prefix-map={folder}=.", "-fdiagnostics-color=never"]
+            link = ["-pie", "-o", "kernel", "-x", "c++", "-", "-x", "none", str(runtime)]
             try:
-                ended = execute(command, text.encode(), COMPILE_SECONDS, cwd=folder)
+                ended = execute([self.compiler.path, *includes, *says, *link], text.encode(), COMPILE_SECONDS, cwd=folder)
             except subprocess.TimeoutExpired:
                 raise CompileError(f"{name} did not compile for the host within {COMPILE_SECONDS} s; make it smaller") from None
             if ended.returncode:

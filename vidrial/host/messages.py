@@ -86,13 +86,8 @@ def _lines(executable: Path, addresses: list[str]) -> dict[str, list[str]]:
     tool = shutil.which("addr2line") or shutil.which("llvm-addr2line")
     if tool is None or not addresses:
         return {}
-    answer = subprocess.run(
-        [tool, "-a", "-i", "-e", str(executable), *(f"0x{a}" for a in addresses)],
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=ADDR2LINE_SECONDS,
-    )
+    command = [tool, "-a", "-i", "-e", str(executable), *(f"0x{a}" for a in addresses)]
+    answer = subprocess.run(command, capture_output=True, text=True, check=False, timeout=ADDR2LINE_SECONDS)
     found: dict[str, list[str]] = {}
     for line in answer.stdout.splitlines():
         if line.startswith("0x"):

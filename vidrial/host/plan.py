@@ -17,7 +17,7 @@ from vidrial.host.tensor_map import pack
 from vidrial.layout.access import tiled_objects
 from vidrial.layout.mma import atoms_of
 from vidrial.spec.fields import C, P
-from vidrial.spec.op import Op, Stage
+from vidrial.spec.op import Buffer, Op, Stage
 from vidrial.spec.source import TENSOR_MAP_BYTES, Tiles
 
 # The newest architecture (80 for sm_80) whose instructions the host target has.
@@ -39,7 +39,7 @@ class HostPlan(Generic[P, C]):
     def __init__(self, op: Op[P, C], problem: P, config: C, sanitizer: str | None = None, guard: int = 0) -> None:
         op.check_config(problem, config, Device.of(DEFAULT_GPU))
         self.config = config
-        self._buffers = op.workspace(problem, config)
+        self._outputs, self._workspace = op.outputs(problem), op.workspace(problem, config)
         self._launches: list[tuple[HostBinary, Tiles, Stage, bytearray]] = []
         for stage in op.stages(problem, config):
             tiles = stage.kernel.resolve(stage.problem, stage.config).guarded(guard)
@@ -54,10 +54,7 @@ class HostPlan(Generic[P, C]):
 
     def run(self, arrays: Mapping[str, NDArray[Any]], schedule: Schedule = SCHEDULES[0]) -> dict[str, HostStats]:
         """Run all launches on NumPy arrays (bfloat16 as uint16 bits), outputs in place; what each kernel did, by its name."""
-        every = dict(arrays)
-        for name, buffer in self._buffers.items():
-            every[name] = poison(buffer.shape, buffer.dtype)
-        stats = {}
+        every, stats = {**arrays, **_poisoned(self._workspace)}, {}
         for binary, tiles, stage, packed in self._launches:
             grid = stage.kernel.geometry(stage.problem, stage.config).grid
             if 0 not in grid:
@@ -72,6 +69,20 @@ class HostPlan(Generic[P, C]):
                 except LaunchError as error:
                     raise LaunchError(_named(str(error), stage.kernel.args.pointers, every)) from error
         return stats
+
+    def results(self, inputs: Mapping[str, NDArray[Any]], schedule: Schedule = SCHEDULES[0]) -> dict[str, NDArray[Any]]:
+        """The outputs of a run on these inputs, by name; an element that nothing wrote is NaN."""
+        outputs = self.outputs()
+        self.run({**inputs, **outputs}, schedule)
+        return outputs
+
+    def outputs(self) -> dict[str, NDArray[Any]]:
+        """New arrays for the op's outputs, all NaN."""
+        return _poisoned(self._outputs)
+
+
+def _poisoned(buffers: Mapping[str, Buffer]) -> dict[str, NDArray[Any]]:
+    return {name: poison(buffer.shape, buffer.dtype) for name, buffer in buffers.items()}
 
 
 def _named(message: str, pointers: Mapping[str, int], arrays: Mapping[str, object]) -> str:

@@ -149,18 +149,8 @@ class HostBinary:
         if len(packed) > PARAMETER_BYTES:
             raise ArgumentError(f"{len(packed)} bytes of arguments; accepted are up to {PARAMETER_BYTES}")
         memory = Memory(pointers, len(packed))
-        head = REQUEST.pack(
-            *blocks,
-            *threads,
-            schedule.lazy,
-            schedule.code,
-            schedule.timeout,
-            shared_bytes,
-            len(packed),
-            len(memory.views),
-            len(pointers),
-            len(gaps),
-        )
+        sizes = (shared_bytes, len(packed), len(memory.views), len(pointers), len(gaps))
+        head = REQUEST.pack(*blocks, *threads, schedule.lazy, schedule.code, schedule.timeout, *sizes)
         places = b"".join(struct.pack("=2Q", *gap) for gap in gaps)
         return self._run(b"".join((head, packed, memory.tables, places, *memory.views)), memory, schedule.timeout)
 
@@ -188,16 +178,11 @@ class HostBinary:
             raise LaunchError(f"kernel {self.name}: {resolve(self.executable, reply[start : start + length].decode(errors='replace'))}")
         objects = self._objects(reply, start)
         memory.write_back(self.name, memoryview(reply)[start + COUNTS.size + len(self.objects) * (LENGTH.size + COUNTS.size) :])
-        switches, high_water, read, written, seconds = STATS.unpack_from(reply)
-        return HostStats(
-            **dataclasses.asdict(sum(objects.values(), Counts())),
-            switches=switches,
-            shared_memory_high_water=high_water,
-            read_bytes=read if self.accesses else None,
-            written_bytes=written if self.accesses else None,
-            seconds=seconds,
-            objects=objects,
+        names = ("switches", "shared_memory_high_water", "read_bytes", "written_bytes", "seconds")
+        launch = dict(zip(names, STATS.unpack_from(reply), strict=True)) | (
+            {} if self.accesses else {"read_bytes": None, "written_bytes": None}
         )
+        return HostStats(**dataclasses.asdict(sum(objects.values(), Counts())), **launch, objects=objects)
 
     def _objects(self, reply: bytes, start: int) -> dict[tuple[str, ...], Counts]:
         """Names of one type, together, and their counts; first what no object caused."""
@@ -225,7 +210,7 @@ class Memory:
             if not 0 <= offset <= packed_bytes - 8:
                 raise ArgumentError(f"pointer at offset {offset}: the arguments have {packed_bytes} bytes")
             low, high = np.lib.array_utils.byte_bounds(array)
-            known = next((i for i, other in enumerate(self._arrays) if _extent(other) == (low, high)), None)
+            known = next((i for i, other in enumerate(self._arrays) if np.lib.array_utils.byte_bounds(other) == (low, high)), None)
             if known is None:
                 clash = next((other for other in self._arrays if np.may_share_memory(array, other)), None)
                 if clash is not None:
@@ -306,13 +291,6 @@ def _three(what: str, sizes: int | Sequence[int]) -> tuple[int, int, int]:
         raise ArgumentError(f"{what} {sizes}: accepted are one to three sizes of at least 1")
     x, y, z = (*given, 1, 1)[:3]
     return x, y, z
-
-
-def _extent(array: np.ndarray[Any, Any]) -> tuple[int, int]:
-    import numpy as np
-
-    low, high = np.lib.array_utils.byte_bounds(array)
-    return low, high
 
 
 def _owner(array: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:

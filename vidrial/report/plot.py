@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from vidrial.build.files import writing
 from vidrial.errors import SweepError, ToolchainError
 from vidrial.report.rows import Group, group, title
 from vidrial.tune.trial import PlainTrial
@@ -14,7 +15,7 @@ def write_png(trials: Sequence[PlainTrial], out: Path) -> Path:
     """Draw the time of every config by length as a PNG, and return its path.
 
     Raises:
-        ToolchainError: matplotlib is missing. SweepError: nothing was timed, or the file cannot be written.
+        ToolchainError: matplotlib is missing. SweepError: nothing was timed. ArgumentError: the file cannot be written.
     """
     try:
         from matplotlib.figure import Figure
@@ -47,9 +48,6 @@ def write_png(trials: Sequence[PlainTrial], out: Path) -> Path:
     axes.grid(alpha=0.25, linewidth=0.5)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, fontsize=8)
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
+    with writing(out, "--png"):
         figure.savefig(out)
-    except OSError as error:
-        raise SweepError(f"{out} cannot be written ({error}); give --png a place that can") from None
     return out

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from vidrial.build.files import writing
 from vidrial.device import TABLE, Device
 from vidrial.errors import SweepError
 from vidrial.report.page import Section, Table, chart, page
@@ -115,25 +116,15 @@ def write_report(trials: Sequence[PlainTrial], out: Path) -> Path:
     """Write the page and return its path.
 
     Raises:
-        SweepError: there is nothing to report, or the file cannot be written.
+        SweepError: there is nothing to report. ArgumentError: the file cannot be written.
     """
     if not trials:
         raise SweepError("no trial to report; sweep first")
     axis, groups = group(trials)
-    sections = [
-        _winners(groups),
-        _times(axis, groups),
-        *_ratios(axis, groups),
-        _failures(groups),
-        _resources(groups),
-        _noise(groups),
-        _all(groups),
-    ]
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
+    measured = [_winners(groups), _times(axis, groups), *_ratios(axis, groups)]
+    sections = [*measured, _failures(groups), _resources(groups), _noise(groups), _all(groups)]
+    with writing(out, "--out"):
         out.write_text(page(title(trials), _summary(trials, groups), sections))
-    except OSError as error:
-        raise SweepError(f"{out} cannot be written ({error}); give --out a place that can") from None
     return out
 
 

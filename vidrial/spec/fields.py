@@ -16,7 +16,7 @@ import dataclasses
 import functools
 import types as types_of
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast, get_type_hints
+from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast
 
 from vidrial.errors import ArgumentTypeError, TemplateError
 
@@ -107,11 +107,6 @@ def size_class(problem: Any) -> tuple[tuple[str, int, int], ...]:
     Problems of one size class share a ranking; the lengths 1025 and 1026 differ in alignment, 1025 and 2047 share everything.
     """
     return tuple((name, max(n - 1, 0).bit_length(), min(n & -n, 64) if n else 64) for name, n in keyed_fields(problem).items())
-
-
-def types(record: type) -> dict[str, Any]:
-    """The resolved annotations of a dataclass, also under `from __future__ import annotations`."""
-    return get_type_hints(record)
 
 
 Read = tuple[str, str]  # "problem" or "config", and the name of a field that was read

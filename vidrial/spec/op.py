@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import heapq
 import itertools
+import math
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Generic, TypeAlias
@@ -44,12 +45,14 @@ class Buffer:
     zeroed: bool = False
 
     @property
+    def nbytes(self) -> int:
+        """Size in bytes."""
+        return math.prod(self.shape) * self.dtype.bytes
+
+    @property
     def bytes(self) -> int:
         """Size in bytes, padded to the alignment of device allocations."""
-        size = self.dtype.bytes
-        for n in self.shape:
-            size *= n
-        return -(-size // ALIGNMENT) * ALIGNMENT
+        return -(-self.nbytes // ALIGNMENT) * ALIGNMENT
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Set
 from typing import Any
 
 from vidrial.errors import SweepError
-from vidrial.spec import fields as problem_facts
+from vidrial.spec.fields import KIND
 
 
 def encode(value: Any) -> Any:
@@ -74,6 +74,6 @@ def decode(kind: Any, data: Any, fields: Mapping[str, Any] | None = None) -> Any
 @functools.lru_cache(maxsize=256)
 def _hints(kind: type) -> tuple[Mapping[str, Any], Set[str]]:
     """The types of a dataclass's fields, and the fields that may be missing: a config's choices and parts."""
-    every, fields = problem_facts.types(kind), dataclasses.fields(kind)
-    optional = {field.name for field in fields if field.metadata.get(problem_facts.KIND) in ("choice", "part")}
+    every, fields = typing.get_type_hints(kind), dataclasses.fields(kind)
+    optional = {field.name for field in fields if field.metadata.get(KIND) in ("choice", "part")}
     return {field.name: every[field.name] for field in fields}, optional

@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
+from vidrial.build.files import Closing
 from vidrial.errors import SweepError
 from vidrial.spec.op import Op
 from vidrial.tune.codec import encode
@@ -27,7 +28,7 @@ KIND = "vidrial journal"
 SET_ASIDE = re.compile(r"\.\d{8}T\d{6}-[0-9a-f]{4}\.jsonl$")
 
 
-class Journal:
+class Journal(Closing):
     """A file of trials: a header that says of what, then one trial a line, on disk before the next one begins.
 
     It is locked while open, by one process at a time; a process that dies lets go of it. A torn last line is dropped.
@@ -66,12 +67,6 @@ class Journal:
     def close(self) -> None:
         """Let go of the file."""
         self._file.close()
-
-    def __enter__(self) -> Journal:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
     def _open(self) -> BinaryIO:
         """The file, locked."""

@@ -7,7 +7,7 @@ same seed name the same next configs, whichever GPU was done first.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from vidrial.device import Device
@@ -35,10 +35,8 @@ class OptunaSearch:
             raise ToolchainError(f"optuna cannot be imported ({error}); install it: pip install vidrial-dsl[optuna]") from None
         self._optuna, self._op, self._problem, self._device, self._seed = optuna, op, problem, device, seed
         self._axes = axes(op.config)
-        categories = {name: tuple(range(len(values))) for name, values in self._axes.items()}
-        self._distributions: dict[str, Any] = {
-            name: optuna.distributions.CategoricalDistribution(indices) for name, indices in categories.items()
-        }
+        categorical = optuna.distributions.CategoricalDistribution
+        self._distributions: dict[str, Any] = {name: categorical(tuple(range(len(values)))) for name, values in self._axes.items()}
 
     def propose(self, seen: Mapping[Any, float]) -> list[Any]:
         """Up to BATCH legal configs that were not tried yet; none if none was found."""
@@ -48,7 +46,8 @@ class OptunaSearch:
         study = optuna.create_study(sampler=sampler)
         for config in sorted(seen, key=config_order):
             study.add_trial(self._finished(config, seen[config]))
-        found: dict[Any, None] = {} if seen else dict.fromkeys(self._legal(self._op.config()))
+        default = self._op.config()
+        found: dict[Any, None] = {default: None} if not seen and self._legal(default) else {}
         for _ in range(DRAWS):
             if len(found) == BATCH:
                 break
@@ -56,16 +55,15 @@ class OptunaSearch:
             config = unflatten(self._op.config, {name: self._axes[name][i] for name, i in trial.params.items()})
             if config in seen or config in found:
                 continue
-            legal = list(self._legal(config))
-            found.update(dict.fromkeys(legal))
-            if not legal:
+            if self._legal(config):
+                found[config] = None
+            else:
                 # The sampler turns away from what breaks a rule as from what failed.
                 study.tell(trial, state=optuna.trial.TrialState.FAIL)
         return list(found)
 
-    def _legal(self, config: Any) -> Iterator[Any]:
-        if self._op.reject(self._problem, config, self._device) is None:
-            yield config
+    def _legal(self, config: Any) -> bool:
+        return self._op.reject(self._problem, config, self._device) is None
 
     def _finished(self, config: Any, ms: float) -> Any:
         create, states = self._optuna.trial.create_trial, self._optuna.trial.TrialState

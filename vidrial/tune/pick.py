@@ -9,29 +9,13 @@ from dataclasses import dataclass, field
 from typing import Any, Generic, NamedTuple, cast
 
 from vidrial.build import cubins as build
-from vidrial.build.store import Store
 from vidrial.device import Device
 from vidrial.errors import FrozenError
 from vidrial.spec.choices import config_order, describe
 from vidrial.spec.fields import C, P, fields, size_class, specialized
 from vidrial.spec.op import Op, Stage
 from vidrial.tune.model import Model, work
-from vidrial.tune.ranking import (
-    RankedConfig,
-    Ranking,
-    _digest,
-    _family,
-    _load,
-    _sha,
-    _state,
-    forget,
-    local,
-    log,
-    say_if_outdated,
-    shipped,
-    sizes,
-    top_configs,
-)
+from vidrial.tune.ranking import Ranking, forget, generation, local, log, measured_here, say_if_outdated, shipped, sizes, top_configs
 
 # From so many measured problems on, the model decides between them; with fewer, the nearest one's order does.
 CALIBRATED = 3
@@ -56,7 +40,7 @@ def choose_config(op: Op[P, C], problem: P, device: Device, fixed: tuple[tuple[s
     Raises:
         ConfigError: no config is legal. FrozenError: compiling is frozen and no legal config is compiled.
     """
-    return _pick(op, cast(Hashable, problem), device, fixed, _state.generation)
+    return _pick(op, cast(Hashable, problem), device, fixed, generation())
 
 
 def freeze(on: bool = True) -> None:
@@ -90,16 +74,9 @@ def _pick(op: Op, problem: Any, device: Device, fixed: tuple[tuple[str, object],
 
 def _choices(op: Op, problem: Any, device: Device) -> Iterator[Choice]:
     """Measured configs, the best choice first, legal or not."""
-    yield from (Choice(ranked.config, "ranking") for ranked in _measured(op, problem, device))
-    known = _known(op, tuple(fields(problem, "static").items()), device, _state.generation)
+    yield from (Choice(ranked.config, "ranking") for ranked in measured_here(op, problem, device))
+    known = _known(op, tuple(fields(problem, "static").items()), device, generation())
     yield from (Choice(config, origin) for config, origin in _ordered(known, op, problem, device))
-
-
-def _measured(op: Op, problem: Any, device: Device) -> tuple[RankedConfig, ...]:
-    """What this machine measured at these very sizes: one document, where all that is known takes many."""
-    key = _family(op.name, _digest(op, _state.generation), fields(problem, "static"), device.key) + _sha(size_class(problem))
-    ranking = _load(op, Store.shared().read_json("ranking", key), f"ranking {key}")
-    return next((m.configs for m in ranking.measured if sizes(m.problem) == sizes(problem)), ()) if ranking else ()
 
 
 @dataclass(frozen=True)
@@ -139,7 +116,7 @@ def _known(op: Op, static: tuple[tuple[str, Any], ...], device: Device, generati
 
 
 def _compiled(op: Op, problem: Any, config: Any, device: Device) -> bool:
-    return all(_built(_Binary(s.binary, s), device.arch, _state.generation) for s in op.stages(problem, config))
+    return all(_built(_Binary(s.binary, s), device.arch, generation()) for s in op.stages(problem, config))
 
 
 @dataclass(frozen=True)

@@ -197,6 +197,13 @@ def local(op: Op, static: Mapping[str, Any], device: Device) -> list[Ranking]:
     return [ranking for ranking in found if ranking is not None]
 
 
+def measured_here(op: Op, problem: Any, device: Device) -> tuple[RankedConfig, ...]:
+    """What this machine measured at these very sizes: one document, where `local` reads many."""
+    key = _family(op.name, _digest(op, _state.generation), fields(problem, "static"), device.key) + _sha(size_class(problem))
+    ranking = _load(op, Store.shared().read_json("ranking", key), f"ranking {key}")
+    return next((m.configs for m in ranking.measured if sizes(m.problem) == sizes(problem)), ()) if ranking else ()
+
+
 def shipped(op: Op[P, C], device_key: str, folder: Path | None = None, static: Mapping[str, object] | None = None) -> list[Ranking[P, C]]:
     """The rankings in `folder` (by default those that come with Vidrial) of this kind of device and the op's present templates.
 

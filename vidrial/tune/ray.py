@@ -21,6 +21,7 @@ from typing import Any
 
 from vidrial import __version__
 from vidrial.build.cubins import Compiler
+from vidrial.build.files import Closing
 from vidrial.build.nvrtc import Cubin, cubin_key
 from vidrial.build.pool import Job as CompileJob
 from vidrial.build.pool import answer, result
@@ -41,7 +42,7 @@ AHEAD = 2
 PROBE = "import sys, ray; ray.init(address=sys.argv[1], logging_level='ERROR', log_to_driver=False); print(len(ray.nodes()))"
 
 
-class RayWorkers:
+class RayWorkers(Closing):
     """The measuring actors of a cluster, all on GPUs of one kind; use it as a context manager.
 
     Args:
@@ -122,12 +123,6 @@ class RayWorkers:
         if self._ours:
             self._ray.shutdown()
             self._ours = False
-
-    def __enter__(self) -> RayWorkers:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
     def _begin(self, gpus: int | None, wanted: Device | None) -> tuple[Device, deque[Any]]:
         """The kind of GPU that measures, and its actors."""

@@ -142,7 +142,8 @@ class _Sweep:
         )
         self.notes: list[str] = []
         self.replaced = workers.replaced
-        self.versions = _versions()
+        # What all trials of a sweep have in common.
+        self.of_all: dict[str, Any] = {"device": device.key, "seed": options.seed, "versions": _versions()}
         self.progress: Progress
 
     def run(self) -> SweepResult:
@@ -226,7 +227,7 @@ class _Sweep:
         self.progress.begin("measure", len(configs))
         for job, reply in self.workers.run(self._jobs(configs)):
             timing = reply.timings[0] if reply.timings else None
-            self._add(job.configs[0], reply.status, reply, timing=timing)
+            self._add(job.configs[0], reply, timing=timing)
             self.progress.advance(str(self.journal.trials[-1]))
 
     def _jobs(self, configs: Sequence[Any]) -> Iterator[Job]:
@@ -239,31 +240,17 @@ class _Sweep:
                 return
             checked = self.builds.check_configs(config)
             if error:
-                self._add(config, Status.compile, Reply(Status.compile, error))
+                self._add(config, Reply(Status.compile, error))
             elif not checked:
-                self._add(config, Status.rejected, Reply(Status.rejected, f"it is not legal at {self.small}, so it cannot be checked"))
+                self._add(config, Reply(Status.rejected, f"it is not legal at {self.small}, so it cannot be checked"))
             else:
                 yield Job("trial", self.problem, self.small, (config,), checked, self.options.seed, SCREEN_ROUNDS, GIVE_UP * best)
 
-    def _add(self, config: Any, status: Status, reply: Reply, **fields: Any) -> None:
-        self.journal.append(
-            Trial(
-                self.op.name,
-                self.problem,
-                config,
-                status,
-                check=reply.check,
-                reason=reply.reason,
-                reference_ms=reply.reference_ms,
-                resources=self.builds.resources(config),
-                device=self.device.key,
-                seed=self.options.seed,
-                versions=self.versions,
-                time=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-                gpu=reply.gpu,
-                **fields,
-            )
-        )
+    def _add(self, config: Any, reply: Reply, **fields: Any) -> None:
+        said = {name: getattr(reply, name) for name in ("status", "check", "reason", "reference_ms", "gpu")}
+        now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+        resources = self.builds.resources(config)
+        self.journal.append(Trial(self.op.name, self.problem, config, resources=resources, time=now, **self.of_all, **said, **fields))
 
     def _confirm(self) -> None:
         """Time the leaders in turn, longer and longer; check the winner on other inputs."""
@@ -286,10 +273,10 @@ class _Sweep:
             if reply.status is Status.ok:
                 for config, timing in zip(job.configs, reply.timings, strict=True):
                     before = self.latest[config]
-                    self._add(config, Status.ok, dataclasses.replace(reply, check=before.check), timing=timing, phase=phase)
+                    self._add(config, dataclasses.replace(reply, check=before.check), timing=timing, phase=phase)
                     self.progress.advance(str(self.journal.trials[-1]))
             elif reply.at is not None or len(configs) == 1:
-                self._add(configs[reply.at or 0], reply.status, reply, phase=phase)
+                self._add(configs[reply.at or 0], reply, phase=phase)
             else:
                 # Whose fault it is shows when each runs on its own.
                 for config in configs:
@@ -300,7 +287,7 @@ class _Sweep:
             return True
         checked = self.builds.check_configs(config)
         for _, reply in self.workers.run([Job("check", self.problem, self.small, (config,), checked, self.options.seed + 1)]):
-            self._add(config, reply.status, reply, phase="recheck")
+            self._add(config, reply, phase="recheck")
         return self.latest[config].ok
 
     def _result(self) -> SweepResult:

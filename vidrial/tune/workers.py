@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from vidrial.build.cubins import Compiler
+from vidrial.build.files import Closing
 from vidrial.build.processes import Child, Ended, ready
 from vidrial.errors import CompileError, ConfigError, SweepError, VidrialError
 from vidrial.spec.op import Check, Op
@@ -116,7 +117,7 @@ class Reply:
     gpu: str = ""
 
 
-class Workers:
+class Workers(Closing):
     """One measuring process for each CUDA index; use it as a context manager.
 
     Args:
@@ -191,12 +192,6 @@ class Workers:
         """End the processes."""
         for worker in (*self._idle, *self._busy.values()):
             worker.stop()
-
-    def __enter__(self) -> Workers:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
 
 class _Worker:
