@@ -260,7 +260,7 @@ def ctas_per_sm(p: Chunked, c: Config, device: Device) -> int:
 
 
 def cost(p: Chunked, c: Config, device: Device) -> Cost:
-    work, (row_blocks, _, _), warpgroups = _work(p, c), grid(p, c), c.warps / 4
+    work, (row_blocks, _, _), warpgroups, units = _work(p, c), grid(p, c), c.warps / 4, c.rows / 128
     heads, scores, bands = 2 * p.b * p.hq, c.rows_per_band * c.keys * (p.d + p.e), c.rows // c.rows_per_band
     flops = heads * (work.blocks * scores + work.stateful_rows * p.snapshot)
     once = p.t * p.dtype.bytes * (p.hq + p.h) * (p.d + p.e) + (p.chunks - 1) * p.h * p.snapshot * 2
@@ -269,12 +269,12 @@ def cost(p: Chunked, c: Config, device: Device) -> Cost:
     multiply = partial(pace.products, warpgroups=warpgroups, mma=c.mma, alone=pace.ATTEND_PRODUCTS, device=device)
     waits = pace.FETCH if c.stages < (4 if c.mma == "wgmma" else 3) else 0.0
     block = multiply(2 * bands * scores) * work.blocks / work.waited + pace.ELEMENT * c.rows / warpgroups * c.keys
-    block += pace.KEYS_STEP * warpgroups + waits
+    block += pace.KEYS_STEP * units + waits
     key_bytes, state_bytes = c.keys * p.dtype.bytes * (p.d + p.e), 2 * p.snapshot
     steps = state_bytes / (state_tiles(p, key_bytes) * 128 * p.e)
-    state = multiply(2 * c.rows * p.snapshot) + pace.STATE_STEP * steps * warpgroups
+    state = multiply(2 * c.rows * p.snapshot) + pace.STATE_STEP * steps * units
     blocks, states = work.waited / bands / row_blocks, work.stateful_rows / c.rows / row_blocks
-    alone = pace.OUTPUT * warpgroups + blocks * block + states * state
+    alone = pace.OUTPUT * units + blocks * block + states * state
     # The last rows of a chunk read all its keys: of the first one, which has no state, of a later one and of the rest.
     whole, rest = divmod(p.t, p.chunk)
     longest = max(-(-min(p.chunk, p.t) // c.keys) * block + (whole > 1) * state, (-(-rest // c.keys) * block + state) * p.stateful)
@@ -285,7 +285,7 @@ def cost(p: Chunked, c: Config, device: Device) -> Cost:
         ctas_per_sm=ctas_per_sm(p, c, device),
         efficiency=pace.efficiency(c.mma),
         alone=alone,
-        longest=(pace.OUTPUT * warpgroups + longest) / alone,
+        longest=(pace.OUTPUT * units + longest) / alone,
         uneven=True,
         l2_bytes=row_blocks * p.b * p.hq * (blocks * key_bytes + states * state_bytes),
     )

@@ -14,11 +14,12 @@ MMA_SYNC = 1.79
 ATTEND_PRODUCTS, SCAN_PRODUCTS = 1.04, 0.483
 # A weight, or an element of phi(k) that is made while no product runs.
 ELEMENT = 12.8e-12
-# A step of the loop, for each warpgroup that meets in its barrier: over blocks of keys, of the state, of a scan's tokens.
+# A step of the loop over blocks of keys and over the state, for each 128 rows of a CTA that meet in its barrier; over a scan's tokens, for
+# each warpgroup. NOTE: all rows that were measured are 32 a warp: that 64 take twice as long is prudence.
 KEYS_STEP, STATE_STEP, TOKENS_STEP = 0.274e-6, 0.0402e-6, 0.105e-6
 # What a ring that is one stage short waits for, a step.
 FETCH = 0.0719e-6
-# The output's first loads and its last stores, for each warpgroup.
+# The output's first loads and its last stores, for each 128 rows.
 OUTPUT = 1.87e-6
 # A snapshot's 64 x 64 elements.
 SNAPSHOT = 0.106e-6
