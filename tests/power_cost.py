@@ -45,21 +45,18 @@ def constants(module: ModuleType) -> list[str]:
     return [name for name, value in vars(module).items() if name.isupper() and isinstance(value, float)]
 
 
-# Where each constant is read: `CROWD` in both.
-CONSTANTS: dict[str, tuple[ModuleType, ...]] = {n: (cost, pace) if n == "CROWD" else (cost,) for n in constants(cost)}
-CONSTANTS |= {name: (pace,) for name in constants(pace) if name not in CONSTANTS}
+CONSTANTS: dict[str, ModuleType] = {name: module for module in (cost, pace) for name in constants(module)}
 
 
 def values() -> dict[str, float]:
     """The constants by name."""
-    return {name: getattr(modules[0], name) for name, modules in CONSTANTS.items()}
+    return {name: getattr(module, name) for name, module in CONSTANTS.items()}
 
 
 def put(changed: Mapping[str, float]) -> None:
     """Let the model have these constants."""
     for name, value in changed.items():
-        for module in CONSTANTS[name]:
-            setattr(module, name, value)
+        setattr(CONSTANTS[name], name, value)
 
 
 def trials() -> dict[Problem, list[Trial[Problem, Config]]]:

@@ -268,12 +268,13 @@ def cost(p: Chunked, c: Config, device: Device) -> Cost:
     # What a CTA takes for a block of keys, and for the state; it steps through so many blocks on average, and such a part has a state.
     multiply = partial(pace.products, warpgroups=warpgroups, mma=c.mma, alone=pace.ATTEND_PRODUCTS, device=device)
     waits = pace.FETCH if c.stages < (4 if c.mma == "wgmma" else 3) else 0.0
-    block = multiply(2 * bands * scores) * work.blocks / work.waited + pace.ELEMENT * c.rows / warpgroups * c.keys
+    block = multiply(2 * bands * scores) * work.blocks / max(1, work.waited) + pace.ELEMENT * c.rows / warpgroups * c.keys
     block += pace.KEYS_STEP * units + waits
     key_bytes, state_bytes = c.keys * p.dtype.bytes * (p.d + p.e), 2 * p.snapshot
     steps = state_bytes / (state_tiles(p, key_bytes) * 128 * p.e)
     state = multiply(2 * c.rows * p.snapshot) + pace.STATE_STEP * steps * units
-    blocks, states = work.waited / bands / row_blocks, work.stateful_rows / c.rows / row_blocks
+    ctas = max(1, row_blocks)
+    blocks, states = work.waited / bands / ctas, work.stateful_rows / c.rows / ctas
     alone = pace.OUTPUT * units + blocks * block + states * state
     # The last rows of a chunk read all its keys: of the first one, which has no state, of a later one and of the rest.
     whole, rest = divmod(p.t, p.chunk)

@@ -6,12 +6,12 @@ Fitted to the trials of the sweeps that lie beside the rankings (docs/sweeping.m
 from __future__ import annotations
 
 from vidrial import Device
-from vidrial.spec.cost import CROWD
-
 # Times that mma.sync takes what wgmma takes.
 MMA_SYNC = 1.79
 # Products of a warpgroup that has the tensor cores to itself, in times of what they take at the tensor rate: of the output, of the scan.
 ATTEND_PRODUCTS, SCAN_PRODUCTS = 1.04, 0.483
+# Of their time at the tensor rate, what the products of each further warpgroup of the CTA add.
+SHARED = 0.308
 # A weight, or an element of phi(k) that is made while no product runs.
 ELEMENT = 12.8e-12
 # A step of the loop over blocks of keys and over the state, for each 128 rows of a CTA that meet in its barrier; over a scan's tokens, for
@@ -35,4 +35,4 @@ def efficiency(mma: str) -> float:
 def products(flops: float, warpgroups: float, mma: str, alone: float, device: Device) -> float:
     """Seconds of a CTA's products, shared by its warpgroups; `alone`: ATTEND_PRODUCTS or SCAN_PRODUCTS."""
     rate = device.tensor_tflops * 1e12 / device.sms * efficiency(mma)
-    return flops / warpgroups / rate * (alone + CROWD * (warpgroups - 1))
+    return flops / warpgroups / rate * (alone + SHARED * (warpgroups - 1))

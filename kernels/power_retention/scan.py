@@ -139,12 +139,13 @@ def device_bytes(p: Chunked, c: Config) -> int:
 
 def timed(p: Chunked, c: Config, device: Device, flops: float, ctas: int, ctas_per_sm: int) -> Cost:
     """The cost of a scan by either instruction, whose warpgroups scan all tokens of a segment."""
-    warpgroups, pair_tiles = c.warps / 4, c.tiles if c.mma == "wgmma" else 4
-    waits = pace.FETCH if c.mma == "wgmma" and c.stages == 4 else 0.0
+    wgmma, warpgroups = c.mma == "wgmma", c.warps / 4
+    # NOTE: by mma.sync 4 warps and blocks of 64 tokens alone were measured: that more save nothing is prudence.
+    pair_tiles, tokens, waits = (c.tiles, c.tokens, pace.FETCH * (c.stages == 4)) if wgmma else (4, min(c.tokens, 64), 0.0)
     token = (
         pace.products(2 * 64 * pair_tiles * c.columns * warpgroups, warpgroups, c.mma, pace.SCAN_PRODUCTS, device)
         + pace.ELEMENT * 64 * pair_tiles
-        + (pace.TOKENS_STEP * warpgroups + waits) / c.tokens
+        + (pace.TOKENS_STEP * warpgroups + waits) / tokens
         + pace.SNAPSHOT * pair_tiles * c.columns / 64 / p.chunk
     )
     mean = scanned_tokens(p) / c.segments
@@ -156,7 +157,7 @@ def timed(p: Chunked, c: Config, device: Device, flops: float, ctas: int, ctas_p
         efficiency=pace.efficiency(c.mma),
         alone=mean * token,
         longest=longest_segment(p, c) / mean,
-        l2_bytes=ctas * mean * p.dtype.bytes * (p.d + p.e),
+        l2_bytes=ctas * mean * p.dtype.bytes * (p.d + p.e) * (1 if wgmma else warpgroups),
     )
 
 

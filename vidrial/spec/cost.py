@@ -1,7 +1,7 @@
 """What a launch costs by its description, to rank configs before anything is measured.
 
-The constants were fitted to the trials of the shipped rankings, together with those of power retention's kernels: docs/sweeping.md says
-how well they hold, tests/power_retention/test_cost_model.py holds them to it.
+The constants were fitted to the trials of the shipped rankings, together with those of the kernels: docs/sweeping.md says how well they
+hold, and how they are held to it.
 """
 
 from __future__ import annotations
