@@ -8,15 +8,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from vidrial import Arguments, Cost, Device, DType, Kernel, Tiles, choice
+from vidrial.kernels.power_retention import pace
 from vidrial.kernels.power_retention.problem import Chunked
 from vidrial.layout import (
     Accumulator,
     LoadMatrix,
     LoadVector,
     MMA_16x8x16,
+    Occupancy,
     Pipeline,
     SharedMemory,
     SmemLayout,
@@ -86,7 +89,7 @@ def tiles(p: Chunked, c: Config) -> Tiles:
     k, v = SmemLayout(p.dtype, c.keys, p.d, stages=c.stages), SmemLayout(p.dtype, c.keys, p.e, stages=c.stages)
     # A stage of the ring holds a block of keys and values, or a few pair tiles of S, or rows of Z.
     kv_bytes, pairs = k.bytes + v.bytes, p.pair_tiles
-    s_tiles = max((n for n in (2, 4) if pairs % n == 0 and n * 128 * p.e <= kv_bytes), default=1)
+    s_tiles = state_tiles(p, kv_bytes)
     s = SmemLayout(bf16, 64 * s_tiles, p.e)
     z = SmemLayout(bf16, max((n for n in (32, 64) if p.d % n == 0 and 2 * n * p.d <= max(kv_bytes, s.bytes)), default=16), p.d)
     stage_bytes = max(kv_bytes, s.bytes, z.bytes)
@@ -149,6 +152,11 @@ def tiles(p: Chunked, c: Config) -> Tiles:
     )
 
 
+def state_tiles(p: Chunked, key_bytes: int) -> int:
+    """Pair tiles of S in a stage of the ring, which holds so many bytes of keys and values."""
+    return max((n for n in (2, 4) if p.pair_tiles % n == 0 and n * 128 * p.e <= key_bytes), default=1)
+
+
 # Scores, weights times V, phi(q) S and q Z. The second product is in bf16 whatever V is stored as: squared scores overflow float16.
 Products = tuple[TiledMma, TiledMma, TiledMma, TiledMma] | tuple[WarpgroupMma, WarpgroupMma, WarpgroupMma, WarpgroupMma]
 
@@ -190,6 +198,11 @@ def grid(p: Chunked, c: Config) -> tuple[int, int, int]:
     return -(-p.t // c.rows), p.hq // p.h, p.b * p.h
 
 
+def accumulators(p: Chunked, c: Config) -> int:
+    """Accumulators per thread; wgmma has one buffer of 64 rows of scores, and all weights in bf16."""
+    return (c.m * (2 * p.e + c.keys) + 2 * c.keys) // 4 if c.mma == "wgmma" else c.m * (p.e + c.keys) // 2
+
+
 def rules(p: Chunked, c: Config, device: Device) -> Iterator[tuple[bool, str]]:
     if c.mma == "wgmma":
         yield device.arch == "sm_90a", f"wgmma is an instruction of sm_90a; {device.name} is {device.arch}"
@@ -199,13 +212,11 @@ def rules(p: Chunked, c: Config, device: Device) -> Iterator[tuple[bool, str]]:
     yield p.chunk % c.rows == 0, f"the {c.rows} rows of a CTA must divide chunk={p.chunk}"
     yield c.rows % c.keys == 0, f"keys={c.keys} must divide the {c.rows} rows of a CTA"
     registers = min(255, device.registers_per_sm // (32 * c.warps * c.blocks) // 8 * 8)
-    # wgmma has one buffer of 64 rows of scores, and all weights in bf16.
-    accumulators = (c.m * (2 * p.e + c.keys) + 2 * c.keys) // 4 if c.mma == "wgmma" else c.m * (p.e + c.keys) // 2
     beside = REGISTER_OVERHEAD_WGMMA if c.mma == "wgmma" else REGISTER_OVERHEAD[device.capability >= 90]
     yield (
-        accumulators + beside <= registers,
+        accumulators(p, c) + beside <= registers,
         (
-            f"{accumulators} accumulators and some {beside} other registers per thread: {c.blocks} CTAs of {c.warps} warps per SM leave {registers}"
+            f"{accumulators(p, c)} accumulators and some {beside} other registers per thread: {c.blocks} CTAs of {c.warps} warps per SM leave {registers}"
         ),
     )
 
@@ -240,26 +251,45 @@ def _work(p: Chunked, c: Config) -> Work:
     return Work(blocks, waited, rows - first if p.stateful else 0, rows, before)
 
 
+def ctas_per_sm(p: Chunked, c: Config, device: Device) -> int:
+    """CTAs that an SM holds at once, by an estimate of their registers and by their shared memory but for Z, which is no larger."""
+    key_bytes = c.keys * p.dtype.bytes * (p.d + p.e)
+    smem = c.rows * p.dtype.bytes * p.d + c.stages * (max(key_bytes, state_tiles(p, key_bytes) * 128 * p.e) + 8 * c.keys)
+    registers = min(255, accumulators(p, c) + (REGISTER_OVERHEAD_WGMMA if c.mma == "wgmma" else REGISTER_OVERHEAD[0]))
+    return max(1, Occupancy.of(device, threads=32 * c.warps, smem=smem, registers=registers).ctas)
+
+
 def cost(p: Chunked, c: Config, device: Device) -> Cost:
-    work = _work(p, c)
-    heads, scores = 2 * p.b * p.hq, c.rows_per_band * c.keys * (p.d + p.e)
-    intra, waited, state = heads * work.blocks * scores, heads * work.waited * scores, heads * work.stateful_rows * p.snapshot
-    # Measured on an H200: the state wants warps to hide behind, the keys' blocks fewer barriers; wgmma wants long instructions.
-    if c.mma == "wgmma":
-        full = (0.55, 0.68) if p.e <= 64 else (0.72, 0.92)
-        alone = 0.73 if p.e > 64 and c.blocks * c.warps < 8 else 1.0  # no room for a second warpgroup on the SM
-        busy = full[0] * alone * (1.0 if c.keys >= 64 else 0.8), full[1] * alone * (1.0 if c.stages == 4 else 0.97)
-    else:
-        busy = (
-            0.42 * (1.0 if c.keys == 64 else 0.94),
-            0.55 * (1.0 if c.blocks * c.warps >= 12 else 0.94 if c.blocks * c.warps >= 8 else 0.8),
-        )
-    efficiency = (intra + state) / (waited / busy[0] + state / busy[1]) if intra else 1.0
+    work, (row_blocks, _, _), warpgroups, units = _work(p, c), grid(p, c), c.warps / 4, c.rows / 128
+    heads, scores, bands = 2 * p.b * p.hq, c.rows_per_band * c.keys * (p.d + p.e), c.rows // c.rows_per_band
+    flops = heads * (work.blocks * scores + work.stateful_rows * p.snapshot)
     once = p.t * p.dtype.bytes * (p.hq + p.h) * (p.d + p.e) + (p.chunks - 1) * p.h * p.snapshot * 2
     read = p.b * (once + (8 * work.rows + 4 * work.rows_before) * p.h * p.gated)
-    ctas = grid(p, c)[0] * p.b * p.hq
-    # Of one chunk, the first rows have few keys and the last ones all.
-    return Cost(flops=intra + state, bytes=read, ctas=ctas, ctas_per_sm=c.blocks, efficiency=efficiency, uneven=p.chunks == 1)
+    # What a CTA takes for a block of keys, and for the state; it steps through so many blocks on average, and such a part has a state.
+    multiply = partial(pace.products, warpgroups=warpgroups, mma=c.mma, alone=pace.ATTEND_PRODUCTS, device=device)
+    waits = pace.FETCH if c.stages < (4 if c.mma == "wgmma" else 3) else 0.0
+    block = multiply(2 * bands * scores) * work.blocks / max(1, work.waited) + pace.ELEMENT * c.rows / warpgroups * c.keys
+    block += pace.KEYS_STEP * units + waits
+    key_bytes, state_bytes = c.keys * p.dtype.bytes * (p.d + p.e), 2 * p.snapshot
+    steps = state_bytes / (state_tiles(p, key_bytes) * 128 * p.e)
+    state = multiply(2 * c.rows * p.snapshot) + pace.STATE_STEP * steps * units
+    ctas = max(1, row_blocks)
+    blocks, states = work.waited / bands / ctas, work.stateful_rows / c.rows / ctas
+    alone = pace.OUTPUT * units + blocks * block + states * state
+    # The last rows of a chunk read all its keys: of the first one, which has no state, of a later one and of the rest.
+    whole, rest = divmod(p.t, p.chunk)
+    longest = max(-(-min(p.chunk, p.t) // c.keys) * block + (whole > 1) * state, (-(-rest // c.keys) * block + state) * p.stateful)
+    return Cost(
+        flops=flops,
+        bytes=read,
+        ctas=row_blocks * p.b * p.hq,
+        ctas_per_sm=ctas_per_sm(p, c, device),
+        efficiency=pace.efficiency(c.mma),
+        alone=alone,
+        longest=(pace.OUTPUT * units + longest) / alone,
+        uneven=True,
+        l2_bytes=row_blocks * p.b * p.hq * (blocks * key_bytes + states * state_bytes),
+    )
 
 
 power_attend = Kernel(

@@ -6,8 +6,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from vidrial import Arguments, Cost, Device, Kernel, Tiles, choice
+from vidrial.kernels.power_retention import pace
 from vidrial.kernels.power_retention.problem import Chunked
 from vidrial.templates import TEMPLATES
+
+# Tokens of a thread in one pass (`power_gates.cuh`).
+TOKENS = 4
 
 
 @dataclass(frozen=True)
@@ -42,7 +46,10 @@ def grid(p: Chunked, c: Config) -> tuple[int, int, int]:
 def cost(p: Chunked, c: Config, device: Device) -> Cost:
     # Tables go on to the end of the last chunk; without a state nobody asks for `to_end`.
     tables = (16 if p.stateful else 12) * p.chunks * p.chunk
-    return Cost(flops=0, bytes=p.b * p.h * (4 * p.t + tables), ctas=p.chunks * p.b * p.h, ctas_per_sm=4)
+    passes = -(-p.chunk // (TOKENS * c.threads))
+    return Cost(
+        flops=0, bytes=p.b * p.h * (4 * p.t + tables), ctas=p.chunks * p.b * p.h, ctas_per_sm=4, alone=pace.GATES_PASS * passes
+    )
 
 
 power_gates = Kernel(

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from vidrial import Arguments, Cost, Device, DType, Kernel, Tiles, choice
+from vidrial.kernels.power_retention import pace
 from vidrial.kernels.power_retention.problem import Chunked
 from vidrial.layout import LoadMatrix, MMA_16x8x16, Pipeline, SharedMemory, SmemLayout, TiledCopy, TiledMma, cp_async, ldmatrix
 from vidrial.templates import TEMPLATES
@@ -136,18 +137,32 @@ def device_bytes(p: Chunked, c: Config) -> int:
     return p.b * p.h * (tokens + p.snapshot * (2 * (p.chunks - segments) + 4 * (segments - 1)))
 
 
-def cost(p: Chunked, c: Config, device: Device) -> Cost:
-    ctas = -(-units(p, c) // c.warps) * p.b * p.h * c.segments
-    # Measured on an H200, which holds two CTAs of 4 such warps per SM; narrow slices make phi twice as often.
-    efficiency = (0.42 if c.columns == 64 else 0.37) * (1.0 if c.tokens == 64 else 0.95) * (1.0 if c.warps == 4 else 0.9)
+def timed(p: Chunked, c: Config, device: Device, flops: float, ctas: int, ctas_per_sm: int) -> Cost:
+    """The cost of a scan by either instruction, whose warpgroups scan all tokens of a segment."""
+    wgmma, warpgroups = c.mma == "wgmma", c.warps / 4
+    # NOTE: by mma.sync 4 warps and blocks of 64 tokens alone were measured: that more save nothing is prudence.
+    pair_tiles, tokens, waits = (c.tiles, c.tokens, pace.FETCH * (c.stages == 4)) if wgmma else (4, min(c.tokens, 64), 0.0)
+    token = (
+        pace.products(2 * 64 * pair_tiles * c.columns * warpgroups, warpgroups, c.mma, pace.SCAN_PRODUCTS, device)
+        + pace.ELEMENT * 64 * pair_tiles
+        + (pace.TOKENS_STEP * warpgroups + waits) / tokens
+        + pace.SNAPSHOT * pair_tiles * c.columns / 64 / p.chunk
+    )
+    mean = scanned_tokens(p) / c.segments
     return Cost(
-        flops=2 * p.b * p.h * scanned_tokens(p) * p.snapshot,
+        flops=flops,
         bytes=device_bytes(p, c),
         ctas=ctas,
-        ctas_per_sm=8 // c.warps,
-        # All wait for the longest segment.
-        efficiency=efficiency * scanned_tokens(p) / (longest_segment(p, c) * c.segments),
+        ctas_per_sm=ctas_per_sm,
+        efficiency=pace.efficiency(c.mma),
+        alone=mean * token,
+        longest=longest_segment(p, c) / mean,
+        l2_bytes=ctas * mean * p.dtype.bytes * (p.d + p.e) * (1 if wgmma else warpgroups),
     )
+
+
+def cost(p: Chunked, c: Config, device: Device) -> Cost:
+    return timed(p, c, device, 2 * p.b * p.h * scanned_tokens(p) * p.snapshot, math.prod(grid(p, c)), 8 // c.warps)
 
 
 power_scan = Kernel("power_scan", Path(TEMPLATES, "power_retention", "power_scan.cu.j2"), Chunked, Config, ARGS, tiles, grid, rules, cost)
@@ -177,7 +192,9 @@ def carry_cost(p: Chunked, c: CarryConfig, device: Device) -> Cost:
     # Ends are read as float; the snapshots of all segments but the first are read and written, each segment's own first one only written.
     read = 4 * (segments - 1) + 2 * (p.chunks - first - (segments - 1))
     size = p.b * p.h * p.snapshot
-    return Cost(flops=0, bytes=size * (read + 2 * (p.chunks - first)), ctas=math.prod(carry_grid(p, c)), ctas_per_sm=8)
+    # Each segment reads the ends of all before it.
+    again = 4 * size * (segments - 1) * (segments - 2) // 2
+    return Cost(flops=0, bytes=size * (read + 2 * (p.chunks - first)), ctas=math.prod(carry_grid(p, c)), ctas_per_sm=8, l2_bytes=again)
 
 
 power_carry = Kernel(

@@ -6,6 +6,7 @@ d = n / 2 for half of the I only, each pair is met once, and the tiles of a warp
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -106,25 +107,9 @@ def ctas_per_sm(p: Chunked, c: Config, device: Device) -> int:
 
 
 def cost(p: Chunked, c: Config, device: Device) -> Cost:
-    state, z, resident = state_units(p, c), z_units(p, c), ctas_per_sm(p, c, device)
-    # Warpgroups of Z are done soon. Those of the last segment are, too, but in a single wave all wait for the longest.
-    ctas = -(-state // (c.warps // 4)) * p.b * p.h * c.segments
-    single = ctas <= device.sms * resident
-    tokens = scan.scanned_tokens(p)
-    waited = scan.longest_segment(p, c) * c.segments if single else tokens
-    # Measured on an H200: one tile is too little for what is loaded for it, a second warpgroup costs barriers, and a snapshot as much as
-    # 64 tokens.
-    together = 1.0 if c.warps == 4 or c.columns == 128 else 0.95 if c.tokens == 128 else 0.85
-    tile = {1: 0.6, 2: 0.97, 3: 0.9 if c.columns < 128 else 1.0}.get(c.tiles, 1.0) * min(1.0, c.columns / p.e + 0.1)
-    efficiency = 0.6 * tile * together * (1.0 if c.stages >= 5 else 0.98) / (1 + 64 / p.chunk)
-    return Cost(
-        flops=2 * p.b * p.h * tokens * 64 * (state * c.tiles * c.columns + z * z_columns(p, c)),
-        bytes=scan.device_bytes(p, c),
-        ctas=ctas,
-        ctas_per_sm=resident,
-        efficiency=efficiency * tokens / waited,
-        uneven=not single,
-    )
+    rows = state_units(p, c) * c.tiles * c.columns + z_units(p, c) * z_columns(p, c)
+    flops = 2 * p.b * p.h * scan.scanned_tokens(p) * 64 * rows
+    return scan.timed(p, c, device, flops, math.prod(grid(p, c)), ctas_per_sm(p, c, device))
 
 
 power_scan_wgmma = Kernel(

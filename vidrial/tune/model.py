@@ -1,13 +1,15 @@
 """The calibrated tile-cost model: from the lengths that were measured to those that were not.
 
-A config's time is a sum of four terms that its `Cost` gives for any problem, with coefficients fitted to its own measurements:
+A config's time is a sum of five terms that its `Cost` gives for any problem, with coefficients fitted to its own measurements:
 
+    predicted     what its cost predicts
     launches      one constant a stage
     smooth        the work, spread evenly over the device
     by SM         the work of the busiest SM, when the SM's CTAs share its throughput: a step every `sms` CTAs
     by wave       the work of all waves, when a CTA takes as long alone as in company: a step every `sms * ctas_per_sm` CTAs
 
-So the time is a sawtooth in the length, as it is on the GPU, and two configs change places where their teeth do.
+Before anything is measured the prediction counts alone; the others are what it may miss. So the time is a sawtooth in the length, as it is
+on the GPU, and two configs change places where their teeth do.
 """
 
 from __future__ import annotations
@@ -23,25 +25,25 @@ from vidrial.spec.cost import LAUNCH_SECONDS, Cost
 from vidrial.spec.fields import keyed_fields
 from vidrial.spec.op import Op
 
-# Before anything is measured the three ways to count work weigh alike.
-PRIOR = (1.0, 1 / 3, 1 / 3, 1 / 3)
+PRIOR = (1.0, 0.0, 0.0, 0.0, 0.0)
 # Weight of the prior against one measurement, both relative: a few lengths outweigh it, one length only scales it.
 POOLED_WEIGHT, OWN_WEIGHT = 1e-3, 1e-2
 
 
-def terms(costs: Sequence[Cost], device: Device) -> tuple[float, float, float, float]:
-    """The four terms in milliseconds, summed over the launches."""
-    smooth = by_sm = by_wave = 0.0
+def terms(costs: Sequence[Cost], device: Device) -> tuple[float, ...]:
+    """The five terms in milliseconds, summed over the launches."""
+    predicted = smooth = by_sm = by_wave = 0.0
     for cost in costs:
         ctas, slots = max(1, cost.ctas), device.sms * max(1, cost.ctas_per_sm)
-        arithmetic, memory = cost.flops / (device.tensor_tflops * 1e9 * cost.efficiency), cost.bytes / (device.bandwidth_gbs * 1e6)
+        arithmetic, memory = ctas * cost.arithmetic(device) / device.sms * 1e3, cost.bytes / (device.bandwidth_gbs * 1e6)
+        predicted += cost.seconds(device) * 1e3
         smooth += max(arithmetic, memory)
         by_sm += max(arithmetic * -(-ctas // device.sms) * device.sms / ctas, memory)
         by_wave += max(arithmetic * -(-ctas // slots) * slots / ctas, memory)
-    return len(costs) * LAUNCH_SECONDS * 1e3, smooth, by_sm, by_wave
+    return predicted, len(costs) * LAUNCH_SECONDS * 1e3, smooth, by_sm, by_wave
 
 
-def work(op: Op, problem: Any, config: Any, device: Device) -> tuple[float, float, float, float]:
+def work(op: Op, problem: Any, config: Any, device: Device) -> tuple[float, ...]:
     """The terms of a config on a problem. A kernel without a cost model counts as work in proportion to the problem's sizes."""
     costs = []
     for stage in op.stages(problem, config):
@@ -57,9 +59,9 @@ def fit(rows: Sequence[Sequence[float]], times: Sequence[float], prior: Sequence
     """Coefficients, none negative, of least relative error: minimise |X b / t - 1|^2 + weight |(b - prior) x / t|^2.
 
     Args:
-        rows: [n, 4] terms of each measurement, in milliseconds.
+        rows: [n, 5] terms of each measurement, in milliseconds.
         times: [n] measured milliseconds.
-        prior: [4] where the measurements leave the choice.
+        prior: [5] where the measurements leave the choice.
         weight: of the prior against one measurement.
     """
     relative = np.asarray(rows, np.float64) / np.asarray(times, np.float64)[:, None]
