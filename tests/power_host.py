@@ -41,13 +41,32 @@ def assert_right(p: Problem, config: Config, inputs: Arrays, results: Arrays) ->
     assert late_error(p, config, results, exact) <= RELATIVE_BOUND
 
 
-def plant(monkeypatch: pytest.MonkeyPatch, name: str, right: str, wrong: str) -> None:
-    """From here on, in every plan, `wrong` stands in `<name>.cuh` where `right` stands."""
-    header = Path(TEMPLATES, "power_retention", f"{name}.cuh").read_text()
-    assert header.count(right) == 1
-    compile_host = plans.compile_host
+def planted(folder: Path, name: str, right: str, wrong: str) -> tuple[str, ...]:
+    """Folders of headers in which `wrong` stands in `name` where `right` stands, to be searched before the templates' own.
 
-    def compile_wrong(text: str, *arguments: Any, **options: Any) -> Any:
-        return compile_host(text.replace(f'#include "{name}.cuh"', header.replace(right, wrong)), *arguments, **options)
+    `name`: a header of the op (`power_attend`), or one of the library's collectives or rings (`collective/attention`), which those include.
+    """
+    op, library = Path(TEMPLATES, "power_retention"), Path(TEMPLATES, "include", "vidrial")
+    copies = {folder / "op": op, **{folder / "planted" / part: library / part for part in ("collective", "pipeline")}}
+    for copy, original in copies.items():
+        copy.mkdir(parents=True)
+        for header in original.glob("*.cuh"):
+            text = header.read_text()
+            if header == (library if "/" in name else op) / f"{name}.cuh":
+                assert text.count(right) == 1, f"{text.count(right)} times in {name}: {right}"
+                text = text.replace(right, wrong)
+            for part in ("collective", "pipeline"):
+                text = text.replace(f"#include <vidrial/{part}/", f"#include <planted/{part}/")
+            (copy / header.name).write_text(text)
+    return str(folder / "op"), str(folder)
+
+
+def plant(monkeypatch: pytest.MonkeyPatch, folder: Path, name: str, right: str, wrong: str) -> None:
+    """From here on, in every plan, `wrong` stands in a header where `right` stands (`planted`)."""
+    includes, compile_host = planted(folder, name, right, wrong), plans.compile_host
+
+    def compile_wrong(text: str, *arguments: Any, include_dirs: tuple[str, ...], **options: Any) -> Any:
+        # The store knows sources by their text.
+        return compile_host(f"{text}\n// {name}: {wrong!r} for {right!r}", *arguments, include_dirs=(*includes, *include_dirs), **options)
 
     monkeypatch.setattr(plans, "compile_host", compile_wrong)

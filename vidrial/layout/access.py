@@ -23,10 +23,11 @@ from vidrial.device import VECTOR_BYTES, WARP
 from vidrial.errors import ArgumentError
 from vidrial.events import Counts
 from vidrial.layout.copies import LoadMatrix, LoadVector, TiledCopy
+from vidrial.layout.epilogue import Epilogue
 from vidrial.layout.mma import Operand, TiledMma
 from vidrial.layout.wgmma import DEPTH, SWIZZLE_BYTES, Descriptor, WarpgroupMma
 
-Described: TypeAlias = LoadMatrix | LoadVector | Operand | TiledMma | WarpgroupMma | Descriptor | TiledCopy
+Described: TypeAlias = LoadMatrix | LoadVector | Operand | TiledMma | WarpgroupMma | Descriptor | TiledCopy | Epilogue
 # What the host target counts apart.
 Tiled: TypeAlias = LoadMatrix | LoadVector | TiledCopy | Operand | TiledMma | WarpgroupMma
 BANKS, BANK_BYTES, PHASE_BYTES, SECTOR_BYTES = 32, 4, 128, 32
@@ -112,7 +113,18 @@ def _findings(described: Described, name: str, row_stride: int | None) -> Iterat
         base = tile.offset(described.row(thread), described.column(thread)) * tile.dtype.bytes
         reached = np.stack([tile.at(base, *step) for step in described.steps]).reshape(-1, WARP)[:, :lanes]
         yield Finding(name, "ldmatrix" if isinstance(described, LoadMatrix) else "shared load", 16, ways=_ways(reached, 16))
+    elif isinstance(described, Epilogue):
+        # Two columns each of a warp's threads at once, then 16 bytes of a row each; pieces of these, one after the other, to global memory.
+        copy, size = described.copy, described.tile.dtype.bytes
+        pairs = described.addresses().transpose(1, 2, 3, 0).reshape(-1, WARP)
+        yield Finding(f"{name}.put", "shared store", 2 * size, ways=_ways(pairs, 2 * size))
+        yield Finding(f"{name}.take", "shared load", VECTOR_BYTES, ways=_ways(copy.addresses().reshape(-1, WARP), VECTOR_BYTES))
+        thread, stride = np.arange(described.threads), row_stride if row_stride is not None else described.tile.columns * size
+        target = (copy.row(thread) * stride + copy.column(thread) * size).reshape(-1, WARP)
+        best = WARP * described.atom.bytes // SECTOR_BYTES
+        yield Finding(f"{name}.global", "global store", described.atom.bytes, sectors=_sectors(target), best_sectors=best)
     else:
+        # In pieces, the first of each vector: the others lie beside it.
         tile, thread, vector = described.tile, np.arange(described.threads), described.atom.bytes
         if described.threads % WARP:
             raise ArgumentError(f"{name}: {described.threads} threads are not whole warps; give a multiple of {WARP}")

@@ -116,7 +116,7 @@ def wgmma(n: int, dtype: DType, *, a_shared: bool = False, b_transposed: bool = 
     )
 
 
-_VECTOR_CPP = {4: "uint32_t", 8: "uint64_t", 16: "cute::uint128_t"}
+_VECTOR_CPP = {2: "uint16_t", 4: "uint32_t", 8: "uint64_t", 16: "cute::uint128_t"}
 # By (matrices, transposed).
 LDMATRIX: Mapping[tuple[int, bool], CopyAtom] = {
     (count, transposed): CopyAtom(

@@ -61,6 +61,20 @@ struct WarpgroupMma {
     }
     cute::warpgroup_commit_batch();
   }
+  // C += A B for all rows of the warpgroup, A and B in shared memory, each in a stage of its own (bytes); or one step of k of it.
+  template <class Operand>
+  CUTE_DEVICE static void gemm(float (&c)[M][N][4], Operand const& a, uint32_t a_stage, B const& b, uint32_t b_stage) {
+    cute::warpgroup_arrive();
+    CUTE_UNROLL
+    for (int k = 0; k < K; ++k) issue(c, a, a_stage, b, b_stage, k);
+    cute::warpgroup_commit_batch();
+  }
+  template <class Operand>
+  CUTE_DEVICE static void mma_k(float (&c)[M][N][4], Operand const& a, uint32_t a_stage, B const& b, uint32_t b_stage, int k) {
+    cute::warpgroup_arrive();
+    issue(c, a, a_stage, b, b_stage, k);
+    cute::warpgroup_commit_batch();
+  }
 
   template <int Groups>
   CUTE_DEVICE static void wait() { cute::warpgroup_wait<Groups>(); }
@@ -77,6 +91,12 @@ struct WarpgroupMma {
   }
 
  private:
+  template <class Operand>
+  CUTE_DEVICE static void issue(float (&c)[M][N][4], Operand const& a, uint32_t a_stage, B const& b, uint32_t b_stage, int k) {
+    uint64_t const at = b(b_stage, k);
+    CUTE_UNROLL
+    for (int m = 0; m < M; ++m) fma(c[m], a(a_stage, k, m * 64), at, cute::SM90::GMMA::ScaleOut::One, cute::make_index_sequence<4 * N>());
+  }
   template <size_t... I>
   CUTE_DEVICE static void fma(float (&c)[N][4], uint32_t const (&a)[4], uint64_t b, cute::index_sequence<I...>) {
     Atom::fma(a[0], a[1], a[2], a[3], b, c[I / 4][I % 4]...);
