@@ -10,7 +10,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from power_host import assert_right, late_error, plant, planted, run
+from planting import planted
+from power_host import PARTS, assert_right, late_error, plant, run
 
 from vidrial.build.nvrtc import Cubin
 from vidrial.build.pool import CompilePool, Job
@@ -314,7 +315,7 @@ def test_products_run_on(order: str, tmp_path: Path) -> None:
     assert len(sources) > 20
     # The same with scores that are read before they are waited for.
     right = "else QK::template wait<1>();" if order == "serial" else "v, before); QK::template wait<1>(); }"
-    folders = planted(tmp_path, "collective/attention", right, right.replace("wait<1>", "wait<2>"))
+    folders = planted(tmp_path, "collective/attention", right, right.replace("wait<1>", "wait<2>"), PARTS, "power_retention")
     text, last = next(reversed(sources.items()))
     jobs = [Job(text, text, source.entry, "sm_90a", includes=source.include_dirs) for text, source in sources.items()]
     with CompilePool() as pool:

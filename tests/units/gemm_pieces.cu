@@ -57,7 +57,7 @@ extern "C" __global__ void __launch_bounds__(Tiles::threads) unit(__grid_constan
   Mma::wait<0>();
   c.fence();
   cute::cp_async_wait<0>();
-  Tiles::Epilogue const epilogue(smem + Tiles::Smem::Out, thread);
+  Tiles::Epilogue const epilogue(smem + Tiles::Smem::OUT, thread);
   epilogue(c, args.c, args.c_stride, args.rows, args.columns, [&](float x, int, int column) {
     return gelu(x + (column < args.columns ? args.bias[column] : 0.f));
   });

@@ -198,6 +198,7 @@ def gemm(
     stages: int = 3,
     ahead: int = 0,
     stepwise: bool = False,
+    shared: bool = False,
 ) -> Case:
     """gelu(A B^T + bias) of any rows, columns, depth (`sizes`); beyond them lies NaN, and C keeps what it held."""
     (rows, columns, depth), (m, n, k) = sizes, tile
@@ -206,7 +207,7 @@ def gemm(
     a[:, :depth], b[:, :depth] = (bf16_bits(rng.standard_normal((count, depth))) for count in (rows, columns))
     bias = rng.standard_normal(columns).astype(np.float32)
     x = bf16_values(a[:, :depth]).astype(np.float64) @ bf16_values(b[:, :depth]).T + bias
-    exact = x / (1 + np.exp(-2 * 0.7978845608 * (x + 0.044715 * x**3)))
+    exact = x / 2 * (1 + np.tanh(0.7978845608 * (x + 0.044715 * x**3)))
     ta, tb, tc = SmemLayout(BF16, m, k, stages=stages), SmemLayout(BF16, n, k, stages=stages), SmemLayout(out, m, n)
     product: TiledMma | WarpgroupMma
     if mma == "wgmma":
@@ -215,7 +216,8 @@ def gemm(
         product = TiledMma(MMA_16x8x16[BF16], (2, 2), tile, ta, tb)
     tiles = Tiles(
         threads=product.threads,
-        smem=SharedMemory(A=ta, B=tb, Out=tc),
+        # Where C lies among A's stages, it is put there behind a barrier.
+        smem=SharedMemory(A=ta, B=tb) if shared else SharedMemory(A=ta, B=tb, Out=tc),
         Elem=BF16,
         depth=k,
         A=ta,
@@ -228,12 +230,17 @@ def gemm(
         Epilogue=Epilogue(product, tc, atoms[1]),
     )
     includes = ["vidrial/collective/epilogue.cuh", "vidrial/pipeline/ring.cuh", *["vidrial/tile/wgmma.cuh"] * (mma == "wgmma")]
-    definitions = [*(f"#include <{name}>" for name in includes), f"#define STEPWISE {int(stepwise)}", tiles.cpp]
+    definitions = [
+        *(f"#include <{name}>" for name in includes),
+        f"#define STEPWISE {int(stepwise)}",
+        f"#define OUT {'A' if shared else 'Out'}",
+        tiles.cpp,
+    ]
     if out == FLOAT:
         c: Array = np.full((rows, strides[2]), math.pi, np.float32)
     else:
         c = np.full((rows, strides[2]), UNTOUCHED, np.uint16)
-    name = f"gemm-{mma}-{rows}x{columns}x{depth}-{atoms[0].bytes}-{atoms[1].bytes}-{out}-{n}" + "-stepwise" * stepwise
+    name = f"gemm-{mma}-{rows}x{columns}x{depth}-{atoms[0].bytes}-{atoms[1].bytes}-{out}-{n}" + "-stepwise" * stepwise + "-shared" * shared
     source, threads = text("gemm_pieces.cu", *definitions), product.threads
     case = Case(name, source, threads, tiles.smem_bytes, [a, b, bias, c], (*sizes, *strides), {}, "sm_90a" if mma == "wgmma" else None)
     return GemmCase(**vars(case), exact=exact, columns=columns, out=out)
@@ -295,5 +302,6 @@ def cases() -> Iterator[Case]:
         yield gemm(mma, (128, 64, 320), (320, 320, 64), (wide, VECTOR[16]))
         yield gemm(mma, (97, 51, 148), (148, 148, 52), (eight, VECTOR[8]))
         yield gemm(mma, (128, 50, 66), (66, 66, 50), (four, VECTOR[4]), out=FLOAT)
+        yield gemm(mma, (97, 51, 212), (212, 212, 52), (eight, VECTOR[8]), shared=True)
         yield gemm(mma, (3, 63, 129), (129, 129, 63), (VECTOR[2], VECTOR[2]))
         yield gemm(mma, (128, 128, 200), (200, 208, 136), (wide, VECTOR[16]), tile=(128, 128, 64), stages=4, ahead=1, stepwise=True)

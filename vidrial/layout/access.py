@@ -11,6 +11,7 @@ What one instruction or one full tile costs follows from the object alone, and t
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Iterator, Mapping
 from functools import cache
@@ -195,22 +196,24 @@ def load_conflicts(tiled: LoadMatrix | LoadVector | Operand) -> Any:
 
 
 @cache
-def per_tile(copy: TiledCopy, row_stride: int | None = None, rows: int | None = None) -> Counts:
-    """One TiledCopy of a tile of which `rows` rows exist, by default all.
+def per_tile(copy: TiledCopy, row_stride: int | None = None, rows: int | None = None, columns: int | None = None) -> Counts:
+    """One TiledCopy of a tile of which `rows` rows and `columns` columns exist, by default all; plain loads of single elements are not counted.
 
     `row_stride`: bytes from row to row in global memory, by default those of a row of the tile; the first row is aligned to a sector.
     """
-    thread, vector = np.arange(copy.threads), copy.atom.bytes
-    stride = copy.tile.columns * copy.tile.dtype.bytes if row_stride is None else row_stride
-    there = copy.tile.rows if rows is None else rows
-    requests = sectors = vectors = 0
-    for step, _ in copy.steps:
-        row = step + copy.row(thread)
-        sector = (row * stride + copy.column(thread) * copy.tile.dtype.bytes) // SECTOR_BYTES
+    thread, size, piece = np.arange(copy.threads), copy.tile.dtype.bytes, copy.atom.bytes
+    stride = copy.tile.columns * size if row_stride is None else row_stride
+    there, width = copy.tile.rows if rows is None else rows, (copy.tile.columns if columns is None else columns) * size
+    requests = sectors = read_bytes = 0
+    parts = range(0, VECTOR_BYTES, piece) if copy.atom.kind == "cp.async" else ()
+    for (step, _), part in itertools.product(copy.steps, parts):
+        row, byte = step + copy.row(thread), copy.column(thread) * size + part
+        sector, read = (row * stride + byte) // SECTOR_BYTES, np.where(row < there, np.clip(width - byte, 0, piece), 0)
         for first in range(0, copy.threads, WARP):
-            read = sector[first : first + WARP][row[first : first + WARP] < there]
-            requests, sectors, vectors = requests + (len(read) > 0), sectors + len(np.unique(read)), vectors + len(read)
-    return Counts(copy_calls=copy.threads, cp_async_requests=requests, cp_async_sectors=sectors, cp_async_bytes=vectors * vector)
+            found = sector[first : first + WARP][read[first : first + WARP] > 0]
+            requests, sectors = requests + (len(found) > 0), sectors + len(np.unique(found))
+        read_bytes += int(read.sum())
+    return Counts(copy_calls=copy.threads, cp_async_requests=requests, cp_async_sectors=sectors, cp_async_bytes=read_bytes)
 
 
 def flops(tiled: TiledMma | WarpgroupMma, counts: Counts) -> int:
