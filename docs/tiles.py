@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import vidrial as vd
-from vidrial.layout import MMA_16x8x16, Epilogue, Pipeline, SmemLayout, TiledCopy, TiledMma, WarpgroupMma, cp_async, draw
+from vidrial.layout import Epilogue, MMA_16x8x16, Pipeline, SmemLayout, TiledCopy, TiledMma, WarpgroupMma, cp_async, draw
 
 PICTURES = Path(__file__).parent / "pictures"
 

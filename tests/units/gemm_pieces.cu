@@ -16,16 +16,9 @@ CUTE_DEVICE void multiply(Fragment<Mma>& c, typename Mma::A const& a, uint32_t a
     CUTE_UNROLL
     for (int k = 0; k < Mma::K; ++k) Mma::mma_k(c.x, a, a_stage, b, b_stage, k);
     Mma::template wait<Mma::K>();
-  } else if constexpr (Mma::kAsync) {
+  } else {
     Mma::gemm(c.x, a, a_stage, b, b_stage);
     Mma::template wait<1>();
-  } else {
-    CUTE_UNROLL
-    for (int k = 0; k < Mma::K; ++k) {
-      uint32_t fa[Mma::M][4];
-      a.load(a_stage, k, fa);
-      Mma::mma_k(c.x, fa, b, b_stage, k);
-    }
   }
 }
 
