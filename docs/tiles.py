@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import vidrial as vd
-from vidrial.layout import MMA_16x8x16, SmemLayout, TiledCopy, TiledMma, WarpgroupMma, cp_async, draw
+from vidrial.layout import Epilogue, MMA_16x8x16, Pipeline, SmemLayout, TiledCopy, TiledMma, WarpgroupMma, cp_async, draw
 
 PICTURES = Path(__file__).parent / "pictures"
 
@@ -23,6 +23,8 @@ def pictures() -> dict[str, str]:
         **{f"tiled_mma_{part}": draw(mma, part) for part in ("A", "B", "C")},
         "warpgroup_mma_B": draw(wgmma, "B"),
         "warpgroup_mma_C": draw(wgmma, "C"),
+        "epilogue": draw(Epilogue(mma, SmemLayout(dtype, 32, 16))),
+        "ring": draw(Pipeline(4, read=2)),
     }
 
 

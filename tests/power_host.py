@@ -7,15 +7,17 @@ from typing import Any
 
 import numpy as np
 import pytest
+from planting import planted
 
 from vidrial.host import plan as plans
 from vidrial.host.plan import HostPlan, poison
 from vidrial.host.target import SCHEDULES, HostStats, Schedule
 from vidrial.kernels.power_retention.op import RELATIVE_BOUND, Config, check, chunked, op, reference
 from vidrial.kernels.power_retention.problem import Problem
-from vidrial.templates import TEMPLATES
 
 Arrays = dict[str, np.ndarray]
+# Of the library, what the kernels are made of.
+PARTS = ("collective", "pipeline")
 
 
 def run(
@@ -41,13 +43,12 @@ def assert_right(p: Problem, config: Config, inputs: Arrays, results: Arrays) ->
     assert late_error(p, config, results, exact) <= RELATIVE_BOUND
 
 
-def plant(monkeypatch: pytest.MonkeyPatch, name: str, right: str, wrong: str) -> None:
-    """From here on, in every plan, `wrong` stands in `<name>.cuh` where `right` stands."""
-    header = Path(TEMPLATES, "power_retention", f"{name}.cuh").read_text()
-    assert header.count(right) == 1
-    compile_host = plans.compile_host
+def plant(monkeypatch: pytest.MonkeyPatch, folder: Path, name: str, right: str, wrong: str) -> None:
+    """From here on, in every plan, `wrong` stands in a header where `right` stands (`planted`)."""
+    includes, compile_host = planted(folder, name, right, wrong, PARTS, "power_retention"), plans.compile_host
 
-    def compile_wrong(text: str, *arguments: Any, **options: Any) -> Any:
-        return compile_host(text.replace(f'#include "{name}.cuh"', header.replace(right, wrong)), *arguments, **options)
+    def compile_wrong(text: str, *arguments: Any, include_dirs: tuple[str, ...], **options: Any) -> Any:
+        # The store knows sources by their text.
+        return compile_host(f"{text}\n// {name}: {wrong!r} for {right!r}", *arguments, include_dirs=(*includes, *include_dirs), **options)
 
     monkeypatch.setattr(plans, "compile_host", compile_wrong)

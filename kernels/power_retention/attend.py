@@ -7,7 +7,7 @@ then the chunk's keys and values, `keys` at a time, up to its own rows. The prod
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -15,7 +15,6 @@ from vidrial import Arguments, Cost, Device, DType, Kernel, Tiles, choice
 from vidrial.kernels.power_retention import pace
 from vidrial.kernels.power_retention.problem import Chunked
 from vidrial.layout import (
-    Accumulator,
     LoadMatrix,
     LoadVector,
     MMA_16x8x16,
@@ -25,8 +24,8 @@ from vidrial.layout import (
     SmemLayout,
     TiledCopy,
     TiledMma,
-    Transposed,
     WarpgroupMma,
+    attention_tiles,
     cp_async,
     ldmatrix,
 )
@@ -84,7 +83,6 @@ ARGS = Arguments(
 
 def tiles(p: Chunked, c: Config) -> Tiles:
     threads, bf16 = 32 * c.warps, DType.bfloat16
-    Pipeline(c.stages)
     q = SmemLayout(p.dtype, c.rows, p.d)
     k, v = SmemLayout(p.dtype, c.keys, p.d, stages=c.stages), SmemLayout(p.dtype, c.keys, p.e, stages=c.stages)
     # A stage of the ring holds a block of keys and values, or a few pair tiles of S, or rows of Z.
@@ -93,14 +91,24 @@ def tiles(p: Chunked, c: Config) -> Tiles:
     s = SmemLayout(bf16, 64 * s_tiles, p.e)
     z = SmemLayout(bf16, max((n for n in (32, 64) if p.d % n == 0 and 2 * n * p.d <= max(kv_bytes, s.bytes)), default=16), p.d)
     stage_bytes = max(kv_bytes, s.bytes, z.bytes)
-    copy, shared = cp_async(16, zero_fill=True), (q, k, replace(v, dtype=bf16), s, z)
-    qk, pv, ps, qz = _by_wgmma(p, c, *shared) if c.mma == "wgmma" else _by_mma_sync(p, c, *shared)
-    warps_per_band, rows_per_band, step = c.warps_per_band, c.rows_per_band, 16 * c.warps_per_band
+    # The weights are bf16 whatever V is stored as: squared scores overflow float16.
+    attention = attention_tiles(q, k, v, c.warps, mma=c.mma, weights=bf16)
+    copy, warps_per_band, step = cp_async(16, zero_fill=True), c.warps_per_band, 16 * c.warps_per_band
 
     def row_of(thread: int) -> int:
         warp = thread // 32
-        return warp // warps_per_band * rows_per_band + warp % warps_per_band * 16
+        return warp // warps_per_band * c.rows_per_band + warp % warps_per_band * 16
 
+    # phi(q) S and q Z.
+    ps: TiledMma | WarpgroupMma
+    qz: TiledMma | WarpgroupMma
+    if c.mma == "wgmma":
+        ps = WarpgroupMma(p.dtype, c.warps // 4, (c.rows, p.e, s.rows), s.transposed)
+        # NOTE: d=128 takes fewer columns at once: 0.03 s less to compile, for 1 % more time.
+        qz = WarpgroupMma(p.dtype, c.warps // 4, (c.rows, min(z.block, 4096 // p.d), z.rows), z.transposed, q)
+    else:
+        ps = TiledMma(MMA_16x8x16[bf16], (c.warps, 1), (c.rows, p.e, s.rows), b=s.transposed, bands=True)
+        qz = TiledMma(MMA_16x8x16[bf16], (c.warps, 1), (c.rows, 32, z.rows), b=z.transposed, bands=True)
     blocks = range(0, p.d, 8)
     return Tiles(
         threads=threads,
@@ -112,19 +120,11 @@ def tiles(p: Chunked, c: Config) -> Tiles:
         s_stages=pairs // s_tiles,
         z_rows=z.rows,
         z_stages=p.d // z.rows if p.normalized else 0,
-        rows_per_band=rows_per_band,
-        warps_per_band=warps_per_band,
-        Q=q,
-        K=k,
-        V=v,
-        S=s,
-        QK=qk,
-        PV=pv,
+        **attention.members,
+        # Wgmma reads one stage while the next is waited for, so that one is refilled a step later.
+        Ring=Pipeline(c.stages, read=2 if c.mma == "wgmma" else 1),
         PS=ps,
         QZ=qz,
-        CopyQ=TiledCopy(copy, q, threads),
-        CopyK=TiledCopy(copy, k, threads),
-        CopyV=TiledCopy(copy, v, threads),
         CopyS=TiledCopy(copy, s, threads),
         CopyZ=TiledCopy(copy, z, threads),
         # q beside q Z, as the accumulator holds its columns: two atoms' at once.
@@ -155,42 +155,6 @@ def tiles(p: Chunked, c: Config) -> Tiles:
 def state_tiles(p: Chunked, key_bytes: int) -> int:
     """Pair tiles of S in a stage of the ring, which holds so many bytes of keys and values."""
     return max((n for n in (2, 4) if p.pair_tiles % n == 0 and n * 128 * p.e <= key_bytes), default=1)
-
-
-# Scores, weights times V, phi(q) S and q Z. The second product is in bf16 whatever V is stored as: squared scores overflow float16.
-Products = tuple[TiledMma, TiledMma, TiledMma, TiledMma] | tuple[WarpgroupMma, WarpgroupMma, WarpgroupMma, WarpgroupMma]
-
-
-def _by_mma_sync(p: Chunked, c: Config, *tiles: SmemLayout) -> Products:
-    q, k, v, s, z = tiles
-
-    def product(dtype: DType, n: int, depth: int, b: SmemLayout | Transposed, a: SmemLayout | Accumulator | None = None) -> TiledMma:
-        return TiledMma(MMA_16x8x16[dtype], (c.warps, 1), (c.rows, n, depth), a=a, b=b, bands=True)
-
-    qk = product(p.dtype, c.keys, p.d, k, q)
-    weights = TiledMma(MMA_16x8x16[DType.bfloat16], (c.warps, 1), (c.rows, c.keys, p.d), bands=True).accumulator
-    bf16 = DType.bfloat16
-    return (
-        qk,
-        product(bf16, p.e, c.keys, v.transposed, weights),
-        product(bf16, p.e, s.rows, s.transposed),
-        product(bf16, 32, z.rows, z.transposed),
-    )
-
-
-def _by_wgmma(p: Chunked, c: Config, *tiles: SmemLayout) -> Products:
-    q, k, v, s, z = tiles
-
-    def product(n: int, depth: int, b: SmemLayout | Transposed, a: SmemLayout | None = None) -> WarpgroupMma:
-        return WarpgroupMma(p.dtype, c.warps // 4, (c.rows, n, depth), b, a)
-
-    return (
-        product(c.keys, p.d, k, q),
-        product(p.e, c.keys, v.transposed),
-        product(p.e, s.rows, s.transposed),
-        # NOTE: d=128 takes fewer columns at once: 0.03 s less to compile, for 1 % more time.
-        product(min(z.block, 4096 // p.d), z.rows, z.transposed, q),
-    )
 
 
 def grid(p: Chunked, c: Config) -> tuple[int, int, int]:

@@ -47,9 +47,7 @@ def cost(p: Chunked, c: Config, device: Device) -> Cost:
     # Tables go on to the end of the last chunk; without a state nobody asks for `to_end`.
     tables = (16 if p.stateful else 12) * p.chunks * p.chunk
     passes = -(-p.chunk // (TOKENS * c.threads))
-    return Cost(
-        flops=0, bytes=p.b * p.h * (4 * p.t + tables), ctas=p.chunks * p.b * p.h, ctas_per_sm=4, alone=pace.GATES_PASS * passes
-    )
+    return Cost(flops=0, bytes=p.b * p.h * (4 * p.t + tables), ctas=p.chunks * p.b * p.h, ctas_per_sm=4, alone=pace.GATES_PASS * passes)
 
 
 power_gates = Kernel(

@@ -6,6 +6,7 @@ Fitted to the trials of the sweeps that lie beside the rankings (docs/sweeping.m
 from __future__ import annotations
 
 from vidrial import Device
+
 # Times that mma.sync takes what wgmma takes.
 MMA_SYNC = 1.79
 # Products of a warpgroup that has the tensor cores to itself, in times of what they take at the tensor rate: of the output, of the scan.

@@ -62,7 +62,6 @@ def band_of_z(p: Chunked, c: Config) -> int:
 
 def tiles(p: Chunked, c: Config) -> Tiles:
     threads, bf16 = 32 * c.warps, DType.bfloat16
-    Pipeline(c.stages)
     k, v = SmemLayout(p.dtype, c.tokens, p.d, stages=c.stages), SmemLayout(p.dtype, c.tokens, p.e, stages=c.stages)
     # Values reach the state as bf16, whatever they are stored as: converted in registers.
     k16, v16 = replace(k, dtype=bf16), replace(v, dtype=bf16)
@@ -88,6 +87,8 @@ def tiles(p: Chunked, c: Config) -> Tiles:
         products_bytes=2 * products.bytes,
         State=state,
         Z=z,
+        # A block and the one after it, whose factors are loaded meanwhile, have landed.
+        Ring=Pipeline(c.stages, ahead=1),
         CopyK=TiledCopy(copy, k, threads),
         CopyV=TiledCopy(copy, v, threads),
         Tokens=LoadMatrix(k, trans, 32, lambda lane: (lane, 0), tuple((t, 0) for t in range(0, c.tokens, 32)), blocks),

@@ -43,7 +43,6 @@ def z_units(p: Chunked, c: Config) -> int:
 
 def tiles(p: Chunked, c: Config) -> Tiles:
     threads, warpgroups = 32 * c.warps, c.warps // 4
-    Pipeline(c.stages)
     k, v = SmemLayout(p.dtype, c.tokens, p.d, stages=c.stages), SmemLayout(p.dtype, c.tokens, p.e, stages=c.stages)
     # k_I^T of a warpgroup, [8 features][tokens], rows padded so that a broadcast ldmatrix meets no bank twice.
     products = SmemLayout(p.dtype, 8, c.tokens + 8, swizzle=None, stages=2)
@@ -62,6 +61,8 @@ def tiles(p: Chunked, c: Config) -> Tiles:
         products_bytes=2 * products.bytes,
         State=WarpgroupMma(p.dtype, 1, (64 * c.tiles, c.columns, c.tokens), v.transposed),
         Z=WarpgroupMma(p.dtype, 1, (64, z_columns(p, c), c.tokens), k.transposed),
+        # Wgmma may still read the block before the one handed out; of the one after it products are made.
+        Ring=Pipeline(c.stages, read=2, ahead=1),
         CopyK=TiledCopy(copy, k, threads),
         CopyV=TiledCopy(copy, v, threads),
         # Lane t gives token t of 32, of one block of features; tokens 0 to 15 of two blocks; 16 features of 16 tokens.

@@ -10,9 +10,9 @@
 // Snapshot of (head, chunk): Z [D][D] (if normalised), then pair tiles [64][E], (I, J) lexicographic, row 8 (i % 8) + j % 8, those with
 // I < J times 2: each of their products stands for two of the square.
 #pragma once
-#include "power_gates.cuh"
-#include "power_snapshot.cuh"
+#include "power_tokens.cuh"
 #include <vidrial/arch/shared_memory.cuh>
+#include <vidrial/tile/mma.cuh>
 
 namespace vidrial {
 
@@ -21,7 +21,7 @@ CUTE_DEVICE void power_scan(Args const& p) {
   using Pair = vidrial::Pair<typename Tiles::Elem>;
   using Mma = typename Tiles::State;
   using Smem = typename Tiles::Smem;
-  constexpr int D = Tiles::d, E = Tiles::e, kTokens = Tiles::tokens, kStages = Tiles::stages, kColumns = Tiles::columns;
+  constexpr int D = Tiles::d, E = Tiles::e, kTokens = Tiles::tokens, kColumns = Tiles::columns;
   constexpr int kBlocks = D / 8, kPairs = kBlocks * (kBlocks + 1) / 2, kStateUnits = kPairs * (E / kColumns);
   constexpr int kZRows = Tiles::z_rows, kZUnits = Tiles::normalized ? (D / kZRows) * (D / kColumns) : 0;
   constexpr int kZSize = Tiles::normalized ? D * D : 0, kSnapshot = kZSize + kPairs * 64 * E;
@@ -29,42 +29,23 @@ CUTE_DEVICE void power_scan(Args const& p) {
   VIDRIAL_SHARED_MEMORY(raw);
 
   // NOTE: through a shuffle, so that the compiler knows the warp's index to be uniform.
-  int const thread = threadIdx.x, lane = thread % 32, warp = __shfl_sync(~0u, thread / 32, 0), head = blockIdx.z;
+  int const thread = threadIdx.x, lane = thread % 32, warp = __shfl_sync(~0u, thread / 32, 0);
   int const unit = blockIdx.x * kWarps + warp;
   bool const is_z = unit >= kStateUnits, active = unit < kStateUnits + kZUnits;
   int const in_kind = is_z ? (active ? unit - kStateUnits : 0) : unit;
   int const width = is_z ? D : E, column = in_kind % (width / kColumns) * kColumns, tile = in_kind / (width / kColumns);
   int2 const pair = is_z ? make_int2(0, 0) : block_pair(tile, kBlocks);
 
-  int const chunks = (p.t + p.chunk - 1) / p.chunk, per_segment = (chunks + gridDim.y - 1) / gridDim.y;
-  int const first = blockIdx.y * per_segment, last = min(first + per_segment, chunks);
-  // The last chunk of all updates nothing: no state is asked for behind it. So every token read here exists.
-  int const blocks = (min(last, chunks - 1) - first) * (p.chunk / kTokens);
-  if (first >= last) return;
+  Segment<Tiles, Args> const segment(p);
+  if (segment.first >= segment.last) return;
 
   uint32_t const smem = shared_address(raw), own = smem + Smem::Products + warp * Tiles::products_bytes;
-  int64_t const batch = head / p.h, kv_head = head % p.h, token = int64_t(first) * p.chunk;
-  typename Tiles::CopyK copy_k(p.k + batch * p.k_stride[0] + token * p.k_stride[1] + kv_head * p.k_stride[2], p.k_stride[1], smem + Smem::K, thread);
-  typename Tiles::CopyV copy_v(p.v + batch * p.v_stride[0] + token * p.v_stride[1] + kv_head * p.v_stride[2], p.v_stride[1], smem + Smem::V, thread);
-  // NOTE: rows of the gates' tables fit an int, since the arrays have at most 2^31 elements; 64-bit indices cost the inner loop a spill.
-  int const row = (head * chunks + first) * p.chunk;
-  auto fetch = [&](int block, int stage) {
-    if (block < blocks) {
-      copy_k.full(stage * Tiles::K::kBytes); copy_k.source += kTokens * p.k_stride[1];
-      copy_v.full(stage * Tiles::V::kBytes); copy_v.source += kTokens * p.v_stride[1];
-      if (Tiles::gated && thread < kTokens / 4) {
-        cute::SM80_CP_ASYNC_CACHEGLOBAL<cute::uint128_t>::copy(*reinterpret_cast<cute::uint128_t const*>(p.to_end + row + block * kTokens + thread * 4),
-                                                              shared_vector(smem + Smem::Decay + stage * (kTokens * 4) + thread * 16));
-      }
-    }
-    cute::cp_async_fence();
-  };
-
+  TokenStream<Tiles, Args> stream(segment, smem, thread);
   typename Tiles::Tokens load_i(smem + Smem::K, lane, 0, pair.x * 8), load_j(smem + Smem::K, lane, 0, pair.y * 8);
   typename Tiles::Broadcast load_splat(own, lane, 0, 0);
   typename Mma::B load_v(smem + Smem::V, lane, 0, is_z ? 0 : column);
 
-  float acc[4][Mma::N][4] = {};
+  Fragment<Mma> acc = {};
   auto to_bf16 = [](uint32_t (&fb)[Mma::N][2]) {
     CUTE_UNROLL
     for (int n = 0; n < Mma::N; ++n) { fb[n][0] = Pair::to_bf16(fb[n][0]); fb[n][1] = Pair::to_bf16(fb[n][1]); }
@@ -103,7 +84,7 @@ CUTE_DEVICE void power_scan(Args const& p) {
       }
       load_v.load(stage * Tiles::V::kBytes, k, fb);
       to_bf16(fb);
-      Mma::multiply(acc, fa, fb);
+      Mma::multiply(acc.x, fa, fb);
     }
   };
   // And into rows of Z: the A operand is k^T itself, discounted, the B operand the keys.
@@ -128,85 +109,46 @@ CUTE_DEVICE void power_scan(Args const& p) {
           }
         }
       }
-      Z::multiply(reinterpret_cast<float (&)[Z::M][Z::N][4]>(acc), fa, fb);
+      Z::multiply(reinterpret_cast<float (&)[Z::M][Z::N][4]>(acc.x), fa, fb);
     }
   };
 
-  CUTE_UNROLL
-  for (int s = 0; s < kStages - 1; ++s) fetch(s, s);
-  int block = 0, read = 0, write = kStages - 1;
+  typename Tiles::Ring ring;
+  ring.template first<true>(stream);
   bool const is_state = active && !is_z;
-  cute::cp_async_wait<kStages - 2>();
-  __syncthreads();
-  if (is_state) {
-    load_factors(0, 0);
-  }
+  ring.wait_first();
+  if (is_state) load_factors(0, 0);
   // Where this thread's rows lie in a snapshot.
   int const rows = is_z ? kZRows : 64, own_row = Mma::row(lane);
   int const place = (is_z ? (tile * kZRows + own_row) * D : kZSize + (tile * 64 + own_row) * E) + column;
   float const count = is_z || pair.x == pair.y ? 1.f : 2.f;
+  auto store = [&](auto* out) {
+    CUTE_UNROLL
+    for (int m = 0; m < Mma::M; ++m) {
+      if (m * 16 >= rows) break;
+      CUTE_UNROLL
+      for (int h = 0; h < 2; ++h) store_row(out + place + Mma::row_of(m, 2 * h) * width, acc.x[m], h, count, Mma::N);
+    }
+  };
+  int block = 0;
   CUTE_NO_UNROLL
-  for (int n = first; n < last; ++n) {
-    if (n > first && active) {
-      cutlass::bfloat16_t* out = p.snapshots + int64_t(head * chunks + n) * kSnapshot + place + lane % 4 * 8;
-      CUTE_UNROLL
-      for (int m = 0; m < 4; ++m) {
-        if (m * 16 >= rows) break;
-        CUTE_UNROLL
-        for (int j = 0; j < Mma::N; j += 4) {
-          CUTE_UNROLL
-          for (int h = 0; h < 2; ++h) {
-            auto pair_of = [&](int i) { return pack_bf16(count * acc[m][j + i][2 * h], count * acc[m][j + i][2 * h + 1]); };
-            *reinterpret_cast<uint4*>(out + Mma::row_of(m, 2 * h) * width + j * 8) = gather_columns(pair_of(0), pair_of(1), pair_of(2), pair_of(3));
-          }
-        }
-      }
-    }
-    if (n + 1 == chunks) break;
-    if (Tiles::gated && n > first) {
-      float2 const total = p.a[(head * chunks + n + 1) * p.chunk - 1];
-      float const f = exp2_approx(total.x + total.y);
-      CUTE_UNROLL
-      for (int m = 0; m < 4; ++m) {
-        CUTE_UNROLL
-        for (int j = 0; j < Mma::N; ++j) {
-          CUTE_UNROLL
-          for (int v = 0; v < 4; ++v) acc[m][j][v] *= f;
-        }
-      }
-    }
+  for (int n = segment.first; n < segment.last; ++n) {
+    if (n > segment.first && active) store(segment.snapshot(n, kSnapshot));
+    if (n + 1 == segment.chunks) break;
+    if (Tiles::gated && n > segment.first) acc.scale(segment.decay(n));
     CUTE_NO_UNROLL
-    for (int end = block + p.chunk / kTokens; block < end; ++block) {
-      // Block and the one after it have landed; the one before it is done with.
-      cute::cp_async_wait<kStages - 3>();
-      __syncthreads();
-      fetch(block + kStages - 1, write);
-      int const after = read + 1 == kStages ? 0 : read + 1;
+    for (int end = block + segment.blocks_per_chunk(); block < end; ++block) {
+      int const stage = ring.next(stream);
       if (is_state) {
-        update_state(read, block % 2);
-        load_factors(after, (block + 1) % 2);
+        update_state(stage, block % 2);
+        load_factors(ring.read, (block + 1) % 2);
       } else if (active) {
-        update_z(read);
+        update_z(stage);
       }
-      read = after;
-      write = write + 1 == kStages ? 0 : write + 1;
     }
   }
   // What this segment adds to the states of the next ones (power_carry).
-  if (active && last < chunks) {
-    float* out = p.ends + (int64_t(head) * (gridDim.y - 1) + blockIdx.y) * kSnapshot + place + lane % 4 * 2;
-    CUTE_UNROLL
-    for (int m = 0; m < 4; ++m) {
-      if (m * 16 >= rows) break;
-      CUTE_UNROLL
-      for (int j = 0; j < Mma::N; ++j) {
-        CUTE_UNROLL
-        for (int h = 0; h < 2; ++h) {
-          *reinterpret_cast<float2*>(out + Mma::row_of(m, 2 * h) * width + j * 8) = make_float2(count * acc[m][j][2 * h], count * acc[m][j][2 * h + 1]);
-        }
-      }
-    }
-  }
+  if (active && segment.last < segment.chunks) store(segment.end(kSnapshot));
 }
 
 }  // namespace vidrial

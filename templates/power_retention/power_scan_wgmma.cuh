@@ -5,8 +5,7 @@
 // exchanged. Their A operand phi(k)^T is made in registers: rows 16 w + r of a tile are feature 2 w + r / 8 of block I times feature
 // r % 8 of block J, so the first one is the same for all tiles: one *broadcast* ldmatrix of a copy of k_I^T with the decay in it.
 #pragma once
-#include "power_gates.cuh"
-#include "power_snapshot.cuh"
+#include "power_tokens.cuh"
 #include <vidrial/arch/shared_memory.cuh>
 #include <vidrial/tile/wgmma.cuh>
 
@@ -17,7 +16,7 @@ CUTE_DEVICE void power_scan_wgmma(Args const& p) {
   using State = typename Tiles::State;
   using Z = typename Tiles::Z;
   using Smem = typename Tiles::Smem;
-  constexpr int D = Tiles::d, E = Tiles::e, kTokens = Tiles::tokens, kStages = Tiles::stages, kColumns = State::N * 8;
+  constexpr int D = Tiles::d, E = Tiles::e, kTokens = Tiles::tokens, kColumns = State::N * 8;
   constexpr int kBlocks = D / 8, kParts = E / kColumns, M = State::M, kPairs = kBlocks * (kBlocks + 1) / 2;
   constexpr int kZSize = Tiles::normalized ? D * D : 0, kSnapshot = kZSize + kPairs * 64 * E;
   // Groups of products that run on while the next one's factors are made: some 128 cycles of them.
@@ -25,7 +24,7 @@ CUTE_DEVICE void power_scan_wgmma(Args const& p) {
   VIDRIAL_SHARED_MEMORY(raw);
 
   // NOTE: through a shuffle, so that the compiler knows the warp's index to be uniform.
-  int const thread = threadIdx.x, lane = thread % 32, warp = __shfl_sync(~0u, thread / 32, 0), head = blockIdx.z;
+  int const thread = threadIdx.x, lane = thread % 32, warp = __shfl_sync(~0u, thread / 32, 0);
   int const own_warp = warp % 4, own_thread = thread % 128, unit = blockIdx.x * (Tiles::threads / 128) + warp / 4;
   bool const active = unit < Tiles::state_units + Tiles::z_units, is_state = unit < Tiles::state_units;
   // Of a unit of state: block I, the first d, and the columns of V; of one of Z: its rows and columns.
@@ -34,29 +33,11 @@ CUTE_DEVICE void power_scan_wgmma(Args const& p) {
   int const z_row = in_kind / (D / (Z::N * 8)) * 64, column = is_state ? in_kind % kParts * kColumns : in_kind % (D / (Z::N * 8)) * (Z::N * 8);
   auto block_j = [&](int m) { return (block_i + first_d + m) % kBlocks; };
 
-  int const chunks = (p.t + p.chunk - 1) / p.chunk, per_segment = (chunks + gridDim.y - 1) / gridDim.y;
-  int const first = blockIdx.y * per_segment, last = min(first + per_segment, chunks);
-  // The last chunk of all updates nothing: no state is asked for behind it. So every token read here exists.
-  int const blocks = (min(last, chunks - 1) - first) * (p.chunk / kTokens);
-  if (first >= last) return;
+  Segment<Tiles, Args> const segment(p);
+  if (segment.first >= segment.last) return;
 
   uint32_t const smem = shared_address(raw), own = smem + Smem::Products + warp / 4 * Tiles::products_bytes;
-  int64_t const batch = head / p.h, kv_head = head % p.h, token = int64_t(first) * p.chunk;
-  typename Tiles::CopyK copy_k(p.k + batch * p.k_stride[0] + token * p.k_stride[1] + kv_head * p.k_stride[2], p.k_stride[1], smem + Smem::K, thread);
-  typename Tiles::CopyV copy_v(p.v + batch * p.v_stride[0] + token * p.v_stride[1] + kv_head * p.v_stride[2], p.v_stride[1], smem + Smem::V, thread);
-  // NOTE: rows of the gates' tables fit an int, since the arrays have at most 2^31 elements.
-  int const row = (head * chunks + first) * p.chunk;
-  auto fetch = [&](int block, int stage) {
-    if (block < blocks) {
-      copy_k.full(stage * Tiles::K::kBytes); copy_k.source += kTokens * p.k_stride[1];
-      copy_v.full(stage * Tiles::V::kBytes); copy_v.source += kTokens * p.v_stride[1];
-      if (Tiles::gated && thread < kTokens / 4) {
-        cute::SM80_CP_ASYNC_CACHEGLOBAL<cute::uint128_t>::copy(*reinterpret_cast<cute::uint128_t const*>(p.to_end + row + block * kTokens + thread * 4),
-                                                              shared_vector(smem + Smem::Decay + stage * (kTokens * 4) + thread * 16));
-      }
-    }
-    cute::cp_async_fence();
-  };
+  TokenStream<Tiles, Args> stream(segment, smem, thread);
   // Two neighbouring tokens' decay to the end of their chunk, in a pair.
   auto discount = [&](uint32_t x, int stage, int token) {
     if (!Tiles::gated) return x;
@@ -78,7 +59,7 @@ CUTE_DEVICE void power_scan_wgmma(Args const& p) {
     }
   };
 
-  float acc[M][State::N][4] = {};
+  Fragment<State> acc = {};
   typename Tiles::Broadcast load_splat(own, own_thread);
   typename State::B load_v(smem + Smem::V, own_thread, 0, is_state ? column : 0);
   // Features of blocks J and J', 16 tokens: two tiles' at once, in an odd one's case its own twice.
@@ -104,8 +85,8 @@ CUTE_DEVICE void power_scan_wgmma(Args const& p) {
           CUTE_UNROLL
           for (int r = 0; r < 4; ++r) phi[i][r] = multiply_bf16(ki[r], kj[i][r / 2]);
         }
-        if (m + 1 < M) State::template mma_k<2>(acc, m, phi, load_v, stage * Tiles::V::kBytes, k);
-        else State::template mma_k<1>(acc, m, reinterpret_cast<uint32_t (&)[1][4]>(phi), load_v, stage * Tiles::V::kBytes, k);
+        if (m + 1 < M) State::template mma_k<2>(acc.x, m, phi, load_v, stage * Tiles::V::kBytes, k);
+        else State::template mma_k<1>(acc.x, m, reinterpret_cast<uint32_t (&)[1][4]>(phi), load_v, stage * Tiles::V::kBytes, k);
       }
     }
   };
@@ -120,7 +101,7 @@ CUTE_DEVICE void power_scan_wgmma(Args const& p) {
       Z::template wait<1>();
       CUTE_UNROLL
       for (int r = 0; r < 4; ++r) a[0][r] = discount(a[0][r], stage, k * 16 + r / 2 * 8);
-      Z::mma_k(reinterpret_cast<float (&)[1][Z::N][4]>(acc), a, load_columns, stage * Tiles::K::kBytes, k);
+      Z::mma_k(reinterpret_cast<float (&)[1][Z::N][4]>(acc.x), a, load_columns, stage * Tiles::K::kBytes, k);
     }
   };
 
@@ -139,85 +120,45 @@ CUTE_DEVICE void power_scan_wgmma(Args const& p) {
   };
   auto count = [&](int m) { return is_state && first_d + m > 0 ? 2.f : 1.f; };
   int const width = is_state ? State::N : Z::N;
-
-  CUTE_UNROLL
-  for (int s = 0; s < kStages - 2; ++s) fetch(s, s);
-  // The stages: the one before `read`, which wgmma may still read, `read`, and `after`, of which products are made; the others are on their way.
-  int block = 0, read = 0, write = kStages - 2;
-  cute::cp_async_wait<kStages - 3>();
-  __syncthreads();
-  if (is_state) make_products(0, 0);
-  CUTE_NO_UNROLL
-  for (int n = first; n < last; ++n) {
-    State::template wait<0>();
-    State::fence(acc);
-    if (n > first) {
-      CUTE_UNROLL
-      for (int m = 0; m < M; ++m) {
-        if (!stored(m)) continue;
-        float const c = count(m);
-        CUTE_UNROLL
-        for (int h = 0; h < 2; ++h) {
-          cutlass::bfloat16_t* out = p.snapshots + int64_t(head * chunks + n) * kSnapshot + place(m, h) + lane % 4 * 8;
-          CUTE_UNROLL
-          for (int j = 0; j < State::N; j += 4) {
-            if (j >= width) break;
-            auto pair_of = [&](int i) { return pack_bf16(c * acc[m][j + i][2 * h], c * acc[m][j + i][2 * h + 1]); };
-            *reinterpret_cast<uint4*>(out + j * 8) = gather_columns(pair_of(0), pair_of(1), pair_of(2), pair_of(3));
-          }
-        }
-      }
-    }
-    if (n + 1 == chunks) break;
-    if (Tiles::gated && n > first) {
-      float2 const total = p.a[(head * chunks + n + 1) * p.chunk - 1];
-      float const f = exp2_approx(total.x + total.y);
-      CUTE_UNROLL
-      for (int m = 0; m < M; ++m) {
-        CUTE_UNROLL
-        for (int j = 0; j < State::N; ++j) {
-          CUTE_UNROLL
-          for (int v = 0; v < 4; ++v) acc[m][j][v] *= f;
-        }
-      }
-    }
-    State::fence(acc);
-    CUTE_NO_UNROLL
-    for (int end = block + p.chunk / kTokens; block < end; ++block) {
-      // Block and the one after it have landed; nobody reads the one before the last any more.
-      cute::cp_async_wait<kStages - 4>();
-      fence_async_proxy();
-      __syncthreads();
-      fetch(block + kStages - 2, write);
-      int const after = read + 1 == kStages ? 0 : read + 1;
-      if (is_state) {
-        make_products(after, (block + 1) % 2);
-        update_state(read, block % 2);
-      } else if (active) {
-        update_z(read);
-      }
-      read = after;
-      write = write + 1 == kStages ? 0 : write + 1;
-    }
-  }
-  // What this segment adds to the states of the next ones (power_carry).
-  if (last < chunks) {
-    State::template wait<0>();
-    State::fence(acc);
+  auto store = [&](auto* out) {
     CUTE_UNROLL
     for (int m = 0; m < M; ++m) {
       if (!stored(m)) continue;
       float const c = count(m);
       CUTE_UNROLL
-      for (int h = 0; h < 2; ++h) {
-        float* out = p.ends + (int64_t(head) * (gridDim.y - 1) + blockIdx.y) * kSnapshot + place(m, h) + lane % 4 * 2;
-        CUTE_UNROLL
-        for (int j = 0; j < State::N; ++j) {
-          if (j >= width) break;
-          *reinterpret_cast<float2*>(out + j * 8) = make_float2(c * acc[m][j][2 * h], c * acc[m][j][2 * h + 1]);
-        }
+      for (int h = 0; h < 2; ++h) store_row(out + place(m, h), acc.x[m], h, c, width);
+    }
+  };
+
+  typename Tiles::Ring ring;
+  ring.template first<true>(stream);
+  ring.wait_first();
+  if (is_state) make_products(0, 0);
+  int block = 0;
+  CUTE_NO_UNROLL
+  for (int n = segment.first; n < segment.last; ++n) {
+    State::template wait<0>();
+    acc.fence();
+    if (n > segment.first) store(segment.snapshot(n, kSnapshot));
+    if (n + 1 == segment.chunks) break;
+    if (Tiles::gated && n > segment.first) acc.scale(segment.decay(n));
+    acc.fence();
+    CUTE_NO_UNROLL
+    for (int end = block + segment.blocks_per_chunk(); block < end; ++block) {
+      int const stage = ring.next(stream);
+      if (is_state) {
+        make_products(ring.read, (block + 1) % 2);
+        update_state(stage, block % 2);
+      } else if (active) {
+        update_z(stage);
       }
     }
+  }
+  // What this segment adds to the states of the next ones (power_carry).
+  if (segment.last < segment.chunks) {
+    State::template wait<0>();
+    acc.fence();
+    store(segment.end(kSnapshot));
   }
 }
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import struct
 
 import pytest
-from units import Case, cases
+from units import Case, cases, pieces
 
 from vidrial.build.nvrtc import compile_source
 from vidrial.device import Device
@@ -17,7 +17,7 @@ from vidrial.spec.source import TENSOR_MAP_BYTES
 pytestmark = pytest.mark.gpu
 
 
-@pytest.mark.parametrize("case", list(cases()), ids=lambda case: case.name)
+@pytest.mark.parametrize("case", [*cases(), *pieces.cases()], ids=lambda case: case.name)
 def test_unit(case: Case) -> None:
     import cupy
 

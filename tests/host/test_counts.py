@@ -24,7 +24,7 @@ from vidrial.kernels.power_retention import attend, scan
 from vidrial.kernels.power_retention.op import Config, example
 from vidrial.kernels.power_retention.op import op as power_retention
 from vidrial.layout.access import Tiled, flops, load_conflicts, per_instruction, per_tile, tiled_objects
-from vidrial.layout.atoms import cp_async, ldmatrix
+from vidrial.layout.atoms import VECTOR, cp_async, ldmatrix
 from vidrial.layout.copies import LoadMatrix, LoadVector, TiledCopy
 from vidrial.layout.mma import Operand, TiledMma
 from vidrial.layout.smem import SmemLayout
@@ -60,7 +60,7 @@ def objects_of(stage: Stage) -> dict[str, Tiled]:
 
 KERNEL = """#include <vidrial/prelude.cuh>
 {tiles}
-struct Args {{ char const* data; int64_t stride; int rows; }};
+struct Args {{ char const* data; int64_t stride; int rows, columns; }};
 extern "C" __global__ void each(__grid_constant__ Args const args) {{
   VIDRIAL_SHARED_MEMORY(raw);
   int const thread = threadIdx.x;
@@ -72,10 +72,11 @@ extern "C" __global__ void each(__grid_constant__ Args const args) {{
 
 
 def issue(name: str, tiled: Tiled) -> Iterator[str]:
-    """C++ that loads from each origin at each step, or copies one tile: `rows` of it, or all by `full` if that is negative."""
+    """C++ that loads from each origin at each step, or copies one tile: `rows` and `columns` of it, or all where they are negative."""
     if isinstance(tiled, TiledCopy):
         construct = f"Tiles::{name} copy(reinterpret_cast<Tiles::{name}::T const*>(args.data), args.stride, smem, thread);"
-        yield f"  if (thread < {tiled.threads}) {{ {construct} if (args.rows < 0) copy.full(0); else copy(0, args.rows); cute::cp_async_wait<0>(); }}"
+        copies = "if (args.columns >= 0) copy(0, args.rows, args.columns); else if (args.rows < 0) copy.full(0); else copy(0, args.rows);"
+        yield f"  if (thread < {tiled.threads}) {{ {construct} {copies} cute::cp_async_wait<0>(); }}"
         return
     load = placed(tiled)
     steps = ", ".join(f"{{{row}, {column}}}" for row, column in load.steps)
@@ -91,16 +92,16 @@ def placed(tiled: Tiled) -> LoadMatrix | LoadVector | TiledCopy:
     return found
 
 
-def issue_each(objects: Sequence[Tiled], arguments: Sequence[tuple[int, int]] = ((0, -1),)) -> Iterator[Mapping[tuple[str, ...], Counts]]:
-    """Counts of a kernel that issues what each of the objects may issue, by names "Object0", ...; for each (row stride in elements, rows)."""
+def issue_each(objects: Sequence[Tiled], arguments: Sequence[tuple[int, ...]] = ((0, -1),)) -> Iterator[Mapping[tuple[str, ...], Counts]]:
+    """Counts of a kernel that issues what each of the objects may issue, by names "Object0", ...; for each (row stride in elements, rows) or (.., columns)."""
     named = {f"Object{i}": one for i, one in enumerate(objects)}
     body = "\n".join(line for name, one in named.items() for line in issue(name, one))
     threads = max(placed(one).threads for one in objects)
     shared = max(placed(one).tile.bytes * placed(one).tile.stages for one in objects)
     binary = compile_host(KERNEL.format(tiles=Tiles(threads=threads, **named).cpp, body=body), "each", objects=tuple(named))
     memory = np.zeros(1 << 22, np.uint8)
-    for stride, rows in arguments:
-        yield binary.launch((1,), threads, shared, struct.pack("=Qqi4x", 0, stride, rows), {0: memory}).objects
+    for stride, rows, *columns in arguments:
+        yield binary.launch((1,), threads, shared, struct.pack("=Qqii", 0, stride, rows, *columns or [-1]), {0: memory}).objects
 
 
 @functools.cache
@@ -162,6 +163,25 @@ def test_every_copy_of_every_shipped_config() -> None:
             found = [copies[int(name[6:])] for name in names]
             assert n == sum((per_tile(c, 2 * stride, rows if rows >= 0 else None) for c in found), Counts())
             assert n.at_most(sum((per_tile(c, 2 * stride) for c in found), Counts()))
+
+
+@pytest.mark.parametrize("size", [16, 8, 4])
+def test_copies_in_pieces_with_tails(size: int) -> None:
+    """Rows that are aligned to a piece only; of the columns some, of the rows some."""
+    copy = TiledCopy(cp_async(size), SmemLayout(DType.bfloat16, 32, 64), 128)
+    arguments = [(64, -1, -1), (72, -1, -1), (72, 29, -1), (72, 29, 51), (80, 32, 3), (72, 0, 51), (72, 32, 0)]
+    for (stride, rows, columns), counted in zip(arguments, issue_each([copy], arguments), strict=True):
+        asked = (rows if rows >= 0 else None, columns if columns >= 0 else None)
+        assert counted["Object0",] == per_tile(copy, 2 * stride, *asked)
+    # Each piece of a vector is a request of its own, which touches every sector of the rows again.
+    assert per_tile(copy).cp_async_requests == 8 * (16 // size) and per_tile(copy).cp_async_bytes == 32 * 128
+    assert per_tile(copy).cp_async_sectors == {16: 32 * 4, 8: 2 * 32 * 4, 4: 4 * 32 * 4}[size]
+
+
+def test_plain_loads_of_elements_are_not_counted() -> None:
+    copy = TiledCopy(VECTOR[2], SmemLayout(DType.bfloat16, 32, 64), 128)
+    (counted,) = issue_each([copy], [(63, 31, 63)])
+    assert counted["Object0",] == per_tile(copy, 126, 31, 63) == Counts(copy_calls=128)
 
 
 def test_rows_that_do_not_exist_and_odd_strides() -> None:

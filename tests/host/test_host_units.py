@@ -7,14 +7,14 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from units import Case, cases
+from units import Case, cases, pieces
 
 from vidrial.build.nvrtc import compile_source
 from vidrial.host.target import SCHEDULES, compile_host
 from vidrial.layout.barriers import Roles
 
 
-@pytest.mark.parametrize("case", list(cases()), ids=lambda case: case.name)
+@pytest.mark.parametrize("case", [*cases(), *pieces.cases()], ids=lambda case: case.name)
 def test_unit(case: Case) -> None:
     binary = compile_host(case.source, "unit")
     fresh = [array.copy() for array in case.arrays]
@@ -26,6 +26,8 @@ def test_unit(case: Case) -> None:
         assert stats.mma == ('"mma.cu"' in case.source)
         assert stats.wgmma == 4 * ('"wgmma.cu"' in case.source) + 8 * ('"wgmma_atom.cu"' in case.source)
         assert stats.ldmatrix == ("ldmatrix.cu" in case.source)
+        for name, count in (case.counts or {}).items():
+            assert getattr(stats, name) == count, name
 
 
 def test_wgmma_is_compiled_to_itself(tmp_path: Path) -> None:

@@ -25,6 +25,7 @@ INTRINSICS = """#pragma once
 #include <cstdint>
 namespace vidrial {
 inline void* shared_pointer(uint32_t address) { return reinterpret_cast<void*>(uintptr_t(address)); }
+template <int Size> void copy_async(uint32_t, void const*, int);
 }
 """
 
@@ -50,6 +51,7 @@ struct Recorder {
 struct Request { uintptr_t source, target; bool valid; };
 static std::vector<Request> requests;
 struct CopyRecorder {
+  using SRegisters = uint128_t[1];
   static void copy(uint128_t const& s, uint128_t& d, bool valid) {
     requests.push_back({reinterpret_cast<uintptr_t>(&s), reinterpret_cast<uintptr_t>(&d), valid});
   }

@@ -12,8 +12,9 @@ from vidrial.layout.algebra import ComposedLayout, Layout, Swizzle
 from vidrial.layout.atoms import MMA_16x8x16, cp_async
 from vidrial.layout.copies import TiledCopy
 from vidrial.layout.drawing import HEIGHT, MARGIN, WIDTH, draw
+from vidrial.layout.epilogue import Epilogue
 from vidrial.layout.mma import TiledMma
-from vidrial.layout.smem import SmemLayout
+from vidrial.layout.smem import Pipeline, SmemLayout
 from vidrial.layout.wgmma import WarpgroupMma
 
 SVG = "{http://www.w3.org/2000/svg}"
@@ -89,6 +90,32 @@ def test_wgmma_parts() -> None:
     a, b = (cells(draw(mma, part)) for part in ("A", "B"))  # type: ignore[arg-type]
     assert (len(a), a[0, 0][0], a[72, 1][0], a[127, 15][0]) == (128 * 16, "0.0", "0.3", "127.7")
     assert (len(b), b[15, 7][0], b[16, 8][0]) == (32 * 16, "0.0", "1.1")
+
+
+def test_copy_in_pieces() -> None:
+    title = ElementTree.fromstring(draw(TiledCopy(cp_async(4), SmemLayout(BF16, 32, 64), 128))).find(f"{SVG}text")
+    assert title is not None and title.text == "128 threads copy 32 x 64 bfloat16 in pieces of 4 bytes: thread.step"
+
+
+def test_epilogue() -> None:
+    mma = TiledMma(MMA_16x8x16[BF16], (2, 2), (64, 64, 32))
+    found = cells(draw(Epilogue(mma, SmemLayout(BF16, 64, 64))))
+    # 8 cells of 16 bytes per row, 16 rows a step; the warps that computed 16 rows x 8 columns in turn lie 2 x 2.
+    assert (len(found), found[0, 0][0], found[15, 7][0], found[16, 0][0]) == (64 * 8, "0.0", "127.0", "0.1")
+    assert len({colour for _, colour in found.values()}) == 4
+    assert found[0, 0][1] == found[15, 2][1] != found[16, 0][1] and found[0, 0][1] != found[0, 1][1]
+
+
+def test_ring() -> None:
+    found = cells(draw(Pipeline(4, read=2, ahead=1)))
+    # Two are filled before the first step; each step hands one out, the next has landed, and one begins to be filled.
+    assert {place: text for place, (text, _) in found.items() if place[0] == 0} == {(0, 0): "0 read", (0, 1): "1 here", (0, 2): "2 <-"}
+    assert {place: text for place, (text, _) in found.items() if place[0] == 5} == {
+        (5, 0): "4 read",
+        (5, 1): "5 read",
+        (5, 2): "6 here",
+        (5, 3): "7 <-",
+    }
 
 
 def test_titles_fit() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -181,25 +182,36 @@ WRONG = {
     "multiplicity": ("power_scan", "pair.x == pair.y ? 1.f : 2.f", "true ? 1.f : 2.f"),
     "diagonal counted twice": ("power_scan", "is_z || pair.x == pair.y ?", "is_z ?"),
     "state not discounted to the row": (
-        "power_attend",
-        "const state = Tiles::stateful && j == forgotten ? state_decay : 1.f;",
+        "power_weights",
+        "const state = Tiles::stateful && j == tile.forgotten ? tile.state_decay : 1.f;",
         "const state = 1.f;",
     ),
-    "own token left out": ("power_attend", "QK::column_of(n, v) <= row", "QK::column_of(n, v) < row"),
-    "one key too many": ("power_attend", "QK::column_of(n, v) <= row", "QK::column_of(n, v) <= 1 + row"),
-    "keys not discounted to the tile": ("power_attend", "kGated ? exp2_approx(diff_split(r0, a(j0 + kKeys - 1))) : 1.f", "1.f"),
-    "state not discounted over a chunk": ("power_scan", "float const f = exp2_approx(total.x + total.y);", "float const f = 1.f;"),
+    "own token left out": (
+        "collective/mask",
+        "key <= row; }\n  CUTE_HOST_DEVICE int begin(int) const { return 0; }\n  CUTE_HOST_DEVICE int end(int row)",
+        "key < row; }\n  CUTE_HOST_DEVICE int begin(int) const { return 0; }\n  CUTE_HOST_DEVICE int end(int row)",
+    ),
+    "one key too many": ("power_weights", "allows(row + QK::row_of(m, v), column", "allows(1 + row + QK::row_of(m, v), column"),
+    "keys not discounted to the tile": ("power_weights", "kGated ? exp2_approx(diff_split(tile.r0, tile.a(j0 + kKeys - 1))) : 1.f", "1.f"),
+    "state not discounted over a chunk": ("power_tokens", "return exp2_approx(total.x + total.y);", "return 1.f;"),
     "keys not discounted in the state": ("power_scan", "ki[m] = scale_bf16(ki[m], g.x, g.y);", ""),
-    "no normaliser of the state": ("power_scan", "update_z(read);", ""),
+    "no normaliser of the state": ("power_scan", "update_z(stage);", ""),
     "segments not joined over two": ("power_carry", "add[i] + decay * carry[i]", "add[i]"),
-    "half the scale": ("power_attend", "norm * p.weight_scale, kLowestNormaliser", "2 * norm * p.weight_scale, kLowestNormaliser"),
+    "half the scale": ("power_weights", "fmaxf(l.x[m][h] * scale", "fmaxf(2 * l.x[m][h] * scale"),
+    "half of the rows' sums": ("collective/rows", "x[m][h] = join(x[m][h], __shfl_xor_sync(~0u, x[m][h], 2));", ""),
+    "rows beside each other exchanged": (
+        "collective/store",
+        "int const row = Mma::row_of(m, 2 * h);",
+        "int const row = Mma::row_of(m, 2 - 2 * h);",
+    ),
+    "a stage handed out twice": ("pipeline/ring", "read = after(read);", "read = item % 5 ? after(read) : read;"),
 }
 
 
 @pytest.fixture
-def patched(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+def patched(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """The sources of all plans with one wrong line in them."""
-    plant(monkeypatch, *WRONG[request.param])
+    plant(monkeypatch, tmp_path, *WRONG[request.param])
 
 
 @pytest.mark.parametrize("patched", WRONG, indirect=True)

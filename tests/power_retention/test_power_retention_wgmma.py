@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import shutil
 from collections import Counter
 from itertools import product
 from pathlib import Path
@@ -11,18 +10,19 @@ from typing import Any
 
 import numpy as np
 import pytest
-from power_host import assert_right, late_error, plant, run
+from planting import planted
+from power_host import PARTS, assert_right, late_error, plant, run
 
 from vidrial.build.nvrtc import Cubin
 from vidrial.build.pool import CompilePool, Job
 from vidrial.device import Device
 from vidrial.errors import LaunchError
+from vidrial.host import plan as plans
 from vidrial.host.target import SCHEDULES, Schedule
 from vidrial.kernels.power_retention import attend, scan, scan_wgmma
 from vidrial.kernels.power_retention.attend import Config as Attend
 from vidrial.kernels.power_retention.op import RELATIVE_BOUND, Config, check, example, op, reference, sample
 from vidrial.kernels.power_retention.scan import Config as Scan
-from vidrial.templates import TEMPLATES
 
 H200 = Device.of("h200")
 SCAN = Scan(tokens=64, stages=4, warps=4, columns=64, segments=1, tiles=5, mma="wgmma")
@@ -115,22 +115,22 @@ WRONG = {
     "the last pairs left out": ("power_scan_wgmma", "return d < kBlocks / 2 ||", "return d < kBlocks / 2 || false &&"),
     "keys not discounted in the state": ("power_scan_wgmma", "discount(ki[m], stage, t)", "ki[m]"),
     "rows of Z not discounted": ("power_scan_wgmma", "a[0][r] = discount(a[0][r], stage, k * 16 + r / 2 * 8);", ""),
-    "another half of the products": ("power_scan_wgmma", "update_state(read, block % 2);", "update_state(read, (block + 1) % 2);"),
-    "state not discounted over a chunk": ("power_scan_wgmma", "float const f = exp2_approx(total.x + total.y);", "float const f = 1.f;"),
-    "no normaliser of the state": ("power_attend", "QZ::gemm(z, load_q", "if (m > 0) QZ::gemm(z, load_q"),
-    "the second 64 rows' keys": ("power_attend", "QK::gemm(s, load_q, m + 1, 0", "QK::gemm(s, load_q, m, 0"),
+    "another half of the products": ("power_scan_wgmma", "update_state(stage, block % 2);", "update_state(stage, (block + 1) % 2);"),
+    "state not discounted over a chunk": ("power_tokens", "return exp2_approx(total.x + total.y);", "return 1.f;"),
+    "no normaliser of the state": ("power_query", "QZ::gemm(z, load_q", "if (m > 0) QZ::gemm(z, load_q"),
+    "the second 64 rows' keys": ("collective/attention", "if (m + 1 < M) QK::gemm(s, q, m + 1, 0", "if (m + 1 < M) QK::gemm(s, q, m, 0"),
 }
 
 
 @pytest.mark.parametrize("case", WRONG)
-def test_a_wrong_kernel_is_found(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_wrong_kernel_is_found(case: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     p, config = example(t=515, h=1, d=64), scanned(BOTH, segments=2)
     inputs = sample(p, 25)
     inputs["log_g"] *= np.float32(0.1)
     exact = reference(p, inputs)
     right, _ = run(p, config, inputs)
     assert check(p, inputs, right, exact).ok
-    plant(monkeypatch, *WRONG[case])
+    plant(monkeypatch, tmp_path, *WRONG[case])
     results, _ = run(p, config, inputs)
     assert not check(p, inputs, results, exact).ok
     assert not late_error(p, config, results, exact) <= RELATIVE_BOUND
@@ -138,36 +138,141 @@ def test_a_wrong_kernel_is_found(case: str, monkeypatch: pytest.MonkeyPatch) -> 
 
 # What wgmma's running on by itself makes possible, and the host target's reason about it; none: the answer is wrong.
 EARLY: dict[str, tuple[str, str, str, str | None]] = {
-    "no wait for the scores": ("power_attend", "if (m == 0) QK::template wait<0>();", "if (m == 0) ;", "was written before the wait"),
+    "no wait for the scores": (
+        "collective/attention",
+        "if (m == First) QK::template wait<0>();",
+        "if (m == First) ;",
+        "was written before the wait",
+    ),
     "no wait before the state is written": (
         "power_scan_wgmma",
-        "    State::template wait<0>();\n    State::fence(acc);\n    if (n > first) {",
-        "    if (n > first) {",
+        "    State::template wait<0>();\n    acc.fence();\n    if (n > segment.first) store",
+        "    if (n > segment.first) store",
         "never waited for",
     ),
-    "a stage refilled while it is read": ("power_attend", "kRead = PV::kAsync ? 2 : 1", "kRead = 1", "was overwritten before the wait"),
+    "a stage refilled while it is read": (
+        "pipeline/ring",
+        "kFirst = Stages - Read;",
+        "kFirst = Stages - (Ahead ? Read : 1);",
+        "was overwritten before the wait",
+    ),
     "a stage of tokens refilled while it is read": (
-        "power_scan_wgmma",
-        "block = 0, read = 0, write = kStages - 2",
-        "block = 0, read = 0, write = kStages - 3",
+        "pipeline/ring",
+        "read = 0, write = kFirst;",
+        "read = 0, write = Ahead && Async ? kFirst - 1 : kFirst;",
         None,
     ),
-    "no fence": ("power_scan_wgmma", "      fence_async_proxy();\n", "", "no thread has called fence_async_proxy since"),
+    "no fence": ("pipeline/ring", "if constexpr (Async) fence_async_proxy();", "", "no thread has called fence_async_proxy since"),
 }
 
 
 @pytest.mark.parametrize("case", EARLY)
-def test_what_comes_too_early_is_found(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_comes_too_early_is_found(case: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     p, config = example(t=515, h=1, d=64), BOTH
     inputs = sample(p, 26)
     *change, reason = EARLY[case]
-    plant(monkeypatch, *change)
+    plant(monkeypatch, tmp_path, *change)
     if reason:
         with pytest.raises(LaunchError, match=reason):
             run(p, config, inputs)
     else:
         results, _ = run(p, config, inputs)
         assert not check(p, inputs, results, reference(p, inputs)).ok
+
+
+def in_overlapped_order(text: str) -> str:
+    """A rendered source whose power_attend issues the scores of a block before the last product of the one before it."""
+    right = "power_attend<Tiles>("
+    return text.replace(right, "power_attend<Tiles, vidrial::Overlapped>(") if 'extern "C" __global__' in text else text
+
+
+@pytest.fixture
+def overlapped(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """All plans take the overlapped order from here on; the sources that were changed by it."""
+    compile_host, changed = plans.compile_host, []
+
+    def compile_other(text: str, *arguments: Any, **options: Any) -> Any:
+        other = in_overlapped_order(text)
+        changed.extend([other] * (other != text))
+        return compile_host(other, *arguments, **options)
+
+    monkeypatch.setattr(plans, "compile_host", compile_other)
+    return changed
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_overlapped_order(case: str, request: pytest.FixtureRequest) -> None:
+    """The same products, so the same counts; sums in another order, so not the same bits."""
+    keywords, config = CASES[case]
+    p = example(**keywords)
+    inputs = sample(p, 27)
+    _, serial = run(p, config, inputs)
+    overlapped: list[str] = request.getfixturevalue("overlapped")
+    results, stats = run(p, config, inputs)
+    assert len(overlapped) == 1
+    assert_right(p, config, inputs, results)
+    assert stats["power_attend"].wgmma == serial["power_attend"].wgmma
+    assert (stats["power_attend"].wgmma > 0) == (config.attend.mma == "wgmma")
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES, ids=str)
+@pytest.mark.parametrize("gates", [0.01, 20.0, 300.0])
+def test_the_overlapped_order_under_every_schedule(schedule: Schedule, gates: float, overlapped: list[str]) -> None:
+    p, config = example(t=515, h=1, d=64), Config(256, SCAN, Attend(32, 2, 4, 4, 2, "wgmma"))
+    inputs = sample(p, 28)
+    inputs["log_g"] = (inputs["log_g"] * np.float32(gates)).astype(np.float32)
+    results, _ = run(p, config, inputs, schedule)
+    assert_right(p, config, inputs, results)
+    assert len(overlapped) == 1
+
+
+@pytest.mark.parametrize("sanitizer", ["address", "thread"])
+def test_the_overlapped_order_under_sanitizers(sanitizer: str, overlapped: list[str]) -> None:
+    p = example(t=261, h=1, d=64)
+    inputs = sample(p, 29)
+    results, _ = run(p, BOTH, inputs, sanitizer=sanitizer)
+    assert_right(p, BOTH, inputs, results)
+    assert len(overlapped) == 1
+
+
+# As EARLY, of the overlapped order: what stands there, what stands there instead, the host target's reason.
+EARLY_OVERLAPPED: dict[str, tuple[str, str, str | None]] = {
+    "no wait for the first scores": ("else QK::template wait<0>();\n      CUTE_UNROLL", "CUTE_UNROLL", "was written before the wait"),
+    "no wait for the scores behind a product": ("v, before); QK::template wait<1>(); }", "v, before); }", "was written before the wait"),
+    "no wait for the other scores": (
+        "PV::gemm(o.x[m], fp[m], v, at);\n          QK::template wait<1>();",
+        "PV::gemm(o.x[m], fp[m], v, at);",
+        "was written before the wait",
+    ),
+    "the last product of another block": ("v, before); QK::template wait<1>(); }", "v, at); QK::template wait<1>(); }", None),
+    "the last product left out": (
+        "      PV::gemm(o.x[M - 1], fp[M - 1], v, before);\n      PV::template wait<0>();",
+        "      PV::template wait<0>();",
+        None,
+    ),
+    "the last product not waited for": (
+        "v, before);\n      PV::template wait<0>();",
+        "v, before);",
+        "was written before the wait|out of scope before the wait|never waited for",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", EARLY_OVERLAPPED)
+def test_what_comes_too_early_in_the_overlapped_order_is_found(
+    case: str, overlapped: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    p = example(t=515, h=1, d=64)
+    inputs = sample(p, 30)
+    *change, reason = EARLY_OVERLAPPED[case]
+    plant(monkeypatch, tmp_path, "collective/attention", *change)
+    if reason:
+        with pytest.raises(LaunchError, match=reason):
+            run(p, BOTH, inputs)
+    else:
+        results, _ = run(p, BOTH, inputs)
+        assert not check(p, inputs, results, reference(p, inputs)).ok
+    assert len(overlapped) == 1
 
 
 @pytest.mark.parametrize("d", [64, 128])
@@ -196,25 +301,24 @@ def test_what_a_h200_is_predicted_to_take() -> None:
     assert attend.power_attend.reject(op.stages(example(t=5000), BOTH)[-1].problem, ATTEND, H200) is None
 
 
-def test_products_run_on(tmp_path: Path) -> None:
+@pytest.mark.parametrize("order", ["serial", "overlapped"])
+def test_products_run_on(order: str, tmp_path: Path) -> None:
     """ptxas makes each wgmma wait for the one before if registers of theirs are written or read in between (C7510 and on)."""
     sources = {}
     for (shape, config), gated in product(CASES.values(), (True, False)):
         problem = example(**{"gated": gated} | shape)
         stage = op.stages(problem, config)[-1]
-        if config.attend.mma == "wgmma":
-            sources[stage.kernel.source(stage.problem, stage.config)] = None
+        # NOTE: in the overlapped order weights outlive their block: those of 2 x 128 keys take more registers than there are (C7512).
+        if config.attend.mma == "wgmma" and (order == "serial" or config.attend.keys < 128):
+            source = stage.kernel.source(stage.problem, stage.config)
+            sources[in_overlapped_order(source.text) if order == "overlapped" else source.text] = source
     assert len(sources) > 20
     # The same with scores that are read before they are waited for.
-    shutil.copytree(TEMPLATES / "power_retention", tmp_path / "planted")
-    header, right = tmp_path / "planted/power_attend.cuh", "else QK::template wait<1>();"
-    assert right in header.read_text()
-    header.write_text(header.read_text().replace(right, right.replace("1", "2")))
-    last = next(reversed(sources))
-    jobs = [Job(source.text, source.text, source.entry, "sm_90a", includes=source.include_dirs) for source in sources]
+    right = "else QK::template wait<1>();" if order == "serial" else "v, before); QK::template wait<1>(); }"
+    folders = planted(tmp_path, "collective/attention", right, right.replace("wait<1>", "wait<2>"), PARTS, "power_retention")
+    text, last = next(reversed(sources.items()))
+    jobs = [Job(text, text, source.entry, "sm_90a", includes=source.include_dirs) for text, source in sources.items()]
     with CompilePool() as pool:
-        for key, cubin in pool.compile_many(
-            [*jobs, Job("bad", last.text, last.entry, "sm_90a", includes=(str(tmp_path / "planted"), *last.include_dirs))]
-        ):
+        for key, cubin in pool.compile_many([*jobs, Job("bad", text, last.entry, "sm_90a", includes=(*folders, *last.include_dirs))]):
             assert isinstance(cubin, Cubin), cubin
             assert ("serialized" in cubin.log) == (key == "bad"), cubin.log

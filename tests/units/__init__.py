@@ -33,7 +33,7 @@ class Case:
     A map's array is named by its index.
 
     `expected`: index of an array -> (what it must hold afterwards, absolute tolerance). `arch`: the only architecture that has the
-    instruction, if not all of them do.
+    instruction, if not all of them do. `counts`: what the host target must have counted, where that is certain.
     """
 
     name: str
@@ -42,10 +42,11 @@ class Case:
     shared_bytes: int
     arrays: list[Array]
     integers: tuple[int, ...]
-    expected: dict[int, tuple[Array, float]]
+    expected: dict[int, tuple[Array, float | Array]]
     arch: str | None = None
     maps: tuple[TensorMap, ...] = ()
     ctas: int = 1
+    counts: dict[str, int] | None = None
 
     @property
     def packed(self) -> bytes:
@@ -99,7 +100,16 @@ def mma(atom: str, k: int, element: str) -> Case:
     half = element == "half_t"
     encoded = [np.ascontiguousarray(x.T.astype(np.float16) if half else bf16_bits(x.T)) for x in (a, b)]
     source = text("mma.cu", f"using T = cutlass::{element};", f"using Atom = cute::{atom};")
-    return Case(atom, source, 32, 0, [*encoded, np.ascontiguousarray(c.T)], (), {2: ((a @ b.T + c).T, 0.0)})
+    return Case(
+        atom,
+        source,
+        32,
+        0,
+        [*encoded, np.ascontiguousarray(c.T)],
+        (),
+        {2: ((a @ b.T + c).T, 0.0)},
+        counts={"mma": 1, "wgmma": 0, "ldmatrix": 0},
+    )
 
 
 def wgmma(element: str, n: int, major: str, width: int, *, shared_a: str = "", negate: bool = False, fresh: bool = False) -> Case:
@@ -126,14 +136,14 @@ def wgmma(element: str, n: int, major: str, width: int, *, shared_a: str = "", n
     name = f"wgmma-{element}-{kind}-{n}-{shared_a}{major}-{16 * width}" + "-negated" * negate + "-fresh" * fresh
     shared_bytes = 128 * (rows[0] + rows[1] * bool(shared_a))
     arrays = [*encoded, np.ascontiguousarray(c.T)]
-    return Case(name, text("wgmma.cu", *definitions), 128, shared_bytes, arrays, (), {2: (expected.T, 0.0)}, "sm_90a")
+    return Case(name, text("wgmma.cu", *definitions), 128, shared_bytes, arrays, (), {2: (expected.T, 0.0)}, "sm_90a", {"wgmma": 4})
 
 
 def ldmatrix(atom: str, matrices: int) -> Case:
     """Source and target agree element by element."""
     elements = np.random.default_rng(RNG_SEED).permutation(2**16)[: 64 * matrices].astype(np.uint16)
     source = text("ldmatrix.cu", f"using Atom = cute::{atom};")
-    return Case(atom, source, 32, 512, [elements, np.zeros_like(elements)], (), {1: (elements, 0.0)})
+    return Case(atom, source, 32, 512, [elements, np.zeros_like(elements)], (), {1: (elements, 0.0)}, counts={"ldmatrix": 1, "mma": 0})
 
 
 def copy_async(atom: str, vector: str, size: int, zero_fill: bool) -> Case:

@@ -286,13 +286,14 @@ def check_(reference: str, keywords: tuple[str, ...], configs: int, quick: bool)
 @target_option
 @click.option("--out", required=True, type=click.Path(file_okay=False, path_type=Path), help="Folder for the SVG files.")
 def draw(reference: str, keywords: tuple[str, ...], arch: str | None, out: Path) -> None:
-    """Draw the layouts, tiles, copies and MMAs of the config predicted fastest, as SVG."""
+    """Draw the layouts, tiles, copies, MMAs, rings and epilogues of the config predicted fastest, as SVG."""
     from vidrial.build.files import writing
     from vidrial.layout.copies import TiledCopy
     from vidrial.layout.drawing import Part
     from vidrial.layout.drawing import draw as svg
+    from vidrial.layout.epilogue import Epilogue
     from vidrial.layout.mma import TiledMma
-    from vidrial.layout.smem import SmemLayout
+    from vidrial.layout.smem import Pipeline, SmemLayout
     from vidrial.layout.wgmma import WarpgroupMma
     from vidrial.spec.choices import describe
 
@@ -305,7 +306,7 @@ def draw(reference: str, keywords: tuple[str, ...], arch: str | None, out: Path)
             if isinstance(member, (TiledMma, WarpgroupMma)):
                 parts: tuple[Part, ...] = ("A", "B", "C")
                 pictures.update({f"{stage.kernel.name}.{name}.{part}.svg": svg(member, part) for part in parts})
-            elif isinstance(member, (SmemLayout, TiledCopy)):
+            elif isinstance(member, (SmemLayout, TiledCopy, Epilogue, Pipeline)):
                 pictures[f"{stage.kernel.name}.{name}.svg"] = svg(member)
     if not pictures:
         click.echo("its tiles are plain numbers: nothing to draw")

@@ -59,7 +59,7 @@ class HostPlan(Generic[P, C]):
             grid = stage.kernel.geometry(stage.problem, stage.config).grid
             if 0 not in grid:
                 for name in stage.kernel.args.pointers:
-                    if name in self._buffers and self._buffers[name].zeroed:
+                    if name in self._workspace and self._workspace[name].zeroed:
                         every[name][...] = 0
                 pointers = {offset: every[name] for name, offset in stage.kernel.args.pointers.items() if name in every}
                 maps = stage.kernel.tensor_maps(stage.problem, stage.config)

@@ -18,10 +18,12 @@ from vidrial.layout.algebra import (
     make_layout,
     right_inverse,
 )
-from vidrial.layout.atoms import CopyAtom, MMA_16x8x8, MMA_16x8x16, MmaAtom, cp_async, ldmatrix, wgmma
+from vidrial.layout.atoms import VECTOR, CopyAtom, MMA_16x8x8, MMA_16x8x16, MmaAtom, cp_async, ldmatrix, wgmma
+from vidrial.layout.attention import AttentionTiles, attention_tiles
 from vidrial.layout.barriers import Barrier, Barriers, Meeting, NamedBarriers, Roles, TmaRing
 from vidrial.layout.copies import LoadMatrix, LoadVector, TiledCopy
 from vidrial.layout.drawing import draw
+from vidrial.layout.epilogue import Epilogue
 from vidrial.layout.mma import Accumulator, TiledMma
 from vidrial.layout.occupancy import Occupancy
 from vidrial.layout.schedule import Scheduler, equal_groups
@@ -31,10 +33,12 @@ from vidrial.layout.wgmma import WarpgroupMma
 
 __all__ = [
     "Accumulator",
+    "AttentionTiles",
     "Barrier",
     "Barriers",
     "ComposedLayout",
     "CopyAtom",
+    "Epilogue",
     "Layout",
     "LoadMatrix",
     "LoadVector",
@@ -56,7 +60,9 @@ __all__ = [
     "TmaRing",
     "TmaTile",
     "Transposed",
+    "VECTOR",
     "WarpgroupMma",
+    "attention_tiles",
     "coalesce",
     "complement",
     "composition",

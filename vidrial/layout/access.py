@@ -11,6 +11,7 @@ What one instruction or one full tile costs follows from the object alone, and t
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Iterator, Mapping
 from functools import cache
@@ -23,11 +24,12 @@ from vidrial.device import VECTOR_BYTES, WARP
 from vidrial.errors import ArgumentError
 from vidrial.events import Counts
 from vidrial.layout.copies import LoadMatrix, LoadVector, TiledCopy
+from vidrial.layout.epilogue import Epilogue
 from vidrial.layout.mma import Operand, TiledMma
 from vidrial.layout.tma import TmaTile
 from vidrial.layout.wgmma import DEPTH, SWIZZLE_BYTES, Descriptor, WarpgroupMma
 
-Described: TypeAlias = LoadMatrix | LoadVector | Operand | TiledMma | WarpgroupMma | Descriptor | TiledCopy
+Described: TypeAlias = LoadMatrix | LoadVector | Operand | TiledMma | WarpgroupMma | Descriptor | TiledCopy | Epilogue
 # What the host target counts apart.
 Tiled: TypeAlias = LoadMatrix | LoadVector | TiledCopy | TmaTile | Operand | TiledMma | WarpgroupMma
 BANKS, BANK_BYTES, PHASE_BYTES, SECTOR_BYTES = 32, 4, 128, 32
@@ -113,7 +115,18 @@ def _findings(described: Described, name: str, row_stride: int | None) -> Iterat
         base = tile.offset(described.row(thread), described.column(thread)) * tile.dtype.bytes
         reached = np.stack([tile.at(base, *step) for step in described.steps]).reshape(-1, WARP)[:, :lanes]
         yield Finding(name, "ldmatrix" if isinstance(described, LoadMatrix) else "shared load", 16, ways=_ways(reached, 16))
+    elif isinstance(described, Epilogue):
+        # Two columns each of a warp's threads at once, then 16 bytes of a row each; pieces of these, one after the other, to global memory.
+        copy, size = described.copy, described.tile.dtype.bytes
+        pairs = described.addresses().transpose(1, 2, 3, 0).reshape(-1, WARP)
+        yield Finding(f"{name}.put", "shared store", 2 * size, ways=_ways(pairs, 2 * size))
+        yield Finding(f"{name}.take", "shared load", VECTOR_BYTES, ways=_ways(copy.addresses().reshape(-1, WARP), VECTOR_BYTES))
+        thread, stride = np.arange(described.threads), row_stride if row_stride is not None else described.tile.columns * size
+        target = (copy.row(thread) * stride + copy.column(thread) * size).reshape(-1, WARP)
+        best = WARP * described.atom.bytes // SECTOR_BYTES
+        yield Finding(f"{name}.global", "global store", described.atom.bytes, sectors=_sectors(target), best_sectors=best)
     else:
+        # In pieces, the first of each vector: the others lie beside it.
         tile, thread, vector = described.tile, np.arange(described.threads), described.atom.bytes
         if described.threads % WARP:
             raise ArgumentError(f"{name}: {described.threads} threads are not whole warps; give a multiple of {WARP}")
@@ -184,25 +197,27 @@ def load_conflicts(tiled: LoadMatrix | LoadVector | Operand) -> Any:
 
 
 @cache
-def per_tile(copy: TiledCopy | TmaTile, row_stride: int | None = None, rows: int | None = None) -> Counts:
-    """One TiledCopy or TmaTile of a tile of which `rows` rows exist, by default all.
+def per_tile(copy: TiledCopy | TmaTile, row_stride: int | None = None, rows: int | None = None, columns: int | None = None) -> Counts:
+    """One TiledCopy or TmaTile of a tile of which `rows` rows and `columns` columns exist, by default all; plain loads of single elements are not counted.
 
     `row_stride`: bytes from row to row in global memory, by default those of a row of the tile; the first row is aligned to a sector.
     """
     if isinstance(copy, TmaTile):
         there = copy.tile.rows if rows is None else rows
         return Counts(bulk_copies=copy.boxes, bulk_bytes=there * copy.tile.columns * copy.tile.dtype.bytes)
-    thread, vector = np.arange(copy.threads), copy.atom.bytes
-    stride = copy.tile.columns * copy.tile.dtype.bytes if row_stride is None else row_stride
-    there = copy.tile.rows if rows is None else rows
-    requests = sectors = vectors = 0
-    for step, _ in copy.steps:
-        row = step + copy.row(thread)
-        sector = (row * stride + copy.column(thread) * copy.tile.dtype.bytes) // SECTOR_BYTES
+    thread, size, piece = np.arange(copy.threads), copy.tile.dtype.bytes, copy.atom.bytes
+    stride = copy.tile.columns * size if row_stride is None else row_stride
+    there, width = copy.tile.rows if rows is None else rows, (copy.tile.columns if columns is None else columns) * size
+    requests = sectors = read_bytes = 0
+    parts = range(0, VECTOR_BYTES, piece) if copy.atom.kind == "cp.async" else ()
+    for (step, _), part in itertools.product(copy.steps, parts):
+        row, byte = step + copy.row(thread), copy.column(thread) * size + part
+        sector, read = (row * stride + byte) // SECTOR_BYTES, np.where(row < there, np.clip(width - byte, 0, piece), 0)
         for first in range(0, copy.threads, WARP):
-            read = sector[first : first + WARP][row[first : first + WARP] < there]
-            requests, sectors, vectors = requests + (len(read) > 0), sectors + len(np.unique(read)), vectors + len(read)
-    return Counts(copy_calls=copy.threads, cp_async_requests=requests, cp_async_sectors=sectors, cp_async_bytes=vectors * vector)
+            found = sector[first : first + WARP][read[first : first + WARP] > 0]
+            requests, sectors = requests + (len(found) > 0), sectors + len(np.unique(found))
+        read_bytes += int(read.sum())
+    return Counts(copy_calls=copy.threads, cp_async_requests=requests, cp_async_sectors=sectors, cp_async_bytes=read_bytes)
 
 
 def flops(tiled: TiledMma | WarpgroupMma, counts: Counts) -> int:

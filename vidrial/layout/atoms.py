@@ -152,7 +152,7 @@ template <> struct {cpp} {{
 #endif"""
 
 
-_VECTOR_CPP = {4: "uint32_t", 8: "uint64_t", 16: "cute::uint128_t"}
+_VECTOR_CPP = {2: "uint16_t", 4: "uint32_t", 8: "uint64_t", 16: "cute::uint128_t"}
 # By (matrices, transposed).
 LDMATRIX: Mapping[tuple[int, bool], CopyAtom] = {
     (count, transposed): CopyAtom(

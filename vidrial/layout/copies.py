@@ -9,9 +9,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from vidrial.device import VECTOR_BYTES
 from vidrial.errors import LayoutError
 from vidrial.layout.algebra import Layout
-from vidrial.layout.atoms import CopyAtom, cp_async
+from vidrial.layout.atoms import VECTOR, CopyAtom, cp_async
 from vidrial.layout.fragments import Table, thread_layouts
 from vidrial.layout.smem import SmemLayout, Steps, prove_access
 
@@ -98,10 +99,11 @@ class LoadVector(Placed):
 
 @dataclasses.dataclass(frozen=True)
 class TiledCopy:
-    """cp.async of a whole tile by `threads` threads, 16 bytes each a step, rows beyond the end zero-filled.
+    """A whole tile from global to shared memory by `threads` threads, 16 bytes each a step; rows and columns beyond the end become zero.
 
     Neighbouring threads copy neighbouring vectors of a row; a step is `row_step` rows. That each element is written once,
-    where the layout wants it, is proved.
+    where the layout wants it, is proved. `atom` says in which pieces the 16 bytes are copied, by how the rows in global memory are aligned:
+    cp.async of 16, 8 or 4 bytes, or `VECTOR[2]`, plain loads of single elements.
 
     Raises:
         LayoutError: the threads do not divide the tile evenly, the atom is another one, or a step breaks the swizzle.
@@ -112,24 +114,26 @@ class TiledCopy:
     threads: int
 
     def __post_init__(self) -> None:
-        if self.atom != cp_async(16, zero_fill=True):
-            raise LayoutError(f"TiledCopy is made of {cp_async().name}; got {self.atom.name}")
-        tile = self.tile
+        tile, atoms = self.tile, [cp_async(size, zero_fill=True) for size in (16, 8, 4)]
+        if tile.dtype.bytes == VECTOR[2].bytes:
+            atoms.append(VECTOR[2])
+        if self.atom not in atoms or self.atom.bytes < tile.dtype.bytes:
+            raise LayoutError(f"TiledCopy of {tile.dtype} is made of {', '.join(atom.name for atom in atoms)}; got {self.atom.name}")
         vectors = tile.rows * tile.columns // self.vector
         if tile.columns % self.vector or self.threads < 1 or self.threads % self.row_vectors or tile.rows % max(self.row_step, 1):
             raise LayoutError(
                 f"{self.threads} threads cannot copy {tile.rows} x {tile.columns} {tile.dtype} ({vectors} vectors of "
-                f"{self.atom.bytes} bytes) evenly; they must fill n rows of {self.row_vectors} vectors, n of {tile.rows}"
+                f"{VECTOR_BYTES} bytes) evenly; they must fill n rows of {self.row_vectors} vectors, n of {tile.rows}"
             )
         prove_access(tile, self.row, self.column, self.threads, self.steps)
-        reached = self.addresses() // self.atom.bytes
+        reached = self.addresses() // VECTOR_BYTES
         if sorted(reached.flat) != list(range(vectors)):
             raise LayoutError(f"{self.threads} threads do not copy each vector of {tile} once")
 
     @property
     def vector(self) -> int:
-        """Elements a thread copies at once."""
-        return self.atom.bytes // self.tile.dtype.bytes
+        """Elements in the 16 bytes of a thread."""
+        return VECTOR_BYTES // self.tile.dtype.bytes
 
     @property
     def row_vectors(self) -> int:

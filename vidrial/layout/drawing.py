@@ -14,14 +14,15 @@ from vidrial.errors import ArgumentError
 from vidrial.layout.access import BANK_BYTES, BANKS
 from vidrial.layout.algebra import ComposedLayout, Layout, product
 from vidrial.layout.copies import TiledCopy
+from vidrial.layout.epilogue import Epilogue
 from vidrial.layout.mma import TiledMma
-from vidrial.layout.smem import SmemLayout
+from vidrial.layout.smem import Pipeline, SmemLayout
 from vidrial.layout.wgmma import DEPTH, ROWS, WARPGROUP, Descriptor, WarpgroupMma
 
 WIDTH, HEIGHT, MARGIN = 44, 20, 26
 # A letter of the title.
 LETTER = 6.7
-Drawable: TypeAlias = Layout | ComposedLayout | SmemLayout | TiledCopy | TiledMma | WarpgroupMma
+Drawable: TypeAlias = Layout | ComposedLayout | SmemLayout | TiledCopy | TiledMma | WarpgroupMma | Epilogue | Pipeline
 Part: TypeAlias = Literal["A", "B", "C"]
 
 
@@ -42,7 +43,9 @@ def draw(described: Drawable, part: Part = "C") -> str:
     16 bytes, `thread.step`; TiledMma, WarpgroupMma: one of A (m x k), B (n x k) and the accumulator C (m x n), a cell an element,
     `thread.value` of the atom (of the warps that hold the same, the first), the warp in colour. Of wgmma, C has a cell for two columns,
     A in registers is one step of k, and an operand in shared memory, which it reads by itself, is its tile: a cell 16 bytes,
-    `part.step` of k (a part: 64 rows of A, n of B), the banks' group in colour.
+    `part.step` of k (a part: 64 rows of A, n of B), the banks' group in colour. Epilogue: a cell 16 bytes of the tile, `thread.step` that
+    stores it, the warp that computed it in colour. Pipeline: a row a step, a column a buffer: the work item that it holds, and what becomes
+    of it: `read` (also by what runs on), `here` (has landed, too), `...` (on its way), `<-` (begins to be filled), each in a colour.
 
     Raises:
         ArgumentError: the object is of another type, a layout has other than one or two modes, or there is no such part.
@@ -54,13 +57,21 @@ def draw(described: Drawable, part: Part = "C") -> str:
         return _svg(title, list(_tile_cells(described)))
     if isinstance(described, TiledCopy):
         tile = described.tile
-        title = f"{described.threads} threads copy {tile.rows} x {tile.columns} {tile.dtype}: thread.step"
+        pieces = "" if described.atom.bytes == VECTOR_BYTES else f" in pieces of {described.atom.bytes} bytes"
+        title = f"{described.threads} threads copy {tile.rows} x {tile.columns} {tile.dtype}{pieces}: thread.step"
         return _svg(title, list(_copy_cells(described)))
     if isinstance(described, (TiledMma, WarpgroupMma)):
         if part not in ("A", "B", "C"):
             raise ArgumentError(f"a {type(described).__name__} has no part {part!r}; accepted: 'A', 'B', 'C'")
         return _mma(described, part)
-    names = "Layout, ComposedLayout, SmemLayout, TiledCopy, TiledMma, WarpgroupMma"
+    if isinstance(described, Epilogue):
+        tile = described.tile
+        title = f"{described.threads} threads store {tile.rows} x {tile.columns} {tile.dtype}: thread.step, colour = warp that computed it"
+        return _svg(title, list(_epilogue_cells(described)))
+    if isinstance(described, Pipeline):
+        title = f"{described.stages} buffers, step by step: the work item in each"
+        return _svg(title, list(_ring_cells(described)))
+    names = "Layout, ComposedLayout, SmemLayout, TiledCopy, TiledMma, WarpgroupMma, Epilogue, Pipeline"
     raise ArgumentError(f"a {type(described).__name__} cannot be drawn; accepted: {names}")
 
 
@@ -101,6 +112,26 @@ def _copy_cells(copy: TiledCopy) -> Iterator[Cell]:
     for thread in range(copy.threads):
         for i, (row, _) in enumerate(copy.steps):
             yield Cell(copy.row(thread) + row, copy.column(thread) // copy.vector, f"{thread}.{i}", thread % WARP / WARP)
+
+
+def _epilogue_cells(epilogue: Epilogue) -> Iterator[Cell]:
+    vector = VECTOR_BYTES // epilogue.tile.dtype.bytes
+    rows, columns = epilogue.mma.coordinates()
+    computed = np.empty((epilogue.tile.rows, epilogue.tile.columns), int)
+    computed[rows, columns] = np.arange(epilogue.threads)[:, None, None, None] // WARP
+    for cell in _copy_cells(epilogue.copy):
+        warp = int(computed[cell.row, cell.column * vector])
+        yield dataclasses.replace(cell, hue=warp / max(epilogue.threads // WARP, 1))
+
+
+def _ring_cells(ring: Pipeline) -> Iterator[Cell]:
+    for step in ring.steps(2 * ring.stages):
+        # Of each buffer the newest item that has begun to be filled; nothing was in the one that is refilled first.
+        for item in range(step.fetched - ring.stages + 1, step.fetched + 1):
+            state = 3 if item == step.fetched else 2 if item > step.landed else 1 if item > step.item else 0
+            text = f"{item} {('read', 'here', '...', '<-')[state]}"
+            if item >= 0:
+                yield Cell(step.item, item % ring.stages, text, state / 4)
 
 
 def _accumulator_cells(mma: TiledMma) -> Iterator[Cell]:

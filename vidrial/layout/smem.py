@@ -134,19 +134,28 @@ def _prove_bijection(tile: SmemLayout) -> None:
         raise LayoutError(f"{tile.swizzle} leads out of a tile of {tile.rows} x {tile.columns} {tile.dtype}; take swizzle='auto'")
 
 
-def prove_access(tile: SmemLayout, row: Layout, column: Layout, threads: int, steps: Steps, origins: Steps = ((0, 0),)) -> None:
-    """Proves that each thread, from its own 16 bytes at origin + (row, column), reaches those of each step, in each stage, by `at`.
+def prove_access(
+    tile: SmemLayout,
+    row: Layout,
+    column: Layout,
+    threads: int,
+    steps: Steps,
+    origins: Steps = ((0, 0),),
+    *,
+    vector: int = VECTOR_BYTES,
+) -> None:
+    """Proves that each thread, from its own `vector` bytes at origin + (row, column), reaches those of each step, in each stage, by `at`.
 
     Raises:
         LayoutError: naming the first thread and step that would read another address, or leave the tile.
     """
     for origin in origins:
-        _prove_access(tile, row, column, threads, steps, origin)
+        _prove_access(tile, row, column, threads, steps, origin, vector)
 
 
 @cache
-def _prove_access(tile: SmemLayout, row: Layout, column: Layout, threads: int, steps: Steps, origin: tuple[int, int]) -> None:
-    size, vector, stage_bytes = tile.dtype.bytes, VECTOR_BYTES // tile.dtype.bytes, tile.bytes
+def _prove_access(tile: SmemLayout, row: Layout, column: Layout, threads: int, steps: Steps, origin: tuple[int, int], bytes: int) -> None:
+    size, vector, stage_bytes = tile.dtype.bytes, bytes // tile.dtype.bytes, tile.bytes
     thread = np.arange(threads)
     r0, c0 = origin[0] + row(thread), origin[1] + column(thread)
     dr, dc = np.array(steps, np.int64).reshape(-1, 2).T[:, :, None]
@@ -157,11 +166,11 @@ def _prove_access(tile: SmemLayout, row: Layout, column: Layout, threads: int, s
             s, t = np.argwhere(wrong)[0]
             raise LayoutError(f"{tile}: thread {t} at ({r0[t]}, {c0[t]}), step {steps[s]}: {why}")
 
-    refuse((r >= tile.rows) | (c + vector > tile.columns), f"the 16 bytes at ({r.max()}, {c.max()}) are outside the tile")
+    refuse((r >= tile.rows) | (c + vector > tile.columns), f"the {bytes} bytes at ({r.max()}, {c.max()}) are outside the tile")
     first = tile.offset(r, c)
-    refuse(first % vector != 0, "its 16 bytes are not aligned to 16")
+    refuse(first % vector != 0, f"its {bytes} bytes are not aligned to {bytes}")
     for v in range(1, vector):
-        refuse(tile.offset(r, c + v) != first + v, "its 16 bytes are not contiguous; the swizzle's base is too small")
+        refuse(tile.offset(r, c + v) != first + v, f"its {bytes} bytes are not contiguous; the swizzle's base is too small")
     base = tile.offset(r0, c0) * size
     for stage in range(tile.stages):
         reached = tile.at(base + stage * stage_bytes, dr, dc)
@@ -240,14 +249,65 @@ def _region(name: str, region: int | SmemLayout | tuple[SmemLayout, int]) -> tup
 
 @dataclasses.dataclass(frozen=True)
 class Pipeline:
-    """Tiles in flight from global to shared memory: `stages` buffers, filled by cp.async.
+    """A ring of `stages` buffers between global and shared memory, filled by cp.async: `vidrial::Ring` of the device code.
+
+    Each step hands out the oldest buffer and refills another. `read`: buffers that may still be read when the next one is handed out, 1, or
+    2 where wgmma reads on by itself. `ahead`: buffers behind the one handed out that must have landed, too. That no buffer is refilled while
+    it may be read, and that each item has been waited for when it is handed out, is proved step by step.
 
     Raises:
-        LayoutError: fewer than 2 stages.
+        LayoutError: fewer than 2 stages, or too few stages for `read` and `ahead`.
     """
 
     stages: int
+    read: int = 1
+    ahead: int = 0
 
     def __post_init__(self) -> None:
         if self.stages < 2:
             raise LayoutError(f"a pipeline of {self.stages} stages overlaps nothing; take at least 2, or no pipeline")
+        if self.read not in (1, 2) or self.ahead < 0 or self.first <= self.ahead:
+            raise LayoutError(
+                f"a pipeline of {self.stages} stages, of which read={self.read} are read and ahead={self.ahead} have landed behind them; "
+                f"accepted: read of 1 or 2, and more than read + ahead stages"
+            )
+        for step in self.steps(3 * self.stages):
+            # Buffers of the items that are read, or have landed and wait for it.
+            kept = [item % self.stages for item in range(max(step.item - self.read + 1, 0), step.item + self.ahead + 1)]
+            if step.refilled in kept or step.handed_out != step.item % self.stages or step.landed < step.item + self.ahead:
+                raise LayoutError(f"{self}: step {step.item} refills buffer {step.refilled} while buffers {kept} are wanted")
+
+    @property
+    def first(self) -> int:
+        """Buffers that are filled before the first step."""
+        return self.stages - self.read
+
+    @property
+    def pending(self) -> int:
+        """Buffers that may still be on their way when one is handed out: the groups that the wait leaves."""
+        return self.first - 1 - self.ahead
+
+    def steps(self, count: int) -> list[RingStep]:
+        """The first steps, as the device code takes them."""
+        found, read, write, item = [], 0, self.first, self.first
+        for step in range(count):
+            found.append(RingStep(step, read, write, item - 1 - self.pending, item))
+            read, write, item = (read + 1) % self.stages, (write + 1) % self.stages, item + 1
+        return found
+
+    @property
+    def cpp(self) -> str:
+        """The C++ type."""
+        return f"vidrial::Ring<{self.stages}, {self.read}, {self.ahead}>"
+
+
+@dataclasses.dataclass(frozen=True)
+class RingStep:
+    """A step of a Pipeline: buffer `handed_out` holds work item `item`, all items up to `landed` have landed; then buffer `refilled` begins to
+    be filled with item `fetched`."""
+
+    item: int
+    handed_out: int
+    refilled: int
+    landed: int
+    fetched: int

@@ -36,6 +36,14 @@ CUTE_DEVICE int opaque(int x) { asm volatile("" : "+r"(x)); return x; }
 // What is written to these registers before, or read after it, stays on its side of this.
 CUTE_DEVICE void fence_registers(float (&x)[4]) { asm volatile("" : "+f"(x[0]), "+f"(x[1]), "+f"(x[2]), "+f"(x[3])); }
 
+// cp.async of 4, 8 or 16 bytes to a shared address, of which the first `bytes` are read and the others become zero. Of 0 nothing is read.
+template <int Size>
+CUTE_DEVICE void copy_async(uint32_t target, void const* source, int bytes) {
+  static_assert(Size == 4 || Size == 8 || Size == 16, "cp.async copies 4, 8 or 16 bytes");
+  if constexpr (Size == 16) asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" :: "r"(target), "l"(source), "r"(bytes));
+  else asm volatile("cp.async.ca.shared.global.L2::128B [%0], [%1], %2, %3;" :: "r"(target), "l"(source), "n"(Size), "r"(bytes));
+}
+
 // What this thread has written to shared memory is seen by wgmma and TMA, whose reads go another way; a barrier comes after it.
 CUTE_DEVICE void fence_async_proxy() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 

@@ -87,7 +87,8 @@ inline void begin_counts() {
 inline void end_counts() {
   global_copies.for_each_request([](Access const* first, Access const* last) {
     std::vector<uintptr_t> sectors;
-    for (Access const* a = first; a != last; ++a) sectors.push_back(a->address / 32);
+    for (Access const* a = first; a != last; ++a) if (a->address) sectors.push_back(a->address / 32);
+    if (sectors.empty()) return;
     std::sort(sectors.begin(), sectors.end());
     Counts& c = counts_of(first->object);
     ++c.cp_async_requests;

@@ -111,10 +111,9 @@ void cp_async(void* target, void const* source, int bytes, int valid) {
   OnBehalfOf const kernel(place);
   memcpy(copy.data, source, size_t(valid));
   counted().cp_async_bytes += valid;
-  if (valid) {
-    global_copies.add(place, uintptr_t(source));
-    touch(source, size_t(valid), false);
-  }
+  // NOTE: where nothing is read, the thread takes its turn all the same: the warp's other threads issue the same instruction.
+  global_copies.add(place, valid ? uintptr_t(source) : 0);
+  if (valid) touch(source, size_t(valid), false);
   if (!lazy) return land(copy);
   memset(target, kPoisonByte, size_t(bytes));
   queues[size_t(current)].copies.push_back(copy);

@@ -38,6 +38,12 @@ inline int opaque(int x) { return x; }
 template <class T>
 inline void fence_registers(T (&)[4]) {}
 
+template <int Size>
+VIDRIAL_INLINE void copy_async(uint32_t target, void const* source, int bytes) {
+  static_assert(Size == 4 || Size == 8 || Size == 16, "cp.async copies 4, 8 or 16 bytes");
+  host::cp_async(shared_pointer(target), source, Size, bytes);
+}
+
 inline void fence_async_proxy() { host::fence_async_proxy(); }
 
 inline float reciprocal_approx(float x) { return 1.0f / x; }

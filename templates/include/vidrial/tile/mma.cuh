@@ -39,6 +39,16 @@ struct TiledMma {
     b.load(stage, k, f);
     multiply(c, a, f);
   }
+  // All steps of k, A and B in shared memory, each in a stage of its own (bytes).
+  template <class OperandA, class OperandB>
+  static CUTE_DEVICE void gemm(float (&c)[M][N][4], OperandA const& a, uint32_t a_stage, OperandB const& b, uint32_t b_stage) {
+    CUTE_UNROLL
+    for (int k = 0; k < K; ++k) {
+      uint32_t f[M][sizeof(typename Atom::ARegisters) / sizeof(uint32_t)];
+      a.load(a_stage, k, f);
+      mma_k(c, f, b, b_stage, k);
+    }
+  }
   template <int Groups>
   static CUTE_DEVICE void wait() {}
   static CUTE_DEVICE void fence(float (&)[M][N][4]) {}

@@ -54,6 +54,8 @@ CUTE_DEVICE void load_shared(uint32_t address, uint32_t (&r)[4]) {
 }
 CUTE_DEVICE float2 load_shared_float2(uint32_t address) { return *static_cast<float2 const*>(shared_pointer(address)); }
 CUTE_DEVICE float4 load_shared_float4(uint32_t address) { return *static_cast<float4 const*>(shared_pointer(address)); }
+CUTE_DEVICE void store_shared(uint32_t address, uint32_t const (&r)[4]) { *static_cast<uint4*>(shared_pointer(address)) = make_uint4(r[0], r[1], r[2], r[3]); }
+CUTE_DEVICE void store_shared(uint32_t address, float2 x) { *static_cast<float2*>(shared_pointer(address)) = x; }
 CUTE_DEVICE void store_shared(uint32_t address, uint32_t x) { *static_cast<uint32_t*>(shared_pointer(address)) = x; }
 
 }  // namespace vidrial

@@ -59,6 +59,20 @@ struct WarpgroupMma {
     for (int i = 0; i < K; ++i) Atom::fma(c, a(0, k + i, m * 64), b(stage, i), i > 0);
     warpgroup_commit();
   }
+  // C += A B for all rows of the warpgroup, A and B in shared memory, each in a stage of its own (bytes); or one step of k of it.
+  template <class Operand>
+  CUTE_DEVICE static void gemm(float (&c)[M][N][4], Operand const& a, uint32_t a_stage, B const& b, uint32_t b_stage) {
+    warpgroup_arrive();
+    CUTE_UNROLL
+    for (int k = 0; k < K; ++k) issue(c, a, a_stage, b, b_stage, k);
+    warpgroup_commit();
+  }
+  template <class Operand>
+  CUTE_DEVICE static void mma_k(float (&c)[M][N][4], Operand const& a, uint32_t a_stage, B const& b, uint32_t b_stage, int k) {
+    warpgroup_arrive();
+    issue(c, a, a_stage, b, b_stage, k);
+    warpgroup_commit();
+  }
 
   template <int Groups>
   CUTE_DEVICE static void wait() { warpgroup_wait<Groups>(); }
@@ -72,6 +86,14 @@ struct WarpgroupMma {
   CUTE_DEVICE static void fence(float (&c)[M][N][4]) {
     CUTE_UNROLL
     for (int m = 0; m < M; ++m) fence(c[m]);
+  }
+
+ private:
+  template <class Operand>
+  CUTE_DEVICE static void issue(float (&c)[M][N][4], Operand const& a, uint32_t a_stage, B const& b, uint32_t b_stage, int k) {
+    uint64_t const at = b(b_stage, k);
+    CUTE_UNROLL
+    for (int m = 0; m < M; ++m) Atom::fma(c[m], a(a_stage, k, m * 64), at);
   }
 };
 

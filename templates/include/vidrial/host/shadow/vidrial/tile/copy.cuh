@@ -39,10 +39,11 @@ template <class Atom, class Tile, class Row, class Column, int RowStep, int Step
 struct TiledCopy : UncountedTiledCopy<Atom, Tile, Row, Column, RowStep, Steps> {
   using Uncounted = UncountedTiledCopy<Atom, Tile, Row, Column, RowStep, Steps>;
   using Uncounted::Uncounted;
-  void operator()(uint32_t stage, int rows) const {
+  template <class... X>
+  void operator()(X&&... x) const {
     host::Counted const self(&host::identity<TiledCopy>);
     host::count_copy();
-    Uncounted::operator()(stage, rows);
+    Uncounted::operator()(static_cast<X&&>(x)...);
   }
   void full(uint32_t stage) const {
     host::Counted const self(&host::identity<TiledCopy>);

@@ -38,6 +38,11 @@ struct TiledMma : UncountedTiledMma<Atom, M, N, K, A, B, Row, Column, StepM, Ste
     Uncounted::mma_k(static_cast<X&&>(x)...);
   }
   template <class... X>
+  static void gemm(X&&... x) {
+    host::Counted const self(&host::identity<TiledMma>);
+    Uncounted::gemm(static_cast<X&&>(x)...);
+  }
+  template <class... X>
   static void multiply(X&&... x) {
     host::Counted const self(&host::identity<TiledMma>);
     Uncounted::multiply(static_cast<X&&>(x)...);
