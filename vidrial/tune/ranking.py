@@ -24,7 +24,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic
 
-from vidrial.build.files import locked
 from vidrial.build.store import Store
 from vidrial.device import Device
 from vidrial.errors import ArgumentError, ConfigError, SweepError, VidrialError
@@ -116,12 +115,13 @@ class Ranking(Generic[P, C]):
         return dataclasses.replace(other, measured=tuple(mine[key] for key in sorted(mine)))
 
     def save(self, op: Op[P, C]) -> None:
-        """Put the ranking into the cache, joined with what is there."""
-        store = Store.shared()
-        # Sweeps of two lengths of one class may end at the same moment.
-        with locked(store.root / "rankings.lock"):
-            before = _load(op, store.read_json("ranking", self.key), f"ranking {self.key}")
-            store.write_json("ranking", self.key, (before.merged(self) if before else self).to_json())
+        """Put the ranking into the cache, joined with what is there: sweeps of two lengths of one class may end at the same moment."""
+
+        def joined(data: Any) -> dict[str, Any]:
+            before = _load(op, data, f"ranking {self.key}")
+            return (before.merged(self) if before else self).to_json()
+
+        Store.shared().update_json("ranking", self.key, joined)
         forget()
 
     def nearest(self, problem: P) -> ProblemTimings[P, C]:
