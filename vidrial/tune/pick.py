@@ -98,7 +98,7 @@ def _choices(op: Op, problem: Any, device: Device) -> Iterator[Choice]:
 def _measured(op: Op, problem: Any, device: Device) -> tuple[RankedConfig, ...]:
     """What this machine measured at these very sizes: one document, where all that is known takes many."""
     key = _family(op.name, _digest(op, _state.generation), fields(problem, "static"), device.key) + _sha(size_class(problem))
-    ranking = _load(op, Store.shared().read_json("ranking", key), f"ranking {key}")
+    ranking = _load(op, Store.shared().read_json("ranking", key), f"ranking {key}", key)
     return next((m.configs for m in ranking.measured if sizes(m.problem) == sizes(problem)), ()) if ranking else ()
 
 
@@ -133,7 +133,8 @@ def _known(op: Op, static: tuple[tuple[str, Any], ...], device: Device, generati
     by_sizes = {sizes(m.problem): m for r in (*theirs, *mine) for m in r.measured}
     points: dict[Any, list[tuple[Sequence[float], float]]] = {}
     for measured in by_sizes.values():
-        for ranked in measured.configs:
+        # What breaks a rule at the size that it was measured at was not.
+        for ranked in (r for r in measured.configs if op.estimate(measured.problem, r.config, device) is not None):
             points.setdefault(ranked.config, []).append((work(op, measured.problem, ranked.config, device), ranked.timing.median_ms))
     return _Known(tuple(mine), tuple(theirs), Model.fit(points), top_configs(by_sizes.values()), len(by_sizes))
 
