@@ -3,6 +3,7 @@ from __future__ import annotations
 import errno
 import itertools
 import json
+import multiprocessing
 import os
 import shutil
 import subprocess
@@ -11,12 +12,15 @@ import threading
 import time
 import warnings
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
-from vidrial.build.store import SCHEMA, Store, binary_key
+from vidrial.build.files import locked
+from vidrial.build.store import BINARY_SCHEMA, SCHEMA, Store, binary_key
 from vidrial.errors import ArgumentError, StoreError
 
 IMAGE = bytes(range(256)) * 37 + b"\0"
@@ -125,20 +129,37 @@ def link_folder(folder: Path) -> None:
     folder.symlink_to(folder.parent / "elsewhere")
 
 
+def nest(folder: Path) -> None:
+    (folder / "meta.json").write_text("[" * 200_000)
+
+
+def edit_source(folder: Path) -> None:
+    (folder / "kernel.cu").write_text(SOURCE + " ")
+
+
+def listing(folder: Path) -> dict[str, bytes | None]:
+    """What lies in a folder, of plain files what is in them."""
+    return {p.name: p.read_bytes() if p.is_file() else None for p in folder.iterdir()}
+
+
 @pytest.mark.parametrize(
     "damage",
     [truncate, empty, flip, lose_payload, lose_meta, no_json, list_json, link_payload, pipe_payload, link_folder]
-    + [edit_meta(schema=SCHEMA + 1), edit_meta(key=key_of(1)), edit_meta(payload="../../x"), edit_meta(payload=3), edit_meta(sha256=None)],
+    + [edit_meta(schema=BINARY_SCHEMA + 1), edit_meta(key=key_of(1)), edit_meta(payload="../../x"), edit_meta(payload=3)]
+    + [edit_meta(sha256=None), edit_meta(arch="sm_81"), edit_meta(bytes=1), edit_meta(extra=1), nest, edit_source],
 )
-def test_a_damaged_entry_is_a_miss_and_is_made_anew(tmp_path: Path, damage: Callable[[Path], None]) -> None:
+def test_a_damaged_entry_is_a_miss_is_set_aside_and_made_anew(tmp_path: Path, damage: Callable[[Path], None]) -> None:
     filled(tmp_path)
     store = Store(tmp_path)
     damage(folder_of(store, key_of()))
+    before = listing(folder_of(store, key_of()))
     with pytest.warns(RuntimeWarning, match="is damaged") as warned:
         assert store.get(key_of()) is None
         assert store.get(key_of()) is None
     assert (len(warned), store.stats.corrupt, store.stats.misses) == (1, 1, 2)
     assert not os.path.lexists(folder_of(store, key_of()))
+    (aside,) = (tmp_path / f"v{SCHEMA}" / "quarantine").iterdir()
+    assert listing(aside) == before and str(aside) in str(warned[0].message)
     store.put(key_of(), IMAGE, SOURCE, {})
     again = store.get(key_of())
     assert again is not None and again.image == IMAGE
@@ -342,13 +363,20 @@ def test_documents(tmp_path: Path) -> None:
     assert Store(tmp_path).read_json("ranking", "k") == [4]
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", '{"schema": 99, "value": 1}', '{"schema": 1}', "\x00\xff"])
-def test_a_damaged_document_is_none(tmp_path: Path, text: str) -> None:
+@pytest.mark.parametrize(
+    "text",
+    ["", "{", "[]", '{"schema": 99, "value": 1}', '{"schema": 1}', "\x00\xff", "[" * 200_000, '{"schema": 1, "sha256": "", "value": 1}'],
+)
+def test_a_damaged_document_is_none_and_set_aside(tmp_path: Path, text: str) -> None:
     store = Store(tmp_path)
     store.write_json("ranking", "k", 1)
     (tmp_path / f"v{SCHEMA}" / "ranking" / "k.json").write_text(text)
     with pytest.warns(RuntimeWarning, match="is damaged"):
         assert store.read_json("ranking", "k") is None
+    (aside,) = (tmp_path / f"v{SCHEMA}" / "quarantine").iterdir()
+    assert aside.read_text() == text
+    store.prune(0)
+    assert aside.exists()
     store.write_json("ranking", "k", 2)
     assert store.read_json("ranking", "k") == 2
 
@@ -387,3 +415,156 @@ def test_nothing_is_said_when_all_is_well(tmp_path: Path) -> None:
         store.clear()
         store.clear()
         assert store.get(key_of()) is None and store.usage() == (0, 0)
+
+
+def test_every_flipped_bit_is_found(tmp_path: Path) -> None:
+    """In the note, the source and the binary of an entry, and in a document: what is read is what was written, or nothing."""
+    value = {"median_ms": 1.25, "config": {"tile": 64, "mma": "sync"}, "tied": False}
+    store = filled(tmp_path / "whole")
+    store.write_json("ranking", "k", value)
+    files = [*folder_of(store, key_of()).iterdir(), store.root / f"v{SCHEMA}" / "ranking" / "k.json"]
+    good = store.get(key_of())
+    random, found, damaged = np.random.default_rng(0), 0, Store(store.root)
+    for path in files:
+        data = path.read_bytes()
+        for bit in random.choice(8 * len(data), 60, replace=False):
+            flipped = bytearray(data)
+            flipped[bit // 8] ^= 1 << bit % 8
+            kept = listing(path.parent)
+            path.write_bytes(flipped)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                entry, document = damaged.get(key_of()), damaged.read_json("ranking", "k")
+            assert entry in (None, good) and document in (None, value)
+            found += entry is None or document is None
+            shutil.rmtree(path.parent, ignore_errors=True)
+            path.parent.mkdir()
+            for name, content in kept.items():
+                (path.parent / name).write_bytes(content or b"")
+    # A few flips leave the same JSON: one space becomes another.
+    assert found >= 0.9 * 60 * len(files)
+    assert damaged.get(key_of()) == good and damaged.read_json("ranking", "k") == value
+
+
+@pytest.mark.parametrize("number", [errno.EMFILE, errno.ENFILE, errno.EIO, errno.ESTALE, errno.EACCES, errno.ENOMEM])
+def test_an_error_that_passes_is_a_miss_and_leaves_everything(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    store = filled(tmp_path)
+    store.write_json("ranking", "hours", {"of": "work"})
+    again = Store(tmp_path)
+
+    def fail(path: Any, *args: Any, **kwargs: Any) -> Any:
+        raise OSError(number, os.strerror(number), path)
+
+    monkeypatch.setattr(os, "open", fail)
+    with pytest.warns(RuntimeWarning, match="cannot be read just now") as warned:
+        assert again.get(key_of()) is None and again.read_json("ranking", "hours") is None
+        again.update_json("ranking", "hours", lambda old: {"old": old})
+    assert len(warned) == 1 and again.stats.corrupt == 0
+    # What this process made of it stands for this process.
+    assert again.read_json("ranking", "hours") == {"old": None}
+    monkeypatch.undo()
+    found = Store(tmp_path)
+    entry = found.get(key_of())
+    assert entry is not None and entry.image == IMAGE and found.read_json("ranking", "hours") == {"of": "work"}
+    # And writing goes on after an error that passes.
+    if number != errno.EACCES:
+        monkeypatch.setattr(os, "fsync", fail)
+        with pytest.warns(RuntimeWarning, match="kept in memory"):
+            again.put(key_of(1), IMAGE, SOURCE, {})
+        monkeypatch.undo()
+        again.put(key_of(2), IMAGE, SOURCE, {})
+        assert Store(tmp_path).get(key_of(2)) is not None
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE, errno.EACCES])
+def test_pruning_takes_nothing_for_old_that_cannot_be_looked_at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    store, lstat = filled(tmp_path), Path.lstat
+    store.put(key_of(1), IMAGE, SOURCE, {})
+    os.utime(folder_of(store, key_of(1)), (1000.0, 1000.0))
+    (tmp_path / "tmp" / "staged").write_bytes(b"x")
+
+    def fail(path: Path) -> os.stat_result:
+        if path.name in (key_of(), "staged"):
+            raise OSError(number, os.strerror(number))
+        return lstat(path)
+
+    monkeypatch.setattr(Path, "lstat", fail)
+    assert store.prune(store.usage()[1] - 1) == 1
+    monkeypatch.undo()
+    assert store.get(key_of()) is not None and store.get(key_of(1)) is None and (tmp_path / "tmp" / "staged").exists()
+
+
+def test_entries_dated_in_the_future_age_like_others(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    for n in range(3):
+        store.put(key_of(n), os.urandom(10_000), SOURCE, {})
+        os.utime(folder_of(store, key_of(n)), (2e10, 2e10) if n else (time.time() - 30,) * 2)
+    assert store.get(key_of(2)) is not None  # used, so its time is now
+    assert store.prune(int(2.5 * store.usage()[1] / 3)) == 1
+    assert [store.get(key_of(n)) is not None for n in range(3)] == [True, False, True]
+    (tmp_path / "tmp" / "left").mkdir()
+    os.utime(tmp_path / "tmp" / "left", (2e10, 2e10))
+    store.prune()
+    assert not (tmp_path / "tmp" / "left").exists()
+
+
+def test_what_replaced_a_damaged_one_meanwhile_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another process repairs the entry and the document between our reading them and our setting them aside."""
+    store, other, rename = filled(tmp_path), Store(tmp_path), os.rename
+    document = tmp_path / f"v{SCHEMA}" / "ranking" / "k.json"
+    store.write_json("ranking", "k", 1)
+    document.write_text("{")
+    flip(folder_of(store, key_of()))
+
+    def repair_first(source: Path, target: Path) -> None:
+        monkeypatch.setattr(os, "rename", rename)
+        if source == document:
+            other.write_json("ranking", "k", 2)
+        else:
+            shutil.rmtree(source)
+            other.put(key_of(), IMAGE, SOURCE, {"who": "other"})
+        rename(source, target)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        monkeypatch.setattr(os, "rename", repair_first)
+        assert store.read_json("ranking", "k") == 2
+        monkeypatch.setattr(os, "rename", repair_first)
+        entry = store.get(key_of())
+    assert entry is not None and entry.meta["who"] == "other"
+    assert store.read_json("ranking", "k") == 2 and store.get(key_of()) == entry and store.stats.corrupt == 0
+
+
+def add(root: str, n: int) -> None:
+    Store(root).update_json("ranking", "all", lambda old: sorted([*(old or []), n]))
+
+
+def test_updates_lose_nothing_also_after_the_folder_was_removed(tmp_path: Path) -> None:
+    root = tmp_path / "cache"
+    store = Store(root)
+    shutil.rmtree(root)
+    # One store, whose folder is gone, in many threads; then many processes.
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda n: store.update_json("ranking", "all", lambda old: sorted([*(old or []), n])), range(40)))
+    assert store.read_json("ranking", "all") == list(range(40)) and root.stat().st_mode & 0o777 == 0o700
+    with multiprocessing.get_context("spawn").Pool(4) as processes:
+        processes.starmap(add, [(str(root), n) for n in range(40, 80)])
+    assert store.read_json("ranking", "all") == list(range(80))
+
+
+def test_a_lock_is_waited_for_so_long(tmp_path: Path) -> None:
+    with locked(tmp_path / "lock"):
+        begin = time.monotonic()
+        with pytest.warns(RuntimeWarning, match="has been locked for 0.3 s"), locked(tmp_path / "lock", 0.3):
+            assert 0.25 < time.monotonic() - begin < 5
+        # A folder too, without leaving anything in it.
+        with locked(tmp_path), pytest.warns(RuntimeWarning, match="has been locked"), locked(tmp_path, 0.1):
+            assert [path.name for path in tmp_path.iterdir()] == ["lock"]
+    # A lock that was removed with its folder is not the one that others wait for.
+    with locked(tmp_path / "a" / "lock"):
+        shutil.rmtree(tmp_path / "a")
+        begin = time.monotonic()
+        with locked(tmp_path / "a" / "lock"):
+            assert time.monotonic() - begin < 1
+    with locked(Path("/proc/nothing/lock")):
+        pass

@@ -209,7 +209,7 @@ def test_cache_counts_what_is_there(run, monkeypatch: pytest.MonkeyPatch, tmp_pa
     assert f"{tmp_path / 'own'}: 3 binaries, 0.0 of at most 2048 MB" in run("cache", "show")[1]
     next((tmp_path / "own").rglob("kernel.cubin.z")).write_bytes(b"damaged")
     with pytest.warns(RuntimeWarning, match="is damaged"):
-        assert "3 binaries read, 1 damaged and removed" in run("cache", "verify")[1]
+        assert "3 binaries read, 1 damaged and set aside" in run("cache", "verify")[1]
     assert "2 binaries removed" in run("cache", "prune", "--max-mb", "0")[1]
     Store.shared().put("a" * 64, bytes(1000), "source", {})
     assert run("cache", "clear", "--yes")[0] == 0

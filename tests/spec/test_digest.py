@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import re
+import time
 from pathlib import Path
 from typing import Any
 
+import fake_op
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from vidrial.build.cubins import cubin_of
 from vidrial.errors import TemplateError
 from vidrial.spec.digest import Include, closure_digest, code_digest, code_of, includes_of, tiles_asked_for
 from vidrial.templates import TEMPLATES
@@ -249,3 +253,69 @@ def test_names_that_are_asked_of_tiles(folders: tuple[Path, Path], tmp_path: Pat
     (tmp_path / "op/own.cuh").unlink()
     write(tmp_path / "include/own.cuh", "int own = MyTiles::h + Tiles::i;")
     assert asked() == {"d", "e", "f", "g", "i"}
+
+
+def test_a_text_that_comes_with_its_old_time_and_size_is_another(folders: tuple[Path, Path], tmp_path: Path) -> None:
+    path = tmp_path / "op/own.cuh"
+    before, old = digests(folders), path.stat()
+    time.sleep(0.02)  # a clock's tick
+    path.write_text(path.read_text().replace("int own", "int two"))
+    os.utime(path, ns=(old.st_atime_ns, old.st_mtime_ns))
+    after = digests(folders)
+    assert before[0] != after[0] and before[1] != after[1]
+
+
+def test_a_path_is_followed_as_the_compiler_does_it(folders: tuple[Path, Path], tmp_path: Path) -> None:
+    """An absolute name; a `..` behind a link, which is the parent of what the link names; a folder that is not there."""
+    write(tmp_path / "far/absolute.cuh", "int absolute;")
+    write(tmp_path / "far/parent.cuh", "int parent;")
+    write(tmp_path / "op/parent.cuh", "int not_this_one;")
+    (tmp_path / "far/real").mkdir()
+    (tmp_path / "op/link").symlink_to(tmp_path / "far/real")
+    edit(tmp_path / "op/own.cuh", "int own;", f'#include "{tmp_path}/far/absolute.cuh"\n#include "link/../parent.cuh"\nint own;')
+    before = digests(folders)
+    for name in ("absolute", "parent"):
+        edit(tmp_path / f"far/{name}.cuh", "int", "long")
+        after = digests(folders)
+        assert before[0] != after[0] and before[1] != after[1], name
+        before = after
+    write(tmp_path / "op/parent.cuh", "int nor_now;")
+    assert digests(folders) == before
+    write(tmp_path / "include/other.cuh", "int other;")
+    write(tmp_path / "op/other.cuh", "int not_this_one;")
+    edit(tmp_path / "op/own.cuh", "int own;", '#include "nowhere/../other.cuh"\nint own;')
+    before = digests(folders)
+    write(tmp_path / "op/other.cuh", "int nor_now;")
+    assert digests(folders) == before
+
+
+INCLUDING = {
+    "plain": ('#include "sub/a.cuh"', '#include "b.cuh"'),
+    "a macro defines it": ('#include "sub/a.cuh"', '#define TEXT VALUE\n#include "../sub/b.cuh"'),
+    "comments": ('# /* as */ include /* it\n */ "sub/a.cuh" // is', '/* x */ #include/**/"b.cuh"'),
+    "splices": ('#in\\\nclude "sub/a.cuh"', '#include \\\n "b.cuh"'),
+    "alternative tokens": ('%:include "sub/a.cuh"', '%: include "b.cuh"'),
+}
+
+
+@pytest.mark.parametrize("case", INCLUDING)
+def test_an_edited_header_makes_another_cubin(case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the directive looks like, the value of the header that is there now is in the cubin and in both keys."""
+    monkeypatch.setenv("VIDRIAL_CACHE_DIR", str(tmp_path / "cache"))
+    # What lies where the process happens to run is nobody's header.
+    write(tmp_path / "elsewhere/sub/a.cuh", "#define VALUE 1\n")
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    first, second = INCLUDING[case]
+    write(
+        tmp_path / "op/k.cu.j2",
+        f'{{{{ tiles }}}}\n{{{{ args }}}}\n{first}\nextern "C" __global__ void fake(Args args) {{ args.y[0] = VALUE; }}\n',
+    )
+    write(tmp_path / "op/sub/a.cuh", f"{second}\n")
+    kernel = dataclasses.replace(fake_op.op.kernels[0], template=tmp_path / "op/k.cu.j2")
+    seen = set()
+    for value in (0x1A2B3C4D, 0x2B3C4D5E):
+        write(tmp_path / "op/sub/b.cuh", f"#define VALUE {value}\n")
+        image = cubin_of(kernel, fake_op.example(), fake_op.Config(), "sm_90a").image
+        assert value.to_bytes(4, "little") in image
+        seen.add((kernel.digest(), kernel.text_digest(), kernel.source(fake_op.example(), fake_op.Config()).text))
+    assert len(seen) == 2 and all(a != b for a, b in zip(*seen, strict=True))

@@ -3,6 +3,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import shutil
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -94,15 +95,114 @@ def test_a_ranking_survives_a_choice_that_is_new_and_loses_what_is_none_any_more
     wide = Ranking.from_json(later, old).to_json()
     wide["measured"][0]["configs"].append(old["measured"][0]["configs"][0])
     assert [r.config for r in Ranking.from_json(op, wide).measured[0].configs] == [Config(64, 2)]
-    # Of a choice's value, a timing, a problem that is damaged, the file is.
-    for path in (("configs", 0, "timing", "median_ms"), ("problem", "n")):
-        damaged = json.loads(json.dumps(old))
-        place = damaged["measured"][0]
-        for step in path[:-1]:
-            place = place[step]
-        del place[path[-1]]
-        with pytest.raises(SweepError, match=path[-1]):
-            Ranking.from_json(op, damaged)
+
+
+def edited(times: dict[Config, float], *path: Any, to: Any) -> dict[str, Any]:
+    """A ranking's JSON, one value of its second problem (of two) changed."""
+    data = json.loads(json.dumps(ranking({Config(64, 2): 1.0}, n=10007).merged(ranking(times, n=15001)).to_json()))
+    place = data["measured"][1]
+    for step in path[:-1]:
+        place = place[step]
+    place[path[-1]] = to
+    return data
+
+
+BAD_VALUES: list[tuple[tuple[Any, ...], Any]] = [
+    *((("configs", 0, "timing", "median_ms"), value) for value in ("abc", 10**400, 0, -1.0, "nan", "inf", None, True, [1.0])),
+    *((("configs", 0, "timing", name), value) for name, value in (("iqr_ms", -1.0), ("iqr_ms", "nan"), ("samples", 0))),
+    *((("configs", 0, "config", "tile"), value) for value in (0, 7, "64", "1; system()", None, [64], 10**400)),
+    *((("configs", 0), value) for value in (None, 3, [], {})),
+    *((("configs",), value) for value in (None, 3, [], [None])),
+    *((("problem", "n"), value) for value in (0, -5, "15001", None, 2**70, 10**400, 15002, 31)),
+    *((("problem", "scale"), value) for value in ("nan", "inf", "x", 10**400)),
+    *((("problem", "dtype"), value) for value in ("float7", 3, ["float16"], "bfloat16")),
+    (("problem",), None),
+]
+
+
+@pytest.mark.parametrize("where", ["local", "shipped"])
+@pytest.mark.parametrize("case", range(len(BAD_VALUES)))
+def test_a_bad_value_is_ignored_and_said_once_and_the_rest_counts(
+    case: int, where: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path, value = BAD_VALUES[case]
+    data = edited({Config(32, 4): 1.0}, *path, to=value)
+    if where == "local":
+        Store.shared().write_json("ranking", ranking({Config(64, 2): 1.0}).key, data)
+    else:
+        file = tmp_path / "shipped" / H200.key / "fake.json"
+        file.parent.mkdir(parents=True)
+        file.write_text(json.dumps({"rankings": [data]}))
+    ranking_module._state.said.clear()
+    with caplog.at_level(logging.WARNING, "vidrial"):
+        for _ in range(3):
+            forget()
+            assert choose_config(op, example(n=10007), H200) == (Config(64, 2), "ranking" if where == "local" else "shipped")
+            for n in (15001, 14003, 20011, 301):
+                found = choose_config(op, example(n=n), H200)
+                assert op.reject(example(n=n), found.config, H200) is None
+    said = [r.getMessage() for r in caplog.records]
+    assert len(said) == len(set(said)) <= 2
+    # What is saved then keeps the good problem, and nobody's file is lost.
+    ranking({Config(96): 1.0}, n=16001).save(op)
+    publish(op, [ranking({Config(96): 1.0}, n=16001)], tmp_path / "shipped")
+    for found in local(op, {"dtype": DType.float16}, H200) if where == "local" else shipped(op, H200.key):
+        assert {10007, 16001} <= {m.problem.n for m in found.measured}
+
+
+def test_a_choice_that_narrows_takes_its_configs_along_and_no_others(caplog: pytest.LogCaptureFixture) -> None:
+    """`Wider` has no tile of 96; its problem, and the other configs, stay."""
+    ranking({Config(96, 2): 1.0, Config(64, 3): 1.5}).save(op)
+    kernel = dataclasses.replace(op.kernels[0], config=Wider)
+    later = dataclasses.replace(op, kernels=(kernel,), config=Wider, stages=lambda p, c: (Stage(kernel, p, c),))
+    assert choose_config(later, example(), H200) == (Wider(64, 3, 4), "ranking")
+    assert choose_config(later, example(n=10009), H200).config == Wider(64, 3, 4)
+
+
+@pytest.mark.parametrize("text", ["[" * 200_000, "{", "", "[]", '{"rankings": 3}', '{"rankings": [3]}', '{"rankings": [{"digest": 1}]}'])
+def test_a_shipped_file_that_cannot_be_read_is_ignored_and_never_written_over(text: str, tmp_path: Path) -> None:
+    path = tmp_path / "shipped" / H200.key / "fake.json"
+    path.parent.mkdir(parents=True)
+    path.write_text(text)
+    assert choose_config(op, example(), H200).origin == "predicted"
+    if text != '{"rankings": [{"digest": 1}]}':  # of other templates
+        with pytest.raises(SweepError, match="is left as it is"):
+            publish(op, [ranking({Config(64): 1.0})], tmp_path / "shipped")
+        assert path.read_text() == text
+
+
+def test_a_document_counts_for_what_its_name_says() -> None:
+    """A ranking that lies under another one's name: of another size class, device, dtype."""
+    wanted = ranking({Config(32, 4): 1.0})
+    bfloat16 = [ProblemTimings(dataclasses.replace(m.problem, dtype=DType.bfloat16), m.configs) for m in wanted.measured]
+    for other in (
+        ranking({Config(32, 4): 1.0}, n=501),
+        ranking({Config(32, 4): 1.0}, device=H100),
+        dataclasses.replace(wanted, measured=tuple(bfloat16)),
+    ):
+        Store.shared().write_json("ranking", wanted.key, other.to_json())
+        forget()
+        assert choose_config(op, example(), H200).origin == "predicted"
+    Store.shared().write_json("ranking", wanted.key, wanted.to_json())
+    forget()
+    assert choose_config(op, example(), H200) == (Config(32, 4), "ranking")
+
+
+def test_publishing_at_once_loses_no_ranking(tmp_path: Path) -> None:
+    folder, lengths = tmp_path / "shipped", range(10001, 10081, 2)
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda n: publish(op, [ranking({Config(64): 1.0}, n=n)], folder), lengths))
+    assert [m.problem.n for r in shipped(op, H200.key) for m in r.measured] == list(lengths)
+    assert [path.name for path in (folder / H200.key).iterdir()] == ["fake.json"]
+
+
+def test_saving_at_once_into_a_folder_that_was_removed_loses_no_ranking() -> None:
+    lengths = range(10001, 10161, 2)
+    shutil.rmtree(Store.shared().root)
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda n: ranking({Config(64): 1.0}, n=n).save(op), lengths))
+    (found,) = local(op, {"dtype": DType.float16}, H200)
+    assert [m.problem.n for m in found.measured] == list(lengths)
 
 
 def test_what_was_measured_with_an_older_config_is_picked(tmp_path: Path) -> None:

@@ -57,7 +57,9 @@ def test_a_trial_survives_json_field_by_field() -> None:
 
 
 def test_nan_errors_survive() -> None:
-    back = Trial.from_json(op, json.loads(json.dumps(encode(trial(check=Check(math.nan, 0.0, 1.0, 1.0))), allow_nan=False)))
+    back = Trial.from_json(
+        op, json.loads(json.dumps(encode(trial(status=Status.wrong, check=Check(math.nan, 0.0, 1.0, 1.0))), allow_nan=False))
+    )
     assert back.check is not None and math.isnan(back.check.relative)
 
 
@@ -97,6 +99,11 @@ def test_every_type_survives(value: Everything) -> None:
         (Config, {"tile": 128, "width": 1, "more": 2}),
         (Config, {"tile": "128", "width": 1}),
         (Config, [128, 1]),
+        (float, "abc"),
+        (float, "1.5"),
+        (float, True),
+        (float, 10**400),
+        (float, ["nan"]),
     ],
 )
 def test_what_is_not_of_the_type_is_refused(kind: Any, data: Any) -> None:
@@ -151,7 +158,31 @@ def test_a_torn_header_begins_anew(tmp_path: Path) -> None:
         assert journal.trials == [trial()]
 
 
-@pytest.mark.parametrize("damage", ["{nonsense", '{"op": "fake"}', "[]", "\x00\x00"])
+def changed(*path: Any, to: Any) -> str:
+    """A good trial's line with one value in it changed."""
+    data: Any = encode(trial(64, check=Check(1e-4, 0.0, 1e-3, 1e-3), resources=(KernelResources("fake", 32, 0, 0),)))
+    place = data
+    for step in path[:-1]:
+        place = place[step]
+    assert path[-1] in place or isinstance(place, list)
+    place[path[-1]] = to
+    return json.dumps(data)
+
+
+BAD_VALUES = [
+    *(changed("timing", "median_ms", to=value) for value in (0, -1.0, "nan", "inf", "abc", 10**400, None, True)),
+    *(changed("timing", name, to=value) for name, value in (("iqr_ms", -1e-9), ("iqr_ms", "inf"), ("samples", 0), ("samples", 1.5))),
+    *(changed("check", name, to=value) for name, value in (("relative", 1.0), ("relative", "nan"), ("max_error_bound", -1.0))),
+    *(changed("reference_ms", to=value) for value in (-1.0, "nan", "-inf")),
+    changed("resources", 0, "registers", to=-1),
+    changed("status", to="fine"),
+    changed("status", to=["ok"]),
+    changed("problem", to=[]),
+    changed("config", "tile", to=[64]),
+]
+
+
+@pytest.mark.parametrize("damage", ["{nonsense", '{"op": "fake"}', "[]", "\x00\x00", "[" * 200_000, *BAD_VALUES])
 def test_damage_in_the_middle_is_named_and_nothing_is_lost(tmp_path: Path, damage: str) -> None:
     path = tmp_path / "j.jsonl"
     with Journal(path, op, HEADER) as journal:
@@ -185,6 +216,49 @@ def test_what_is_no_journal_is_refused(tmp_path: Path) -> None:
     with pytest.raises(SweepError, match="not a journal"):
         Journal(path, op, HEADER)
     assert path.read_text() == '{"a": 1}\n'
+
+
+USERS = {
+    "a one-line JSON file": b'{"months": "of work"}',
+    "notes without an end": b"line 1\nthe last line",
+    "one word": b"x",
+    "a NumPy file": b"\x93NUMPY\x01\x00v\x00{'descr': '<f4'}\n\x00\x00\x80?",
+    "nested JSON": b"[" * 200_000,
+    "nested JSON, a line": b"[" * 200_000 + b"\n",
+    "another journal": b'{"kind": "another journal"}\n{"a": 1}\n{"torn',
+    "another sweep's, torn": json.dumps({"kind": "vidrial journal", "schema": 3, "op": "other", **HEADER}).encode() + b'\n{"torn',
+    "another schema's, torn": json.dumps({"kind": "vidrial journal", "schema": 2, "op": "fake", **HEADER}).encode() + b'\n{"torn',
+}
+
+
+@pytest.mark.parametrize("case", USERS)
+def test_a_users_file_keeps_every_byte(case: str, tmp_path: Path) -> None:
+    path = tmp_path / "results.json"
+    path.write_bytes(USERS[case])
+    with pytest.raises(SweepError, match=r"not a journal|has op 'other'|of schema 2"):
+        Journal(path, op, HEADER)
+    assert path.read_bytes() == USERS[case] and [p.name for p in tmp_path.iterdir()] == ["results.json"]
+
+
+def test_what_is_no_file_is_no_journal(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path / "pipe", tmp_path, Path("/dev/null")):
+        with pytest.raises(SweepError, match="not a journal"):
+            Journal(path, op, HEADER)
+
+
+def test_a_trial_of_another_problem_is_refused_and_of_an_outdated_choice_left_out(tmp_path: Path) -> None:
+    path = tmp_path / "j.jsonl"
+    with Journal(path, op, HEADER) as journal:
+        journal.append(trial(64))
+        journal.append(dataclasses.replace(trial(64), config=Config(65)))
+    with Journal(path, op, HEADER) as journal:
+        assert journal.trials == [trial(64)] and journal.outdated == 1
+        journal.append(dataclasses.replace(trial(32), problem=example(n=17)))
+    before = path.read_bytes()
+    with pytest.raises(SweepError, match="n=17"):
+        Journal(path, op, HEADER)
+    assert path.read_bytes() == before
 
 
 def test_one_process_at_a_time(tmp_path: Path) -> None:

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import json
 import os
 import shutil
 import stat
 import tempfile
 import time
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 from vidrial.errors import ArgumentError, StoreError
 
@@ -28,6 +30,10 @@ class Closing:
     def close(self) -> None:
         """Let go of what it holds."""
         raise NotImplementedError
+
+
+# A holder of a lock is waited for as long as this.
+LOCK_SECONDS = 10.0
 
 
 def usable(root: Path) -> Path:
@@ -65,12 +71,42 @@ def check_writable(folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def locked(path: Path) -> Iterator[None]:
-    """One process at a time; all go on as they are where there can be no such file (read only) or lock (some network disks)."""
+def locked(path: Path, seconds: float = LOCK_SECONDS) -> Iterator[None]:
+    """One process at a time: whoever has locked the file `path` (made if need be) or the directory `path`.
+
+    All go on as they are where there can be no such file (read only) or lock (some network disks), and after `seconds`, with a warning:
+    who holds it hangs.
+    """
+    until = time.monotonic() + seconds
     with contextlib.ExitStack() as stack:
         with contextlib.suppress(OSError):
-            fcntl.flock(stack.enter_context(open(path, "ab")), fcntl.LOCK_EX)
+            while (descriptor := _lock(path)) is None:
+                if time.monotonic() > until:
+                    warnings.warn(
+                        f"vidrial: {path} has been locked for {seconds:g} s: it is left so, and not waited for", RuntimeWarning, 4
+                    )
+                    break
+                time.sleep(0.01)
+            else:
+                stack.callback(os.close, descriptor)
         yield
+
+
+def _lock(path: Path) -> int | None:
+    """A descriptor that holds the lock; None if another one holds it, or if it was removed while it was taken."""
+    make_folder(path.parent)
+    descriptor = os.open(path, os.O_CLOEXEC | (os.O_DIRECTORY if path.is_dir() else os.O_RDWR | os.O_CREAT), 0o600)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if os.fstat(descriptor).st_ino == os.stat(path).st_ino:
+            return descriptor
+    except (BlockingIOError, FileNotFoundError):
+        pass
+    except OSError:
+        os.close(descriptor)
+        raise
+    os.close(descriptor)
+    return None
 
 
 def read_file(path: Path | str, limit: int, folder: int | None = None) -> bytes:
@@ -80,6 +116,18 @@ def read_file(path: Path | str, limit: int, folder: int | None = None) -> bytes:
         if not stat.S_ISREG(found.st_mode) or found.st_uid != os.geteuid() or found.st_size > limit:
             raise ValueError(f"{path} is not a regular file of this user of at most {limit} bytes")
         return file.read()
+
+
+def parse_json(data: bytes | str) -> Any:
+    """What a JSON text says.
+
+    Raises:
+        ValueError: it is no JSON, or nested too deeply to be anything of ours.
+    """
+    try:
+        return json.loads(data)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
 
 
 def write_file(path: Path, data: bytes) -> None:
@@ -114,8 +162,9 @@ def sync_folder(folder: Path) -> None:
 
 
 def touch(path: Path, seconds: float) -> None:
-    """Renew a path's time of last change, at most once in `seconds`."""
-    if time.time() - modified(path) > seconds:
+    """Renew a path's time of last change, at most once in `seconds`; one in the future at once."""
+    age = time.time() - modified(path)
+    if not 0 <= age <= seconds:
         with contextlib.suppress(OSError):  # gone, or read only: it keeps its age
             os.utime(path)
 
@@ -129,16 +178,16 @@ def children(folder: Path) -> list[Path]:
 
 
 def size_and_time(path: Path) -> tuple[int, float]:
-    """Bytes and time of last change; zeros if it is gone."""
+    """Bytes and time of last change; no bytes, and now, of what is gone or cannot be looked at: nobody takes that for old."""
     try:
         found = path.lstat()
     except OSError:
-        return 0, 0.0
+        return 0, time.time()
     return found.st_size, found.st_mtime
 
 
 def modified(path: Path) -> float:
-    """Time of last change in seconds since 1970; zero if it is gone."""
+    """Time of last change in seconds since 1970; now, if it is gone."""
     return size_and_time(path)[1]
 
 
@@ -147,7 +196,8 @@ def remove(path: Path) -> None:
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     else:
-        path.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            path.unlink()
 
 
 def make_folder(folder: Path) -> None:

@@ -15,6 +15,8 @@ from vidrial.errors import CompileError
 
 # NOTE: without --no-cache NVRTC has a cache of its own beside the driver's, and what comes out of that says nothing of registers and spills.
 OPTIONS = ("-std=c++17", "-default-device", "--ptxas-options=-v", "--no-cache")
+# NOTE: quoted includes are looked for beside the source first: a bare name would be that of a file in the current folder.
+SOURCE_NAME = "/dev/null/kernel.cu"
 # The default heap of 256 MB is too small where a kernel includes much of CuTe: then nothing is precompiled and the source compiles twice.
 PCH_HEAP_BYTES = 1 << 29
 # Suppressed: the remark that nothing after a #line can be precompiled.
@@ -88,7 +90,7 @@ def compile_source(source: str, name: str, arch: str, *, pch: str | None = None,
         folder.mkdir(parents=True, exist_ok=True)
         options += [*PCH_OPTIONS, f"--pch-dir={folder}"]
     start = time.perf_counter()
-    program = binding.createProgram(source if pch is None else _headers_first(source), "kernel.cu", [], [])
+    program = binding.createProgram(source if pch is None else _headers_first(source), SOURCE_NAME, [], [])
     try:
         binding.compileProgram(program, options)
         # NOTE: CuPy drops the image's last byte.

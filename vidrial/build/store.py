@@ -3,14 +3,16 @@
     <root>/v1/bin/ab/<key>/{kernel.cubin.z, kernel.cu, meta.json}     published by renaming a staged directory
     <root>/v1/<kind>/<key>.json                                       published by renaming a staged file
     <root>/v1/failed/<digest>/{kernel.cu, log.txt}                    sources that did not compile
+    <root>/v1/quarantine/<name>-<number>                              what was damaged, of another schema or not ours
 
-Readers see an entry whole or not at all, whatever other processes do; there are no locks. What is damaged, of another schema or
-not ours counts as a miss and is removed. What cannot be written is kept in memory for this process. Not promised: that an entry
-survives a crash of the machine.
+Readers see an entry whole or not at all, whatever other processes do; there are no locks but the one of `update_json`. What is damaged
+counts as a miss and is set aside, what cannot be read just now as a miss alone. What cannot be written is kept in memory for this process.
+Not promised: that an entry survives a crash of the machine.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import errno
 import hashlib
@@ -27,17 +29,35 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from vidrial.build.files import children, make_folder, modified, read_file, remove, size_and_time, sync_folder, touch, usable, write_file
+from vidrial.build.files import (
+    children,
+    locked,
+    make_folder,
+    modified,
+    parse_json,
+    read_file,
+    remove,
+    size_and_time,
+    sync_folder,
+    touch,
+    usable,
+    write_file,
+)
 from vidrial.errors import ArgumentError, StoreError
 from vidrial.settings import Settings
 
-SCHEMA = 1
+# Of the folder and its documents; of its binaries (2: the note is part of the checksum).
+SCHEMA, BINARY_SCHEMA = 1, 2
 CUBIN = "kernel.cubin"
 LARGEST_BINARY, LARGEST_DOCUMENT = 256 << 20, 16 << 20
 # A hit renews an entry's time at most this often; a staged file older than STALE was left by a process that died.
 TOUCH_SECONDS, STALE_SECONDS = 60.0, 86400.0
 # A writer begins again this often when the cache is cleared under its hands.
 PRUNE_EVERY, FAILURES_KEPT, ATTEMPTS = 64, 100, 20
+# How damage shows among the system's errors: a link or a file where a folder belongs. Every other one may have passed a moment later.
+DAMAGE = (errno.ELOOP, errno.ENOTDIR)
+# What will not pass while this process runs.
+UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
 _KEY = re.compile(r"[0-9a-f]{64}")
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+=,@-]{0,199}")
 
@@ -59,12 +79,13 @@ class Stats:
     misses: int = 0
     writes: int = 0
     corrupt: int = 0
+    unread: int = 0
     unwritten: int = 0
 
 
 def binary_key(source: str, arch: str, options: tuple[str, ...], version: str) -> str:
     """The key of a binary: sha256 of its source, architecture, options, the toolchain's version and the store's schema."""
-    named = {"schema": SCHEMA, "source": source, "arch": arch, "options": list(options), "version": version}
+    named = {"schema": BINARY_SCHEMA, "source": source, "arch": arch, "options": list(options), "version": version}
     return hashlib.sha256(json.dumps(named, sort_keys=True).encode()).hexdigest()
 
 
@@ -99,7 +120,7 @@ class Store:
             ArgumentError: `key` is not a sha256 in hexadecimal.
         """
         folder = self._entry(key)
-        entry = self._memory.get(key) or self._guarded(folder, lambda: _read_entry(folder, key, payload))
+        entry = self._memory.get(key) or self._guarded(folder, lambda path: _read_entry(path, key, payload))
         if entry is None:
             self.stats.misses += 1
             return None
@@ -113,8 +134,10 @@ class Store:
         Raises:
             ArgumentError: `key` is not a sha256 in hexadecimal, or `meta` is not JSON.
         """
-        folder, sha = self._entry(key), hashlib.sha256(image).hexdigest()
-        note = dict(meta) | {"schema": SCHEMA, "key": key, "payload": payload, "sha256": sha, "bytes": len(image)}
+        folder = self._entry(key)
+        note = dict(meta) | {"schema": BINARY_SCHEMA, "key": key, "payload": payload, "bytes": len(image)}
+        note = json.loads(_json(note))
+        note["sha256"] = _checksum(note, source, image)
         entry = Entry(image, source, note)
         files = {f"{payload}.z": zlib.compress(image, 1), "kernel.cu": source.encode(), "meta.json": _json(note)}
         if not self._write(lambda: self._publish_folder(folder, files)):
@@ -134,7 +157,7 @@ class Store:
         if (kind, key) in self._documents:
             return self._documents[kind, key]
         path = self._document(kind, key)
-        return self._guarded(path, lambda: _read_document(path))
+        return self._guarded(path, _read_document)
 
     def write_json(self, kind: str, key: str, value: Any) -> None:
         """Replace the document `key` of `kind`; readers see the old one or the new one.
@@ -142,15 +165,32 @@ class Store:
         Raises:
             ArgumentError: `kind` or `key` is not a plain file name, or `value` is not JSON.
         """
-        path, data = self._document(kind, key), _json({"schema": SCHEMA, "value": value})
+        path, value = self._document(kind, key), json.loads(_json(value))
+        data = _json({"schema": SCHEMA, "sha256": _sha(value), "value": value})
         if self._write(lambda: self._publish_file(path, data)):
             self._documents.pop((kind, key), None)
         else:
-            self._documents[kind, key] = json.loads(data)["value"]
+            self._documents[kind, key] = value
+
+    def update_json(self, kind: str, key: str, change: Callable[[Any | None], Any]) -> None:
+        """Replace the document `key` of `kind` by what `change` makes of it (None: there is none), one process at a time.
+
+        One that cannot be read just now is left as it is: the new one is kept in memory, for this process only.
+
+        Raises:
+            ArgumentError: `kind` or `key` is not a plain file name, or the new document is not JSON.
+        """
+        with locked(self.root / f"{kind}s.lock"):
+            unread = self.stats.unread
+            value = change(self.read_json(kind, key))
+            if self.stats.unread == unread:
+                self.write_json(kind, key, value)
+            else:
+                self._documents[kind, key] = json.loads(_json(value))
 
     def keys(self, kind: str) -> list[str]:
         """Keys of the documents of one kind."""
-        stored = {path.stem for path in self._document(kind, "any").parent.glob("*.json")}
+        stored = {path.stem for path in children(self._document(kind, "any").parent) if path.suffix == ".json"}
         return sorted(stored | {key for k, key in self._documents if k == kind})
 
     def save_failure(self, source: str, log: str) -> Path | None:
@@ -160,11 +200,11 @@ class Store:
         return folder / "log.txt" if written else None
 
     def verify(self) -> list[str]:
-        """Read every binary; the keys of the damaged ones, which are removed."""
+        """Read every binary; the keys of the damaged ones, which are set aside."""
         damaged = []
         for folder, _, _ in self._entries():
             before = self.stats.corrupt
-            self._guarded(folder, lambda folder=folder: _read_entry(folder, folder.name, None))  # type: ignore[misc]
+            self._guarded(folder, lambda path, key=folder.name: _read_entry(path, key, None))  # type: ignore[misc]
             damaged += [folder.name] if self.stats.corrupt > before else []
         return damaged
 
@@ -175,18 +215,21 @@ class Store:
 
     def prune(self, max_bytes: int | None = None) -> int:
         """Remove the least recently used binaries until at most `max_bytes` are left, and what dead processes left; the number removed."""
-        limit = self.max_bytes if max_bytes is None else max_bytes
-        entries = sorted(self._entries(), key=lambda e: e[2])
+        limit, now = self.max_bytes if max_bytes is None else max_bytes, time.time()
+        # A time to come is that of a clock which was wrong: nobody has used it since, or its time would be right.
+        entries = sorted(self._entries(), key=lambda e: e[2] if e[2] <= now + TOUCH_SECONDS else 0.0)
         total, removed = sum(size for _, size, _ in entries), 0
         for folder, size, _ in entries:
             if total <= limit:
                 break
             self._discard(folder)
             total, removed = total - size, removed + 1
-        for folder in sorted(children(self._version / "failed"), key=modified)[:-FAILURES_KEPT]:
-            self._discard(folder)
+        # Binaries can be made anew; documents that were set aside stay.
+        for kept in ([f for f in children(self._version / "quarantine") if f.is_dir()], children(self._version / "failed")):
+            for folder in sorted(kept, key=modified)[:-FAILURES_KEPT]:
+                self._discard(folder)
         for left in children(self.root / "tmp"):
-            if time.time() - modified(left) > STALE_SECONDS:
+            if abs(now - modified(left)) > STALE_SECONDS:
                 remove(left)
         return removed
 
@@ -229,20 +272,45 @@ class Store:
         self._warn("root", f"the cache lives in {self._temporary.name} and ends with this process: {why}")
         return Path(self._temporary.name)
 
-    def _guarded(self, path: Path, read: Callable[[], Any]) -> Any:
-        """What `read` returns; None, and `path` removed, if it is damaged."""
+    def _guarded(self, path: Path, read: Callable[[Path], Any]) -> Any:
+        """What `read` makes of `path`; None if it is not there, cannot be read just now, or is damaged: then it is set aside."""
         try:
-            return read()
+            return read(path)
         except FileNotFoundError:
             return None
-        except (ValueError, KeyError, TypeError, zlib.error, OSError) as error:
-            self.stats.corrupt += 1
-            self._warn("corrupt", f"{path} is damaged and is made anew ({type(error).__name__}: {error})")
-            self._discard(path)
-            return None
+        except OSError as error:
+            if error.errno not in DAMAGE:
+                self.stats.unread += 1
+                self._warn("read", f"{path} cannot be read just now ({error}); it is left as it is")
+                return None
+            reason: Exception = error
+        except (ValueError, KeyError, TypeError, zlib.error) as error:
+            reason = error
+        return self._set_aside(path, read, reason)
+
+    def _set_aside(self, path: Path, read: Callable[[Path], Any], reason: Exception) -> Any:
+        """Quarantine `path`. What another process has put in its place meanwhile goes back, and is returned."""
+        aside = self._version / "quarantine" / f"{path.name}-{uuid.uuid4().hex[:8]}"
+        try:
+            make_folder(aside.parent)
+            os.rename(path, aside)
+        except OSError:
+            aside = path  # gone already, or the cache is read only
+        else:
+            with contextlib.suppress(ValueError, KeyError, TypeError, zlib.error, OSError):
+                found = read(aside)
+                if aside.is_dir():
+                    os.rename(aside, path)
+                else:
+                    os.link(aside, path)
+                    aside.unlink()
+                return found
+        self.stats.corrupt += 1
+        self._warn("corrupt", f"{path} is damaged and is made anew ({type(reason).__name__}: {reason}); it lies in {aside}")
+        return None
 
     def _write(self, publish: Callable[[], None]) -> bool:
-        """Whether `publish` succeeded. The first failure (disk full, read only, ...) turns writing off for this process."""
+        """Whether `publish` succeeded. A failure that stays (disk full, read only, ...) turns writing off for this process."""
         for _ in range(ATTEMPTS):
             if not self._writable:
                 break
@@ -251,10 +319,13 @@ class Store:
                 self.stats.writes += 1
                 return True
             except FileNotFoundError:
-                continue  # the cache was cleared meanwhile: begin again
+                # The cache was cleared meanwhile: begin again.
+                with contextlib.suppress(StoreError):
+                    usable(self.root)
             except OSError as error:
-                self._writable = False
+                self._writable = error.errno not in UNWRITABLE
                 self._warn("write", f"{self.root} cannot be written ({error}); what is compiled is kept in memory, for this process only")
+                break
         self.stats.unwritten += 1
         return False
 
@@ -325,22 +396,41 @@ def _read_entry(folder: Path, key: str, payload: str | None) -> Entry:
 
 
 def _read_opened(folder: int, key: str, payload: str | None) -> Entry:
-    note = json.loads(read_file("meta.json", LARGEST_DOCUMENT, folder))
+    note = parse_json(read_file("meta.json", LARGEST_DOCUMENT, folder))
     name = note["payload"]
-    if (note["schema"], note["key"]) != (SCHEMA, key) or not _NAME.fullmatch(name) or payload not in (None, name):
+    if (note["schema"], note["key"]) != (BINARY_SCHEMA, key) or not _NAME.fullmatch(name) or payload not in (None, name):
         raise ValueError(f"it is of schema {note['schema']}, for another key or another target")
     unpack = zlib.decompressobj()
     image = unpack.decompress(read_file(f"{name}.z", LARGEST_BINARY, folder), LARGEST_BINARY)
-    if not unpack.eof or hashlib.sha256(image).hexdigest() != note["sha256"]:
+    source = read_file("kernel.cu", LARGEST_BINARY, folder).decode()
+    if not unpack.eof or _checksum(note, source, image) != note["sha256"]:
         raise ValueError("its checksum does not match")
-    return Entry(image, read_file("kernel.cu", LARGEST_BINARY, folder).decode(), note)
+    return Entry(image, source, note)
+
+
+def _checksum(note: Mapping[str, Any], source: str, image: bytes) -> str:
+    """sha256 of a whole entry: of the note but for this, the source and the binary."""
+    parts = _sha({name: value for name, value in note.items() if name != "sha256"}), *map(_digest, (source.encode(), image))
+    return _digest("".join(parts).encode())
 
 
 def _read_document(path: Path) -> Any:
-    document = json.loads(read_file(path, LARGEST_DOCUMENT))
+    document = parse_json(read_file(path, LARGEST_DOCUMENT))
+    value = document["value"]
     if document["schema"] != SCHEMA:
         raise ValueError(f"it is of schema {document['schema']}, not {SCHEMA}")
-    return document["value"]
+    if document.get("sha256", _sha(value)) != _sha(value):
+        raise ValueError("its checksum does not match")
+    return value
+
+
+def _sha(value: Any) -> str:
+    """sha256 of a document, however it is written."""
+    return _digest(json.dumps(value, sort_keys=True).encode())
+
+
+def _digest(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
 
 
 def _json(value: Any) -> bytes:

@@ -333,12 +333,12 @@ def cache_show() -> None:
 
 @cache.command("verify")
 def cache_verify() -> None:
-    """Read every binary and remove the damaged ones."""
+    """Read every binary and set the damaged ones aside."""
     from vidrial.build.store import Store
 
     store = Store.shared()
     count, damaged = store.usage()[0], store.verify()
-    click.echo(f"{count} binaries read, {len(damaged)} damaged and removed")
+    click.echo(f"{count} binaries read, {len(damaged)} damaged and set aside")
     for key in damaged:
         click.echo(key)
 

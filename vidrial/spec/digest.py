@@ -240,17 +240,21 @@ def includes_of(text: str, where: str) -> tuple[Include, ...]:
     return tuple(item for item in code_of(text, where) if isinstance(item, Include))
 
 
+def state_of(found: os.stat_result) -> tuple[int, int, int]:
+    """What changes with a file's text; a copied or unpacked file may bring its old time of modification along, not the other one."""
+    return found.st_mtime_ns, found.st_ctime_ns, found.st_size
+
+
 class _File(NamedTuple):
-    """A file of ours: the folder that it was looked for in, its name there, and what tells its present text from others."""
+    """A file of ours: the folder that it was looked for in, its name there, and `state_of`, which tells its present text from others."""
 
     folder: str
     name: str
-    modified: int
-    size: int
+    state: tuple[int, int, int]
 
     @property
     def path(self) -> str:
-        return f"{self.folder}/{self.name}"
+        return posixpath.join(self.folder, self.name)
 
 
 @functools.lru_cache(maxsize=512)
@@ -291,11 +295,15 @@ def _find(include: Include, folders: Sequence[Path], home: _File | None) -> _Fil
     """The file that an include of `home` finds: beside it if it is quoted, else in `folders`; None for a system header."""
     beside = [(home.folder, posixpath.join(posixpath.dirname(home.name), include.name))] if include.quoted and home is not None else []
     for folder, name in (*beside, *((str(folder), include.name) for folder in folders)):
-        name = posixpath.normpath(name) if "./" in name or "//" in name else name
+        path = posixpath.join(folder, name)
         with contextlib.suppress(FileNotFoundError, NotADirectoryError):
-            found = os.stat(f"{folder}/{name}")
+            found = os.stat(path)
             if stat.S_ISREG(found.st_mode):
-                return None if name.startswith(HOST_HEADERS) else _File(folder, name, found.st_mtime_ns, found.st_size)
+                if "./" in name or "//" in name:
+                    # One name for each file. Links are followed before a `..`, as the compiler does it.
+                    home_of, last = posixpath.split(path)
+                    name = posixpath.relpath(posixpath.join(os.path.realpath(home_of), last), os.path.realpath(folder))
+                return None if name.startswith(HOST_HEADERS) else _File(folder, name, state_of(found))
     return None
 
 
@@ -336,7 +344,7 @@ def _unchanged(file: _File) -> bool:
         found = os.stat(file.path)
     except OSError:
         return False
-    return (found.st_mtime_ns, found.st_size) == (file.modified, file.size)
+    return state_of(found) == file.state
 
 
 @functools.lru_cache(maxsize=512)

@@ -18,7 +18,7 @@ from vidrial.layout.occupancy import Occupancy
 from vidrial.layout.tma import TensorMap
 from vidrial.spec.choices import check_choices
 from vidrial.spec.cost import Cost
-from vidrial.spec.digest import closure_digest, code_digest, tiles_asked_for
+from vidrial.spec.digest import closure_digest, code_digest, state_of, tiles_asked_for
 from vidrial.spec.fields import ByReads, C, P, Static, check_record, fields
 from vidrial.spec.geometry import Geometry
 from vidrial.spec.source import Arguments, Source, Tiles, include_folders, render
@@ -89,8 +89,7 @@ class Kernel(Generic[P, C]):
     def binary(self, problem: P, config: C, lengths: bool = True) -> Hashable:
         """What decides the binary: all that `source` reads, with its values; with `lengths` False, but for dynamic fields baked in."""
         static = Static(problem, config)
-        stat = self.template.stat()
-        self._reads(static, (stat.st_mtime_ns, stat.st_size, self._asked_for()))
+        self._reads(static, (state_of(self.template.stat()), self._asked_for()))
         left_out = set() if lengths else {("problem", name) for name in fields(problem, "dynamic")}
         return self.name, tuple((read, value) for read, value in static.reads.items() if read not in left_out)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import enum
 import functools
@@ -11,8 +12,13 @@ import typing
 from collections.abc import Mapping, Set
 from typing import Any
 
-from vidrial.errors import SweepError
+from vidrial.errors import SweepError, VidrialError
 from vidrial.spec.fields import KIND
+
+# How JSON spells the floats that it has no number for.
+NOT_FINITE = ("nan", "inf", "-inf")
+# What ends the reading of a value that is damaged, whatever an author's own dataclass makes of it.
+UNREADABLE = (VidrialError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError)
 
 
 def encode(value: Any) -> Any:
@@ -64,8 +70,9 @@ def decode(kind: Any, data: Any, fields: Mapping[str, Any] | None = None) -> Any
     elif isinstance(kind, type) and issubclass(kind, enum.Enum):
         if data in kind.__members__:
             return kind[data]
-    elif kind is float and isinstance(data, int | float | str):
-        return float(data)
+    elif kind is float and (type(data) in (int, float) or data in NOT_FINITE):
+        with contextlib.suppress(OverflowError):
+            return float(data)
     elif kind is Any or isinstance(kind, typing.TypeVar) or (kind in (bool, int, str) and type(data) is kind):
         return data
     raise SweepError(f"{data!r} is not of type {getattr(kind, '__name__', kind)}")

@@ -14,16 +14,19 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
-from vidrial.build.files import Closing
-from vidrial.errors import SweepError
+from vidrial.build.files import Closing, parse_json
+from vidrial.errors import ConfigError, SweepError
+from vidrial.spec.choices import check_choices
 from vidrial.spec.op import Op
-from vidrial.tune.codec import encode
+from vidrial.tune.codec import UNREADABLE, encode
 from vidrial.tune.trial import Trial
 
 T = TypeVar("T")
 # 3: `reason` and `max_error` were `sentence` and `worst`.
 SCHEMA = 3
 KIND = "vidrial journal"
+# What a journal begins with, if anything was written before a crash.
+BEGINNING = f'{{"kind": "{KIND}"'.encode()
 # How a journal is named that was set aside.
 SET_ASIDE = re.compile(r"\.\d{8}T\d{6}-[0-9a-f]{4}\.jsonl$")
 
@@ -40,12 +43,15 @@ class Journal(Closing):
         fresh: begin a new file; one that is there is renamed, not lost.
 
     Raises:
-        SweepError: the file cannot be written, is in use, is damaged before its last line, or is of another sweep or schema.
+        SweepError: the file cannot be written, is in use, is no journal, is damaged before its last line, or is of another sweep or schema.
+            Its bytes are then what they were.
     """
 
     def __init__(self, path: Path, op: Op, header: Mapping[str, Any], fresh: bool = False) -> None:
         self.path = path
         self.trials: list[Trial] = []
+        # Trials in the file whose configs make choices that are none any more: they stay there, and do not count.
+        self.outdated = 0
         self._header = {"kind": KIND, "schema": SCHEMA, "op": op.name, **header}
         with contextlib.ExitStack() as undo:
             self._file = undo.enter_context(self._open())
@@ -72,6 +78,8 @@ class Journal(Closing):
         """The file, locked."""
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
+            if self.path.exists() and not self.path.is_file():
+                raise _no_journal(self.path)
             file = open(self.path, "a+b")  # noqa: SIM115
         except OSError as error:
             raise SweepError(
@@ -115,18 +123,44 @@ class Journal(Closing):
         self._file.seek(0)
         text = self._file.read()
         whole = text.rfind(b"\n") + 1
+        if whole:
+            header, trials = read_journal(self.path, text, functools.partial(Trial.from_json, op))
+            for name, expected in self._header.items():
+                if header.get(name) != expected:
+                    raise SweepError(
+                        f"journal {self.path} has {name} {header.get(name)!r}, this sweep {expected!r}: "
+                        "their trials do not compare; name another file with journal=..., or move this one away"
+                    )
+            for trial in trials:
+                if trial.op != op.name or encode(trial.problem) != header.get("problem", encode(trial.problem)):
+                    raise SweepError(f"journal {self.path} holds a trial of {trial.op} for {trial.problem}: move it away and sweep again")
+            self.trials = [trial for trial in trials if _is_choice(trial.config)]
+            self.outdated = len(trials) - len(self.trials)
+        elif not BEGINNING.startswith(text[: len(BEGINNING)]):
+            raise _no_journal(self.path)
+        # Ours, whatever its last line was to be.
         if whole < len(text):
-            os.ftruncate(self._file.fileno(), whole)
+            self._cut(whole)
         if not whole:
             self._write(self._header)
-            return
-        header, self.trials = read_journal(self.path, text, functools.partial(Trial.from_json, op))
-        for name, expected in self._header.items():
-            if header.get(name) != expected:
-                raise SweepError(
-                    f"journal {self.path} has {name} {header.get(name)!r}, this sweep {expected!r}: "
-                    "their trials do not compare; name another file with journal=..., or move this one away"
-                )
+
+    def _cut(self, end: int) -> None:
+        try:
+            os.ftruncate(self._file.fileno(), end)
+        except OSError as error:
+            raise SweepError(f"journal {self.path} cannot be written ({error}); name another file with journal=...") from None
+
+
+def _is_choice(config: Any) -> bool:
+    try:
+        check_choices(config)
+    except ConfigError:
+        return False
+    return True
+
+
+def _no_journal(path: Path) -> SweepError:
+    return SweepError(f"{path} is not a journal: its first line is no header; name a file that a sweep wrote, or a new one")
 
 
 def read_journal(path: Path, data: bytes, read: Callable[[object], T]) -> tuple[Mapping[str, Any], list[T]]:
@@ -137,11 +171,11 @@ def read_journal(path: Path, data: bytes, read: Callable[[object], T]) -> tuple[
     """
     *lines, _ = data.split(b"\n")
     try:
-        header = json.loads(lines[0]) if lines else None
+        header = parse_json(lines[0]) if lines else None
     except ValueError:
         header = None
     if not isinstance(header, dict) or header.get("kind") != KIND:
-        raise SweepError(f"{path} is not a journal: its first line is no header; name a file that a sweep wrote, or a new one")
+        raise _no_journal(path)
     if header.get("schema") != SCHEMA:
         raise SweepError(
             f"journal {path} is of schema {header.get('schema')}, this version's is {SCHEMA}: "
@@ -150,8 +184,8 @@ def read_journal(path: Path, data: bytes, read: Callable[[object], T]) -> tuple[
     trials = []
     for number, line in enumerate(lines[1:], 2):
         try:
-            trials.append(read(json.loads(line)))
-        except (ValueError, SweepError) as error:
+            trials.append(read(parse_json(line)))
+        except UNREADABLE as error:
             raise SweepError(
                 f"journal {path}, line {number} is damaged ({error}); "
                 "delete that line to keep the others, or move the file away to begin anew"

@@ -110,7 +110,8 @@ def _known(op: Op, static: tuple[tuple[str, Any], ...], device: Device, generati
     by_sizes = {sizes(m.problem): m for r in (*theirs, *mine) for m in r.measured}
     points: dict[Any, list[tuple[Sequence[float], float]]] = {}
     for measured in by_sizes.values():
-        for ranked in measured.configs:
+        # What breaks a rule at the size that it was measured at was not.
+        for ranked in (r for r in measured.configs if op.estimate(measured.problem, r.config, device) is not None):
             points.setdefault(ranked.config, []).append((work(op, measured.problem, ranked.config, device), ranked.timing.median_ms))
     return _Known(tuple(mine), tuple(theirs), Model.fit(points), top_configs(by_sizes.values()), len(by_sizes))
 

@@ -24,17 +24,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic
 
-from vidrial.build.files import locked
+from vidrial.build.files import locked, parse_json
 from vidrial.build.store import Store
 from vidrial.device import Device
-from vidrial.errors import ArgumentError, ConfigError, SweepError, VidrialError
+from vidrial.errors import ArgumentError, SweepError, VidrialError
 from vidrial.installation import own_ops
 from vidrial.spec.choices import check_choices, config_order
 from vidrial.spec.digest import LEXER
 from vidrial.spec.fields import C, P, fields, keyed_fields, size_class, specialized
 from vidrial.spec.op import Op
 from vidrial.spec.registry import reference_of
-from vidrial.tune.codec import decode, encode
+from vidrial.tune.codec import UNREADABLE, decode, encode
 from vidrial.tune.timing import Timing
 from vidrial.tune.trial import Trial, latest
 
@@ -83,21 +83,24 @@ class Ranking(Generic[P, C]):
 
     @classmethod
     def from_json(cls, op: Op[P, C], data: object) -> Ranking[P, C]:
-        """The ranking that `to_json` wrote. Choices that the config has gained since take their defaults; a config that makes one that is
-        none any more is left out, and a problem without others with it.
+        """The ranking that `to_json` wrote. Choices that the config has gained since take their defaults. What is damaged, and a config that
+        makes a choice that is none any more, is left out and said once; a problem without others with it.
 
         Raises:
-            SweepError: it is of another schema or damaged.
+            SweepError: it is of another schema or damaged as a whole.
         """
         if not isinstance(data, dict) or data.get("schema") != SCHEMA:
             raise SweepError(f"a ranking of {op.name} is not of schema {SCHEMA}; sweep again to replace it")
         plain = {**data, "measured": []}
         del plain["schema"]
         ranking: Ranking = decode(cls, plain)
-        measured = []
-        for entry in data.get("measured", ()):
-            configs = tuple(ranked for ranked in (_ranked(op, r) for r in entry["configs"]) if ranked is not None)
-            measured += [ProblemTimings(decode(op.problem, entry["problem"]), configs)] if configs else []
+        found = [_timings(op, entry) for entry in data["measured"]]
+        measured = [entry for entry in found if entry is not None and entry.configs]
+        # All are of the family and size class that the ranking's name says.
+        alike = [entry for entry in measured if _is_like(entry.problem, measured[0].problem)]
+        if len(alike) < len(measured):
+            _say_once(f"{op.name}: a ranking holds problems of several kinds; those unlike the first one are ignored")
+        measured = alike
         return dataclasses.replace(ranking, measured=tuple(measured))
 
     def to_json(self) -> dict[str, Any]:
@@ -116,12 +119,13 @@ class Ranking(Generic[P, C]):
         return dataclasses.replace(other, measured=tuple(mine[key] for key in sorted(mine)))
 
     def save(self, op: Op[P, C]) -> None:
-        """Put the ranking into the cache, joined with what is there."""
-        store = Store.shared()
-        # Sweeps of two lengths of one class may end at the same moment.
-        with locked(store.root / "rankings.lock"):
-            before = _load(op, store.read_json("ranking", self.key), f"ranking {self.key}")
-            store.write_json("ranking", self.key, (before.merged(self) if before else self).to_json())
+        """Put the ranking into the cache, joined with what is there: sweeps of two lengths of one class may end at the same moment."""
+
+        def joined(data: Any) -> dict[str, Any]:
+            before = _load(op, data, f"ranking {self.key}", self.key)
+            return (before.merged(self) if before else self).to_json()
+
+        Store.shared().update_json("ranking", self.key, joined)
         forget()
 
     def nearest(self, problem: P) -> ProblemTimings[P, C]:
@@ -193,14 +197,14 @@ def shipped_devices() -> list[str]:
 def local(op: Op, static: Mapping[str, Any], device: Device) -> list[Ranking]:
     """This machine's rankings of an op for such static facts."""
     store, start = Store.shared(), _family(op.name, _digest(op, _state.generation), static, device.key)
-    found = (_load(op, store.read_json("ranking", key), f"ranking {key}") for key in store.keys("ranking") if key.startswith(start))
+    found = (_load(op, store.read_json("ranking", key), f"ranking {key}", key) for key in store.keys("ranking") if key.startswith(start))
     return [ranking for ranking in found if ranking is not None]
 
 
 def measured_here(op: Op, problem: Any, device: Device) -> tuple[RankedConfig, ...]:
     """What this machine measured at these very sizes: one document, where `local` reads many."""
     key = _family(op.name, _digest(op, _state.generation), fields(problem, "static"), device.key) + _sha(size_class(problem))
-    ranking = _load(op, Store.shared().read_json("ranking", key), f"ranking {key}")
+    ranking = _load(op, Store.shared().read_json("ranking", key), f"ranking {key}", key)
     return next((m.configs for m in ranking.measured if sizes(m.problem) == sizes(problem)), ()) if ranking else ()
 
 
@@ -211,11 +215,7 @@ def shipped(op: Op[P, C], device_key: str, folder: Path | None = None, static: M
     """
     digest = _digest(op, _state.generation)
     path, entries = _shipped_entries(op, device_key, folder)
-    try:
-        current = [entry for entry in entries if (entry["digest"], entry["device"]) == (digest, device_key) and _is_of(entry, static)]
-    except (LookupError, TypeError, AttributeError) as error:
-        log.warning("%s is ignored: %s: %s", path, type(error).__name__, error)
-        return []
+    current = [entry for entry in entries if _is_of(entry, digest, device_key, static, str(path))]
     return [ranking for ranking in (_load(op, entry, str(path)) for entry in current) if ranking is not None]
 
 
@@ -229,13 +229,13 @@ def _shipped_entries(op: Op, device_key: str, folder: Path | None = None) -> tup
         stat = path.stat()
         return path, _read_entries(path, stat.st_mtime_ns, stat.st_size)
     except (OSError, ValueError, LookupError, TypeError) as error:
-        log.warning("%s is ignored: %s: %s", path, type(error).__name__, error)
+        _say_once(f"{path} is ignored: {type(error).__name__}: {error}")
         return path, ()
 
 
 @functools.lru_cache(maxsize=2)
 def _read_entries(path: Path, _modified: int, _size: int) -> Sequence[Any]:
-    entries: Sequence[Any] = json.loads(path.read_text())["rankings"]
+    entries: Sequence[Any] = list(parse_json(path.read_bytes())["rankings"])
     return entries
 
 
@@ -293,34 +293,62 @@ def _reference(op: Op) -> str:
     return op.name
 
 
-def _is_of(entry: Any, static: Mapping[str, Any] | None) -> bool:
-    """Whether a ranking's JSON is for these static facts (None: any): what is not is not decoded."""
-    return static is None or encode(static).items() <= entry["measured"][0]["problem"].items()
+def _is_of(entry: Any, digest: str, device: str, static: Mapping[str, Any] | None, what: str) -> bool:
+    """Whether a ranking's JSON is of these templates and device, and for these static facts (None: any): what is not is not decoded."""
+    try:
+        if (entry["digest"], entry["device"]) != (digest, device):
+            return False
+        return static is None or encode(static).items() <= entry["measured"][0]["problem"].items()
+    except UNREADABLE as error:
+        _say_once(f"{what}: a ranking is ignored: {type(error).__name__}: {error}")
+        return False
 
 
 def publish(op: Op[P, C], rankings: Sequence[Ranking[P, C]], folder: Path) -> list[Path]:
     """Write rankings to `folder/<device key>/<op>.json`, joined with those of the same templates there; the files written.
 
     Raises:
-        SweepError: the folder cannot be written.
+        SweepError: the folder cannot be written, or a file there cannot be read: what others put there is not written over.
     """
     written = []
     for device in sorted({r.device for r in rankings}):
-        kept = {r.key: r for r in shipped(op, device, folder)}
-        for ranking in (r for r in rankings if r.device == device):
-            kept[ranking.key] = kept[ranking.key].merged(ranking) if ranking.key in kept else ranking
         path = folder / device / f"{op.name}.json"
-        staged = path.with_suffix(f".{uuid.uuid4().hex}")
-        text = json.dumps({"schema": SCHEMA, "rankings": [kept[k].to_json() for k in sorted(kept)]}, indent=1, allow_nan=False)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            staged.write_text(text + "\n")
-            os.replace(staged, path)
+            with locked(path.parent):
+                text = json.dumps(
+                    {"schema": SCHEMA, "rankings": _joined(op, path, [r for r in rankings if r.device == device])},
+                    indent=1,
+                    allow_nan=False,
+                )
+                staged = path.with_suffix(f".{uuid.uuid4().hex}")
+                staged.write_text(text + "\n", encoding="utf-8")
+                os.replace(staged, path)
         except OSError as error:
             raise SweepError(f"rankings cannot be written to {path} ({error}); name another folder. The cache has them as well") from None
         written.append(path)
     forget()
     return written
+
+
+def _joined(op: Op[P, C], path: Path, rankings: Sequence[Ranking[P, C]]) -> list[Any]:
+    """The rankings in a file, of them those of these very templates, and these, as JSON. What does not decode stays as it is."""
+    digest, kept = op.digest(), dict[str, Any]()
+    try:
+        there = parse_json(path.read_bytes())["rankings"] if path.exists() else []
+        for entry in there:
+            if entry["digest"] == digest:
+                known = _load(op, entry, str(path))
+                kept[known.key if known is not None else _sha(entry)] = entry
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise SweepError(
+            f"{path} holds rankings that cannot be read ({type(error).__name__}: {error}), and is left as it is: "
+            "move it away, or name another folder. The cache has yours as well"
+        ) from None
+    for ranking in rankings:
+        before = _load(op, kept.get(ranking.key), str(path))
+        kept[ranking.key] = (before.merged(ranking) if before is not None else ranking).to_json()
+    return [kept[key] for key in sorted(kept)]
 
 
 @dataclass
@@ -356,27 +384,52 @@ def _family(op: str, digest: str, static: Mapping[str, Any], device: str) -> str
     return f"{op}-{device}-{_sha([digest, static])}-"
 
 
-def _load(op: Op, data: Any, what: str) -> Ranking | None:
+def _load(op: Op, data: Any, what: str, key: str | None = None) -> Ranking | None:
+    """The ranking of a JSON document; None, said once, if it is damaged or, of a document in the cache, not what its name says."""
     if data is None:
         return None
     try:
         ranking = Ranking.from_json(op, data)
-    except (VidrialError, KeyError, TypeError) as error:
-        log.warning("%s is ignored: %s", what, error)
+    except UNREADABLE as error:
+        _say_once(f"{what} is ignored: {error}")
         return None
-    return ranking if ranking.measured else None
+    if not ranking.measured:
+        return None
+    if key is not None and ranking.key != key:
+        _say_once(f"{what} is ignored: it holds {ranking.key}")
+        return None
+    return ranking
+
+
+def _timings(op: Op, data: Any) -> ProblemTimings | None:
+    """A measured problem with its configs, or None if the problem is none."""
+    try:
+        problem, entries = decode(op.problem, data["problem"]), list(data["configs"])
+        for name, value in fields(problem, "dynamic").items():
+            if not 0 < value < 2**63 if name in keyed_fields(problem) else isinstance(value, float) and not math.isfinite(value):
+                raise SweepError(f"{name}={value} was never measured")
+    except UNREADABLE as error:
+        _say_once(f"{op.name}: a problem that was measured is ignored: {type(error).__name__}: {error}")
+        return None
+    return ProblemTimings(problem, tuple(ranked for ranked in (_ranked(op, entry) for entry in entries) if ranked is not None))
 
 
 def _ranked(op: Op, data: Any) -> RankedConfig | None:
-    """A measured config, or None if it is no config of the op's any more."""
+    """A measured config, or None if it is no config of the op's any more, or no timing."""
     try:
         config = decode(op.config, data["config"])
         check_choices(config)
-    except (SweepError, ConfigError) as error:
-        _say_once(f"{op.name}: a config that was measured is ignored: {error}")
+        ranked: RankedConfig = decode(RankedConfig, {**data, "config": None})
+        ranked.timing.check()
+    except UNREADABLE as error:
+        text = str(error) if isinstance(error, VidrialError) else f"{type(error).__name__}: {error}"
+        _say_once(f"{op.name}: a config that was measured is ignored: {text}")
         return None
-    ranked: RankedConfig = decode(RankedConfig, {**data, "config": None})
     return dataclasses.replace(ranked, config=config)
+
+
+def _is_like(a: Any, b: Any) -> bool:
+    return fields(a, "static") == fields(b, "static") and size_class(a) == size_class(b)
 
 
 def _say_once(text: str) -> None:

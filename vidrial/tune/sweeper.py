@@ -174,8 +174,10 @@ class _Sweep:
         name = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
         path = Path(named) if named else _journals() / f"{self.op.name}-{self.device.key}-{name}.jsonl"
         journal = Journal(path, self.op, facts, fresh=resume is None or resume is False)
-        if resume is True and not journal.trials:
+        if resume and not journal.trials:
             self.notes.append("there was no journal to go on with: begun anew")
+        if journal.outdated:
+            self.notes.append(f"{journal.outdated} trials of the journal do not count: their configs make choices that are none any more")
         return journal
 
     def _keep(self, error: BaseException) -> None:

@@ -14,6 +14,8 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
+from vidrial.errors import SweepError
+
 Run = Callable[[], None]
 # Half the width of the 95 % interval of a median, in IQRs times sqrt(samples): McGill, Tukey & Larsen 1978.
 NOTCH = 1.57
@@ -38,6 +40,15 @@ class Timing:
         """The timing of samples in milliseconds, at least one."""
         low, _, high = statistics.quantiles(times, n=4, method="inclusive") if len(times) > 1 else (times[0],) * 3
         return cls(statistics.median(times), high - low, len(times))
+
+    def check(self) -> None:
+        """Refuse what no GPU takes.
+
+        Raises:
+            SweepError: a time or its range is negative, nothing or not finite, or there is no sample.
+        """
+        if not (0 < self.median_ms < math.inf and 0 <= self.iqr_ms < math.inf and self.samples >= 1):
+            raise SweepError(f"no timing: median_ms={self.median_ms}, iqr_ms={self.iqr_ms}, samples={self.samples}")
 
     @property
     def noise_ms(self) -> float:

@@ -79,21 +79,36 @@ class Trial(Generic[P, C]):
         """The trial that `encode` wrote.
 
         Raises:
-            SweepError: a field is missing, unknown or of another type.
+            SweepError: a field is missing, unknown or of another type, or its value is none that a sweep writes.
         """
-        return typing.cast(Trial[P, C], decode(cls, data, {"problem": op.problem, "config": op.config}))
+        trial = typing.cast(Trial[P, C], decode(cls, data, {"problem": op.problem, "config": op.config}))
+        trial._check()
+        return trial
 
     @classmethod
     def from_plain_json(cls, data: object) -> PlainTrial:
         """The trial that `encode` wrote, without its op: the problem is its facts by name, the config the line of text that `describe` makes.
 
         Raises:
-            SweepError: a field is missing, unknown or of another type.
+            SweepError: a field is missing, unknown or of another type, or its value is none that a sweep writes.
         """
         trial: Trial[Any, Any] = decode(cls, data)
         if not isinstance(trial.problem, dict) or not isinstance(trial.config, dict):
             raise SweepError(f"problem {trial.problem!r} and config {trial.config!r} are not fields by name")
+        for name, value in trial.problem.items():
+            if isinstance(value, dict) or (type(value) in (int, float) and not abs(value) < 2**63):
+                raise SweepError(f"{name}={value!r} is no fact of a problem")
+        trial._check()
         return replace(trial, config=" ".join(_words(trial.config)))
+
+    def _check(self) -> None:
+        if self.timing is not None:
+            self.timing.check()
+        figures = [self.reference_ms, *(figure for r in self.resources for figure in (r.registers, r.spill_bytes, r.smem_bytes))]
+        if not all(0 <= figure < 2**63 for figure in figures):
+            raise SweepError(f"figures that nothing takes: {figures}")
+        if self.status is Status.ok and self.check is not None and not self.check.ok:
+            raise SweepError(f"status ok, but {self.check} is beyond its bounds")
 
     def __str__(self) -> str:
         return f"{describe(self.config)}: {self.timing if self.ok else f'{self.status.name}: {self.reason}'}"
