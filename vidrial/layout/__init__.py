@@ -5,19 +5,7 @@ Public names are those of `__all__`.
 
 from __future__ import annotations
 
-from vidrial.layout.algebra import (
-    ComposedLayout,
-    Layout,
-    Swizzle,
-    coalesce,
-    complement,
-    composition,
-    left_inverse,
-    logical_divide,
-    logical_product,
-    make_layout,
-    right_inverse,
-)
+from vidrial.layout.algebra import ComposedLayout, Layout, Swizzle
 from vidrial.layout.atoms import VECTOR, CopyAtom, MMA_16x8x8, MMA_16x8x16, MmaAtom, cp_async, ldmatrix, wgmma
 from vidrial.layout.attention import AttentionTiles, attention_tiles
 from vidrial.layout.barriers import Barrier, Barriers, Meeting, NamedBarriers, Roles, TmaRing
@@ -63,17 +51,9 @@ __all__ = [
     "VECTOR",
     "WarpgroupMma",
     "attention_tiles",
-    "coalesce",
-    "complement",
-    "composition",
     "cp_async",
     "draw",
     "equal_groups",
     "ldmatrix",
-    "left_inverse",
-    "logical_divide",
-    "logical_product",
-    "make_layout",
-    "right_inverse",
     "wgmma",
 ]

@@ -1,12 +1,9 @@
-"""CuTe's layouts as values: `Layout`, `Swizzle` and `ComposedLayout`, which evaluate, compose and print as their C++ types.
-
-The algebra is pycute's (the Python half of CuTe); what comes back from it is a frozen value again. All integers are static.
-"""
+"""CuTe's layouts as values: `Layout`, `Swizzle` and `ComposedLayout`, which evaluate and print as their C++ types. All integers are static."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+import math
 from typing import Any, TypeAlias, TypeVar, overload
 
 import numpy as np
@@ -28,10 +25,7 @@ def flatten(t: IntTuple) -> tuple[int, ...]:
 
 def product(t: IntTuple) -> int:
     """Product of the integers of a nested tuple."""
-    result = 1
-    for i in flatten(t):
-        result *= i
-    return result
+    return math.prod(flatten(t))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -169,66 +163,6 @@ class ComposedLayout:
         return f"Swizzle<{self.swizzle.bits},{self.swizzle.base},{self.swizzle.shift}> o {self.offset} o {self.layout}"
 
 
-def make_layout(*modes: Layout) -> Layout:
-    """The layout whose modes are the given ones."""
-    return Layout(tuple(m.shape for m in modes), tuple(m.stride for m in modes))
-
-
-def coalesce(layout: Layout) -> Layout:
-    """The same function of integer coordinates, in the fewest modes."""
-    return _algebra(pycute.coalesce, layout)
-
-
-def composition(a: Layout, b: Layout) -> Layout:
-    """`a(b(i))` for each i.
-
-    Raises:
-        LayoutError: no layout is that function, or `b` leaves the domain of `a`.
-    """
-    result = _algebra(pycute.composition, a, b)
-    if b.cosize > a.size or not np.array_equal(result.indices(), a(b.indices())):
-        raise LayoutError(f"{a} o {b} is not a layout: the extents of the second must divide, or be divided by, those of the first")
-    return result
-
-
-def complement(layout: Layout, size: int) -> Layout:
-    """The layout that, beside an injective `layout`, reaches the rest of `size` indices once each.
-
-    Raises:
-        LayoutError: `layout` reaches an index twice, or leaves gaps that no layout fills.
-    """
-    result = _algebra(pycute.complement, layout, size)
-    both = make_layout(without_broadcast(layout), result).indices()
-    if len(np.unique(both)) != both.size:
-        raise LayoutError(f"{layout} has no complement in {size}: it reaches an index twice, or its strides do not divide one another")
-    return result
-
-
-def without_broadcast(layout: Layout) -> Layout:
-    """`layout` without its modes of stride 0, coalesced."""
-    return _algebra(pycute.filter, layout)
-
-
-def right_inverse(layout: Layout) -> Layout:
-    """The largest layout r with `layout(r(i)) == i`."""
-    return _algebra(pycute.right_inverse, layout)
-
-
-def left_inverse(layout: Layout) -> Layout:
-    """The layout l with `l(layout(i)) == i`, for an injective `layout`."""
-    return _algebra(pycute.left_inverse, layout)
-
-
-def logical_divide(layout: Layout, tile: Layout) -> Layout:
-    """`layout` split in two modes: within a tile, and over the tiles."""
-    return composition(layout, make_layout(tile, complement(tile, layout.size)))
-
-
-def logical_product(layout: Layout, tiler: Layout) -> Layout:
-    """`layout`, repeated as `tiler` says, in two modes: within a copy, and over the copies."""
-    return make_layout(layout, composition(complement(layout, layout.size * tiler.cosize), tiler))
-
-
 def _index(coordinate: Any, shape: IntTuple, stride: IntTuple) -> Any:
     if isinstance(shape, tuple) and isinstance(stride, tuple):
         if isinstance(coordinate, tuple):
@@ -261,16 +195,6 @@ def _congruent(a: IntTuple, b: IntTuple) -> bool:
     if isinstance(a, tuple) and isinstance(b, tuple):
         return len(a) == len(b) and all(map(_congruent, a, b))
     return not isinstance(a, tuple) and not isinstance(b, tuple)
-
-
-def _algebra(function: Callable[..., Any], *arguments: Any) -> Layout:
-    """A pycute function on values; what it refuses by assertion becomes a LayoutError."""
-    try:
-        result = function(*(pycute.Layout(x.shape, x.stride) if isinstance(x, Layout) else x for x in arguments))
-    except AssertionError:
-        call = f"{function.__name__}({', '.join(map(str, arguments))})"
-        raise LayoutError(f"{call} is not a layout; the extents and strides must divide") from None
-    return Layout(result.shape, result.stride)
 
 
 def _int(i: int) -> str:
