@@ -79,6 +79,7 @@ REFUSED: dict[str, tuple[Any, str]] = {
         lambda: TensorMap(TmaTile(SmemLayout(BF16, 64, 128)), "k", (65, 120), (128,)),
         "120 columns are not whole blocks of 64; give the TmaTile column_tail=True",
     ),
+    "a ragged map without an end": (lambda: TensorMap.ragged(box(1), "k", (65, 64), (64,), 40), "a last dimension for a sequence's end"),
     "no tile": (lambda: TmaRing((), 4), "a ring of tiles of .* stages; give tiles that all have the same number"),
     "other stages": (lambda: TmaRing((box(2), box(3)), 4), r"a ring of tiles of \[2, 3\] stages"),
     "no reader": (lambda: TmaRing((box(2),), 0), "a ring that 0 warps read"),

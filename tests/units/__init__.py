@@ -293,6 +293,20 @@ def tma(
     return case
 
 
+def ragged(row: int, end: int) -> Case:
+    """Rows of one of three sequences packed one behind the other: [row, head, column], zeros from the sequence's end on."""
+    case = tma(f"ragged-{row}-{end}", SmemLayout(DType.bfloat16, 64, 128), (77, 128, 3, 2), (0, 0, 1, 1))
+    stored, _ = numbers(np.random.default_rng(RNG_SEED), (150, 3, 128), DType.bfloat16)
+    expected = np.zeros((64, 128), np.uint16)
+    expected[: end - row] = stored.view(np.uint16)[row : min(end, row + 64), 1]
+    box = TmaTile(SmemLayout(DType.bfloat16, 64, 128), ("head", "end"))
+    case.maps = (TensorMap.ragged(box, "0", (150, 128, 3), (3 * 128, 128), 90),)
+    case.source = case.source.replace("#define OUTER", "#define RAGGED 90\n#define OUTER")
+    case.arrays, case.integers = [stored.view(np.uint16), np.zeros((64, 128), np.uint16)], (row, 0, 1, end)
+    case.expected = {1: (expected.astype(np.float64), 0.0)}
+    return case
+
+
 def roles() -> Case:
     """A producer and two consumers: ring, bulk copies, votes, named barriers, registers, a dynamic schedule of 11 tiles."""
     rng, count = np.random.default_rng(RNG_SEED), 11
@@ -387,6 +401,8 @@ def hopper() -> Iterator[Case]:
     yield tma("rank-4-tail-of-columns", SmemLayout(bf16, 64, 128), (77, 120, 3, 2), (40, 0, 1, 1), column_tail=True)
     yield tma("float32", SmemLayout(single, 32, 32, swizzle=Swizzle(3, 2, 3)), (77, 32), (64, 0))
     yield tma("offset", SmemLayout(bf16, 64, 64), (70, 64), (32, 0), offset=8)
+    for row, end in ((0, 64), (0, 41), (64, 131), (131, 150), (86, 150), (120, 131)):
+        yield ragged(row, end)
     yield roles()
     for i, n in enumerate((8, 24, 40, 80, 104, 176, 200, 256)):
         yield wgmma_own((bf16, half)[i % 2], n, a_shared=i % 4 < 2, transposed=False)

@@ -16,7 +16,9 @@ extern "C" __global__ void __launch_bounds__(128) unit(__grid_constant__ Args co
   __syncthreads();
   if (threadIdx.x == 0) {
     Bars::full::expect(barriers, Box::kBytes);
-#if OUTER == 2
+#if RAGGED
+    Box::load_ragged(args.map, Bars::full::address(barriers), smem, vidrial::kEvictNormal, RAGGED, args.batch, args.row, args.column, args.head);
+#elif OUTER == 2
     Box::load(args.map, Bars::full::address(barriers), smem, vidrial::kEvictFirst, args.row, args.column, args.head, args.batch);
 #elif OUTER == 1
     Box::load(args.map, Bars::full::address(barriers), smem, vidrial::kEvictLast, args.row, args.column, args.head);

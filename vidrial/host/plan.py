@@ -67,7 +67,8 @@ class HostPlan(Generic[P, C]):
                 try:
                     stats[stage.kernel.name] = binary.launch(grid, tiles.threads, tiles.smem or 0, packed, pointers, schedule)
                 except LaunchError as error:
-                    raise LaunchError(_named(str(error), stage.kernel.args.pointers, every)) from error
+                    arguments = {offset: name for name, offset in stage.kernel.args.pointers.items()}
+                    raise LaunchError(_named(str(error), arguments | {o: map.array for o, (_, map) in maps.items()}, every)) from error
         return stats
 
     def results(self, inputs: Mapping[str, NDArray[Any]], schedule: Schedule = SCHEDULES[0]) -> dict[str, NDArray[Any]]:
@@ -85,11 +86,10 @@ def _poisoned(buffers: Mapping[str, Buffer]) -> dict[str, NDArray[Any]]:
     return {name: poison(buffer.shape, buffer.dtype) for name, buffer in buffers.items()}
 
 
-def _named(message: str, pointers: Mapping[str, int], arrays: Mapping[str, object]) -> str:
+def _named(message: str, pointers: Mapping[int, str], arrays: Mapping[str, object]) -> str:
     """A launch's message with arrays by their names, and the pointers that are null."""
-    names = {str(offset): name for name, offset in pointers.items()}
-    message = re.sub(r"the array at offset (\d+) of the arguments", lambda found: f"array {names[found[1]]}", message)
-    null = ", ".join(name for name in pointers if name not in arrays)
+    message = re.sub(r"the array at offset (\d+) of the arguments", lambda found: f"array {pointers[int(found[1])]}", message)
+    null = ", ".join(name for name in pointers.values() if name not in arrays)
     note = f"\n  null pointers, for which the op has no input, output or workspace of that name: {null}" if null else ""
     said, mark, report = message.partition("\nwhole ")
     return said + note + mark + report

@@ -154,6 +154,26 @@ class TensorMap:
                 f"tensor map of {self.array}: it begins {self.offset * size} bytes into the array; TMA takes multiples of {VECTOR_BYTES}"
             )
 
+    @classmethod
+    def ragged(cls, tile: TmaTile, array: str, shape: tuple[int, ...], strides: tuple[int, ...], longest: int) -> TensorMap:
+        """Of sequences packed one behind the other: `shape` and `strides` are those of all rows, the last of `tile.outer` says where one ends.
+
+        Device code gives `TmaTile::load_ragged` the row, and the row at which its sequence ends: what lies beyond that becomes zero, by the
+        hardware, though another sequence is there. `longest`: rows of the longest sequence, or more.
+
+        Raises:
+            LayoutError: TMA cannot take such a tensor, or `tile.outer` has nothing for the end.
+        """
+        # NOTE: the same memory along two dimensions: row `longest - n` of the view that begins `longest` rows before `end` is row `end - n`.
+        if not tile.outer or longest < 1:
+            raise LayoutError(
+                f"tensor map of {array}: {longest} rows of the longest sequence, dimensions {('row', 'column', *tile.outer)}; "
+                "give at least 1 row, and a last dimension for a sequence's end"
+            )
+        rows, columns, *outer = shape
+        ends = (longest, columns, *outer, rows + 1)
+        return cls(tile, array, ends, (*strides, strides[0]), -longest * strides[0])
+
     @property
     def dims(self) -> tuple[int, ...]:
         """Extents, innermost first, as the box has them."""

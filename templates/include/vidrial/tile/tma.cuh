@@ -19,6 +19,12 @@ struct TmaTile {
       for (int i = 0; i < Blocks; ++i) tma_load(map, barrier, target + i * (kBytes / Blocks), hint, column + i * Block, row, outer...);
     }
   }
+
+  // Of a map of sequences packed one behind the other (TensorMap.ragged, `longest` rows at most): rows at and beyond `end` become zeros.
+  template <class... C>
+  CUTE_DEVICE static void load_ragged(TensorMap const& map, uint32_t barrier, uint32_t target, uint64_t hint, int longest, int end, int row, int column, C... outer) {
+    load(map, barrier, target, hint, longest - end + row, column, outer..., end);
+  }
 };
 
 }  // namespace vidrial

@@ -16,6 +16,11 @@ struct TmaTile : UncountedTmaTile<Tile, Block, Blocks, Split> {
     host::Counted const self(&host::identity<TmaTile>);
     UncountedTmaTile<Tile, Block, Blocks, Split>::load(static_cast<X&&>(x)...);
   }
+  template <class... X>
+  static void load_ragged(X&&... x) {
+    host::Counted const self(&host::identity<TmaTile>);
+    UncountedTmaTile<Tile, Block, Blocks, Split>::load_ragged(static_cast<X&&>(x)...);
+  }
 };
 
 }  // namespace vidrial
