@@ -43,6 +43,10 @@ class CompileError(VidrialError, RuntimeError):
     """A rendered source that does not compile; names the template's line and the config."""
 
 
+class CompileStopped(CompileError):
+    """A compile that crashed its compiler or took too long: another time, on another machine, it may go through."""
+
+
 class LaunchError(VidrialError, RuntimeError):
     """A launch that the driver, or the host target, refused or aborted."""
 

@@ -6,18 +6,23 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from vidrial.build import cubins as build_module
+from vidrial.build import once as once_module
 from vidrial.build import toolchain
 from vidrial.build.nvrtc import Cubin, Resources, compile_source, cubin_key
 from vidrial.build.pool import MALLOC, CompilePool, Job, worker_environment
+from vidrial.build.processes import Child
 from vidrial.build.store import Store
-from vidrial.errors import CompileError, ToolchainError
+from vidrial.errors import CompileError, CompileStopped, ToolchainError
 from vidrial.spec.source import Source
 
 SOURCE = """// includes sha256:0
@@ -196,6 +201,58 @@ def test_a_crash_is_named() -> None:
         assert key == "crash" and isinstance(error, CompileError)
         assert "SIGABRT" in str(error) and "Config(m=1)" in str(error)
         assert isinstance(next(results)[1], Cubin)
+
+
+def test_a_workers_own_exception_is_no_configs_fault(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "broken.py").write_text("def server(send, folder):\n    return lambda request: [][1]\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    pool = CompilePool(1)
+    monkeypatch.setattr(pool, "_take", lambda: Child("broken:server", folder=True))
+    with pool, pytest.raises(ToolchainError, match="IndexError: list index out of range") as raised:
+        list(pool.compile_many([Job("k", source(1), "tiny", "sm_80", "Config(m=1)")]))
+    assert "Config(m=1)" not in str(raised.value) and "broken.py" in "".join(raised.value.__notes__)
+
+
+def test_many_threads_first_calls_compile_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("VIDRIAL_CACHE_DIR", str(tmp_path))
+    compiled, real = list[str](), build_module.compile_source
+
+    def slow(text: str, *args: Any, **named: Any) -> Cubin:
+        compiled.append(text)
+        time.sleep(0.2)
+        return real(text, *args, **named)
+
+    monkeypatch.setattr(build_module, "compile_source", slow)
+    sources = [Source(source(n), "tiny", "tiny.cu.j2", ()) for n in (1, 2)]
+    bad = Source(source("nothing"), "tiny", "tiny.cu.j2", ())
+    with ThreadPoolExecutor(16) as threads:
+        images = list(threads.map(lambda n: build_module.build(sources[n % 2], "sm_80").image, range(16)))
+        refused = [threads.submit(build_module.build, bad, "sm_80") for _ in range(8)]
+        assert all(isinstance(one.exception(), CompileError) for one in refused)
+    assert len(set(images)) == 2 and images[0::2] == images[:1] * 8
+    assert compiled.count(sources[0].text) == compiled.count(sources[1].text) == 1 and compiled.count(bad.text) <= 8
+    assert not once_module._making
+
+
+def test_a_compile_in_this_process_has_a_limit(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("VIDRIAL_CACHE_DIR", str(tmp_path))
+    hangs, go_on = Source(source(3), "tiny", "tiny.cu.j2", ()), threading.Event()
+    monkeypatch.setattr(build_module, "compile_source", lambda *args, **named: go_on.wait(60))
+    monkeypatch.setattr(build_module, "TIMEOUT_SECONDS", 0.3)
+    begin = time.monotonic()
+    with pytest.raises(CompileStopped, match=r"tiny for sm_80 did not compile within 0.3 s: Config\(m=2\)"):
+        build_module.build(hangs, "sm_80", "Config(m=2)")
+    assert time.monotonic() - begin < 10
+    # A child that is forked meanwhile does not wait for a thread that it does not have.
+    if (pid := os.fork()) == 0:
+        monkeypatch.undo()
+        os._exit(
+            0
+            if once_module.once("another", lambda: 7, 20.0) == once_module.once(cubin_key(hangs.text, "sm_80"), lambda: 7, 20.0) == 7
+            else 1
+        )
+    assert os.waitpid(pid, 0)[1] == 0
+    go_on.set()
 
 
 def _dying(worker: object) -> object:

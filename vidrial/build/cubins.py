@@ -8,11 +8,12 @@ from dataclasses import asdict
 from typing import Any, TypeVar
 
 from vidrial.build.nvrtc import Cubin, Resources, compile_source, cubin_key
-from vidrial.build.pool import CompilePool, Job
+from vidrial.build.once import once
+from vidrial.build.pool import TIMEOUT_SECONDS, CompilePool, Job
 from vidrial.build.store import Store
 from vidrial.build.toolchain import nvrtc
 from vidrial.device import Device
-from vidrial.errors import CompileError, FrozenError
+from vidrial.errors import CompileError, CompileStopped, FrozenError
 from vidrial.spec.kernel import Kernel
 from vidrial.spec.source import Source
 
@@ -55,10 +56,10 @@ def _publish(key: str, cubin: Cubin, source: Source) -> Cubin:
 
 
 def build(source: Source, arch: str, config: str = "") -> Cubin:
-    """The cubin of a source: out of the cache, else compiled and published there. `config` appears in errors.
+    """The cubin of a source: out of the cache, else compiled and published there, once for all threads. `config` appears in errors.
 
     Raises:
-        CompileError: the source does not compile. ToolchainError: NVRTC or a header is missing.
+        CompileError: the source does not compile, or not within `TIMEOUT_SECONDS`. ToolchainError: NVRTC or a header is missing.
         FrozenError: it is not compiled yet, and compiling is frozen.
     """
     key, cubin = look_up(source, arch)
@@ -67,7 +68,17 @@ def build(source: Source, arch: str, config: str = "") -> Cubin:
             f"kernel {source.entry} for {arch} is not compiled, and compiling is frozen: {config}; "
             "prepare it before freeze(), or freeze(False)"
         )
-    return cubin or _publish(key, compile_source(source.text, source.entry, arch, config=config, includes=source.include_dirs), source)
+
+    def make() -> Cubin:
+        return _publish(key, compile_source(source.text, source.entry, arch, config=config, includes=source.include_dirs), source)
+
+    try:
+        return cubin or once(key, make, TIMEOUT_SECONDS)
+    except TimeoutError:
+        raise CompileStopped(
+            f"kernel {source.entry} for {arch} did not compile within {TIMEOUT_SECONDS:g} s: {config}; "
+            "make it smaller, or begin a new process if it has compiled before"
+        ) from None
 
 
 def build_many(

@@ -14,7 +14,7 @@ from vidrial import errors
 from vidrial.build.files import Closing
 from vidrial.build.nvrtc import Cubin, Resources, compile_source
 from vidrial.build.processes import Child, Ended, ready
-from vidrial.errors import CompileError, VidrialError
+from vidrial.errors import CompileError, CompileStopped, ToolchainError, VidrialError
 from vidrial.settings import Settings
 
 # A compile asks for the same memory as the one before: kept by malloc, in large pages, it costs 4 % less time. Other C libraries ignore this.
@@ -75,7 +75,7 @@ class CompilePool(Closing):
     """Compiles in `jobs` long-lived processes, because NVRTC serialises the compiles of one process.
 
     Processes start when first needed and die with this one. A process that crashes or exceeds `timeout` seconds costs its
-    job a `CompileError` and is replaced. A pool serves one `compile_many` at a time; use it as a context manager.
+    job a `CompileStopped` and is replaced. A pool serves one `compile_many` at a time; use it as a context manager.
     """
 
     def __init__(self, jobs: int | None = None, timeout: float = TIMEOUT_SECONDS) -> None:
@@ -87,7 +87,7 @@ class CompilePool(Closing):
         """Compile (key, source, name, arch[, config, includes]) and yield (key, Cubin or CompileError) as they finish, in any order.
 
         Raises:
-            ToolchainError: NVRTC or a header is missing.
+            ToolchainError: NVRTC or a header is missing, or a process met an exception of its own.
         """
         pending, busy = deque(Job(*job) for job in jobs), dict[Child, Job]()
         try:
@@ -123,6 +123,10 @@ class CompilePool(Closing):
         return Child("vidrial.build.pool:server", environment=worker_environment(), folder=True)
 
     def _ended(self, job: Job, error: Ended) -> CompileError:
+        if error.raised:
+            failed = ToolchainError(f"a compiling process failed, whatever it was to compile: {error.how}")
+            failed.add_note(f"there: {error.raised}")
+            raise failed
         how = f"took more than {self.timeout:g} s and was stopped" if error.late else f"ended its compiler: {error.how}"
         about = f"\n  config: {job.config}" if job.config else ""
-        return CompileError(f"{job.name} for {job.arch} {how}. Reject this config, or compile it alone to see more{about}")
+        return CompileStopped(f"{job.name} for {job.arch} {how}. Reject this config, or compile it alone to see more{about}")

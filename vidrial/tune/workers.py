@@ -231,7 +231,7 @@ class _Worker:
         try:
             message = child.receive()
         except Ended as error:
-            reply = Reply(Status.crash, f"the measuring process ended by {error.how}", at=self._at)
+            reply = Reply(Status.crash, f"the measuring process ended by {error.how}\n{error.raised}".strip(), at=self._at)
             if error.late:
                 reply = Reply(Status.timeout, f"no answer within {self._limit:g} s: it hangs, or is far too slow", at=self._at)
         else:
