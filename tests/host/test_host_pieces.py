@@ -129,10 +129,15 @@ WRONG = {
     "the bias of the neighbour": ("collective/epilogue", "row + r, column + j + 1)", "row + r, column + j)", SYNC),
     "another row's place": ("collective/epilogue", "int const r = Mma::row_of(m, 2 * h)", "int const r = Mma::row_of(m, 2 - 2 * h)", WGMMA),
     "a small GELU": ("collective/epilogue", "0.044715f", "0.04f", "gemm-sync-128x50x66-4-4-float32-64"),
-    "the first stage of A": ("tile/wgmma", "fma(c[m], a(a_stage, k, m * 64), at,", "fma(c[m], a(0, k, m * 64), at,", WGMMA),
-    "the first rows of A": ("tile/wgmma", "fma(c[m], a(a_stage, k, m * 64), at,", "fma(c[m], a(a_stage, k, 0), at,", WGMMA),
+    "the first stage of A": ("tile/wgmma", "Atom::fma(c[m], a(a_stage, k, m * 64), at);", "Atom::fma(c[m], a(0, k, m * 64), at);", WGMMA),
+    "the first rows of A": ("tile/wgmma", "Atom::fma(c[m], a(a_stage, k, m * 64), at);", "Atom::fma(c[m], a(a_stage, k, 0), at);", WGMMA),
     "the first stage of B": ("tile/wgmma", "uint64_t const at = b(b_stage, k);", "uint64_t const at = b(0, k);", WGMMA),
-    "C overwritten": ("tile/wgmma", "at, cute::SM90::GMMA::ScaleOut::One,", "at, cute::SM90::GMMA::ScaleOut::Zero,", WGMMA),
+    "C overwritten": (
+        "tile/wgmma",
+        "Atom::fma(c[m], a(a_stage, k, m * 64), at);",
+        "Atom::fma(c[m], a(a_stage, k, m * 64), at, k > 0);",
+        WGMMA,
+    ),
 }
 
 

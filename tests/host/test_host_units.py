@@ -23,9 +23,6 @@ def test_unit(case: Case) -> None:
             array[...] = original
         stats = binary.launch((case.ctas,), case.block, case.shared_bytes, case.packed, case.pointers, schedule)
         case.check()
-        assert stats.mma == ('"mma.cu"' in case.source)
-        assert stats.wgmma == 4 * ('"wgmma.cu"' in case.source) + 8 * ('"wgmma_atom.cu"' in case.source)
-        assert stats.ldmatrix == ("ldmatrix.cu" in case.source)
         for name, count in (case.counts or {}).items():
             assert getattr(stats, name) == count, name
 

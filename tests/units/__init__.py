@@ -136,7 +136,9 @@ def wgmma(element: str, n: int, major: str, width: int, *, shared_a: str = "", n
     name = f"wgmma-{element}-{kind}-{n}-{shared_a}{major}-{16 * width}" + "-negated" * negate + "-fresh" * fresh
     shared_bytes = 128 * (rows[0] + rows[1] * bool(shared_a))
     arrays = [*encoded, np.ascontiguousarray(c.T)]
-    return Case(name, text("wgmma.cu", *definitions), 128, shared_bytes, arrays, (), {2: (expected.T, 0.0)}, "sm_90a", {"wgmma": 4})
+    return Case(
+        name, text("wgmma.cu", *definitions), 128, shared_bytes, arrays, (), {2: (expected.T, 0.0)}, "sm_90a", counts={"wgmma": 4, "mma": 0}
+    )
 
 
 def ldmatrix(atom: str, matrices: int) -> Case:
@@ -379,6 +381,7 @@ def wgmma_own(dtype: DType, n: int, *, a_shared: bool, transposed: bool) -> Case
         (),
         {2: (expected, 0.0)},
         "sm_90a",
+        counts={"wgmma": 8, "mma": 0},
     )
     case.maps = tuple(TensorMap(box, str(i), x.shape, x.shape[1:]) for i, (box, x) in enumerate(zip(boxes, (a, b), strict=True)))
     return case
