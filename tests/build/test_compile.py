@@ -22,7 +22,10 @@ from vidrial.build.nvrtc import Cubin, Resources, compile_source, cubin_key
 from vidrial.build.pool import MALLOC, CompilePool, Job, worker_environment
 from vidrial.build.processes import Child
 from vidrial.build.store import Store
+from vidrial.dtypes import DType
 from vidrial.errors import CompileError, CompileStopped, ToolchainError
+from vidrial.layout.smem import SmemLayout
+from vidrial.layout.wgmma import WarpgroupMma
 from vidrial.spec.source import Source
 
 SOURCE = """// includes sha256:0
@@ -320,3 +323,32 @@ def test_a_worker_keeps_its_memory_unless_told_otherwise(monkeypatch: pytest.Mon
         environment = Path(f"/proc/{pool._idle[0].process.pid}/environ").read_bytes()
     # glibc may have put zeros where the colons were.
     assert f"\0GLIBC_TUNABLES={MALLOC.partition(':')[0]}".encode() in b"\0" + environment
+
+
+def test_serialised_wgmma_are_refused() -> None:
+    """Accumulators that are touched while a product works on them."""
+    tile = SmemLayout(DType.bfloat16, 64, 64)
+    mma = WarpgroupMma(DType.bfloat16, 1, (64, 64, 64), tile)
+    source = f"""#include <vidrial/prelude.cuh>
+#include <vidrial/tile/wgmma.cuh>
+{mma.atom.definition}
+using Mma = {mma.cpp};
+extern "C" __global__ void __launch_bounds__(128) k(float* x, uint32_t* y, uint32_t n) {{
+  float c[Mma::N][4] = {{}}, d[Mma::N][4] = {{}};
+  uint32_t a[Mma::K][4];
+  for (int k = 0; k < Mma::K; ++k)
+    for (int r = 0; r < 4; ++r) a[k][r] = y[(4 * k + r) * 128 + threadIdx.x];
+  typename Mma::B b(n, threadIdx.x);
+  for (uint32_t i = 0; i < n; ++i) {{
+    Mma::gemm(c, a, b, 0);
+    // TOUCH
+    Mma::wait<0>();
+  }}
+  for (int i = 0; i < 4 * Mma::N; ++i) x[i * 128 + threadIdx.x] = c[i / 4][i % 4] + d[i / 4][i % 4];
+}}"""
+    assert compile_source(source, "k", "sm_90a").resources.registers > 32
+    wrong = source.replace("// TOUCH", "for (int k = 0; k < 4 * Mma::N; ++k) c[k / 4][k % 4] *= x[k];")
+    message = r"k for sm_90a: ptxas serialises its wgmma: \(C751[0-4]\) .*serialized.*\n  see docs/device_api"
+    with pytest.raises(CompileError, match=message) as caught:
+        compile_source(wrong, "k", "sm_90a", config="m=64")
+    assert "config: m=64" in str(caught.value) and "whole log" in str(caught.value)

@@ -16,7 +16,7 @@ from power_host import PARTS, assert_right, late_error, plant, run
 from vidrial.build.nvrtc import Cubin
 from vidrial.build.pool import CompilePool, Job
 from vidrial.device import Device
-from vidrial.errors import LaunchError
+from vidrial.errors import CompileError, LaunchError
 from vidrial.host import plan as plans
 from vidrial.host.target import SCHEDULES, Schedule
 from vidrial.kernels.power_retention import attend, scan, scan_wgmma
@@ -320,5 +320,5 @@ def test_products_run_on(order: str, tmp_path: Path) -> None:
     jobs = [Job(text, text, source.entry, "sm_90a", includes=source.include_dirs) for text, source in sources.items()]
     with CompilePool() as pool:
         for key, cubin in pool.compile_many([*jobs, Job("bad", text, last.entry, "sm_90a", includes=(*folders, *last.include_dirs))]):
-            assert isinstance(cubin, Cubin), cubin
-            assert ("serialized" in cubin.log) == (key == "bad"), cubin.log
+            assert isinstance(cubin, CompileError if key == "bad" else Cubin), cubin
+            assert key != "bad" or "ptxas serialises its wgmma: (C751" in str(cubin)

@@ -23,6 +23,9 @@ PCH_HEAP_BYTES = 1 << 29
 PCH_OPTIONS = ("--pch", "--pch-messages=false", "-diag-suppress=20283")
 HEADER_STOP = "#pragma nv_hdrstop\n"
 _ERROR = re.compile(r"^(?P<file>[^\s(][^(\n]*)\((?P<line>\d+)\): (?:catastrophic )?error(?: #[\w-]+)?: (?P<text>.*)$", re.MULTILINE)
+# Where ptxas runs all wgmma of a function one after another: several times slower. NOTE: not C7517, a wait that it adds: kernels that were
+# measured fastest have it.
+_SERIALISED = re.compile(r"\((C751[0-4])\) (.*)")
 _INSTANTIATED = re.compile(r'at line (\d+) of "?([^"\n]+?)"?$', re.MULTILINE)
 
 
@@ -79,7 +82,7 @@ def compile_source(source: str, name: str, arch: str, *, pch: str | None = None,
     `#pragma nv_hdrstop` is then parsed once. `includes` are folders to search before the toolchain's.
 
     Raises:
-        CompileError: the source does not compile; names the template's line, and where the whole log is.
+        CompileError: the source does not compile, or ptxas serialises its wgmma; names the template's line, and where the whole log is.
         ToolchainError: NVRTC or a header is missing.
     """
     binding, toolchain, arch = nvrtc(), Toolchain.find(), arch_name(arch)
@@ -101,13 +104,17 @@ def compile_source(source: str, name: str, arch: str, *, pch: str | None = None,
         raise CompileError(_explain(log, f"{name} for {arch}", source, config)) from None
     finally:
         binding.destroyProgram(program)
+    if found := _SERIALISED.search(log):
+        raise CompileError(_explain(log, f"{name} for {arch}", source, config, f"ptxas serialises its wgmma: ({found[1]}) {found[2]}"))
     return Cubin(image, arch, Resources.parse(log), log, time.perf_counter() - start)
 
 
-def _explain(log: str, title: str, source: str, config: str) -> str:
-    """The first error of a log, where its cause stands in the template, the config, and where the whole log is."""
+def _explain(log: str, title: str, source: str, config: str, fault: str = "") -> str:
+    """The first error of a log, or `fault`, where its cause stands in the template, the config, and where the whole log is."""
     found = _ERROR.search(log)
-    if found:
+    if fault:
+        lines = [f"{title}: {fault}", "see docs/device_api.md, how wgmma may be used; or take a config with fewer registers"]
+    elif found:
         place, following = f"{found['file']}:{found['line']}", _ERROR.search(log, found.end())
         users = _INSTANTIATED.findall(log, found.end(), following.start() if following else len(log))
         lines = [f"{title} does not compile: {found['text']}", f"at {place}"]
