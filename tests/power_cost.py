@@ -186,10 +186,12 @@ def fit(times: Times, steps: int = 25) -> dict[str, float]:
                 step = np.clip(-np.linalg.solve(square + damping * np.diag(np.diag(square) + 1e-9), slopes.T @ now), -0.5, 0.5)
                 new = errors(x + step)
                 if new @ new < now @ now:
-                    x, now, damping = x + step, new, damping / 4
                     break
                 damping *= 4
-            else:
+            gained = 1 - (new @ new) / (now @ now)
+            if gained > 0:
+                x, now, damping = x + step, new, damping / 4
+            if gained < 1e-4:
                 break
         return dict(zip(names, np.exp(x).tolist(), strict=True))
     finally:
