@@ -3,18 +3,21 @@ from __future__ import annotations
 import builtins
 import importlib.util
 import os
+import shutil
 import site
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from cuda import pathfinder
 
 from vidrial.build import toolchain
 from vidrial.build.toolchain import HostCompiler, Toolchain, nvrtc_version
 from vidrial.errors import ToolchainError
+from vidrial.host.target import compile_host
 from vidrial.settings import Settings
 
 
@@ -164,7 +167,27 @@ def test_host_compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     compiler = tmp_path / "cxx"
     compiler.write_text("#!/bin/sh\necho 'cxx 99.1'\n")
     compiler.chmod(0o755)
-    assert HostCompiler.find(Settings.read({"CXX": str(compiler)})) == HostCompiler(str(compiler), "cxx 99.1")
-    assert "g++" in HostCompiler.find(Settings.read({})).path
+    assert HostCompiler.find(Settings.read({"CXX": str(compiler)})) == HostCompiler((str(compiler),), "cxx 99.1")
+    assert "g++" in HostCompiler.find(Settings.read({})).command[0]
     with pytest.raises(ToolchainError, match="CXX='no-such-compiler' does not run"):
         HostCompiler.find(Settings.read({"CXX": "no-such-compiler"}))
+
+
+def test_a_compiler_of_several_words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`ccache g++`, a launcher with a quoted argument, a program whose path has a space; and that a kernel compiles through it."""
+    launcher, log = tmp_path / "my launcher", tmp_path / "log"
+    launcher.write_text(f'#!/bin/sh\necho "$1" >> {log}\nshift\nexec "$@"\n')
+    launcher.chmod(0o755)
+    monkeypatch.setenv("CXX", f"'{launcher}' 'a word' g++")
+    monkeypatch.setenv("VIDRIAL_CACHE_DIR", str(tmp_path / "cache"))
+    found = HostCompiler.find()
+    assert found.command == (str(launcher), "a word", "g++") and "g++" in found.version
+    binary = compile_host('extern "C" __global__ void k(int* p) { p[0] = 41 + 1; }', "k", pch=False)
+    out = np.zeros(1, np.int32)
+    binary.launch(1, 1, 0, bytearray(8), {0: out})
+    assert out[0] == 42 and set(log.read_text().splitlines()) == {"a word"} and len(log.read_text().splitlines()) >= 4
+    (tmp_path / "a compiler").symlink_to(shutil.which("g++") or "")
+    assert HostCompiler.find(Settings.read({"CXX": str(tmp_path / "a compiler")})).command == (str(tmp_path / "a compiler"),)
+    for bad in ("'g++", "nothing-such g++", "   ", f"{launcher} g++"):
+        with pytest.raises(ToolchainError, match=r"CXX="):
+            HostCompiler.find(Settings.read({"CXX": bad}))

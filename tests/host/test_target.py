@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 import struct
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +17,8 @@ from units import bf16_bits, bf16_values, text
 
 from vidrial.build.store import Store
 from vidrial.errors import ArgumentError, CompileError, LaunchError, ToolchainError
-from vidrial.host.target import SCHEDULES, HostStats, Schedule, compile_host
+from vidrial.host import compiler
+from vidrial.host.target import SCHEDULES, HostBinary, HostStats, Schedule, _write_executable, compile_host
 
 SCALE = """struct Args { float const* x; float* y; int rows, stride; float factor; };
 extern "C" __global__ void __launch_bounds__(32) scale(__grid_constant__ Args const args) {
@@ -202,3 +206,120 @@ def test_compiling_and_launching_is_quick() -> None:
 def test_importing_it_touches_nothing() -> None:
     code = "import sys, vidrial.host.target; print([m for m in ('numpy', 'cupy', 'torch') if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
+
+
+CONSTANT = 'extern "C" __global__ void k(int* p) { p[0] = %d; }'
+
+
+def value(binary: HostBinary) -> int:
+    out = np.zeros(1, np.int32)
+    binary.launch(1, 1, 0, bytearray(8), {0: out})
+    return int(out[0])
+
+
+def test_a_folder_that_a_cleaner_removed_is_made_anew(own_tempdir: Path) -> None:
+    compiler._temporary.cache_clear()
+    first = compile_host(CONSTANT % 7, "k", pch=False)
+    assert value(first) == 7
+    shutil.rmtree(own_tempdir)
+    own_tempdir.mkdir()
+    assert value(first) == 7 and value(compile_host(CONSTANT % 8, "k", pch=False)) == 8
+    assert value(first) == 7 and first.executable.exists()
+    compiler._temporary.cache_clear()
+    assert not list(own_tempdir.iterdir())
+
+
+FORK = """
+import os, sys, threading
+import numpy as np
+from vidrial.build.store import Store, binary_key
+from vidrial.host.compiler import temporary
+from vidrial.host.target import compile_host
+def value(binary):
+    out = np.zeros(1, np.int32)
+    binary.launch(1, 1, 0, bytearray(8), {0: out})
+    return int(out[0])
+binary, key = compile_host(sys.argv[1], "k", pch=False), binary_key("a", "sm_90a", (), "v")
+store = Store.shared()
+store.put(key, b"x", "source", {})
+store.write_json("ranking", "r", {"a": 1})
+mine = temporary()
+if os.fork() == 0:
+    # It works, in a folder of its own, and ends as any Python does, finalizers and all.
+    assert value(binary) == 7 and temporary() != mine and value(compile_host(sys.argv[1].replace("7", "8"), "k", pch=False)) == 8
+    print("child", flush=True)
+    sys.exit()
+os.wait()
+assert value(binary) == 7 and store.get(key).image == b"x" and store.read_json("ranking", "r") == {"a": 1}
+print("parent", store.root.parent)
+"""
+
+
+def test_a_forked_child_removes_nothing_of_its_parents(own_tempdir: Path) -> None:
+    """The cache too, where it is a temporary one."""
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "HOME": "/proc", "XDG_CACHE_HOME": "/proc"}
+    del environment["VIDRIAL_CACHE_DIR"]
+    command = [sys.executable, "-W", "ignore", "-c", FORK, CONSTANT % 7]
+    ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert ended.stdout.split() == ["child", "parent", str(own_tempdir)], ended.stderr
+    assert not list(own_tempdir.iterdir())
+
+
+def test_threads_write_and_run_programs_at_once(own_tempdir: Path) -> None:
+    """A child that another thread forks meanwhile has the new program open for writing: "Text file busy"."""
+    image = compile_host(CONSTANT % 7, "k", pch=False).executable.read_bytes()
+
+    def work(i: int) -> list[int]:
+        found = []
+        for j in range(40):
+            _write_executable(own_tempdir / f"{i}-{j}", image)
+            found.append(value(HostBinary("k", own_tempdir / f"{i}-{j}")))
+        return found
+
+    with ThreadPoolExecutor(8) as threads:
+        assert list(threads.map(work, range(8))) == [[7] * 40] * 8
+
+
+LAUNCHER = """#!{python}
+import os, sys
+words = " ".join(sys.argv)
+with open({log!r}, "a") as log:
+    log.write(words + "\\n")
+if any(full in words for full in {full!r}.split()):
+    sys.exit("fatal error: error writing to it: No space left on device")
+os.execvp("g++", ["g++", *sys.argv[1:]])
+"""
+
+
+def full_disks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *full: str) -> Path:
+    """A compiler that has no room where its command names one of `full`; its log."""
+    launcher, log = tmp_path / "compiler.py", tmp_path / "log"
+    launcher.write_text(LAUNCHER.format(python=sys.executable, log=str(log), full=" ".join(full)))
+    launcher.chmod(0o755)
+    monkeypatch.setenv("CXX", str(launcher))
+    monkeypatch.setenv("VIDRIAL_CACHE_DIR", str(tmp_path / "cache"))
+    compiler._temporary.cache_clear()
+    return log
+
+
+def test_a_header_goes_where_there_is_room(tmp_path: Path, own_tempdir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    log = full_disks(tmp_path, monkeypatch, f"{tmp_path}/cache")
+    assert value(compile_host(CONSTANT % 7, "k")) == 7
+    assert "pch.h.gch" in log.read_text() and list(own_tempdir.rglob("*.gch"))
+    # Nowhere: without it.
+    log = full_disks(tmp_path, monkeypatch, "pch.h.gch")
+    assert value(compile_host(CONSTANT % 8, "k")) == 8
+    # Nowhere for what no kernel runs without, and none for the kernel itself.
+    for full in ("runtime.o", "host-"):
+        full_disks(tmp_path, monkeypatch, full)
+        shutil.rmtree(tmp_path / "cache", ignore_errors=True)
+        with pytest.raises(ToolchainError, match="room"):
+            compile_host(CONSTANT % 9, "k")
+
+
+def test_many_threads_first_calls_compile_once(tmp_path: Path, own_tempdir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    log = full_disks(tmp_path, monkeypatch, "nothing-is")
+    with ThreadPoolExecutor(8) as threads:
+        assert list(threads.map(lambda _: value(compile_host(CONSTANT % 7, "k", pch=False)), range(8))) == [7] * 8
+    compiles = [line for line in log.read_text().splitlines() if " -o " in line]
+    assert len(compiles) == 2, "the runtime and the kernel"

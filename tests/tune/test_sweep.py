@@ -18,6 +18,7 @@ import pytest
 from fake_op import H200, Config, PartsConfig, example, op, parts_ms, parts_op, picky_op, true_ms
 from killed_worker import Killer
 
+from vidrial.build.pool import CompilePool
 from vidrial.device import Device
 from vidrial.errors import ArgumentError, ArgumentTypeError, ConfigError, NoValidConfig, SweepError
 from vidrial.spec.choices import configs, neighbours
@@ -67,14 +68,64 @@ def test_faults_are_recorded_by_cause_and_the_sweep_goes_on(monkeypatch: pytest.
     assert any("replaced 4 times" in note for note in result.notes)
 
 
-def test_a_hang_is_stopped_and_never_tried_again(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_hang_is_stopped_and_blocked_after_a_second_chance(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("FAKE_OP_FAULTS", "2=hang")
     monkeypatch.setenv("FAKE_OP_LOG", str(tmp_path / "log"))
     only = [Config(64, 1), Config(64, 2), Config(64, 3)]
     first = sweep(op, example(), FAKE, configs=only)
     assert first.failures == {Status.timeout: 1} and first.winner.config == Config(64, 3)
-    again = sweep(op, example(), FAKE, configs=only, resume=True)
-    assert again.failures == {Status.timeout: 1} and again.seconds < first.seconds
+    assert not first.blocked and any("1 configs ended" in note and "--resume" in note for note in first.notes)
+    counts = []
+    for changes in ({"resume": True}, {"resume": True}, {"retry": True}):
+        again = sweep(op, example(), FAKE, configs=only, **changes)
+        counts.append(sum(t.status is Status.timeout for t in again.trials))
+        assert again.failures == {Status.timeout: 1} and list(again.blocked) == [Config(64, 2)]
+        assert again.blocked[Config(64, 2)].startswith("timeout: no answer within 1 s")
+        assert any("blocked until --retry" in note and "tile=64 width=2: timeout: no answer" in note for note in again.notes)
+    # Once by itself, once by --resume, never again but by --retry.
+    assert counts == [2, 2, 3]
+
+
+@pytest.mark.parametrize("fault", ["launch", "hang", "crash", "sticky"])
+def test_what_passes_costs_a_config_nothing(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    three = [Config(64, 1), Config(64, 2), Config(64, 3)]
+    monkeypatch.setenv("FAKE_OP_FAULTS", f"3={fault}")
+    first = sweep(op, example(), FAKE, configs=three)
+    assert first.winner.config == Config(64, 2) and len(first.failures) == 1
+    monkeypatch.setenv("FAKE_OP_FAULTS", "")
+    again = sweep(op, example(), FAKE, configs=three, resume=True)
+    assert again.winner.config == Config(64, 3) and not again.failures and not again.blocked
+    assert choose_config(op, example(), H200).config == Config(64, 3)
+    # The whole search gives it too, and a config that is right again is checked on other inputs before it wins.
+    assert [t.phase for t in again.trials if t.config == Config(64, 3)][-1] == "recheck"
+
+
+def test_what_stays_wrong_gets_no_second_chance(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FAKE_OP_FAULTS", "3=wrong")
+    sweep(op, example(), FAKE)
+    monkeypatch.setenv("FAKE_OP_FAULTS", "")
+    again = sweep(op, example(), FAKE, retry=True)
+    assert again.failures == {Status.wrong: 4} and again.winner.config.width != 3
+
+
+def test_a_search_that_goes_on_gives_second_chances(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FAKE_OP_FAULTS", "3=crash")
+    assert sweep(op, example(), FAKE).winner.config.width != 3
+    monkeypatch.setenv("FAKE_OP_FAULTS", "")
+    again = sweep(op, example(), FAKE, resume=True)
+    assert again.winner.ms == BEST and not again.failures
+
+
+def test_a_compiler_that_was_stopped_is_no_config_that_does_not_compile(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The pool's limit is too short once, as on a busy machine; the bench is one that needs cubins."""
+    monkeypatch.setattr(fake_op.FakeBench, "needs_cubins", True)
+    two = [Config(64, 1), Config(64, 3)]
+    with monkeypatch.context() as patch:
+        patch.setattr(CompilePool.__init__, "__defaults__", (None, 0.01))
+        with pytest.raises(NoValidConfig, match="2 stopped"):
+            sweep(op, example(n=10009), FAKE, configs=two)
+    again = sweep(op, example(n=10009), FAKE, configs=two, resume=True)
+    assert again.winner.config == Config(64, 3) and not again.failures
 
 
 def test_all_failed_counts_the_causes(monkeypatch: pytest.MonkeyPatch) -> None:

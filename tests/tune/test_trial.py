@@ -21,7 +21,7 @@ from vidrial.spec.op import Check
 from vidrial.tune.codec import decode, encode
 from vidrial.tune.journal import Journal
 from vidrial.tune.timing import Timing
-from vidrial.tune.trial import KernelResources, Status, Trial, latest
+from vidrial.tune.trial import KernelResources, Status, Trial, latest, passing_failures
 
 HEADER = {"digest": "0", "device": "d", "problem": encode(example())}
 
@@ -119,9 +119,13 @@ def test_only_plain_values_are_kept() -> None:
 def test_latest_prefers_failures_then_the_last_timing() -> None:
     good, better = trial(128, 1.0), trial(128, 0.9, phase="confirm")
     rechecked = dataclasses.replace(trial(128), timing=None, phase="recheck")
-    crashed = trial(64, status=Status.crash)
-    found = latest([good, better, rechecked, trial(64), crashed, trial(64, 0.1)])
-    assert found == {Config(128): better, Config(64): crashed}
+    wrong, crashed = trial(64, status=Status.wrong), trial(32, status=Status.crash)
+    found = latest([good, better, rechecked, trial(64), wrong, trial(64, 0.1), trial(32), crashed])
+    assert found == {Config(128): better, Config(64): wrong, Config(32): crashed}
+    # What failed by something that may pass counts until it is tried again.
+    assert latest([crashed, trial(32, 0.7)]) == {Config(32): trial(32, 0.7)}
+    assert passing_failures([crashed, trial(32, 0.7), wrong]) == {}
+    assert passing_failures([crashed, trial(96), crashed, trial(64, status=Status.stopped)]) == {Config(32): 2, Config(64): 1}
 
 
 def test_journal_is_read_back(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import stat
 import tempfile
 import time
 import warnings
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Self
@@ -54,6 +55,31 @@ def usable(root: Path) -> Path:
     if found.st_mode & 0o022:
         raise StoreError(f"cache directory {root} can be written by others (mode {stat.S_IMODE(found.st_mode):o}); chmod go-w it")
     return root
+
+
+class TemporaryFolder:
+    """A folder that ends with this object and this process, not with a child that was forked from it.
+
+    `path` makes it anew where it was removed meanwhile, as cleaners of temporary folders do it under a long process.
+    """
+
+    def __init__(self, prefix: str) -> None:
+        self._path = Path(tempfile.mkdtemp(prefix=prefix))
+        weakref.finalize(self, _remove_own, self._path, os.getpid())
+
+    @property
+    def path(self) -> Path:
+        """The folder.
+
+        Raises:
+            StoreError: it is gone and cannot be made, or another user has made it.
+        """
+        return usable(self._path)
+
+
+def _remove_own(path: Path, maker: int) -> None:
+    if os.getpid() == maker:
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def check_writable(folder: Path) -> None:

@@ -19,7 +19,6 @@ import hashlib
 import json
 import os
 import re
-import tempfile
 import time
 import uuid
 import warnings
@@ -30,6 +29,7 @@ from pathlib import Path
 from typing import Any
 
 from vidrial.build.files import (
+    TemporaryFolder,
     children,
     locked,
     make_folder,
@@ -103,7 +103,7 @@ class Store:
         self._warned: set[str] = set()
         self._memory: dict[str, Entry] = {}
         self._documents: dict[tuple[str, str], Any] = {}
-        self._temporary: tempfile.TemporaryDirectory[str] | None = None
+        self._temporary: TemporaryFolder | None = None
         self._writable = True
         self.root = usable(Path(root)) if root is not None else self._choose(settings.cache_dirs)
 
@@ -267,10 +267,10 @@ class Store:
                 return usable(root)
             except StoreError as error:
                 reasons.append(str(error))
-        self._temporary = tempfile.TemporaryDirectory(prefix="vidrial-", ignore_cleanup_errors=True)
+        self._temporary = TemporaryFolder("vidrial-")
         why = "; ".join(reasons) or "there is no home directory"
-        self._warn("root", f"the cache lives in {self._temporary.name} and ends with this process: {why}")
-        return Path(self._temporary.name)
+        self._warn("root", f"the cache lives in {self._temporary.path} and ends with this process: {why}")
+        return self._temporary.path
 
     def _guarded(self, path: Path, read: Callable[[Path], Any]) -> Any:
         """What `read` makes of `path`; None if it is not there, cannot be read just now, or is damaged: then it is set aside."""

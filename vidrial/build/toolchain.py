@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import dataclasses
 import importlib.util
 import os
 import re
+import shlex
 import shutil
 import subprocess
 from functools import lru_cache
@@ -65,14 +67,14 @@ class Toolchain:
 
 @dataclasses.dataclass(frozen=True)
 class HostCompiler:
-    """A C++17 compiler for the host target."""
+    """A C++17 compiler for the host target: the words that call it (`ccache g++`: two), and its version."""
 
-    path: str
+    command: tuple[str, ...]
     version: str
 
     @classmethod
     def find(cls, settings: Settings | None = None) -> HostCompiler:
-        """CXX if set, else g++, else clang++.
+        """CXX if set (a program, or several words as for a shell), else g++, else clang++.
 
         Raises:
             ToolchainError: there is none, or the one that CXX names does not run.
@@ -195,12 +197,20 @@ def _cuda_include() -> Path:
 @lru_cache
 def _find_compiler(cxx: str | None) -> HostCompiler:
     for name in (cxx,) if cxx else ("g++", "clang++"):
-        path = shutil.which(name)
+        try:
+            words = [name] if shutil.which(name) else shlex.split(name)
+        except ValueError as error:
+            raise ToolchainError(f"CXX={cxx!r} is no command ({error}); {INSTALL_CXX}") from None
+        path = shutil.which(words[0]) if words else None
         if path is None:
             continue
-        answer = subprocess.run([path, "--version"], capture_output=True, text=True, check=False, timeout=60)
-        if answer.returncode == 0 and answer.stdout:
-            return HostCompiler(path, answer.stdout.splitlines()[0])
+        command = (path, *words[1:])
+        with contextlib.suppress(OSError, subprocess.TimeoutExpired):
+            answer = subprocess.run(
+                [*command, "--version"], capture_output=True, encoding="utf-8", errors="replace", check=False, timeout=60
+            )
+            if answer.returncode == 0 and answer.stdout:
+                return HostCompiler(command, answer.stdout.splitlines()[0])
     raise ToolchainError(f"no host compiler: {f'CXX={cxx!r} does not run' if cxx else 'neither g++ nor clang++ is on PATH'}; {INSTALL_CXX}")
 
 

@@ -156,7 +156,10 @@ def compile_(reference: str, keywords: tuple[str, ...], arch: str | None, top: i
 @click.option("--seconds", type=click.FloatRange(0, min_open=True), help="Time to take for each problem, about.")
 @click.option("--trials", type=click.IntRange(1), help="Configs to try at most.  [default: 64, or as many as --seconds allows]")
 @click.option("--exhaustive", is_flag=True, help="Try every legal config.")
-@click.option("--resume", is_flag=True, help="Go on with the journals of the same sweeps.")
+@click.option(
+    "--resume", is_flag=True, help="Go on with the journals of the same sweeps; what a crash or time-out ended once is tried again."
+)
+@click.option("--retry", is_flag=True, help="Go on, and try again whatever a crash, a time-out or a launch error ended, however often.")
 @click.option(
     "--strategy",
     type=click.Choice(STRATEGIES),

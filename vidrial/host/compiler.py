@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
+import functools
 import hashlib
 import os
 import re
 import shutil
 import subprocess
 import tempfile
+import time
 import uuid
 from functools import lru_cache
 from pathlib import Path
 
+from vidrial.build.files import TemporaryFolder
+from vidrial.build.once import once
 from vidrial.build.toolchain import HostCompiler, Toolchain
 from vidrial.errors import ArgumentError, CompileError, ToolchainError
 
@@ -31,7 +36,9 @@ SANITIZERS: dict[str | None, tuple[str, ...]] = {
 }
 # What each compiler takes for calls alone, without the red zones that AddressSanitizer would check.
 ACCESS_OPTIONS = ("asan-instrumentation-with-call-threshold=0", "asan-stack=0", "asan-globals=0")
-COMPILE_SECONDS = 600
+COMPILE_SECONDS, BUSY_SECONDS = 600, 10
+# What the compiler says, in the C locale, of a disk without room.
+FULL = (b"No space left on device", b"Disk quota exceeded")
 # A precompiled header takes 100 MB.
 PRODUCTS_KEPT = 12
 TEXT = """#include <vidrial/host/pch.h>
@@ -43,6 +50,10 @@ int main() {{ return vidrial::host::serve<{entry}>(); }}
 SHORT = {"ASAN": "address", "TSAN": "thread", "ACCESSES": "accesses"}
 _ERROR = re.compile(r"^(?P<place>[^\s:][^:\n]*:\d+)(?::\d+)?: (?:fatal )?error: (?P<text>.*)$", re.MULTILINE)
 _REQUIRED = re.compile(r"^([^\s:][^:\n]*:\d+)(?::\d+)?:\s+required from here$", re.MULTILINE)
+
+
+class NoRoom(ToolchainError):
+    """No folder can take what the compiler makes."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,23 +100,27 @@ class Build:
         """Compile and link one kernel.
 
         Raises:
-            CompileError: the compiler rejects the source.
+            CompileError: the compiler rejects the source. ToolchainError: there is no room to compile it.
         """
         runtime = self.build_artifact("runtime.o", [*self.runtime_flags(), "-c", "-x", "c++"], "launch.h")
         first: list[str] = []
         if pch and not self.clang:
-            header = self.build_artifact("vidrial/host/pch.h.gch", [*self.flags, *_include_flags(), "-x", "c++-header"], "pch.h")
-            first = [f"-I{header.parents[2]}"]
-        with tempfile.TemporaryDirectory(prefix="vidrial-host-") as folder:
+            # It takes 100 MB, and saves time alone.
+            with contextlib.suppress(NoRoom):
+                header = self.build_artifact("vidrial/host/pch.h.gch", [*self.flags, *_include_flags(), "-x", "c++-header"], "pch.h")
+                first = [f"-I{header.parents[2]}"]
+        with tempfile.TemporaryDirectory(prefix="compile-", dir=temporary()) as folder:
             includes = [*first, *self.flags, *_include_flags(), *(f"-I{d}" for d in self.include_dirs)]
             # Places are then relative, whatever folder this is.
             says = [f"-fdebug-prefix-map={folder}=.", "-fdiagnostics-color=never"]
             link = ["-pie", "-o", "kernel", "-x", "c++", "-", "-x", "none", str(runtime)]
             try:
-                ended = execute([self.compiler.path, *includes, *says, *link], text.encode(), COMPILE_SECONDS, cwd=folder)
+                ended = execute([*self.compiler.command, *includes, *says, *link], text.encode(), COMPILE_SECONDS, cwd=folder)
             except subprocess.TimeoutExpired:
                 raise CompileError(f"{name} did not compile for the host within {COMPILE_SECONDS} s; make it smaller") from None
             if ended.returncode:
+                if any(full in ended.stderr for full in FULL):
+                    raise NoRoom(f"there is no room to compile {name} in {folder}; set TMPDIR to a folder that has some")
                 raise CompileError(_explain(ended.stderr.decode(errors="replace"), name))
             return Path(folder, "kernel").read_bytes()
 
@@ -119,11 +134,15 @@ class Build:
         """What the compiler makes of one of the runtime's headers, from the artifact_dir or new; in a temporary folder if that cannot be written.
 
         Raises:
-            ToolchainError: the compiler rejects it.
+            ToolchainError: the compiler rejects it. NoRoom: no folder can take it.
         """
         original = Toolchain.find().vidrial_include / "vidrial/host" / header
         named = "\0".join((*flags, self.compiler.version, _digest("vidrial/host", "vidrial/prelude.cuh")))
         key = hashlib.sha256(named.encode()).hexdigest()[:32]
+        make = functools.partial(self._make_artifact, key, product, flags, original)
+        return once(("artifact", self.artifact_dir, key), make, 3 * COMPILE_SECONDS)
+
+    def _make_artifact(self, key: str, product: str, flags: list[str], original: Path) -> Path:
         for artifact_dir in (self.artifact_dir, temporary() / "artifact_dir"):
             if (artifact_dir / key / product).is_file():
                 with contextlib.suppress(OSError):
@@ -132,8 +151,10 @@ class Build:
             staged = artifact_dir / f".{uuid.uuid4().hex}"
             try:
                 (staged / product).parent.mkdir(parents=True, mode=0o700)
-                ended = execute([self.compiler.path, *flags, str(original), "-o", str(staged / product)], b"", COMPILE_SECONDS)
+                ended = execute([*self.compiler.command, *flags, str(original), "-o", str(staged / product)], b"", COMPILE_SECONDS)
                 if ended.returncode:
+                    if any(full in ended.stderr for full in FULL):
+                        continue
                     raise ToolchainError(f"{self.compiler.version} does not compile {original}:\n{ended.stderr.decode(errors='replace')}")
                 os.rename(staged, artifact_dir / key)
             except OSError:
@@ -145,7 +166,10 @@ class Build:
                 shutil.rmtree(staged, ignore_errors=True)
             _prune(artifact_dir)
             return artifact_dir / key / product
-        raise ToolchainError(f"neither {self.artifact_dir} nor the temporary folder can be written; set VIDRIAL_CACHE_DIR or TMPDIR")
+        raise NoRoom(
+            f"neither {self.artifact_dir} nor the temporary folder can be written, or they have no room: "
+            "set VIDRIAL_CACHE_DIR or TMPDIR to one that has"
+        )
 
 
 def _prune(artifact_dir: Path) -> None:
@@ -200,11 +224,11 @@ def _new_enough(compiler: HostCompiler) -> HostCompiler:
         ToolchainError: it is not.
     """
     kind = "clang++" if "clang" in compiler.version else "g++"
-    answer = subprocess.run([compiler.path, "-dumpversion"], capture_output=True, text=True, check=False, timeout=60).stdout.strip()
+    answer = subprocess.run([*compiler.command, "-dumpversion"], capture_output=True, text=True, check=False, timeout=60).stdout.strip()
     major = answer.partition(".")[0]
     if not major.isdecimal() or int(major) < OLDEST[kind]:
         raise ToolchainError(
-            f"{compiler.path} is {kind} {answer or 'of an unknown version'}; the host target needs {kind} {OLDEST[kind]} "
+            f"{' '.join(compiler.command)} is {kind} {answer or 'of an unknown version'}; the host target needs {kind} {OLDEST[kind]} "
             f"or later: apt-get install g++ (or g++-{OLDEST['g++']}, and set CXX)"
         )
     return compiler
@@ -213,14 +237,29 @@ def _new_enough(compiler: HostCompiler) -> HostCompiler:
 def execute(command: list[str], request: bytes, timeout: float, cwd: str | None = None) -> subprocess.CompletedProcess[bytes]:
     """Run a program on `request`, in an environment that does not depend on the caller's options."""
     environment = {"LC_ALL": "C", **{name: os.environ[name] for name in ("PATH", "TMPDIR", "HOME") if name in os.environ}}
-    return subprocess.run(command, input=request, capture_output=True, timeout=timeout, check=False, cwd=cwd, env=environment)
+    until = time.monotonic() + BUSY_SECONDS
+    while True:
+        try:
+            return subprocess.run(command, input=request, capture_output=True, timeout=timeout, check=False, cwd=cwd, env=environment)
+        except OSError as error:
+            # Another thread forked while the program was written: that child has it open for writing until it runs its own.
+            if error.errno != errno.ETXTBSY or time.monotonic() > until:
+                raise
+            time.sleep(0.005)
 
 
 def temporary() -> Path:
-    """A folder that ends with this process."""
-    return Path(_temporary().name)
+    """A folder that ends with this process, a forked one's own.
+
+    Raises:
+        ToolchainError: it cannot be made.
+    """
+    try:
+        return _temporary(os.getpid()).path
+    except OSError as error:
+        raise ToolchainError(f"no temporary folder can be made ({error}); make room, or set TMPDIR") from None
 
 
 @lru_cache
-def _temporary() -> tempfile.TemporaryDirectory[str]:
-    return tempfile.TemporaryDirectory(prefix="vidrial-host-", ignore_cleanup_errors=True)
+def _temporary(process: int) -> TemporaryFolder:
+    return TemporaryFolder("vidrial-host-")

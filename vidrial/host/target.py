@@ -11,21 +11,23 @@ from __future__ import annotations
 
 import ctypes
 import dataclasses
+import functools
 import itertools
 import os
 import shutil
 import struct
 import subprocess
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vidrial.build.store import Store, binary_key
+from vidrial.build.once import once
+from vidrial.build.store import Entry, Store, binary_key
 from vidrial.device import CTA_THREADS, PARAMETER_BYTES
-from vidrial.errors import ArgumentError, LaunchError
+from vidrial.errors import ArgumentError, LaunchError, ToolchainError
 from vidrial.events import FIELDS, Counts
-from vidrial.host.compiler import TEXT, Build, execute, temporary
+from vidrial.host.compiler import COMPILE_SECONDS, TEXT, Build, execute, temporary
 from vidrial.host.messages import crash, resolve
 
 if TYPE_CHECKING:
@@ -107,12 +109,13 @@ COUNTS = struct.Struct(f"={len(FIELDS)}q")
 @dataclasses.dataclass(frozen=True)
 class HostBinary:
     """A kernel compiled for the CPU: an executable, which lives as long as this process; `objects` are counted apart, `accesses` to
-    memory too."""
+    memory too. `again` gets it anew where something has removed it."""
 
     name: str
     executable: Path
     objects: tuple[str, ...] = ()
     accesses: bool = False
+    again: Callable[[], HostBinary] | None = dataclasses.field(default=None, repr=False, compare=False)
 
     def launch(
         self,
@@ -155,14 +158,16 @@ class HostBinary:
         return self._run(b"".join((head, packed, memory.tables, places, *memory.views)), memory, schedule.timeout)
 
     def _run(self, request: bytes, memory: Memory, timeout: float) -> HostStats:
+        if self.again is not None and not self.executable.exists():
+            return dataclasses.replace(self.again(), again=None)._run(request, memory, timeout)
         try:
             ended = execute([str(self.executable)], request, timeout + GRACE_SECONDS)
             # ThreadSanitizer of GCC 13 and older cannot live with as random addresses as newer kernels give.
             if b"unexpected memory mapping" in ended.stderr and (setarch := shutil.which("setarch")):
                 ended = execute([setarch, "-R", str(self.executable)], request, timeout + GRACE_SECONDS)
-        except PermissionError as error:
+        except OSError as error:
             raise LaunchError(
-                f"kernel {self.name}: {self.executable} may not be run ({error}); set TMPDIR to a folder that allows it"
+                f"kernel {self.name}: {self.executable} cannot be run ({error}); set TMPDIR to a folder that allows it"
             ) from error
         except subprocess.TimeoutExpired as error:
             raise LaunchError(
@@ -269,13 +274,22 @@ def compile_host(
     entry_point = ", ".join((f"&{name}", *(f"Tiles::{one.replace('.', '::')}" for one in objects)))
     text = TEXT.format(source=source, name=name, entry=entry_point)
     key = binary_key(text, "host", (*build.flags, *build.include_dirs), build.version)
-    entry = store.get(key, PAYLOAD)
-    if entry is None:
-        entry = store.put(key, build.executable(text, name, pch), text, {"kernel": name, "sanitizer": sanitizer}, PAYLOAD)
+
+    def make() -> Entry:
+        return store.put(key, build.executable(text, name, pch), text, {"kernel": name, "sanitizer": sanitizer}, PAYLOAD)
+
     executable = temporary() / key[:32]
-    if not executable.exists():
-        _write_executable(executable, entry.image)
-    return HostBinary(name, executable, tuple(objects), sanitizer == "accesses")
+    try:
+        entry = store.get(key, PAYLOAD) or once(key, make, 4 * COMPILE_SECONDS)
+        if not executable.exists():
+            _write_executable(executable, entry.image)
+    except OSError as error:
+        raise ToolchainError(
+            f"kernel {name} cannot be compiled or written in {executable.parent} ({error}); make room, or set TMPDIR"
+        ) from None
+    named: dict[str, Any] = {"objects": objects, "sanitizer": sanitizer, "optimise": optimise, "pch": pch, "include_dirs": include_dirs}
+    again = functools.partial(compile_host, source, name, store=store, **named)
+    return HostBinary(name, executable, tuple(objects), sanitizer == "accesses", again)
 
 
 def _write_executable(path: Path, image: bytes) -> None:

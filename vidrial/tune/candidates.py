@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 from vidrial.build.nvrtc import Cubin
 from vidrial.device import Device
@@ -16,6 +16,9 @@ from vidrial.tune.trial import KernelResources
 
 # `build_many` with all but its sources given.
 BuildMany = Callable[[Mapping[Hashable, tuple[Source, str]]], Iterator[tuple[Hashable, Cubin | CompileError]]]
+
+# Why a source has no binary.
+Failure: TypeAlias = CompileError | TemplateError
 
 
 def check_configs(op: Op, small: Any, problem: Any, config: Any, device: Device) -> tuple[Any, ...]:
@@ -50,7 +53,7 @@ class Builds:
 
     def __init__(self, op: Op, problem: Any, small: Any, device: Device, build: BuildMany) -> None:
         self._op, self._problem, self._small, self._device, self._build = op, problem, small, device, build
-        self._known: dict[Hashable, KernelResources | str] = {}
+        self._known: dict[Hashable, KernelResources | Failure] = {}
 
     def check_configs(self, config: Any) -> tuple[Any, ...]:
         """What a config is checked by at the small problem."""
@@ -61,8 +64,8 @@ class Builds:
         found = (self._known.get(_binary(stage)) for stage in self._op.stages(self._problem, config))
         return tuple(r for r in found if isinstance(r, KernelResources))
 
-    def ready(self, configs: Sequence[Any]) -> Iterator[tuple[Any, str]]:
-        """(config, "") for each config as soon as its binaries are there, or (config, why it does not compile)."""
+    def ready(self, configs: Sequence[Any]) -> Iterator[tuple[Any, Failure | None]]:
+        """(config, None) for each config as soon as its binaries are there, or (config, why it does not compile)."""
         needs = {config: self._stages(config) for config in configs}
         sources: dict[Hashable, tuple[Source, str]] = {}
         smem: dict[Hashable, int] = {}
@@ -74,19 +77,19 @@ class Builds:
                     sources[key] = stage.kernel.source(stage.problem, stage.config), describe(config)
                     smem[key] = stage.kernel.resolve(stage.problem, stage.config).smem_bytes
                 except TemplateError as error:
-                    self._known[key] = str(error)
+                    self._known[key] = error
         waiting = dict(needs)
         yield from self._done(waiting)
         for key, built in self._build(sources):
-            self._known[key] = _resources(sources[key][0].entry, built, smem[key]) if isinstance(built, Cubin) else str(built)
+            self._known[key] = _resources(sources[key][0].entry, built, smem[key]) if isinstance(built, Cubin) else built
             yield from self._done(waiting)
 
-    def _done(self, waiting: dict[Any, dict[Hashable, Stage]]) -> Iterator[tuple[Any, str]]:
+    def _done(self, waiting: dict[Any, dict[Hashable, Stage]]) -> Iterator[tuple[Any, Failure | None]]:
         """Those of `waiting` that wait for nothing any more; they are removed from it."""
         for config in [c for c, stages in waiting.items() if all(key in self._known for key in stages)]:
             own = [self._known[_binary(stage)] for stage in self._op.stages(self._problem, config)]
             del waiting[config]
-            yield config, next((r for r in own if isinstance(r, str)), "")
+            yield config, next((r for r in own if not isinstance(r, KernelResources)), None)
 
     def _stages(self, config: Any) -> dict[Hashable, Stage]:
         """The binaries of a config, and of what stands in for it when it is checked."""

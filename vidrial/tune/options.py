@@ -34,6 +34,8 @@ class Options:
         configs: try these alone.
         journal: file of the trials; by default one in the cache for this op, problem and device.
         resume: True to go on with the journal; or the journal to go on with. Else a journal that is there is set aside.
+            What failed once by a crash, a time-out or a launch error gets a second chance.
+        retry: go on with the journal, and try what failed so again however often it did.
         jobs: processes that compile; by default `Settings.jobs`.
         limit: seconds that one config may take to be checked and timed.
         seed: of the inputs, and of `optuna`.
@@ -51,6 +53,7 @@ class Options:
     configs: Sequence[object] | None = None
     journal: Path | str | None = None
     resume: bool | Path | str | None = None
+    retry: bool = False
     jobs: int | None = None
     limit: float = 30.0
     seed: int = 0

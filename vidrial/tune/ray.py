@@ -27,7 +27,7 @@ from vidrial.build.pool import Job as CompileJob
 from vidrial.build.pool import answer, result
 from vidrial.build.store import Store
 from vidrial.device import Device
-from vidrial.errors import ArgumentError, CompileError, SweepError, ToolchainError
+from vidrial.errors import ArgumentError, CompileError, CompileStopped, SweepError, ToolchainError
 from vidrial.spec.headers import vidrial_include
 from vidrial.spec.op import Op
 from vidrial.spec.registry import resolve
@@ -212,7 +212,7 @@ class RayWorkers(Closing):
                 try:
                     reply = json.loads(self._ray.get(done))
                 except self._ray.exceptions.RayError as error:
-                    yield job.key, CompileError(f"{job.name} for {job.arch} ended its compiler: {_cause(error)}\n  config: {job.config}")
+                    yield job.key, CompileStopped(f"{job.name} for {job.arch} ended its compiler: {_cause(error)}\n  config: {job.config}")
                     continue
                 yield job.key, result(reply)
         finally:

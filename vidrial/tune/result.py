@@ -14,7 +14,10 @@ from vidrial.spec.choices import describe
 from vidrial.spec.fields import C, P
 from vidrial.spec.op import Op
 from vidrial.tune.ranking import RankedConfig, Ranking
-from vidrial.tune.trial import Status, Trial, latest
+from vidrial.tune.trial import CHANCES, Status, Trial, latest, passing_failures
+
+# Blocked configs that a note names.
+SHOWN = 3
 
 
 @dataclass(frozen=True)
@@ -51,6 +54,12 @@ class SweepResult(Generic[P, C]):
         return dict(Counter(t.status for t in latest(self.trials).values() if not t.ok))
 
     @property
+    def blocked(self) -> dict[C, str]:
+        """Configs that a crash, a time-out or a launch error ended twice, with the reason: only `retry` tries them again."""
+        known = latest(self.trials)
+        return {c: f"{known[c].status.name}: {known[c].reason}" for c, times in passing_failures(self.trials).items() if times >= CHANCES}
+
+    @property
     def worst_ms(self) -> float:
         """The slowest legal config that was timed, in milliseconds."""
         return max(t.ms for t in latest(self.trials).values() if t.ok)
@@ -79,6 +88,18 @@ class SweepResult(Generic[P, C]):
         slowest = f"the worst legal one takes {self.worst_ms / best:.1f} times as long"
         summary = f"{len(known)} configs tried in {self.seconds:.0f} s; {failed}; {slowest}"
         return "\n".join([text, summary, *(f"note: {note}" for note in self.notes)])
+
+
+def chances(trials: Sequence[Trial]) -> list[str]:
+    """Notes: what --resume gives another chance, and what is blocked, with the reasons."""
+    known, failed = latest(trials), passing_failures(trials)
+    once, blocked = [c for c, n in failed.items() if n < CHANCES], [c for c, n in failed.items() if n >= CHANCES]
+    notes = [f"{len(once)} configs ended by a crash, a time-out or a launch error: --resume (resume=True) tries them again"] if once else []
+    if blocked:
+        reasons = "; ".join(f"{describe(c)}: {known[c].status.name}: {known[c].reason.partition(chr(10))[0]}" for c in blocked[:SHOWN])
+        more = f"; and {len(blocked) - SHOWN} more" if len(blocked) > SHOWN else ""
+        notes.append(f"{len(blocked)} configs ended so {CHANCES} times and are blocked until --retry (retry=True): {reasons}{more}")
+    return notes
 
 
 def no_valid_config(op: Op, problem: Any, device: Device, trials: Sequence[Trial]) -> str:

@@ -27,7 +27,7 @@ from vidrial.build.cubins import build_many
 from vidrial.build.store import Store
 from vidrial.build.toolchain import Toolchain
 from vidrial.device import Device
-from vidrial.errors import ArgumentError, NoValidConfig, SweepError, ToolchainError
+from vidrial.errors import ArgumentError, CompileStopped, NoValidConfig, SweepError, ToolchainError
 from vidrial.progress import Progress, reporting
 from vidrial.settings import Settings
 from vidrial.spec.choices import describe
@@ -39,10 +39,10 @@ from vidrial.tune.codec import encode
 from vidrial.tune.journal import Journal
 from vidrial.tune.options import Options, check_problem, measuring
 from vidrial.tune.ranking import Ranking, top_configs
-from vidrial.tune.result import SweepResult, no_valid_config
+from vidrial.tune.result import SweepResult, chances, no_valid_config
 from vidrial.tune.search import Search
 from vidrial.tune.timing import drifts
-from vidrial.tune.trial import Status, Trial, latest
+from vidrial.tune.trial import CHANCES, Status, Trial, latest, passing_failures
 from vidrial.tune.workers import Job, Pool, Reply
 
 TRIALS = 64
@@ -168,12 +168,12 @@ class _Sweep:
         return latest(self.journal.trials)
 
     def _open_journal(self) -> Journal:
-        resume = self.options.resume
+        resume = self.options.resume or self.options.retry
         named = resume if isinstance(resume, str | Path) else self.options.journal
         facts = {"digest": self.op.digest(), "device": self.device.key, "problem": encode(self.problem)}
         name = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
         path = Path(named) if named else _journals() / f"{self.op.name}-{self.device.key}-{name}.jsonl"
-        journal = Journal(path, self.op, facts, fresh=resume is None or resume is False)
+        journal = Journal(path, self.op, facts, fresh=not resume)
         if resume and not journal.trials:
             self.notes.append("there was no journal to go on with: begun anew")
         if journal.outdated:
@@ -203,8 +203,10 @@ class _Sweep:
         if asked is not None:
             for config in asked:
                 self.op.check_config(self.problem, config, self.device)
-            self._try([c for c in asked if c not in self.latest])
+            again = self._again()
+            self._try([c for c in asked if c not in self.latest or c in again])
             return
+        self._try(self._again())
         search = self._strategy()
         while True:
             seen = {config: trial.ms for config, trial in self.latest.items()}
@@ -216,6 +218,10 @@ class _Sweep:
                     self.notes.append(f"the budget ended before every config was tried: at least {len(proposed)} are left")
                 return
             self._try(batch)
+
+    def _again(self) -> list[Any]:
+        """Configs of the journal that get another chance."""
+        return [config for config, times in passing_failures(self.journal.trials).items() if times < CHANCES or self.options.retry]
 
     def _strategy(self) -> Strategy:
         if self.options.strategy == "optuna":
@@ -234,7 +240,7 @@ class _Sweep:
 
     def _jobs(self, configs: Sequence[Any]) -> Iterator[Job]:
         """A job for each config that can be measured, as soon as it is compiled; the others end as trials."""
-        ready = self.builds.ready(configs) if self.needs_cubins else ((config, "") for config in configs)
+        ready = self.builds.ready(configs) if self.needs_cubins else ((config, None) for config in configs)
         for config, error in ready:
             best = min((t.ms for t in self.latest.values()), default=math.inf)
             # Whatever the time is, one config at least is measured.
@@ -242,7 +248,8 @@ class _Sweep:
                 return
             checked = self.builds.check_configs(config)
             if error:
-                self._add(config, Reply(Status.compile, error))
+                status = Status.stopped if isinstance(error, CompileStopped) else Status.compile
+                self._add(config, Reply(status, str(error)))
             elif not checked:
                 self._add(config, Reply(Status.rejected, f"it is not legal at {self.small}, so it cannot be checked"))
             else:
@@ -285,7 +292,7 @@ class _Sweep:
                     self._time([config], phase, rounds)
 
     def _recheck(self, config: Any) -> bool:
-        if any(t.phase == "recheck" and t.config == config for t in self.journal.trials):
+        if any(t.phase == "recheck" and t.config == config and t.status is Status.ok for t in self.journal.trials):
             return True
         checked = self.builds.check_configs(config)
         for _, reply in self.workers.run([Job("check", self.problem, self.small, (config,), checked, self.options.seed + 1)]):
@@ -305,6 +312,7 @@ class _Sweep:
             if trial.reference_ms:
                 references.setdefault(trial.gpu, []).append(trial.reference_ms)
         notes = [*dict.fromkeys([*self.workers.notes, *self.notes]), *drifts(references)]
+        notes += chances(trials)
         replaced = self.workers.replaced - self.replaced
         if replaced:
             notes.append(f"the measuring process was replaced {replaced} times")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import enum
 import math
 import typing
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Generic, TypeAlias
@@ -23,10 +24,15 @@ class Status(enum.Enum):
     ok = "checked and timed"
     rejected = "a rule forbids it"
     compile = "does not compile"
+    stopped = "its compiler crashed, or took too long and was stopped"
     launch = "the driver refuses the launch"
     wrong = "the result is wrong, or differs from run to run"
     timeout = "took longer than the limit; the measuring process was killed"
     crash = "ended the measuring process, or left its CUDA context unusable"
+
+
+# What may have had another cause than the config, as a GPU that another program fills: `--resume` gives it a second chance.
+PASSING, CHANCES = (Status.stopped, Status.launch, Status.timeout, Status.crash), 2
 
 
 @dataclass(frozen=True)
@@ -119,13 +125,21 @@ PlainTrial: TypeAlias = Trial[Any, Any]
 
 
 def latest(trials: Iterable[Trial[P, C]]) -> dict[C, Trial[P, C]]:
-    """Config -> the trial that counts: a failure always does, else the last one timed."""
+    """Config -> the trial that counts: a failure that stays always does, else the last one that failed or was timed."""
     found: dict[C, Trial[P, C]] = {}
     for trial in trials:
         before = found.get(trial.config)
-        if before is None or (before.status is Status.ok and (trial.timing is not None or trial.status is not Status.ok)):
+        stays = before is not None and before.status is not Status.ok and before.status not in PASSING
+        if before is None or (not stays and (trial.timing is not None or trial.status is not Status.ok)):
             found[trial.config] = trial
     return found
+
+
+def passing_failures(trials: Iterable[Trial[P, C]]) -> dict[C, int]:
+    """Config -> how often it failed, of those that failed last by what may pass. From `CHANCES` times on it is blocked."""
+    trials = list(trials)
+    counts = Counter(t.config for t in trials if t.status in PASSING)
+    return {config: counts[config] for config, trial in latest(trials).items() if trial.status in PASSING}
 
 
 def _words(config: Mapping[str, Any]) -> Iterator[str]:

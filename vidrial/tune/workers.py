@@ -16,7 +16,7 @@ from typing import Any, Protocol
 from vidrial.build.cubins import Compiler
 from vidrial.build.files import Closing
 from vidrial.build.processes import Child, Ended, ready
-from vidrial.errors import CompileError, ConfigError, SweepError, VidrialError
+from vidrial.errors import CompileError, CompileStopped, ConfigError, SweepError, VidrialError
 from vidrial.spec.op import Check, Op
 from vidrial.spec.registry import resolve
 from vidrial.tune.codec import decode, encode
@@ -279,7 +279,7 @@ class _Server:
         except ConfigError as error:
             return Reply(Status.rejected, str(error))
         except CompileError as error:
-            return Reply(Status.compile, str(error))
+            return Reply(Status.stopped if isinstance(error, CompileStopped) else Status.compile, str(error))
         except VidrialError as error:
             usable = self._bench is not None and self._bench.usable()
             return Reply(Status.launch if usable else Status.crash, str(error), at=0 if len(job.configs) == 1 else None)
