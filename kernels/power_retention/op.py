@@ -73,6 +73,13 @@ def rules(p: Problem, c: Config) -> Iterator[tuple[bool, str]]:
     yield c.chunk == 0 or c.chunk < p.t, f"chunk={c.chunk} holds all {p.t} tokens: chunk=0 is the same without a state"
 
 
+def inputs(p: Problem) -> dict[str, Buffer]:
+    """Rows of q, k and v are read by vectors; log_g is read with whatever strides it has."""
+    shapes = {"q": (p.b, p.t, p.hq, p.d), "k": (p.b, p.t, p.h, p.d), "v": (p.b, p.t, p.h, p.e)}
+    buffers = {name: Buffer(shape, p.dtype, (*getattr(p, f"{name}_stride"), 1)) for name, shape in shapes.items()}
+    return buffers | ({"log_g": Buffer((p.b, p.t, p.h), DType.float32, p.log_g_stride, aligned=False)} if p.gated else {})
+
+
 def outputs(p: Problem) -> dict[str, Buffer]:
     return {"y": Buffer((p.b, p.t, p.hq, p.e), p.dtype)}
 
@@ -185,6 +192,7 @@ op = Op(
     problem=Problem,
     config=Config,
     stages=stages,
+    inputs=inputs,
     outputs=outputs,
     workspace=workspace,
     sample=sample,
