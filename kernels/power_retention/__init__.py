@@ -68,7 +68,7 @@ def power_retention(
             NumPy arrays and CPU tensors run in NumPy (float32 inside) and may be float32, too.
         k: [B, T, H, D], HQ a multiple of H: query head h reads key head h // (HQ / H).
         v: [B, T, H, E], E in 32, 64, 128.
-        log_g: [B, T, H] float32, at most 0; values below -60 count as -60. None: no decay.
+        log_g: [B, T, H] float32, at most 0; values below -60 count as -60, values above 0 as 0. None: no decay.
         degree: 2, or 4 (quadratic in T).
         scale: multiplies q . k; 1 / sqrt(D) by default.
         normalize: "sum" divides by the sum of the weights (at least 1e-20), "none" does not.

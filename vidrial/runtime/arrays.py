@@ -19,6 +19,7 @@ else:
     A = TypeVar("A")
 
 CPU = -1
+_NEGATIVE = "has its negative bit set, so that its memory holds the other sign; pass {name}.resolve_neg()"
 
 
 class ArraySpec(NamedTuple):
@@ -36,9 +37,11 @@ class ArraySpec(NamedTuple):
         """The facts that a `signature_of` saw; `name` is the argument's name in errors.
 
         Raises:
-            ArgumentTypeError: the dtype is not known, or the device not served.
+            ArgumentTypeError: the dtype is not known, or the device not served. UnsupportedError: a torch tensor's negative bit is set.
         """
-        seen, steps, dtype, device, library, aligned = key
+        seen, steps, dtype, device, library, aligned, *negative = key
+        if any(negative):
+            raise UnsupportedError(f"{name} {_NEGATIVE.format(name=name)}")
         shape = tuple(seen)
         strides = contiguous_strides(shape) if steps is None else tuple(steps)
         try:
@@ -85,18 +88,19 @@ def signature_of(arrays: Iterable[Any], names: Iterable[str]) -> tuple[tuple[tup
     tensor = None
     if torch is not None:
         tensor, recorded, dual = torch.Tensor, torch.is_grad_enabled(), torch.autograd.forward_ad._current_level >= 0
-    key, pointers = [], {}
+    key: list[tuple[Any, ...]] = []
+    pointers = {}
     for name, x in zip(names, arrays, strict=False):
         if type(x) is tensor:
             try:
                 pointers[name] = pointer = x.data_ptr()
                 # NOTE: whether it is contiguous torch says faster than its strides, and a shorter key is hashed faster.
                 strides = None if x.is_contiguous() else x.stride()
-                key.append((x.shape, strides, x.dtype, x.device, "torch", pointer % VECTOR_BYTES == 0))
+                key.append((x.shape, strides, x.dtype, x.device, "torch", pointer % VECTOR_BYTES == 0, x.is_neg()))
             except RuntimeError:
                 _refuse_tensor(x, name)
                 raise
-            if x.is_neg() or not pointer or dual or (recorded and x.requires_grad):
+            if not pointer or dual or (recorded and x.requires_grad):
                 _refuse_tensor(x, name)
         else:
             array = x if type(x) is Array else as_array(x, name)
@@ -118,7 +122,7 @@ def _refuse_tensor(x: Any, name: str) -> None:
     elif dispatch is not torch.Tensor.__torch_dispatch__ and dispatch is not torch._C._disabled_torch_dispatch_impl:
         reason = f"is a {type(x).__module__}.{type(x).__name__}, which is more than its memory; accepted: plain tensors"
     elif x.is_neg():
-        reason = f"has its negative bit set, so that its memory holds the other sign; pass {name}.resolve_neg()"
+        reason = _NEGATIVE.format(name=name)
     elif torch.is_grad_enabled() and x.requires_grad:
         reason = f"requires a gradient, which no op computes yet; call it under torch.no_grad(), or pass {name}.detach()"
     elif torch.autograd.forward_ad._current_level >= 0 and torch.autograd.forward_ad.unpack_dual(x).tangent is not None:
