@@ -53,6 +53,7 @@ def sample(p: Problem, seed: int) -> dict[str, np.ndarray]:
 
 op = Op.of(
     bad,
+    inputs=lambda p: {"x": Buffer((p.n,), DType.int32)},
     outputs=lambda p: {"y": Buffer((p.n,), DType.int32)},
     sample=sample,
     reference=lambda p, inputs: {"y": inputs["x"] + 1},

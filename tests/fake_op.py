@@ -73,12 +73,16 @@ fake = Kernel(
 )
 
 
+def inputs(p: Problem) -> dict[str, Buffer]:
+    return {"x": Buffer((p.n,), DType.float32)}
+
+
 def outputs(p: Problem) -> dict[str, Buffer]:
     return {"y": Buffer((p.n,), DType.int32)}
 
 
 def sample(p: Problem, seed: int) -> dict[str, np.ndarray]:
-    return {"x": np.random.default_rng(seed).standard_normal(p.n)}
+    return {"x": np.random.default_rng(seed).standard_normal(p.n, np.float32)}
 
 
 def reference(p: Problem, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -98,6 +102,7 @@ def small(p: Problem) -> Problem:
 
 
 FUNCTIONS: dict[str, Any] = {
+    "inputs": inputs,
     "outputs": outputs,
     "sample": sample,
     "reference": reference,

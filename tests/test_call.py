@@ -179,6 +179,12 @@ class Tensor:
     def stride(self) -> tuple[int, ...]:
         return self._strides
 
+    def is_contiguous(self) -> bool:
+        return bool(self.x.flags.c_contiguous)
+
+    def is_neg(self) -> bool:
+        return False
+
     def new_empty_strided(self, shape: tuple[int, ...], strides: tuple[int, ...]) -> Tensor:
         made = Tensor(np.empty(shape, self.x.dtype), self.dtype)
         assert made.stride() == strides
@@ -202,6 +208,10 @@ class Torch:
         @staticmethod
         def _cuda_cudaCachingAllocator_raw_delete(pointer: int) -> None:  # noqa: N802
             Torch.given.append(pointer)
+
+    class autograd:  # noqa: N801
+        class forward_ad:  # noqa: N801
+            _current_level = -1
 
     Tensor, bfloat16, float32 = Tensor, "bfloat16", "float32"
     taken: ClassVar[list[tuple[int, int]]] = []

@@ -65,6 +65,7 @@ def op(op: vd.Op[Problem, Config]) -> None:
     reveal_type(vd.tune.choose_config(op, problem, device).config)  # is script.Config
     reveal_type(vd.testing.check(op).outcomes[0].problem)  # is script.Problem
     reveal_type(vd.apply(op, problem, {"x": vd.as_array(x, "x")})["y"])  # is numpy.ndarray
+    reveal_type(vd.call_op(op, {"x": x})["y"])  # is numpy.ndarray
     reveal_type(vidrial.kernels.power_retention.power_retention(x, x, x))  # is numpy.ndarray
     vd.prepare(op, Config())  # refused: misc
 

@@ -112,6 +112,7 @@ op = vd.Op(
     problem=Problem,
     config=Config,
     stages=lambda p, c: (Stage(kernel, p, c),),
+    inputs=lambda p: {"x": vd.Buffer((p.b, p.t, p.h, p.d + p.pad), p.dtype)},
     outputs=lambda p: {"y": vd.Buffer((p.b, p.t, p.h), vd.DType.float32)},
     workspace=lambda p, c: {"counter": vd.Buffer((1,), vd.DType.int32, zeroed=True)} if c.kind == "dynamic" else {},
     sample=sample,

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from vidrial import layout, testing, tune
-    from vidrial.call import CachedPlan, apply, current_target, prepare, run, use_target
+    from vidrial.call import CachedPlan, apply, call_op, current_target, prepare, run, use_target
     from vidrial.device import Device
     from vidrial.dtypes import DType
     from vidrial.errors import (
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
         VidrialError,
     )
     from vidrial.runtime.arrays import CPU, Array, ArraySpec, as_array, contiguous, library_of, signature_of, to_library
+    from vidrial.runtime.inputs import check_inputs
     from vidrial.spec.choices import describe
     from vidrial.spec.cost import Cost
     from vidrial.spec.fields import choice, dynamic, part, specialize, static
@@ -74,6 +75,8 @@ __all__ = [
     "VidrialError",
     "apply",
     "as_array",
+    "call_op",
+    "check_inputs",
     "choice",
     "contiguous",
     "current_target",
@@ -96,12 +99,13 @@ __all__ = [
 
 # Module -> the public names that it has.
 _HOMES = {
-    "call": "CachedPlan apply current_target prepare run use_target",
+    "call": "CachedPlan apply call_op current_target prepare run use_target",
     "device": "Device",
     "dtypes": "DType",
     "errors": "ArgumentError ArgumentTypeError CheckError CompileError ConfigError FrozenError LaunchError LayoutError NoValidConfig "
     "StoreError SweepError TemplateError ToolchainError UnsupportedError VidrialError",
     "runtime.arrays": "CPU Array ArraySpec as_array contiguous library_of signature_of to_library",
+    "runtime.inputs": "check_inputs",
     "spec.choices": "describe",
     "spec.cost": "Cost",
     "spec.fields": "choice dynamic part specialize static",

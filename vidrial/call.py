@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Hashable, Mapping
 from functools import cache, lru_cache
-from typing import Any, cast
+from typing import Any, NamedTuple, TypeAlias, cast, overload
 
 import numpy as np
 
@@ -12,7 +13,21 @@ from vidrial.device import DEFAULT_GPU, Device
 from vidrial.dtypes import DType
 from vidrial.errors import ArgumentError, ArgumentTypeError
 from vidrial.host.plan import HostPlan
-from vidrial.runtime.arrays import CPU, A, Array, current_stream, empty, release, scratch, wrap_output
+from vidrial.runtime.arrays import (
+    CPU,
+    A,
+    Array,
+    ArraySpec,
+    as_array,
+    contiguous,
+    current_stream,
+    empty,
+    release,
+    scratch,
+    signature_of,
+    wrap_output,
+)
+from vidrial.runtime.inputs import check_inputs, layout_fault
 from vidrial.runtime.plan import CudaPlan
 from vidrial.settings import Settings
 from vidrial.spec.choices import own_axes
@@ -163,16 +178,7 @@ def run(plan: CudaPlan, pointers: dict[str, int], like: A, library: str) -> dict
 
 
 def run_on_host(op: Op[P, C], problem: P, inputs: Mapping[str, Array[A]], plan: HostPlan[P, C]) -> dict[str, A]:
-    """Run an op's kernels on CPU arrays; its outputs, newly made.
-
-    Raises:
-        ArgumentTypeError: an array is on a GPU.
-    """
-    for name, array in inputs.items():
-        if array.device != CPU:
-            raise ArgumentTypeError(
-                f"{name} is on CUDA device {array.device}; the host target takes NumPy arrays and CPU tensors: move it with .cpu()"
-            )
+    """Run an op's kernels on CPU arrays; its outputs, newly made."""
     like, outputs = next(iter(inputs.values())), op.outputs(problem)
     made = {name: empty(buffer.shape, buffer.dtype, like.owner, like.library, CPU)[1] for name, buffer in outputs.items()}
     shared = {name: bits(array.owner, array.dtype, array.library) for name, array in inputs.items()}
@@ -193,22 +199,122 @@ def bits(owner: Any, dtype: DType, library: str) -> np.ndarray:
     return shared
 
 
-def apply(op: Op[P, C], problem: P, inputs: Mapping[str, Array[A]], target: str | None = None, **fixed: object) -> dict[str, A]:
+@overload
+def apply(op: Op[P, C], problem: P, inputs: Mapping[str, Array[A]], target: str | None = None, **fixed: object) -> dict[str, A]: ...
+
+
+@overload
+def apply(op: Op[P, C], problem: P, inputs: Mapping[str, A | None], target: str | None = None, **fixed: object) -> dict[str, A]: ...
+
+
+def apply(op: Op[P, C], problem: P, inputs: Mapping[str, Any], target: str | None = None, **fixed: object) -> dict[str, Any]:
     """Run an op where its inputs lie, with the config that a call without a config takes: on their GPU, or, CPU arrays, its kernels on the CPU.
 
+    `inputs`: by name, as the op declares them for this problem: arrays of one library, or what `as_array` made of them; nothing is copied.
     `fixed`: choices of the op's own that the config shall make (`chunk=512`).
 
     Returns:
         The outputs by name, arrays of the inputs' library.
 
     Raises:
-        ArgumentError: a name in `fixed` is no choice of the op's. ArgumentTypeError: target `host` and an array on a GPU.
+        ArgumentError: a name in `fixed` is no choice of the op's; an input is missing, not known, or of another shape, strides or
+            alignment. ArgumentTypeError: its dtype, library or device is another, or target `host` and it is on a GPU.
+        UnsupportedError: it requires a gradient, or is otherwise more than its memory (see `as_array`).
         CompileError, LaunchError, ToolchainError: it could not be built or run.
     """
     if fixed:
         _check_own(op, fixed)
-    like, chosen = next(iter(inputs.values())), tuple(fixed.items())
-    if like.device == CPU or current_target(target) == "host":
-        return run_on_host(op, problem, inputs, host_plan(op, problem, chosen))
-    pointers = {name: array.pointer for name, array in inputs.items()}
-    return run(cuda_plan(op, problem, like.device, chosen), pointers, like.owner, like.library)
+    given = _without_none(inputs)
+    key, pointers = signature_of(given.values(), given)
+    asked = _request(op, cast(Hashable, problem), tuple(given), key, current_target(target), tuple(fixed.items()))
+    return _run(op, given, pointers, asked)
+
+
+def call_op(op: Op[P, C], inputs: Mapping[str, A | None], target: str | None = None, **options: Hashable) -> dict[str, A]:
+    """`apply` for the problem that `op.problem_of` makes of the inputs' facts and `options`; inputs that lie otherwise are copied first.
+
+    A wrapper in one line, `call_op(op, {"x": x})["y"]`: what a call asks is worked out once per call signature.
+
+    Returns, raises: as `apply`.
+    """
+    given = _without_none(inputs)
+    key, pointers = signature_of(given.values(), given)
+    place, asked_options = current_target(target), tuple(options.items())
+    try:
+        asked = _request_of(op, tuple(given), key, place, asked_options)
+    except TypeError as error:
+        unhashable = [name for name, value in asked_options if not isinstance(value, Hashable)]
+        if not unhashable:
+            raise
+        raise ArgumentTypeError(f"{op.name}: {', '.join(unhashable)} cannot be looked up; accepted: values that can be hashed") from error
+    if asked.copied:
+        # The problem may name the strides: it is made anew.
+        given |= {name: contiguous(as_array(given[name], name)) for name in asked.copied}
+        key, pointers = signature_of(given.values(), given)
+        asked = _request(op, _problem_of(op, tuple(given), key, asked_options), tuple(given), key, place, ())
+    return _run(op, given, pointers, asked)
+
+
+def _without_none(inputs: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: x for name, x in inputs.items() if x is not None}
+
+
+class _Request(NamedTuple):
+    """What a call of such inputs runs: its problem, whose arrays they are, its plan (None on the host target), and which are to be copied."""
+
+    problem: Any
+    fixed: tuple[tuple[str, object], ...]
+    library: str
+    planned: CachedPlan | None
+    copied: tuple[str, ...] = ()
+
+
+def _run(op: Op, given: dict[str, Any], pointers: dict[str, int], asked: _Request) -> dict[str, Any]:
+    if asked.planned is None:
+        arrays = {name: x if type(x) is Array else as_array(x, name) for name, x in given.items()}
+        return run_on_host(op, asked.problem, arrays, host_plan(op, asked.problem, asked.fixed))
+    like = next(iter(given.values()))
+    return run(asked.planned.plan(), pointers, like.owner if type(like) is Array else like, asked.library)
+
+
+Key: TypeAlias = tuple[tuple[Any, ...], ...]  # of `signature_of`
+
+
+@lru_cache(maxsize=4096)
+def _request(op: Op, problem: Any, names: tuple[str, ...], key: Key, target: str, fixed: tuple[tuple[str, object], ...]) -> _Request:
+    """What a call for this problem runs; refuses what the op does not declare. This is the one look-up of the warm path."""
+    return _planned(op, problem, check_inputs(op, problem, _specs(names, key)), target, fixed)
+
+
+@lru_cache(maxsize=4096)
+def _request_of(op: Op, names: tuple[str, ...], key: Key, target: str, options: tuple[tuple[str, Hashable], ...]) -> _Request:
+    """The same where the problem follows from the inputs."""
+    problem, specs = _problem_of(op, names, key, options), _specs(names, key)
+    asked = _planned(op, problem, check_inputs(op, problem, specs, layout=False), target, ())
+    declared = op.inputs(problem)
+    return asked._replace(copied=tuple(name for name, spec in specs.items() if layout_fault(spec, declared[name])))
+
+
+def _problem_of(op: Op, names: tuple[str, ...], key: Key, options: tuple[tuple[str, Hashable], ...]) -> Any:
+    if op.problem_of is None:
+        raise ArgumentError(f"{op.name} does not say which problem its inputs ask; give Op(problem_of=...), or call vidrial.apply")
+    specs, accepted = _specs(names, key), inspect.signature(op.problem_of)
+    try:
+        accepted.bind(**specs, **dict(options))
+    except TypeError as error:
+        raise ArgumentError(f"{op.name}: {error}; accepted: {', '.join(accepted.parameters)}") from None
+    return op.problem_of(**specs, **dict(options))
+
+
+def _specs(names: tuple[str, ...], key: Key) -> dict[str, ArraySpec]:
+    return {name: ArraySpec.of(seen, name) for name, seen in zip(names, key, strict=True)}
+
+
+def _planned(op: Op, problem: Any, first: ArraySpec, target: str, fixed: tuple[tuple[str, object], ...]) -> _Request:
+    if first.device == CPU:
+        return _Request(problem, fixed, first.library, None)
+    if target == "host":
+        raise ArgumentTypeError(
+            f"the inputs are on CUDA device {first.device}; the host target takes NumPy arrays and CPU tensors: move them with .cpu()"
+        )
+    return _Request(problem, fixed, first.library, CachedPlan(op, problem, first.device, fixed))

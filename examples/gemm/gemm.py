@@ -119,6 +119,11 @@ def example(*, m: int = 4096, n: int = 4096, k: int = 4096, dtype: str = "bfloat
     return Problem(vd.DType.of(dtype), bias, gelu, m, n, k)
 
 
+def inputs(p: Problem) -> dict[str, vd.Buffer]:
+    arrays = {"a": vd.Buffer((p.m, p.k), p.dtype), "b": vd.Buffer((p.n, p.k), p.dtype)}
+    return arrays | ({"bias": vd.Buffer((p.n,), p.dtype)} if p.biased else {})
+
+
 def sample(p: Problem, seed: int) -> dict[str, NDArray[Any]]:
     rng = np.random.default_rng(seed)
     inputs = {"a": rng.standard_normal((p.m, p.k)), "b": rng.standard_normal((p.n, p.k)) / max(p.k, 1) ** 0.5}
@@ -147,6 +152,7 @@ op = vd.Op.of(
     sample=sample,
     reference=reference,
     check=check,
+    inputs=inputs,
     outputs=lambda p: {"c": vd.Buffer((p.m, p.n), p.dtype)},
     # Rows as aligned as those asked for.
     small=lambda p: replace(p, m=min(p.m, 197), n=min(p.n, 136 + p.n % 8), k=min(p.k, 200 + p.k % 8)),

@@ -148,6 +148,7 @@ op = vd.Op(
     config=Config,
     stages=stages,
     workspace=workspace,
+    inputs=lambda p: {"x": vd.Buffer((p.b, p.t), vd.DType.float32)},
     outputs=lambda p: {"y": vd.Buffer((p.b, p.t), vd.DType.float32)},
     example=example,
     sample=sample,

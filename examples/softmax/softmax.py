@@ -91,12 +91,20 @@ def check(p: Problem, inputs: Arrays, outputs: Arrays, expected: Arrays) -> vd.C
     return vd.Check(float(np.linalg.norm(error) / np.linalg.norm(exact)), float((error / exact).max()), bound, bound)
 
 
+def problem_of(x: vd.ArraySpec) -> Problem:
+    if len(x.shape) != 2:
+        raise vd.ArgumentError(f"x has shape {list(x.shape)}; accepted: a matrix [m, n]")
+    return Problem(x.dtype, *x.shape)
+
+
 op = vd.Op.of(
     kernel,
     example=example,
+    problem_of=problem_of,
     sample=sample,
     reference=reference,
     check=check,
+    inputs=lambda p: {"x": vd.Buffer((p.m, p.n), p.dtype)},
     outputs=lambda p: {"y": vd.Buffer((p.m, p.n), p.dtype)},
     small=lambda p: replace(p, m=min(p.m, 37)),
 )
@@ -104,10 +112,4 @@ op = vd.Op.of(
 
 def softmax(x: A) -> A:
     """The softmax of each row of `x` [m, n], float32 or bfloat16, torch's, CuPy's or JAX's; on the CPU it runs on the host target."""
-    array = vd.as_array(x, "x")
-    if len(array.shape) != 2:
-        raise vd.ArgumentError(f"x has shape {list(array.shape)}; accepted: a matrix [m, n]")
-    m, n = array.shape
-    if array.strides != (n, 1) or array.pointer % 16 or 0 in (m, n):
-        array = vd.contiguous(array)
-    return vd.apply(op, Problem(array.dtype, m, n), {"x": array})["y"] if m and n else vd.to_library(array)
+    return vd.call_op(op, {"x": x})["y"]

@@ -7,6 +7,7 @@ y = power_retention(q, k, v, log_g)
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from numbers import Integral, Real
@@ -26,9 +27,9 @@ from vidrial import (
     UnsupportedError,
     apply,
     as_array,
+    check_inputs,
     contiguous,
     current_target,
-    library_of,
     run,
     signature_of,
 )
@@ -36,7 +37,7 @@ from vidrial.kernels.power_retention.cpu import power_retention_cpu
 from vidrial.kernels.power_retention.op import CHUNKS, DEGREES, DIMS, DTYPES, MAX_ELEMENTS, MAX_HEADS, MAX_SCALE, NORMALIZE, op
 from vidrial.kernels.power_retention.problem import Problem
 
-__all__ = ["power_retention"]
+__all__ = ["power_retention", "DTYPES"]
 
 NAMES = ("q", "k", "v", "log_g")
 A = TypeVar("A")  # an array of torch, CuPy, JAX or NumPy
@@ -61,7 +62,7 @@ def power_retention(
             NumPy arrays and CPU tensors run in NumPy (float32 inside) and may be float32, too.
         k: [B, T, H, D], HQ a multiple of H: query head h reads key head h // (HQ / H).
         v: [B, T, H, E], E in 32, 64, 128.
-        log_g: [B, T, H] float32, at most 0; values below -60 count as -60. None: no decay.
+        log_g: [B, T, H] float32, at most 0; values below -60 count as -60, values above 0 as 0. None: no decay.
         degree: 2, or 4 (quadratic in T).
         scale: multiplies q . k; 1 / sqrt(D) by default.
         normalize: "sum" divides by the sum of the weights (at least 1e-20), "none" does not.
@@ -78,7 +79,6 @@ def power_retention(
     """
     inputs = (q, k, v) if log_g is None else (q, k, v, log_g)
     key, pointers = signature_of(inputs, NAMES)
-    _refuse_gradients(inputs)
     place = current_target(target)
     try:
         asked = _request(key, degree, scale, normalize, chunk, place)
@@ -94,17 +94,6 @@ def power_retention(
     arrays = {name: a if name == "log_g" or a.facts.vectorised else contiguous(a) for name, a in arrays.items()}
     asked = _request(tuple(a.facts for a in arrays.values()), degree, scale, normalize, chunk, place)
     return apply(op, asked.problem, arrays, place, **dict(asked.fixed))["y"]
-
-
-def _refuse_gradients(inputs: tuple[Any, ...]) -> None:
-    torch = sys.modules.get("torch")
-    if torch is None or not torch.is_grad_enabled():
-        return
-    for name, x in zip(NAMES, inputs, strict=False):
-        if library_of(x) == "torch" and x.requires_grad:
-            raise UnsupportedError(
-                f"{name} requires a gradient, which power_retention does not compute yet; call it under torch.no_grad(), or pass {name}.detach()"
-            )
 
 
 def _check_options(degree: Any, scale: Any, normalize: Any, chunk: Any) -> None:
@@ -144,8 +133,7 @@ def _request(key: tuple[tuple[Any, ...], ...], degree: int, scale: float | None,
     facts = {name: ArraySpec.of(seen, name) for name, seen in zip(NAMES, key, strict=False)}
     shapes, strides = {name: f.shape for name, f in facts.items()}, {name: f.strides for name, f in facts.items()}
     _check_shapes(shapes)
-    _check_places(facts, target)
-    (b, t, hq, d), (h, e) = shapes["q"], shapes["v"][2:]
+    (b, t, hq, d), h, e = shapes["q"], shapes["k"][2], shapes["v"][3]
     if chunk is not None and chunk >= t:
         chunk = 0
     problem = Problem(
@@ -167,8 +155,12 @@ def _request(key: tuple[tuple[Any, ...], ...], degree: int, scale: float | None,
         _three(strides.get("log_g", (0, 0, 0))),
     )
     device, fixed = facts["q"].device, () if chunk is None else (("chunk", chunk),)
-    ready = device != CPU and target == "cuda" and all(facts[name].vectorised for name in "qkv")
     on_cpu = device == CPU and target == "cuda"
+    ready = not on_cpu and target == "cuda" and all(facts[name].vectorised for name in "qkv")
+    dtypes = (DType.bfloat16, DType.float16, DType.float32)[: 3 if on_cpu else 2]
+    if problem.dtype not in dtypes:
+        raise ArgumentTypeError(f"q is {problem.dtype}; accepted: {', '.join(map(str, dtypes))}")
+    check_inputs(op, problem, facts, layout=ready)
     return Request(problem, chunk, fixed, facts["q"].library, on_cpu, ready, CachedPlan(op, problem, device, fixed))
 
 
@@ -178,17 +170,11 @@ def _three(strides: tuple[int, ...]) -> tuple[int, int, int]:
     return b, t, h
 
 
-def _check_shapes(shapes: dict[str, tuple[int, ...]]) -> None:
+def _check_shapes(shapes: Mapping[str, tuple[int, ...]]) -> None:
     for name, axes in {"q": "[B, T, HQ, D]", "k": "[B, T, H, D]", "v": "[B, T, H, E]", "log_g": "[B, T, H]"}.items():
         if name in shapes and len(shapes[name]) != axes.count(",") + 1:
             raise ArgumentError(f"{name} has shape {list(shapes[name])}; accepted: {axes}")
-    (b, t, hq, d), h = shapes["q"], shapes["k"][2]
-    expected = {"k": (b, t, h, d), "v": (b, t, h, shapes["v"][3]), "log_g": (b, t, h)}
-    for name, wanted in expected.items():
-        if name in shapes and shapes[name] != wanted:
-            raise ArgumentError(
-                f"{name} has shape {list(shapes[name])}, which does not go with q {list(shapes['q'])} and k {list(shapes['k'])}; accepted: {list(wanted)}"
-            )
+    (b, _, hq, d), h = shapes["q"], shapes["k"][2]
     if h == 0 or hq % h:
         raise ArgumentError(f"q has {hq} heads and k has {h}; accepted: a multiple of k's heads")
     for name, size in (("D", d), ("E", shapes["v"][3])):
@@ -203,23 +189,6 @@ def _check_shapes(shapes: dict[str, tuple[int, ...]]) -> None:
             )
     if b * hq > MAX_HEADS:
         raise UnsupportedError(f"q has B x HQ = {b * hq} heads; accepted: at most {MAX_HEADS}. Split the batch")
-
-
-def _check_places(facts: dict[str, ArraySpec], target: str) -> None:
-    _, _, dtype, device, library, _ = facts["q"]
-    for name, (_, _, other, place, owner, _) in facts.items():
-        if (place, owner) != (device, library):
-            where = {CPU: "the CPU"}
-            raise ArgumentTypeError(
-                f"{name} is a {owner} array on {where.get(place, f'CUDA device {place}')}, q a {library} array on "
-                f"{where.get(device, f'CUDA device {device}')}; accepted: one library and one device for all"
-            )
-        on_gpu = place != CPU or target == "host"
-        wanted = (DType.float32,) if name == "log_g" else DTYPES if on_gpu else (*DTYPES, DType.float32)
-        if other not in wanted:
-            raise ArgumentTypeError(f"{name} is {other}; accepted: {', '.join(map(str, wanted))}")
-        if name in ("k", "v") and other is not dtype:
-            raise ArgumentTypeError(f"{name} is {other} and q is {dtype}; accepted: one dtype for q, k and v")
 
 
 def _on_cpu(arrays: dict[str, Array[Any]], problem: Problem, normalize: str, chunk: int | None) -> Any:

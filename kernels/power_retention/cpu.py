@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from vidrial.kernels.power_retention.reference import LOWEST_LOG_GATE, LOWEST_NORMALISER
+from vidrial.kernels.power_retention.reference import LOWEST_LOG_GATE, LOWEST_NORMALISER, causal_product
 
 Float32 = NDArray[np.float32]
 
@@ -30,7 +30,7 @@ def power_retention_cpu(
     # [B, H, G, T, .]: the queries of a group share keys, values and state.
     qs = np.ascontiguousarray(q.reshape(b, t, h, group, d).transpose(0, 2, 3, 1, 4))
     ks, vs = (np.ascontiguousarray(x.transpose(0, 2, 1, 3))[:, :, None] for x in (k, v))
-    gates = np.zeros((b, h, t)) if log_g is None else np.maximum(log_g, LOWEST_LOG_GATE).transpose(0, 2, 1).astype(np.float64)
+    gates = np.zeros((b, h, t)) if log_g is None else np.clip(log_g, LOWEST_LOG_GATE, 0).transpose(0, 2, 1).astype(np.float64)
     y = np.empty((b, h, group, t, e), np.float32)
     i, j, multiplicity = _phi_indices(d)
     stateful = degree == 2 and t > size
@@ -43,8 +43,8 @@ def power_retention_cpu(
         gap = tail[..., :, None] - a[..., None, :]
         causal = np.arange(rows.start, rows.stop)[:, None] >= np.arange(keys.start, keys.stop)
         weight = (qs[..., rows, :] @ ks[..., keys, :].swapaxes(-1, -2)) ** degree
-        weight *= np.exp(np.where(causal, gap, -np.inf)).astype(np.float32)
-        num, norm = weight @ vs[..., keys, :], weight.sum(-1)
+        weight = np.where(causal, weight * np.exp(np.where(causal, gap, -np.inf)).astype(np.float32), np.float32(0))
+        num, norm = causal_product(weight, vs[..., keys, :], causal), weight.sum(-1)
         if stateful and begin:
             qc = qs[..., rows, :]
             from_state = (qc[..., i] * qc[..., j] * multiplicity) @ state * np.exp(a)[..., None].astype(np.float32)
@@ -58,4 +58,4 @@ def power_retention_cpu(
         y[..., rows, :] = (
             num * (factor / np.maximum(norm * factor, np.float32(LOWEST_NORMALISER)))[..., None] if normalize == "sum" else num * factor
         )
-    return y.transpose(0, 3, 1, 2, 4).reshape(b, t, hq, e)
+    return np.ascontiguousarray(y.transpose(0, 3, 1, 2, 4)).reshape(b, t, hq, e)

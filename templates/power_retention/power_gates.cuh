@@ -5,7 +5,7 @@
 //   to_end    2^(a_end - a_t)        what token t still counts at the chunk's end (not asked for without a state)
 //   to_block  2^(a_blockend - a_t)   and at the end of its block of keys
 //
-// Tokens at and beyond T have gate 1.
+// Tokens at and beyond T have gate 1. A NaN gate makes NaN of every sum that it is in, and of none before it.
 #pragma once
 #include <vidrial/tile/smem.cuh>
 
@@ -18,6 +18,9 @@ CUTE_DEVICE float2 split_double(double x) { float const high = float(x); return 
 
 // The difference of two split sums.
 CUTE_DEVICE float diff_split(float2 a, float2 b) { return (a.x - b.x) + (a.y - b.y); }
+
+// NOTE: no fmaxf, which takes NaN for the other operand: a gate that is none would count as closed.
+CUTE_DEVICE float clamp_log_gate(float x) { return x < kLowestLogGate ? kLowestLogGate : x > 0.f ? 0.f : x; }
 
 template <class Tiles, class Args>
 CUTE_DEVICE void power_gates(Args const& p) {
@@ -36,7 +39,7 @@ CUTE_DEVICE void power_gates(Args const& p) {
     CUTE_UNROLL
     for (int i = 0; i < kTokens; ++i) {
       int const t = first + own + i;
-      sum += own + i < p.chunk && t < p.t ? double(fmaxf(log_g[t * p.log_g_stride[1]], kLowestLogGate)) * kLog2E : 0.0;
+      sum += own + i < p.chunk && t < p.t ? double(clamp_log_gate(log_g[t * p.log_g_stride[1]])) * kLog2E : 0.0;
       x[i] = sum;
     }
     double prefix = sum;                     // of the warp's threads up to this one, then of all tokens before its own
@@ -47,7 +50,9 @@ CUTE_DEVICE void power_gates(Args const& p) {
     }
     if (lane == 31) sums[warp] = prefix;
     __syncthreads();
-    prefix += carry - sum;
+    // NOTE: the sum of the threads before, not this thread's minus its own part: NaN minus NaN is no 0.
+    double const before = __shfl_up_sync(~0u, prefix, 1);
+    prefix = lane > 0 ? carry + before : carry;
     CUTE_UNROLL
     for (int w = 0; w < kWarps; ++w) {
       if (w < warp) prefix += sums[w];

@@ -197,6 +197,7 @@ def regions_op(folder: Path, write: str) -> Op:
         sample=lambda p, seed: {},
         reference=lambda p, x: {},
         check=lambda p, x, y, z: vd.Check(float(np.isnan(y["y"][:31]).sum()), 0.0, 0.5, 0.5),
+        inputs=lambda p: {},
         outputs=lambda p: {"y": vd.Buffer((32,), vd.DType.float32)},
         small=lambda p: p,
     )

@@ -205,8 +205,8 @@ BAD: dict[str, tuple[tuple[Any, ...], dict[str, Any], type[VidrialError], str]] 
     "log_g is a number": ((Q, KV, KV, 0.5), {}, ArgumentTypeError, r"log_g: .*float is not an array"),
     "q of integers": ((zeros(2, 5, 4, 32, dtype=np.int32), KV, KV), {}, ArgumentTypeError, r"q.*int32.*accepted"),
     "q of float64": ((zeros(2, 5, 4, 32, dtype=np.float64), KV, KV), {}, ArgumentTypeError, r"q.*float64.*accepted"),
-    "k of another dtype": ((Q, KV.astype(np.float32), KV), {}, ArgumentTypeError, r"k is float32 and q is float16; accepted: one dtype"),
-    "v of another dtype": ((Q, KV, KV.astype(np.float32)), {}, ArgumentTypeError, r"v is float32 and q is float16; accepted: one dtype"),
+    "k of another dtype": ((Q, KV.astype(np.float32), KV), {}, ArgumentTypeError, r"k is float32; accepted: float16"),
+    "v of another dtype": ((Q, KV, KV.astype(np.float32)), {}, ArgumentTypeError, r"v is float32; accepted: float16"),
     "log_g of float16": ((Q, KV, KV, G.astype(np.float16)), {}, ArgumentTypeError, r"log_g is float16; accepted: float32"),
     "float32 on the host target": (
         (Q.astype(np.float32), KV, KV),

@@ -119,7 +119,7 @@ def test_workers_die_with_their_parent(tmp_path: Path, monkeypatch: pytest.Monke
 
 def test_ops_are_found_by_name() -> None:
     assert reference_of(op) == "fake_op:op" and resolve("fake_op:op") is op
-    hidden = Op.of(fake, **{name: getattr(op, name) for name in ("outputs", "sample", "reference", "check", "small", "example")})
+    hidden = Op.of(fake, **{name: getattr(op, name) for name in ("inputs", "outputs", "sample", "reference", "check", "small", "example")})
     with pytest.raises(ArgumentError, match="top level"):
         reference_of(hidden)
 

@@ -9,6 +9,7 @@ time limit, so a crash, a deadlock or an endless loop never reaches the caller.
 
 from __future__ import annotations
 
+import bisect
 import ctypes
 import dataclasses
 import functools
@@ -18,7 +19,7 @@ import shutil
 import struct
 import subprocess
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -134,11 +135,11 @@ class HostBinary:
             shared: dynamic shared memory of a CTA, in bytes or by its regions: nothing may touch what lies between them.
             packed: the parameters' bytes, laid out as a struct of them; pointers are filled in.
             pointers: offset in `packed` -> the array whose address goes there. Any strides; the address modulo 256 is that of the
-                array's first element in the array that owns the memory, as if that had come from the GPU's allocator.
+                array's first element in the array that owns the memory, as if that had come from the GPU's allocator; arrays may overlap.
             schedule: turns of the threads, landing of cp.async, time limit.
 
         Raises:
-            ArgumentError: a size that CUDA does not allow, a pointer outside of `packed`, arrays that overlap in part.
+            ArgumentError: a size that CUDA does not allow, a pointer outside of `packed`.
             LaunchError: the kernel crashed, deadlocked, ran out of time, left its memory or wrote to a read-only array.
         """
         threads = _three("block", block)
@@ -203,43 +204,60 @@ class HostBinary:
 
 
 class Memory:
-    """The arrays of one launch: what the process allocates, and where their addresses go."""
+    """The arrays of one launch: what the process allocates, and where their addresses go. Arrays whose bytes overlap, as views of one
+    projection do, lie in one block, as in the memory that they come from."""
 
     def __init__(self, pointers: Mapping[int, np.ndarray[Any, Any]], packed_bytes: int) -> None:
-        import numpy as np
-
         self.views: list[memoryview] = []
-        self._arrays: list[np.ndarray[Any, Any]] = []
+        self._starts: list[int] = []
+        self._arrays = tuple(pointers.values())
         entries, places = b"", b""
+        for low, high, owner in _blocks(self._arrays):
+            self._starts.append(low)
+            self.views.append(_bytes_at(low, high - low))
+            entries += struct.pack("=2Q", high - low, (low - owner.ctypes.data) % ARRAY_ALIGNMENT)
         for offset, array in pointers.items():
             if not 0 <= offset <= packed_bytes - 8:
                 raise ArgumentError(f"pointer at offset {offset}: the arguments have {packed_bytes} bytes")
-            low, high = np.lib.array_utils.byte_bounds(array)
-            known = next((i for i, other in enumerate(self._arrays) if np.lib.array_utils.byte_bounds(other) == (low, high)), None)
-            if known is None:
-                clash = next((other for other in self._arrays if np.may_share_memory(array, other)), None)
-                if clash is not None:
-                    raise ArgumentError(f"the array at offset {offset} overlaps another one in part; pass the same array twice, or copies")
-                known = len(self._arrays)
-                self._arrays.append(array)
-                self.views.append(_bytes_at(low, high - low))
-                entries += struct.pack("=2Q", high - low, (low - _owner(array).ctypes.data) % ARRAY_ALIGNMENT)
-            places += struct.pack("=3Q", offset, known, array.ctypes.data - low)
+            block = bisect.bisect_right(self._starts, _extent(array)[0]) - 1
+            places += struct.pack("=3Q", offset, block, array.ctypes.data - self._starts[block])
         self.tables = entries + places
 
     def write_back(self, kernel: str, changed: memoryview) -> None:
-        """Copy the arrays that the kernel changed, each after its index, into the caller's.
+        """Copy the blocks that the kernel changed, each after its index, into the caller's arrays.
 
         Raises:
-            LaunchError: one of them is read-only.
+            LaunchError: it changed one that is read-only.
         """
         while changed:
             (index,) = LENGTH.unpack_from(changed)
-            view, array = self.views[index], self._arrays[index]
-            if not array.flags.writeable:
-                raise LaunchError(f"kernel {kernel} wrote to array {index}, {array.dtype}{list(array.shape)}, which is read-only")
-            view[:] = changed[LENGTH.size : LENGTH.size + len(view)]
+            start, view = self._starts[index], self.views[index]
+            new = changed[LENGTH.size : LENGTH.size + len(view)]
+            for at, array in enumerate(self._arrays):
+                if not array.flags.writeable and start <= _extent(array)[0] < start + len(view) and _differs(array, new, start):
+                    raise LaunchError(f"kernel {kernel} wrote to array {at}, {array.dtype}{list(array.shape)}, which is read-only")
+            view[:] = new
             changed = changed[LENGTH.size + len(view) :]
+
+
+def _blocks(arrays: Iterable[np.ndarray[Any, Any]]) -> list[tuple[int, int, np.ndarray[Any, Any]]]:
+    """Ranges of bytes, in order, that hold all arrays, none overlapping another; and what owns the memory of the first array in each."""
+    found: list[tuple[int, int, np.ndarray[Any, Any]]] = []
+    for low, high, array in sorted(((*_extent(array), array) for array in arrays), key=lambda entry: entry[:2]):
+        if found and (low < found[-1][1] or low == found[-1][0]):
+            begin, end, owner = found[-1]
+            found[-1] = begin, max(end, high), owner
+        else:
+            found.append((low, high, _owner(array)))
+    return found
+
+
+def _differs(array: np.ndarray[Any, Any], new: memoryview, start: int) -> bool:
+    """Whether any bit of the array is another one in `new`, which holds memory from address `start` on."""
+    import numpy as np
+
+    other = np.ndarray(array.shape, array.dtype, new, array.ctypes.data - start, array.strides)
+    return array.tobytes() != other.tobytes()
 
 
 def compile_host(
@@ -305,6 +323,13 @@ def _three(what: str, sizes: int | Sequence[int]) -> tuple[int, int, int]:
         raise ArgumentError(f"{what} {sizes}: accepted are one to three sizes of at least 1")
     x, y, z = (*given, 1, 1)[:3]
     return x, y, z
+
+
+def _extent(array: np.ndarray[Any, Any]) -> tuple[int, int]:
+    import numpy as np
+
+    low, high = np.lib.array_utils.byte_bounds(array)
+    return low, high
 
 
 def _owner(array: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar, cast
 
 from vidrial.device import VECTOR_BYTES
 from vidrial.dtypes import DType
-from vidrial.errors import ArgumentTypeError, ToolchainError
+from vidrial.errors import ArgumentTypeError, ToolchainError, UnsupportedError
 
 if TYPE_CHECKING:
     from typing_extensions import TypeVar as TypeVarWithDefault
@@ -19,6 +19,7 @@ else:
     A = TypeVar("A")
 
 CPU = -1
+_NEGATIVE = "has its negative bit set, so that its memory holds the other sign; pass {name}.resolve_neg()"
 
 
 class ArraySpec(NamedTuple):
@@ -36,11 +37,15 @@ class ArraySpec(NamedTuple):
         """The facts that a `signature_of` saw; `name` is the argument's name in errors.
 
         Raises:
-            ArgumentTypeError: the dtype is not known, or the device not served.
+            ArgumentTypeError: the dtype is not known, or the device not served. UnsupportedError: a torch tensor's negative bit is set.
         """
-        shape, strides, dtype, device, library, aligned = key
+        seen, steps, dtype, device, library, aligned, *negative = key
+        if any(negative):
+            raise UnsupportedError(f"{name} {_NEGATIVE.format(name=name)}")
+        shape = tuple(seen)
+        strides = contiguous_strides(shape) if steps is None else tuple(steps)
         try:
-            return cls(tuple(shape), tuple(strides), DType.of(dtype), _index_of(device), library, aligned)
+            return cls(shape, strides, DType.of(dtype), _index_of(device), library, aligned)
         except ArgumentTypeError as error:
             raise ArgumentTypeError(f"{name}: {error}") from None
 
@@ -77,20 +82,56 @@ def signature_of(arrays: Iterable[Any], names: Iterable[str]) -> tuple[tuple[tup
     It is the first step of every call, so of torch's tensors it takes shape, dtype and device as torch has them.
 
     Raises:
-        ArgumentTypeError: that of `as_array`.
+        ArgumentTypeError, UnsupportedError: those of `as_array`.
     """
     torch = sys.modules.get("torch")
-    tensor = torch.Tensor if torch is not None else None
-    key, pointers = [], {}
+    tensor = None
+    if torch is not None:
+        tensor, recorded, dual = torch.Tensor, torch.is_grad_enabled(), torch.autograd.forward_ad._current_level >= 0
+    key: list[tuple[Any, ...]] = []
+    pointers = {}
     for name, x in zip(names, arrays, strict=False):
         if type(x) is tensor:
-            pointers[name] = pointer = x.data_ptr()
-            key.append((x.shape, x.stride(), x.dtype, x.device, "torch", pointer % VECTOR_BYTES == 0))
+            try:
+                pointers[name] = pointer = x.data_ptr()
+                # NOTE: whether it is contiguous torch says faster than its strides, and a shorter key is hashed faster.
+                strides = None if x.is_contiguous() else x.stride()
+                key.append((x.shape, strides, x.dtype, x.device, "torch", pointer % VECTOR_BYTES == 0, x.is_neg()))
+            except RuntimeError:
+                _refuse_tensor(x, name)
+                raise
+            if not pointer or dual or (recorded and x.requires_grad):
+                _refuse_tensor(x, name)
         else:
-            array = as_array(x, name)
-            pointers[name] = array.pointer
-            key.append(array.facts)
+            array = x if type(x) is Array else as_array(x, name)
+            pointers[name] = pointer = array.pointer
+            key.append((*array[1:6], pointer % VECTOR_BYTES == 0))
     return tuple(key), pointers
+
+
+def _refuse_tensor(x: Any, name: str) -> None:
+    """Refuse a torch tensor whose values are not, or not alone, what lies at its address."""
+    torch = sys.modules["torch"]
+    dispatch = type(x).__torch_dispatch__
+    if torch._C._functorch.is_functorch_wrapped_tensor(x):
+        reason = "is a tensor of torch.func (grad, jvp, vmap), which ops do not support; call the op outside of it"
+    elif x.is_nested:
+        reason = "is a nested tensor; accepted: dense ones. Pass one sequence at a time, or x.to_padded_tensor(0)"
+    elif x.layout is not torch.strided:
+        reason = f"has layout {x.layout}; accepted: torch.strided. Pass {name}.to_dense()"
+    elif dispatch is not torch.Tensor.__torch_dispatch__ and dispatch is not torch._C._disabled_torch_dispatch_impl:
+        reason = f"is a {type(x).__module__}.{type(x).__name__}, which is more than its memory; accepted: plain tensors"
+    elif x.is_neg():
+        reason = _NEGATIVE.format(name=name)
+    elif torch.is_grad_enabled() and x.requires_grad:
+        reason = f"requires a gradient, which no op computes yet; call it under torch.no_grad(), or pass {name}.detach()"
+    elif torch.autograd.forward_ad._current_level >= 0 and torch.autograd.forward_ad.unpack_dual(x).tangent is not None:
+        reason = "carries a tangent of forward-mode AD, which no op computes; pass torch.autograd.forward_ad.unpack_dual(x).primal"
+    elif not x.data_ptr() and x.numel():
+        reason = f"has no memory (device {x.device}); accepted: tensors that hold values"
+    else:
+        return
+    raise UnsupportedError(f"{name} {reason}")
 
 
 def library_of(x: object) -> str:
@@ -102,26 +143,32 @@ def library_of(x: object) -> str:
     return _library_of(type(x))
 
 
+# The class of each library's arrays.
+_CLASSES = {"torch": "Tensor", "cupy": "ndarray", "jax": "Array", "numpy": "ndarray"}
+
+
 def _library_of(kind: type) -> str:
-    root = kind.__module__.partition(".")[0]
-    name = {"jaxlib": "jax"}.get(root, root)
-    if name not in _READERS and "torch" in sys.modules and issubclass(kind, sys.modules["torch"].Tensor):
-        name = "torch"
-    if name not in _READERS:
-        known = "torch.Tensor, cupy.ndarray, jax.Array, numpy.ndarray"
-        raise ArgumentTypeError(f"{kind.__module__}.{kind.__name__} is not an array; accepted: {known}")
-    return name
+    for library, name in _CLASSES.items():
+        module = sys.modules.get(library)
+        # NOTE: JAX's class is abstract, and what its transformations trace is an instance of it, too.
+        if module is not None and (issubclass(kind, getattr(module, name)) or (library == "jax" and issubclass(kind, module.core.Tracer))):
+            return library
+    known = "torch.Tensor, cupy.ndarray, jax.Array, numpy.ndarray"
+    raise ArgumentTypeError(f"{kind.__module__}.{kind.__name__} is not an array; accepted: {known}")
 
 
 def as_array(x: A, name: str) -> Array[A]:
     """The Array that describes `x`; `name` is the argument's name in errors.
 
+    NumPy arrays whose elements do not lie as C++ reads them (another byte order, packed records) are copied.
+
     Raises:
-        ArgumentTypeError: x is no array, or its dtype is not known.
+        ArgumentTypeError: x is no array, or its dtype or device is not known. UnsupportedError: its values are not, or not alone, what
+            lies in its memory: it requires a gradient, carries a tangent, is traced, masked, sparse, nested, or spread over devices.
     """
     kind: type = type(x)
     try:
-        return _reader(kind)(x)
+        return _reader(kind)(x, name)
     except ArgumentTypeError as error:
         raise ArgumentTypeError(f"{name}: {error}") from None
 
@@ -135,27 +182,48 @@ def _index_of(device: Any) -> int:
     return CPU if device.type == "cpu" else int(device.index)
 
 
-def _read_torch(x: Any) -> Array:
-    return Array(x.data_ptr(), x.shape, x.stride(), DType.of(x.dtype), _index_of(x.device), "torch", x)
+def _read_torch(x: Any, name: str) -> Array:
+    try:
+        array = Array(x.data_ptr(), x.shape, x.stride(), DType.of(x.dtype), _index_of(x.device), "torch", x)
+    except RuntimeError:
+        _refuse_tensor(x, name)
+        raise
+    torch = sys.modules["torch"]
+    dual = torch.autograd.forward_ad._current_level >= 0
+    if type(x) is not torch.Tensor or not array.pointer or dual or x.is_neg() or x.requires_grad:
+        _refuse_tensor(x, name)
+    return array
 
 
-def _read_numpy(x: Any) -> Array:
+def _read_numpy(x: Any, name: str) -> Array:
+    import numpy as np
+
+    if isinstance(x, np.ma.MaskedArray):
+        raise UnsupportedError(f"{name} is a masked array; accepted: arrays of values alone. Pass {name}.filled(...)")
     dtype = DType.of(x.dtype)
+    if not (x.dtype.isnative and x.flags.aligned) or any(s % dtype.bytes for s in x.strides):
+        x = np.array(x, x.dtype.newbyteorder("="), order="C")
     return Array(x.ctypes.data, x.shape, tuple(s // dtype.bytes for s in x.strides), dtype, CPU, "numpy", x)
 
 
-def _read_cupy(x: Any) -> Array:
+def _read_cupy(x: Any, name: str) -> Array:
     dtype = DType.of(x.dtype)
+    if x.data.ptr % dtype.bytes or any(s % dtype.bytes for s in x.strides):
+        raise UnsupportedError(f"{name} has elements that lie at no multiples of their {dtype.bytes} bytes; pass a contiguous copy")
     return Array(x.data.ptr, x.shape, tuple(s // dtype.bytes for s in x.strides), dtype, x.device.id, "cupy", x)
 
 
-def _read_jax(x: Any) -> Array:
-    device = next(iter(x.devices()))
+def _read_jax(x: Any, name: str) -> Array:
+    if isinstance(x, sys.modules["jax"].core.Tracer):
+        raise UnsupportedError(f"{name} is traced by JAX (jit, grad, vmap), which ops do not support yet; call the op outside of it")
+    devices = x.devices()
+    if len(devices) != 1:
+        raise UnsupportedError(f"{name} is spread over {len(devices)} devices; accepted: arrays on one. Call the op on each shard")
+    (device,) = devices
     if device.platform == "cpu":
         import numpy as np
 
-        array = _read_numpy(np.asarray(x))
-        return Array(array.pointer, array.shape, array.strides, array.dtype, CPU, "jax", array.owner)
+        return _read_numpy(np.asarray(x), name)._replace(library="jax")
     # NOTE: JAX computes on streams of its own; what this array waits for must be done before another stream reads it.
     x.block_until_ready()
     shape = tuple(x.shape)
@@ -172,11 +240,11 @@ def contiguous_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(reversed(strides))
 
 
-_READERS: dict[str, Callable[[Any], Array]] = {"torch": _read_torch, "cupy": _read_cupy, "jax": _read_jax, "numpy": _read_numpy}
+_READERS: dict[str, Callable[[Any, str], Array]] = {"torch": _read_torch, "cupy": _read_cupy, "jax": _read_jax, "numpy": _read_numpy}
 
 
 @lru_cache(maxsize=64)
-def _reader(kind: type) -> Callable[[Any], Array]:
+def _reader(kind: type) -> Callable[[Any, str], Array]:
     return _READERS[_library_of(kind)]
 
 
@@ -280,10 +348,12 @@ def _numpy_dtype(dtype: DType) -> Any:
 
 
 def contiguous(x: Array[A]) -> Array[A]:
-    """A contiguous copy in the same library, on the current stream."""
+    """The array itself if it is contiguous and begins at a multiple of 16 bytes, else such a copy in the same library, on the current stream."""
+    if (x.strides == contiguous_strides(tuple(x.shape)) and x.pointer % VECTOR_BYTES == 0) or x.library == "jax":
+        return x
     owner: Any = x.owner
     if x.library == "torch":
-        return _read_torch(owner.contiguous() if not owner.is_contiguous() else owner.clone())
-    if x.library == "jax":
-        return x
-    return _READERS[x.library](owner.copy(order="C"))
+        copy = owner.clone(memory_format=sys.modules["torch"].contiguous_format)
+    else:
+        copy = owner.copy(order="C")
+    return _READERS[x.library](copy, "a copy")

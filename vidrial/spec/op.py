@@ -35,13 +35,18 @@ def _no_rules(problem: object, config: object) -> Iterable[tuple[bool, str]]:
 
 @dataclass(frozen=True)
 class Buffer:
-    """Shape and dtype of an array that an op makes: an output, or workspace between its stages.
+    """An array of an op: an input, an output, or workspace between its stages. `zeroed` is of workspace, what follows it of inputs.
 
-    `zeroed`: a workspace buffer that is 0 before each launch which has it as an argument, a counter say.
+    `zeroed`: it is 0 before each launch which has it as an argument, a counter say. `strides`: in elements, by axis, as the kernels will
+    step; None: contiguous. Axes of one element may have any. `aligned`: it begins at a multiple of 16 bytes. `optional`: it may be left
+    out, or be None; the kernels' pointer is null then.
     """
 
     shape: tuple[int, ...]
     dtype: DType
+    strides: tuple[int, ...] | None = None
+    aligned: bool = True
+    optional: bool = False
     zeroed: bool = False
 
     @property
@@ -106,6 +111,7 @@ class Op(Generic[P, C]):
         problem: a frozen dataclass of static and dynamic fields.
         config: a frozen dataclass of choices; it may have parts, one per stage.
         stages: (problem, config) -> the launches, in order.
+        inputs: problem -> name -> Buffer: what a call must give, checked once per call signature.
         outputs: problem -> name -> Buffer.
         workspace: (problem, config) -> name -> Buffer.
         sample: (problem, seed) -> name -> NumPy array: fresh random inputs.
@@ -113,6 +119,7 @@ class Op(Generic[P, C]):
         check: (problem, inputs, outputs, reference) -> Check.
         small: problem -> a problem of the same static fields, at an odd length, small enough to check quickly.
         rules: (problem, config) -> (holds, reason) about the config's own choices, beyond what the stages demand.
+        problem_of: (each input's ArraySpec and options, by name) -> the problem of a call (`vidrial.call_op`).
         example: keywords (`t=10007, d=64`) -> a problem, with defaults for the rest: what the command line's options become.
     """
 
@@ -121,6 +128,7 @@ class Op(Generic[P, C]):
     problem: type[P]
     config: type[C]
     stages: Callable[[P, C], Sequence[Stage]]
+    inputs: Callable[[P], Mapping[str, Buffer]]
     outputs: Callable[[P], Mapping[str, Buffer]]
     sample: Callable[[P, int], dict[str, NDArray[Any]]]
     reference: Callable[[P, Arrays], dict[str, NDArray[Any]]]
@@ -129,18 +137,21 @@ class Op(Generic[P, C]):
     example: Callable[..., P]
     workspace: Callable[[P, C], Mapping[str, Buffer]] = _no_buffers
     rules: Callable[[P, C], Iterable[tuple[bool, str]]] = _no_rules
+    problem_of: Callable[..., P] | None = None
 
     @classmethod
     def of(
         cls,
         kernel: Kernel[P, C],
         *,
+        inputs: Callable[[P], Mapping[str, Buffer]],
         outputs: Callable[[P], Mapping[str, Buffer]],
         sample: Callable[[P, int], dict[str, NDArray[Any]]],
         reference: Callable[[P, Arrays], dict[str, NDArray[Any]]],
         check: Callable[[P, Arrays, Arrays, Arrays], Check],
         small: Callable[[P], P],
         example: Callable[..., P],
+        problem_of: Callable[..., P] | None = None,
     ) -> Op[P, C]:
         """The op that is one launch of one kernel, with its name, problem and config."""
         return cls(
@@ -149,12 +160,14 @@ class Op(Generic[P, C]):
             problem=kernel.problem,
             config=kernel.config,
             stages=lambda problem, config: (Stage(kernel, problem, config),),
+            inputs=inputs,
             outputs=outputs,
             sample=sample,
             reference=reference,
             check=check,
             small=small,
             example=example,
+            problem_of=problem_of,
         )
 
     def _stages_of(self, problem: P, config: C, part: str | None) -> Sequence[Stage]:
