@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from pathlib import Path
 
-from vidrial import Arguments, Cost, Device, Kernel, LayoutError, Tiles, choice
+from vidrial import Arguments, Buffer, Cost, Device, DType, Kernel, Tiles, choice
 from vidrial.kernels.flash_attention.problem import Problem
 from vidrial.layout import (
     Barrier,
@@ -34,19 +34,23 @@ from vidrial.templates import TEMPLATES
 REGISTER_OVERHEAD = 32
 # Of L2, what keys and values of a group of heads may take.
 CACHE_SHARE = 0.6
+# SMs of the largest Hopper GPU: CTAs of a persistent grid. On one with fewer SMs the last CTAs find nothing left to draw.
+RESIDENT_SMS = 132
 LOG2_E = math.log2(math.e)
 
 
 @dataclass(frozen=True)
 class Config:
     """`groups` warpgroups of 64 rows that compute; `keys` of a block; `stages` of K's ring and of V's; `overlap`: the scores of the next
-    block are issued before the product of this one; `turns`: warpgroups issue in turn, or leave out what their rows do not see."""
+    block are issued before the product of this one; `turns`: warpgroups issue in turn, or leave out what their rows do not see; `schedule`:
+    how tiles come to CTAs."""
 
     groups: int = choice(3, 2, 4, 1)
     keys: int = choice(64, 80, 96, 128, 176)
     stages: int = choice(4, 2, 3)
     overlap: int = choice(1, 0)
     turns: str = choice("skip", "ping_pong")
+    schedule: str = choice("dynamic", "one")
 
     @property
     def rows(self) -> int:
@@ -64,12 +68,14 @@ ARGS = Arguments(
     v="TensorMap",
     y="Elem*",
     lse="float*",
+    counter="int*",
     y_stride="int64_t[3]",
     tq="int",
     tk="int",
     heads="int",
     columns="int",
     row_blocks="int",
+    tiles="int",
     column_groups="int",
     left="int",
     right="int",
@@ -87,8 +93,8 @@ def roles(c: Config) -> Roles:
     return Roles(producer=1, consumers=c.groups, ctas=c.ctas)
 
 
-def order(p: Problem) -> Scheduler:
-    return Scheduler("one", heavy=p.causal)
+def order(p: Problem, c: Config) -> Scheduler:
+    return Scheduler(c.schedule, heavy=p.causal, consumer_warps=roles(c).consumer_warps)
 
 
 def tiles(p: Problem, c: Config) -> Tiles:
@@ -97,7 +103,10 @@ def tiles(p: Problem, c: Config) -> Tiles:
     k, v = SmemLayout(p.dtype, c.keys, p.d, stages=c.stages), SmemLayout(p.dtype, c.keys, p.e, stages=c.stages)
     box_q = TmaTile(q, ("head", "batch"), packed=packed, column_tail=packed > 1)
     box_k, box_v = TmaTile(k, ("head", "batch")), TmaTile(v, ("head", "batch"))
-    bars = Barriers(k=TmaRing((box_k,), who.consumer_warps), v=TmaRing((box_v,), who.consumer_warps), q=Barrier(1))
+    warps = who.consumer_warps
+    bars = Barriers(
+        k=TmaRing((box_k,), warps), v=TmaRing((box_v,), warps), q_full=Barrier(1), q_empty=Barrier(warps), order=order(p, c)
+    )
     return Tiles(
         threads=who.threads,
         min_blocks=c.ctas,
@@ -116,7 +125,6 @@ def tiles(p: Problem, c: Config) -> Tiles:
         QK=WarpgroupMma(p.dtype, c.groups, (c.rows, c.keys, p.d), k, q),
         PV=WarpgroupMma(p.dtype, c.groups, (c.rows, p.e, c.keys), v.transposed),
         Roles=who,
-        Order=order(p),
         Bars=bars,
         Turns=NamedBarriers(turn=Meeting(256, count=c.groups)),
     )
@@ -153,6 +161,7 @@ def scalars(p: Problem, c: Config) -> Mapping[str, object]:
         "heads": p.hq // packed,
         "columns": many,
         "row_blocks": row_blocks(p, c),
+        "tiles": row_blocks(p, c) * many,
         "column_groups": equal_groups(many, column_bytes, cache) if p.causal else many,
         "left": unlimited if p.left < 0 else p.left,
         "right": 0 if p.causal else unlimited if p.right < 0 else p.right,
@@ -162,7 +171,12 @@ def scalars(p: Problem, c: Config) -> Mapping[str, object]:
 
 
 def grid(p: Problem, c: Config) -> tuple[int, int, int]:
-    return row_blocks(p, c) * columns(p, c), 1, 1
+    return order(p, c).ctas(row_blocks(p, c) * columns(p, c), RESIDENT_SMS * c.ctas), 1, 1
+
+
+def workspace(p: Problem, c: Config) -> dict[str, Buffer]:
+    """The counter that CTAs draw their tiles from."""
+    return {"counter": Buffer((1,), DType.int32, zeroed=True)} if c.schedule == "dynamic" else {}
 
 
 def live_registers(p: Problem, c: Config) -> int:
@@ -200,7 +214,7 @@ def cost(p: Problem, c: Config, device: Device) -> Cost:
     many = columns(p, c)
     once = p.b * p.dtype.bytes * (p.tq * p.hq * (p.d + p.e) + p.tk * p.h * (p.d + p.e)) + 4 * p.b * p.hq * p.tq
     busy = {1: 0.5, 2: 0.7, 3: 0.8, 4: 0.75}[c.groups] * (1.0 if p.d > 64 else 0.75)
-    return Cost(flops=per_key * blocks * many, bytes=once, ctas=grid(p, c)[0], ctas_per_sm=c.ctas, efficiency=busy, uneven=p.causal)
+    return Cost(flops=per_key * blocks * many, bytes=once, ctas=row_blocks(p, c) * many, ctas_per_sm=c.ctas, efficiency=busy, uneven=p.causal)
 
 
 flash_sm90 = Kernel(

@@ -26,6 +26,13 @@ struct KeyBlocks {
     low = Visible::kLeft ? (max(visible.begin(last), 0) + Keys - 1) / Keys : 0;
     high = max(visible.end(first), 0) / Keys;
   }
+  // Those of them that lie in `all`; none where the rows do not exist.
+  CUTE_DEVICE KeyBlocks within(KeyBlocks const& all) const {
+    KeyBlocks r = *this;
+    r.end = max(min(end, all.end), all.begin);
+    r.begin = max(min(begin, r.end), all.begin);
+    return r;
+  }
 };
 
 }  // namespace vidrial
