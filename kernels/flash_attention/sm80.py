@@ -1,0 +1,167 @@
+"""Flash attention on every card: cp.async and mma.sync, one kernel (`flash_sm80.cuh`).
+
+A CTA owns `rows` = 16 m warps rows of a key head, the heads of its group side by side, and streams blocks of `keys` keys and values past them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from vidrial import Arguments, Cost, Device, Kernel, Tiles, choice
+from vidrial.kernels.flash_attention.problem import Problem
+from vidrial.layout import (
+    MMA_16x8x16,
+    Pipeline,
+    Scheduler,
+    SharedMemory,
+    SmemLayout,
+    TiledCopy,
+    TiledMma,
+    cp_async,
+    equal_groups,
+)
+from vidrial.templates import TEMPLATES
+
+# Fragments, addresses and softmax, beside the accumulators: per thread, and per 16 rows of a warp; seen in ptxas's reports.
+REGISTER_OVERHEAD, ROW_REGISTERS = 60, 8
+# What keys and values of the heads that are worked on at once may take of L2: half of an A100's.
+CACHE_BYTES = 20 << 20
+LOG2_E = math.log2(math.e)
+
+
+@dataclass(frozen=True)
+class Config:
+    """`keys` of a block; `m` times 16 rows per warp; `stages` of the ring of keys and values; `blocks`: CTAs per SM that registers must
+    allow; `queries`: read from shared memory for every block, or kept in registers."""
+
+    keys: int = choice(64, 32, 128)
+    m: int = choice(1, 2)
+    warps: int = choice(4, 8, 2)
+    stages: int = choice(2, 3)
+    blocks: int = choice(2, 1, 3)
+    queries: str = choice("shared", "registers")
+
+    @property
+    def rows(self) -> int:
+        return 16 * self.m * self.warps
+
+
+ARGS = Arguments(
+    q="Elem const*",
+    k="Elem const*",
+    v="Elem const*",
+    y="Elem*",
+    lse="float*",
+    q_stride="int64_t[3]",
+    k_stride="int64_t[3]",
+    v_stride="int64_t[3]",
+    y_stride="int64_t[3]",
+    tq="int",
+    tk="int",
+    h="int",
+    row_blocks="int",
+    columns="int",
+    column_groups="int",
+    left="int",
+    right="int",
+    to_log2="float",
+    to_cap="float",
+)
+
+
+def tiles(p: Problem, c: Config) -> Tiles:
+    threads = 32 * c.warps
+    Pipeline(c.stages)
+    q = SmemLayout(p.dtype, c.rows, p.d)
+    k, v = SmemLayout(p.dtype, c.keys, p.d, stages=c.stages), SmemLayout(p.dtype, c.keys, p.e, stages=c.stages)
+    qk = TiledMma(MMA_16x8x16[p.dtype], (c.warps, 1), (c.rows, c.keys, p.d), a=q, b=k, bands=True)
+    copy = cp_async(16, zero_fill=True)
+    return Tiles(
+        threads=threads,
+        min_blocks=c.blocks,
+        smem=SharedMemory(Q=q, K=k, V=v),
+        Elem=p.dtype,
+        rows=c.rows,
+        pack=p.group,
+        keep_queries=c.queries == "registers",
+        Q=q,
+        K=k,
+        V=v,
+        CopyQ=TiledCopy(copy, q, threads),
+        CopyK=TiledCopy(copy, k, threads),
+        CopyV=TiledCopy(copy, v, threads),
+        QK=qk,
+        PV=TiledMma(MMA_16x8x16[p.dtype], (c.warps, 1), (c.rows, p.e, c.keys), a=qk.accumulator, b=v.transposed, bands=True),
+        Order=Scheduler("one", heavy=p.causal),
+    )
+
+
+def row_blocks(p: Problem, c: Config) -> int:
+    """CTAs of one key head."""
+    return -(-p.rows // c.rows)
+
+
+def scalars(p: Problem, c: Config) -> Mapping[str, object]:
+    columns, unlimited = p.b * p.h, p.tq + p.tk
+    return {
+        "row_blocks": row_blocks(p, c),
+        "columns": columns,
+        "column_groups": equal_groups(columns, p.tk * (p.d + p.e) * p.dtype.bytes, CACHE_BYTES),
+        "left": unlimited if p.left < 0 else min(p.left, unlimited),
+        "right": 0 if p.causal else unlimited if p.right < 0 else min(p.right, unlimited),
+        "to_log2": (p.softcap if p.capped else p.scale) * LOG2_E,
+        "to_cap": p.scale / p.softcap if p.capped else 0.0,
+    }
+
+
+def grid(p: Problem, c: Config) -> tuple[int, int, int]:
+    return row_blocks(p, c) * p.b * p.h, 1, 1
+
+
+def rules(p: Problem, c: Config, device: Device) -> Iterator[tuple[bool, str]]:
+    registers = min(255, device.registers_per_sm // (32 * c.warps * c.blocks) // 8 * 8)
+    accumulators = c.m * (p.e + c.keys) // 2
+    queries = c.m * p.d // 4 if c.queries == "registers" else 0
+    beside = REGISTER_OVERHEAD + ROW_REGISTERS * c.m
+    yield (
+        accumulators + queries + beside <= registers,
+        f"{accumulators} accumulators, {queries} of queries and some {beside} other registers per thread: "
+        f"{c.blocks} CTAs of {c.warps} warps per SM leave {registers}",
+    )
+
+
+def blocks(p: Problem, c: Config) -> int:
+    """Blocks of keys that all CTAs of a key head multiply."""
+    found, offset = 0, p.tk - p.tq
+    for block in range(row_blocks(p, c)):
+        first, last = block * c.rows // p.group, min(((block + 1) * c.rows - 1) // p.group, p.tq - 1)
+        right = 0 if p.causal else p.right
+        end = p.tk if right < 0 else max(min(p.tk, last + offset + 1 + right), 0)
+        begin = max(first + offset - p.left, 0) if p.left >= 0 else 0
+        found += max(-(-end // c.keys) - begin // c.keys, 0)
+    return found
+
+
+def cost(p: Problem, c: Config, device: Device) -> Cost:
+    heads = p.b * p.h
+    flops = 2 * c.rows * c.keys * (p.d + p.e) * blocks(p, c) * heads
+    once = p.b * p.dtype.bytes * (p.tq * p.hq + p.tk * p.h) * (p.d + p.e) + 4 * p.b * p.hq * p.tq
+    busy = 0.5 * (1.0 if c.m == 2 else 0.85) * (1.0 if c.blocks * c.warps >= 8 else 0.8) * (1.0 if c.keys >= 64 else 0.9)
+    return Cost(flops=flops, bytes=once, ctas=grid(p, c)[0], ctas_per_sm=c.blocks, efficiency=busy, uneven=p.causal)
+
+
+flash_sm80 = Kernel(
+    "flash_sm80",
+    Path(TEMPLATES, "flash_attention", "flash_sm80.cu.j2"),
+    Problem,
+    Config,
+    ARGS,
+    tiles,
+    grid,
+    rules,
+    cost,
+    scalars,
+)
