@@ -44,6 +44,10 @@ def outputs(p: Problem) -> dict[str, Buffer]:
     return {"y": Buffer((p.b, p.tq, p.hq, p.e), p.dtype), "lse": Buffer((p.b, p.hq, p.tq), DType.float32)}
 
 
+def workspace(p: Problem, c: Config) -> dict[str, Buffer]:
+    return sm90.workspace(p, c.sm90) if c.path == "sm90" else {}
+
+
 def strides(t: int, h: int, d: int) -> tuple[int, int, int]:
     """Strides in elements of a contiguous [b, t, h, d] array, all but the last axis."""
     return t * h * d, h * d, d
@@ -154,6 +158,7 @@ op = Op(
     config=Config,
     stages=stages,
     outputs=outputs,
+    workspace=workspace,
     sample=sample,
     reference=reference,
     check=check,

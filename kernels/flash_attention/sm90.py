@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-
 from pathlib import Path
 
 from vidrial import Arguments, Buffer, Cost, Device, DType, Kernel, Tiles, choice
@@ -36,6 +35,8 @@ REGISTER_OVERHEAD = 32
 CACHE_SHARE = 0.6
 # SMs of the largest Hopper GPU: CTAs of a persistent grid. On one with fewer SMs the last CTAs find nothing left to draw.
 RESIDENT_SMS = 132
+# Bytes that TMA's strides are multiples of.
+VECTOR_BYTES = 16
 LOG2_E = math.log2(math.e)
 
 
@@ -104,9 +105,7 @@ def tiles(p: Problem, c: Config) -> Tiles:
     box_q = TmaTile(q, ("head", "batch"), packed=packed, column_tail=packed > 1)
     box_k, box_v = TmaTile(k, ("head", "batch")), TmaTile(v, ("head", "batch"))
     warps = who.consumer_warps
-    bars = Barriers(
-        k=TmaRing((box_k,), warps), v=TmaRing((box_v,), warps), q_full=Barrier(1), q_empty=Barrier(warps), order=order(p, c)
-    )
+    bars = Barriers(k=TmaRing((box_k,), warps), v=TmaRing((box_v,), warps), q_full=Barrier(1), q_empty=Barrier(warps), order=order(p, c))
     return Tiles(
         threads=who.threads,
         min_blocks=c.ctas,
@@ -186,15 +185,30 @@ def live_registers(p: Problem, c: Config) -> int:
 
 def rules(p: Problem, c: Config, device: Device) -> Iterator[tuple[bool, str]]:
     yield device.arch == "sm_90a", f"TMA and wgmma are instructions of sm_90a; {device.name} is {device.arch}"
-    yield p.tk > 0, "there are no keys: TMA takes no empty array"
+    yield min(p.tq, p.tk) > 0, "TMA takes no empty array"
+    for name, extents, steps in (
+        ("q", (p.b, p.tq, p.hq), p.q_stride),
+        ("k", (p.b, p.tk, p.h), p.k_stride),
+        ("v", (p.b, p.tk, p.h), p.v_stride),
+    ):
+        bad = [
+            step for extent, step in zip(extents, steps, strict=True) if extent > 1 and (step <= 0 or step * p.dtype.bytes % VECTOR_BYTES)
+        ]
+        yield not bad, f"{name} has a stride of {bad[:1]} elements: TMA takes positive multiples of {VECTOR_BYTES} bytes"
     yield c.groups > 1 or c.turns == "skip", "one warpgroup has none to take turns with"
     yield p.e % 32 == 0, f"rows are stored 32 columns at a time; got e={p.e}"
     who = roles(c)
     registers, live = who.reallocated[1], live_registers(p, c)
-    yield live + REGISTER_OVERHEAD <= registers, f"{live} accumulators and weights and some {REGISTER_OVERHEAD} other registers per thread: {c.groups} warpgroups leave {registers}"
+    yield (
+        live + REGISTER_OVERHEAD <= registers,
+        f"{live} accumulators and weights and some {REGISTER_OVERHEAD} other registers per thread: {c.groups} warpgroups leave {registers}",
+    )
     # One wgmma's accumulators, beside what ptxas needs for itself (C7602).
     widest = max(p.e, c.keys) // 2
-    yield widest + 24 <= who.launched, f"{widest} accumulators of one instruction and 24 other registers per thread; the launch gives {who.launched}"
+    yield (
+        widest + 24 <= who.launched,
+        f"{widest} accumulators of one instruction and 24 other registers per thread; the launch gives {who.launched}",
+    )
 
 
 def cost(p: Problem, c: Config, device: Device) -> Cost:
@@ -214,7 +228,9 @@ def cost(p: Problem, c: Config, device: Device) -> Cost:
     many = columns(p, c)
     once = p.b * p.dtype.bytes * (p.tq * p.hq * (p.d + p.e) + p.tk * p.h * (p.d + p.e)) + 4 * p.b * p.hq * p.tq
     busy = {1: 0.5, 2: 0.7, 3: 0.8, 4: 0.75}[c.groups] * (1.0 if p.d > 64 else 0.75)
-    return Cost(flops=per_key * blocks * many, bytes=once, ctas=row_blocks(p, c) * many, ctas_per_sm=c.ctas, efficiency=busy, uneven=p.causal)
+    return Cost(
+        flops=per_key * blocks * many, bytes=once, ctas=row_blocks(p, c) * many, ctas_per_sm=c.ctas, efficiency=busy, uneven=p.causal
+    )
 
 
 flash_sm90 = Kernel(
