@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from vidrial import Arguments, Buffer, Cost, Device, DType, Kernel, Tiles, choice
@@ -47,8 +47,8 @@ class Config:
     how tiles come to CTAs."""
 
     groups: int = choice(3, 2, 4, 1)
-    keys: int = choice(64, 80, 96, 128, 176)
-    stages: int = choice(4, 2, 3)
+    keys: int = choice(64, 80, 96, 128)
+    stages: int = choice(4, 3, 2)
     overlap: int = choice(1, 0)
     turns: str = choice("skip", "ping_pong")
     schedule: str = choice("dynamic", "one")
@@ -185,6 +185,8 @@ def live_registers(p: Problem, c: Config) -> int:
 
 def rules(p: Problem, c: Config, device: Device) -> Iterator[tuple[bool, str]]:
     yield device.arch == "sm_90a", f"TMA and wgmma are instructions of sm_90a; {device.name} is {device.arch}"
+    who = roles(c)
+    registers, live = who.reallocated[1], live_registers(p, c)
     yield min(p.tq, p.tk) > 0, "TMA takes no empty array"
     for name, extents, steps in (
         ("q", (p.b, p.tq, p.hq), p.q_stride),
@@ -195,10 +197,10 @@ def rules(p: Problem, c: Config, device: Device) -> Iterator[tuple[bool, str]]:
             step for extent, step in zip(extents, steps, strict=True) if extent > 1 and (step <= 0 or step * p.dtype.bytes % VECTOR_BYTES)
         ]
         yield not bad, f"{name} has a stride of {bad[:1]} elements: TMA takes positive multiples of {VECTOR_BYTES} bytes"
-    yield c.groups > 1 or c.turns == "skip", "one warpgroup has none to take turns with"
+    yield c.turns == "skip" or (c.overlap == 1 and c.groups in (2, 3)), "warpgroups take turns where two or three of them overlap"
+    overlapped = live_registers(p, replace(c, overlap=1)) + REGISTER_OVERHEAD
+    yield c.overlap == 1 or overlapped > registers, "the overlapped order fits in the registers: it was nowhere slower"
     yield p.e % 32 == 0, f"rows are stored 32 columns at a time; got e={p.e}"
-    who = roles(c)
-    registers, live = who.reallocated[1], live_registers(p, c)
     yield (
         live + REGISTER_OVERHEAD <= registers,
         f"{live} accumulators and weights and some {REGISTER_OVERHEAD} other registers per thread: {c.groups} warpgroups leave {registers}",
