@@ -10,7 +10,7 @@ import sys
 from dataclasses import dataclass
 from functools import lru_cache
 from numbers import Real
-from typing import Any, Literal, TypeVar, cast, overload
+from typing import Any, Literal, TypeVar, overload
 
 import numpy as np
 from numpy.typing import NDArray
@@ -154,7 +154,7 @@ def _check_options(causal: Any, window: Any, scale: Any, softcap: Any, return_ls
     if window is not None:
         sides = window if isinstance(window, tuple) and len(window) == 2 else (-1, -1)
         # NOTE: 2.0 is the same window as 2 to the look-up, so that it is one here, too.
-        if not all(side is None or (isinstance(side, Real) and 0 <= side < float("inf") and side == int(side)) for side in sides):
+        if not all(side is None or (isinstance(side, Real) and float(side).is_integer() and float(side) >= 0) for side in sides):
             raise ArgumentError(
                 f"window={window!r} is not served; accepted: None, or a tuple (left, right) of keys, each at least 0 or None for no limit"
             )

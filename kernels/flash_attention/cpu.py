@@ -31,8 +31,9 @@ def _rows(p: Problem, q: Float32, k: Float32, v: Float32, rows: slice) -> tuple[
     begin = max(rows.start + offset - p.left, 0) if p.left >= 0 else 0
     right = 0 if p.causal else p.right
     end = min(rows.stop + offset + right, p.tk) if right >= 0 else p.tk
-    y, total = np.zeros((*q.shape[:-1], p.e), np.float32), np.zeros(q.shape[:-1], np.float32)
-    largest = np.full(q.shape[:-1], -np.inf, np.float32)
+    y: Float32 = np.zeros((*q.shape[:-1], p.e), np.float32)
+    total: Float32 = np.zeros(q.shape[:-1], np.float32)
+    largest: Float32 = np.full(q.shape[:-1], -np.inf, np.float32)
     for first in range(begin, end, KEYS):
         keys = slice(first, min(first + KEYS, end))
         scores = q @ k[..., keys, :].swapaxes(-1, -2)
@@ -44,4 +45,6 @@ def _rows(p: Problem, q: Float32, k: Float32, v: Float32, rows: slice) -> tuple[
         weights, kept = np.exp(scores - reference[..., None]), np.exp(before - reference)
         y, total = y * kept[..., None] + weights @ v[..., keys, :], total * kept + weights.sum(-1)
     with np.errstate(divide="ignore"):
-        return y / np.where(total == 0, np.float32(1), total)[..., None], largest + np.log(total)
+        lse: Float32 = largest + np.log(total)
+    y /= np.where(total == 0, np.float32(1), total)[..., None]
+    return y, lse

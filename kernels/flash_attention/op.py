@@ -100,10 +100,17 @@ def small(p: Problem) -> Problem:
     """The same op at an odd length past a few blocks, few heads: quick to check."""
     tk = min(p.tk, 1021)
     tq = tk if p.tq == p.tk else min(p.tq, 517)
-    h, limited = min(p.h, 2), {name: min(limit, 300) for name, limit in (("left", p.left), ("right", p.right)) if limit >= 0}
-    base = example(t=tk, tq=tq, b=1, h=h, hq=h * p.group, d=p.d, e=p.e, dtype=p.dtype.name)
-    shared = {name: getattr(p, name) for name in ("causal", "windowed", "capped", "scale", "softcap")}
-    return replace(base, **shared, **limited)
+    h = min(p.h, 2)
+    base = example(t=tk, tq=tq, h=h, hq=h * p.group, d=p.d, e=p.e, scale=p.scale, dtype=p.dtype.name)
+    return replace(
+        base,
+        causal=p.causal,
+        windowed=p.windowed,
+        capped=p.capped,
+        left=min(p.left, 300),
+        right=min(p.right, 300),
+        softcap=p.softcap,
+    )
 
 
 def sample(p: Problem, seed: int) -> dict[str, np.ndarray]:

@@ -8,7 +8,11 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
+from typing import Any
+
+import numpy as np
 
 from vidrial import Arguments, Cost, Device, Kernel, Tiles, choice
 from vidrial.kernels.flash_attention.problem import Problem
@@ -26,7 +30,7 @@ from vidrial.layout import (
 from vidrial.templates import TEMPLATES
 
 # Fragments, addresses and softmax, beside the accumulators: per thread, and per 16 rows of a warp; seen in ptxas's reports.
-REGISTER_OVERHEAD, ROW_REGISTERS = 60, 8
+REGISTER_OVERHEAD, ROW_REGISTERS = 56, 8
 # What keys and values of the heads that are worked on at once may take of L2: half of an A100's.
 CACHE_BYTES = 20 << 20
 LOG2_E = math.log2(math.e)
@@ -133,24 +137,63 @@ def rules(p: Problem, c: Config, device: Device) -> Iterator[tuple[bool, str]]:
     )
 
 
-def blocks(p: Problem, c: Config) -> int:
-    """Blocks of keys that all CTAs of a key head multiply."""
-    found, offset = 0, p.tk - p.tq
-    for block in range(row_blocks(p, c)):
-        first, last = block * c.rows // p.group, min(((block + 1) * c.rows - 1) // p.group, p.tq - 1)
-        right = 0 if p.causal else p.right
-        end = p.tk if right < 0 else max(min(p.tk, last + offset + 1 + right), 0)
-        begin = max(first + offset - p.left, 0) if p.left >= 0 else 0
-        found += max(-(-end // c.keys) - begin // c.keys, 0)
-    return found
+@dataclass(frozen=True)
+class Work:
+    """Of one key head: `multiplied`, blocks of keys times bands of 16 m rows; `waited`, those and the blocks that a band waits for while others
+    of its CTA multiply them; `rows` that are read, those of CTAs that see a key; `keys` that somebody sees."""
+
+    multiplied: int
+    waited: int
+    rows: int
+    keys: int
+
+
+@lru_cache(maxsize=1024)
+def work(tq: int, tk: int, group: int, limits: tuple[int, int], shape: tuple[int, int, int]) -> Work:
+    """`limits`: of the window, below 0 for none; `shape`: rows of a CTA, rows of a band, keys of a block."""
+    (left, right), (rows, band, keys), offset = limits, shape, tk - tq
+
+    def seen(first: Any, last: Any) -> tuple[Any, Any, Any, Any]:
+        """Blocks [begin, end) that some of the rows see, [low, high) that all see in full."""
+        first, last = first // group, np.minimum(last // group, tq - 1)
+        end = np.clip(last + offset + 1 + right, 0, tk) if right >= 0 else np.full_like(last, tk)
+        whole = np.clip(first + offset + 1 + right, 0, tk) if right >= 0 else np.full_like(last, tk)
+        begin = np.maximum(first + offset - left, 0) if left >= 0 else np.zeros_like(last)
+        full = np.maximum(last + offset - left, 0) if left >= 0 else np.zeros_like(last)
+        end = np.where(first > last, 0, -(-end // keys))
+        return np.minimum(begin // keys, end), end, -(-full // keys), whole // keys
+
+    starts = np.arange(0, max(tq * group, 1), rows)
+    begin, end, low, high = (x[:, None] for x in seen(starts, starts + rows - 1))
+    bands = starts[:, None] + np.arange(0, rows, band)
+    own_begin, own_end, _, _ = seen(bands, bands + band - 1)
+    # Blocks that all rows of the CTA see are multiplied by all bands, by those beyond the last row, too.
+    unmasked = np.maximum(np.minimum(high, end) - np.maximum(low, begin), 0)
+    own = np.maximum(np.minimum(own_end, end) - np.maximum(own_begin, begin), 0)
+    there, several = np.minimum(tq * group - starts, rows)[:, None], int((end - begin).sum())
+    span = np.where(end > begin, end, 0).max(initial=0) * keys, np.where(end > begin, begin, tk).min(initial=tk) * keys
+    seen_keys = max(min(int(span[0]), tk) - int(span[1]), 0)
+    return Work(int(np.maximum(own, unmasked).sum()), several * (rows // band), int(there[end > begin].sum()), seen_keys)
+
+
+def work_of(p: Problem, c: Config) -> Work:
+    return work(p.tq, p.tk, p.group, (p.left, 0 if p.causal else p.right), (c.rows, 16 * c.m, c.keys))
 
 
 def cost(p: Problem, c: Config, device: Device) -> Cost:
-    heads = p.b * p.h
-    flops = 2 * c.rows * c.keys * (p.d + p.e) * blocks(p, c) * heads
-    once = p.b * p.dtype.bytes * (p.tq * p.hq + p.tk * p.h) * (p.d + p.e) + 4 * p.b * p.hq * p.tq
+    heads, found = p.b * p.h, work_of(p, c)
+    per_block = 2 * 16 * c.m * c.keys * (p.d + p.e) * heads
+    read = found.rows * p.d + found.keys * (p.d + p.e)
+    once = heads * (p.dtype.bytes * (read + p.rows * p.e) + 4 * p.rows)
     busy = 0.5 * (1.0 if c.m == 2 else 0.85) * (1.0 if c.blocks * c.warps >= 8 else 0.8) * (1.0 if c.keys >= 64 else 0.9)
-    return Cost(flops=flops, bytes=once, ctas=grid(p, c)[0], ctas_per_sm=c.blocks, efficiency=busy, uneven=p.causal)
+    return Cost(
+        flops=per_block * found.multiplied,
+        bytes=once,
+        ctas=grid(p, c)[0],
+        ctas_per_sm=c.blocks,
+        efficiency=busy * found.multiplied / max(found.waited, 1),
+        uneven=p.causal,
+    )
 
 
 flash_sm80 = Kernel(

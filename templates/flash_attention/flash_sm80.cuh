@@ -100,16 +100,18 @@ CUTE_DEVICE void flash_sm80(Args const& p) {
       softmax[m].weights(s[m]);
       softmax[m].rescale(o[m]);
     }
+    // NOTE: all at once, which frees half of the scores' registers before the values' fragments want theirs.
+    uint32_t w[PV::K][M][4];
     CUTE_UNROLL
     for (int k = 0; k < PV::K; ++k) {
-      uint32_t w[M][4];
       CUTE_UNROLL
       for (int m = 0; m < M; ++m) {
         CUTE_UNROLL
-        for (int r = 0; r < 4; ++r) w[m][r] = Pair::pack(s[m][2 * k + r / 2][2 * (r % 2)], s[m][2 * k + r / 2][2 * (r % 2) + 1]);
+        for (int r = 0; r < 4; ++r) w[k][m][r] = Pair::pack(s[m][2 * k + r / 2][2 * (r % 2)], s[m][2 * k + r / 2][2 * (r % 2) + 1]);
       }
-      PV::mma_k(o, w, load_v, stage * Tiles::V::kBytes, k);
     }
+    CUTE_UNROLL
+    for (int k = 0; k < PV::K; ++k) PV::mma_k(o, w[k], load_v, stage * Tiles::V::kBytes, k);
   };
   if (kKeep && all.begin < all.end) {
     cute::cp_async_wait<kStages - 2>();                // with the first stage, which came after them
