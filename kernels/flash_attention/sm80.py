@@ -191,7 +191,7 @@ def cost(p: Problem, c: Config, device: Device) -> Cost:
         bytes=once,
         ctas=grid(p, c)[0],
         ctas_per_sm=c.blocks,
-        efficiency=busy * found.multiplied / max(found.waited, 1),
+        efficiency=busy * found.multiplied / found.waited if found.waited else 1.0,
         uneven=p.causal,
     )
 
