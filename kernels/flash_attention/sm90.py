@@ -9,6 +9,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 
@@ -53,7 +54,7 @@ class Config:
     stages: int = choice(4, 3, 2)
     overlap: int = choice(1, 0)
     turns: str = choice("skip", "ping_pong")
-    schedule: str = choice("dynamic", "one")
+    schedule: Literal["dynamic", "one"] = choice("dynamic", "one")
 
     @property
     def rows(self) -> int:
