@@ -1,1 +1,293 @@
-"""Flash attention on Vidrial: the folder is reserved, no kernel is here yet."""
+"""Flash attention: softmax attention without its matrix of scores, any length, grouped heads, causal, windowed, capped.
+
+from vidrial.kernels.flash_attention import flash_attention
+y = flash_attention(q, k, v, causal=True)
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from functools import lru_cache
+from numbers import Real
+from typing import Any, Literal, TypeVar, overload
+
+import numpy as np
+from numpy.typing import NDArray
+
+from vidrial import (
+    CPU,
+    ArgumentError,
+    ArgumentTypeError,
+    Array,
+    ArraySpec,
+    CachedPlan,
+    DType,
+    UnsupportedError,
+    apply,
+    as_array,
+    contiguous,
+    current_target,
+    library_of,
+    run,
+    signature_of,
+)
+from vidrial.kernels.flash_attention.cpu import flash_attention_cpu
+from vidrial.kernels.flash_attention.op import op
+from vidrial.kernels.flash_attention.problem import UNLIMITED, Problem
+
+__all__ = ["flash_attention"]
+
+NAMES = ("q", "k", "v")
+DIMS = (32, 64, 96, 128, 192, 256)
+MAX_ELEMENTS = 2**31
+MAX_GROUP = 1024  # query heads of a key head
+MIN_SCALE, MAX_SCALE = 1e-9, 1e9
+A = TypeVar("A")  # an array of torch, CuPy, JAX or NumPy
+Window = tuple[int | None, int | None]
+
+
+@overload
+def flash_attention(
+    q: A,
+    k: A,
+    v: A,
+    *,
+    causal: bool = False,
+    window: Window | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+    return_lse: Literal[False] = False,
+    target: str | None = None,
+) -> A: ...
+
+
+@overload
+def flash_attention(
+    q: A,
+    k: A,
+    v: A,
+    *,
+    causal: bool = False,
+    window: Window | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+    return_lse: Literal[True],
+    target: str | None = None,
+) -> tuple[A, A]: ...
+
+
+def flash_attention(
+    q: A,
+    k: A,
+    v: A,
+    *,
+    causal: bool = False,
+    window: Window | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+    return_lse: bool = False,
+    target: str | None = None,
+) -> A | tuple[A, A]:
+    """Attention: y_i = sum_j w_ij v_j, w_ij = exp(s_ij - lse_i), lse_i = log sum_j exp(s_ij), s_ij = scale q_i . k_j, over the keys j that row i sees.
+
+    Row i stands at key i + Tk - Tq: the last row at the last key. A row that sees no key gives 0 and lse -inf.
+
+    Args:
+        q: [B, Tq, HQ, D] bfloat16 or float16, D in 32, 64, 96, 128, 192, 256. torch, CuPy or JAX arrays run on their GPU, on its current
+            stream; NumPy arrays and CPU tensors run in NumPy (float32 inside) and may be float32, too.
+        k: [B, Tk, H, D], HQ a multiple of H: query head h reads key head h // (HQ / H).
+        v: [B, Tk, H, E], E of the same choices as D.
+        causal: a row sees no key after its own.
+        window: (left, right): a row sees at most `left` keys before its own and `right` after; None on a side is no limit.
+        scale: multiplies q . k; 1 / sqrt(D) by default.
+        softcap: s becomes softcap tanh(s / softcap); None: it stays.
+        return_lse: return (y, lse).
+        target: "cuda", or "host" for the GPU kernels themselves on the CPU; see vidrial.use_target.
+
+    Returns:
+        y [B, Tq, HQ, E], of q's library, dtype and device; with `return_lse` also lse [B, HQ, Tq], float32, natural logarithm. Rows that are
+        not contiguous or not aligned to 16 bytes are copied first.
+
+    Raises:
+        ArgumentError, ArgumentTypeError, UnsupportedError: before anything runs, naming the argument.
+        CompileError, LaunchError, ToolchainError: the kernel could not be built or launched.
+    """
+    inputs = (q, k, v)
+    key, pointers = signature_of(inputs, NAMES)
+    _refuse_gradients(inputs)
+    place = current_target(target)
+    try:
+        asked = _request(key, causal, window, scale, softcap, return_lse, place)
+    except TypeError:
+        # Something that cannot be looked up: it is refused by its name.
+        _check_options(causal, window, scale, softcap, return_lse)
+        raise
+    if asked.ready:
+        outputs = run(asked.planned.plan(), pointers, q, asked.library)
+    else:
+        arrays = {name: as_array(x, name) for name, x in zip(NAMES, inputs, strict=True)}
+        if asked.on_cpu:
+            outputs = _on_cpu(arrays, asked.problem)
+        else:
+            arrays = {name: a if a.facts.vectorised else contiguous(a) for name, a in arrays.items()}
+            asked = _request(tuple(a.facts for a in arrays.values()), causal, window, scale, softcap, return_lse, place)
+            outputs = apply(op, asked.problem, arrays, place)
+    return (outputs["y"], outputs["lse"]) if return_lse else outputs["y"]
+
+
+def _refuse_gradients(inputs: tuple[Any, ...]) -> None:
+    torch = sys.modules.get("torch")
+    if torch is None or not torch.is_grad_enabled():
+        return
+    for name, x in zip(NAMES, inputs, strict=True):
+        if library_of(x) == "torch" and x.requires_grad:
+            raise UnsupportedError(
+                f"{name} requires a gradient, which flash_attention does not compute yet; call it under torch.no_grad(), or pass {name}.detach()"
+            )
+
+
+def _check_options(causal: Any, window: Any, scale: Any, softcap: Any, return_lse: Any) -> None:
+    for name, flag in (("causal", causal), ("return_lse", return_lse)):
+        if not isinstance(flag, (bool, np.bool_)):
+            raise ArgumentError(f"{name}={flag!r} is not served; accepted: True, False")
+    if window is not None:
+        sides = window if isinstance(window, tuple) and len(window) == 2 else (-1, -1)
+        # NOTE: 2.0 is the same window as 2 to the look-up, so that it is one here, too.
+        if not all(side is None or (isinstance(side, Real) and float(side).is_integer() and float(side) >= 0) for side in sides):
+            raise ArgumentError(
+                f"window={window!r} is not served; accepted: None, or a tuple (left, right) of keys, each at least 0 or None for no limit"
+            )
+    if scale is not None and not (isinstance(scale, Real) and not isinstance(scale, bool) and MIN_SCALE <= float(scale) <= MAX_SCALE):
+        raise ArgumentError(
+            f"scale={scale!r} is not served; accepted: None, or a number from {MIN_SCALE:g} to {MAX_SCALE:g}. Negate q for a negative one"
+        )
+    if softcap is not None and not (
+        isinstance(softcap, Real) and not isinstance(softcap, bool) and MIN_SCALE <= float(softcap) <= MAX_SCALE
+    ):
+        raise ArgumentError(f"softcap={softcap!r} is not served; accepted: None (no cap), or a number from {MIN_SCALE:g} to {MAX_SCALE:g}")
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What a call asks for: its problem, whose arrays, whether NumPy serves it, and whether the GPU does with these arrays as they lie,
+    all rows copied 16 bytes at a time."""
+
+    problem: Problem
+    library: str
+    on_cpu: bool
+    ready: bool
+    planned: CachedPlan
+
+
+@lru_cache(maxsize=4096, typed=True)
+def _request(
+    key: tuple[tuple[Any, ...], ...],
+    causal: bool,
+    window: Window | None,
+    scale: float | None,
+    softcap: float | None,
+    return_lse: bool,
+    target: str,
+) -> Request:
+    """What arrays that were described ask for; refuses what is not served. This is the one look-up of the warm path."""
+    _check_options(causal, window, scale, softcap, return_lse)
+    facts = {name: ArraySpec.of(seen, name) for name, seen in zip(NAMES, key, strict=True)}
+    shapes, strides = {name: f.shape for name, f in facts.items()}, {name: f.strides for name, f in facts.items()}
+    _check_shapes(shapes)
+    _check_places(facts, target)
+    (b, tq, hq, d), (tk, h, e) = shapes["q"], shapes["v"][1:]
+    # Beyond all keys there is no limit; a side of 0 keys to the right is the causal mask.
+    left, right = (UNLIMITED if side is None or side >= tq + tk else int(side) for side in window or (None, None))
+    causal = bool(causal) or right == 0
+    right = UNLIMITED if causal else right
+    problem = Problem(
+        dtype=facts["q"].dtype,
+        d=d,
+        e=e,
+        causal=causal,
+        windowed=max(left, right) >= 0,
+        capped=softcap is not None,
+        group=hq // h,
+        b=b,
+        tq=tq,
+        tk=tk,
+        h=h,
+        left=left,
+        right=right,
+        scale=float(d**-0.5 if scale is None else scale),
+        softcap=float(softcap or 0.0),
+        q_stride=_three(strides["q"]),
+        k_stride=_three(strides["k"]),
+        v_stride=_three(strides["v"]),
+        y_stride=(tq * hq * e, hq * e, e),
+    )
+    device = facts["q"].device
+    ready = device != CPU and target == "cuda" and all(f.vectorised for f in facts.values())
+    return Request(problem, facts["q"].library, device == CPU and target == "cuda", ready, CachedPlan(op, problem, device))
+
+
+def _three(strides: tuple[int, ...]) -> tuple[int, int, int]:
+    """The strides of the first three axes."""
+    b, t, h = strides[:3]
+    return b, t, h
+
+
+def _check_shapes(shapes: dict[str, tuple[int, ...]]) -> None:
+    for name, axes in {"q": "[B, Tq, HQ, D]", "k": "[B, Tk, H, D]", "v": "[B, Tk, H, E]"}.items():
+        if len(shapes[name]) != 4:
+            raise ArgumentError(f"{name} has shape {list(shapes[name])}; accepted: {axes}")
+    (b, _, hq, d), (tk, h) = shapes["q"], shapes["k"][1:3]
+    for name, wanted in {"k": (b, tk, h, d), "v": (b, tk, h, shapes["v"][3])}.items():
+        if shapes[name] != wanted:
+            raise ArgumentError(
+                f"{name} has shape {list(shapes[name])}, which does not go with q {list(shapes['q'])} and k {list(shapes['k'])}; accepted: {list(wanted)}"
+            )
+    if h == 0 or hq % h or hq == 0:
+        raise ArgumentError(f"q has {hq} heads and k has {h}; accepted: a multiple of k's heads")
+    if hq // h > MAX_GROUP:
+        raise UnsupportedError(f"q has {hq // h} heads for each of k's; accepted: at most {MAX_GROUP}. Repeat k and v, or split the heads")
+    for name, size in (("D", d), ("E", shapes["v"][3])):
+        if size not in DIMS:
+            raise UnsupportedError(
+                f"{name}={size} is not served; accepted: {', '.join(map(str, DIMS))}. Pad with zeros, which changes nothing but `scale`'s default"
+            )
+    for name, shape in shapes.items():
+        if int(np.prod(shape, dtype=np.int64)) > MAX_ELEMENTS:
+            raise UnsupportedError(
+                f"{name} has {int(np.prod(shape, dtype=np.int64))} elements; accepted: at most 2^31. Split the batch or the heads"
+            )
+
+
+def _check_places(facts: dict[str, ArraySpec], target: str) -> None:
+    _, _, dtype, device, library, _ = facts["q"]
+    for name, (_, _, other, place, owner, _) in facts.items():
+        if (place, owner) != (device, library):
+            where = {CPU: "the CPU"}
+            raise ArgumentTypeError(
+                f"{name} is a {owner} array on {where.get(place, f'CUDA device {place}')}, q a {library} array on "
+                f"{where.get(device, f'CUDA device {device}')}; accepted: one library and one device for all"
+            )
+        on_gpu = place != CPU or target == "host"
+        wanted = (DType.bfloat16, DType.float16) if on_gpu else (DType.bfloat16, DType.float16, DType.float32)
+        if other not in wanted:
+            raise ArgumentTypeError(f"{name} is {other}; accepted: {', '.join(map(str, wanted))}")
+        if other is not dtype:
+            raise ArgumentTypeError(f"{name} is {other} and q is {dtype}; accepted: one dtype for q, k and v")
+
+
+def _on_cpu(arrays: dict[str, Array[Any]], problem: Problem) -> dict[str, Any]:
+    def float32(a: Array[Any]) -> NDArray[np.float32]:
+        x: NDArray[np.float32] = a.owner.detach().float().numpy() if a.library == "torch" else a.owner.astype(np.float32)
+        return x
+
+    y, lse = flash_attention_cpu(problem, *(float32(arrays[n]) for n in NAMES))
+    source = arrays["q"]
+    if source.library == "torch":
+        torch = sys.modules["torch"]
+        return {"y": torch.from_numpy(y).to(source.owner.dtype), "lse": torch.from_numpy(lse)}
+    if source.library == "jax":
+        import jax.numpy
+
+        return {"y": jax.numpy.asarray(y, dtype=source.owner.dtype), "lse": jax.numpy.asarray(lse)}
+    return {"y": y.astype(source.owner.dtype), "lse": lse}

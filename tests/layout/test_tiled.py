@@ -287,6 +287,9 @@ def test_fragment_matrices() -> None:
         (SmemLayout(BF16, 128, 64), 128),
         (SmemLayout(BF16, 48, 128), 128),
         (SmemLayout(BF16, 32, 96), 192),
+        (SmemLayout(BF16, 32, 96), 128),
+        (SmemLayout(BF16, 64, 192), 256),
+        (SmemLayout(BF16, 64, 256), 128),
         (SmemLayout(BF16, 64, 32), 64),
         (SmemLayout(BF16, 33, 72, None), 99),
         (SmemLayout(DType.float32, 16, 32), 64),
@@ -298,25 +301,28 @@ def test_copy_writes_each_element_once(tile: SmemLayout, threads: int) -> None:
     written = np.full(tile.rows * tile.columns, -1)
     for step, addresses in enumerate(copy.addresses()):
         for thread, address in enumerate(addresses):
-            row, column = thread // copy.row_vectors + step * copy.row_step, thread % copy.row_vectors * vector
+            row, block = divmod(step, len(copy.columns))
+            row = thread // copy.row_vectors + row * copy.row_step
+            column = thread % copy.row_vectors * vector + block * copy.row_vectors * vector
             target = address // tile.dtype.bytes + np.arange(vector)
             assert (written[target] == -1).all()
             written[target] = row * tile.columns + column + np.arange(vector)
     row, column = np.mgrid[: tile.rows, : tile.columns]
     assert np.array_equal(written[tile.offset(row, column)], row * tile.columns + column)
-    assert copy.cpp.endswith(f", {copy.row_step}, {len(copy.steps)}>")
+    blocks = f", {copy.row_vectors * vector}, {len(copy.columns)}" if len(copy.columns) > 1 else ""
+    assert copy.cpp.endswith(f", {copy.row_step}, {tile.rows // copy.row_step}{blocks}>")
 
 
 @pytest.mark.parametrize(
     "tile, threads, reason",
     [
         (SmemLayout(BF16, 32, 32), 256, r"256 threads cannot copy 32 x 32 bfloat16 \(128 vectors of 16 bytes\) evenly"),
-        (SmemLayout(BF16, 32, 96), 128, "rows of 12 vectors"),
+        (SmemLayout(BF16, 31, 96), 128, "rows of 4 vectors"),
         (SmemLayout(BF16, 30, 64), 128, "cannot copy 30 x 64"),
         (SmemLayout(BF16, 32, 20), 128, "cannot copy 32 x 20"),
         (SmemLayout(BF16, 32, 4), 128, "cannot copy 32 x 4"),
         (SmemLayout(BF16, 64, 64), 32, "is not the element's"),
-        (SmemLayout(BF16, 64, 256), 128, "is not the element's"),
+        (SmemLayout(BF16, 64, 256), 32, "is not the element's"),
     ],
 )
 def test_copy_refusals(tile: SmemLayout, threads: int, reason: str) -> None:

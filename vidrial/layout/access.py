@@ -210,8 +210,8 @@ def per_tile(copy: TiledCopy | TmaTile, row_stride: int | None = None, rows: int
     there, width = copy.tile.rows if rows is None else rows, (copy.tile.columns if columns is None else columns) * size
     requests = sectors = read_bytes = 0
     parts = range(0, VECTOR_BYTES, piece) if copy.atom.kind == "cp.async" else ()
-    for (step, _), part in itertools.product(copy.steps, parts):
-        row, byte = step + copy.row(thread), copy.column(thread) * size + part
+    for (step, block), part in itertools.product(copy.steps, parts):
+        row, byte = step + copy.row(thread), (block + copy.column(thread)) * size + part
         sector, read = (row * stride + byte) // SECTOR_BYTES, np.where(row < there, np.clip(width - byte, 0, piece), 0)
         for first in range(0, copy.threads, WARP):
             found = sector[first : first + WARP][read[first : first + WARP] > 0]

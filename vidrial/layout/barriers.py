@@ -255,4 +255,4 @@ class Roles:
     def cpp(self) -> str:
         """The C++ type."""
         producer, consumer = (0 if registers == self.launched else registers for registers in self.reallocated)
-        return f"vidrial::Roles<{self.producer}, {self.consumers}, {producer}, {consumer}>"
+        return f"vidrial::Roles<{self.producer}, {self.consumers}, {producer}, {consumer}, {self.ctas}>"

@@ -101,9 +101,10 @@ class LoadVector(Placed):
 class TiledCopy:
     """A whole tile from global to shared memory by `threads` threads, 16 bytes each a step; rows and columns beyond the end become zero.
 
-    Neighbouring threads copy neighbouring vectors of a row; a step is `row_step` rows. That each element is written once,
-    where the layout wants it, is proved. `atom` says in which pieces the 16 bytes are copied, by how the rows in global memory are aligned:
-    cp.async of 16, 8 or 4 bytes, or `VECTOR[2]`, plain loads of single elements.
+    Neighbouring threads copy neighbouring vectors of a row, or of a block of the tile's columns where the threads do not fill whole rows
+    evenly; a step is `row_step` rows, or the next block. That each element is written once, where the layout wants it, is proved.
+    `atom` says in which pieces the 16 bytes are copied, by how the rows in global memory are aligned: cp.async of 16, 8 or 4 bytes, or
+    `VECTOR[2]`, plain loads of single elements.
 
     Raises:
         LayoutError: the threads do not divide the tile evenly, the atom is another one, or a step breaks the swizzle.
@@ -137,8 +138,20 @@ class TiledCopy:
 
     @property
     def row_vectors(self) -> int:
-        """Vectors in a row of the tile."""
-        return max(self.tile.columns // self.vector, 1)
+        """Vectors of a row that neighbouring threads copy at once: all of them, or those of a block of columns."""
+        tile, vector = self.tile, self.vector
+        whole, block = max(tile.columns // vector, 1), max(tile.block // vector, 1)
+        step = self.threads // whole
+        # Steps of whole swizzle periods, or one.
+        even = self.threads % whole == 0 and (
+            step == tile.rows or (step > 0 and step * tile.block * tile.dtype.bytes % tile.period_bytes == 0)
+        )
+        return whole if even or tile.swizzle is None or tile.columns % (block * vector) else block
+
+    @property
+    def columns(self) -> range:
+        """First columns of the blocks of a row, one vector per thread each."""
+        return range(0, max(self.tile.columns, 1), self.row_vectors * self.vector)
 
     @property
     def row_step(self) -> int:
@@ -148,7 +161,7 @@ class TiledCopy:
     @property
     def steps(self) -> tuple[tuple[int, int], ...]:
         """(rows, columns) that a thread adds, step by step."""
-        return tuple((row, 0) for row in range(0, self.tile.rows, self.row_step))
+        return tuple((row, column) for row in range(0, self.tile.rows, self.row_step) for column in self.columns)
 
     @cached_property
     def row_column(self) -> tuple[Layout, Layout]:
@@ -174,8 +187,10 @@ class TiledCopy:
     @property
     def cpp(self) -> str:
         """The C++ type."""
+        blocks = f", {self.columns.step}, {len(self.columns)}" if len(self.columns) > 1 else ""
         return (
-            f"vidrial::TiledCopy<{self.atom.cpp}, {self.tile.cpp}, {self.row.cpp}, {self.column.cpp}, {self.row_step}, {len(self.steps)}>"
+            f"vidrial::TiledCopy<{self.atom.cpp}, {self.tile.cpp}, {self.row.cpp}, {self.column.cpp}, {self.row_step}, "
+            f"{self.tile.rows // self.row_step}{blocks}>"
         )
 
 

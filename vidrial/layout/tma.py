@@ -26,6 +26,7 @@ class TmaTile:
     The tile's blocks of columns (`tile.block`, at most 128 bytes) are a dimension of the tensor of their own, so that one box holds the whole
     tile; then the tensor has whole blocks. With `column_tail` any number of columns is served, and each block is a box. That the box, as the
     hardware lays it out and swizzles it, is the tile, is proved by brute force.
+    `packed`: the tensor has [row, column, member, *outer], and the tile's rows are `packed` members of one row, then of the next.
 
     Raises:
         LayoutError: the tile's swizzle is none of TMA's, the box is too large or has too many dimensions, or an element would lie elsewhere.
@@ -35,10 +36,13 @@ class TmaTile:
     tile: SmemLayout
     outer: tuple[str, ...] = ()
     column_tail: bool = False
+    packed: int = 1
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "outer", tuple(self.outer))
         rank, tile = len(self.box), self.tile
+        if self.packed < 1 or tile.rows % self.packed:
+            raise LayoutError(f"{tile}: its rows are no multiple of packed={self.packed}; take a tile of whole rows of the tensor")
         if rank > RANK_LIMIT:
             raise LayoutError(
                 f"{tile}: a box of rank {rank}; TMA has at most {RANK_LIMIT}: give fewer of outer={self.outer}, or column_tail=True"
@@ -72,7 +76,8 @@ class TmaTile:
     @property
     def box(self) -> tuple[int, ...]:
         """Extents of the box, innermost first: (block, rows[, blocks], 1, ...)."""
-        return (self.block, self.tile.rows, *((self.blocks,) if self.split else ()), *(1 for _ in self.outer))
+        rows = (self.tile.rows,) if self.packed == 1 else (self.packed, self.tile.rows // self.packed)
+        return (self.block, *rows, *((self.blocks,) if self.split else ()), *(1 for _ in self.outer))
 
     @property
     def swizzle_bits(self) -> int:
@@ -87,7 +92,7 @@ class TmaTile:
     @property
     def cpp(self) -> str:
         """The C++ type."""
-        return f"vidrial::TmaTile<{self.tile.cpp}, {self.block}, {self.blocks}, {str(self.split).lower()}>"
+        return f"vidrial::TmaTile<{self.tile.cpp}, {self.block}, {self.blocks}, {str(self.split).lower()}, {self.packed}>"
 
 
 @cache
@@ -117,8 +122,8 @@ def _prove_box(t: TmaTile) -> None:
 class TensorMap:
     """What `tile` is taken from in one launch: the op's array of this name, its true extents and its strides.
 
-    `shape`: rows, columns, then those of `tile.outer`. `strides`, in elements: from row to row, then along each of `outer`; columns are
-    contiguous. `offset`: elements from the array's first. A box that reaches beyond an extent gets zeros there.
+    `shape`: rows, columns, members if rows are packed, then those of `tile.outer`. `strides`, in elements, in the same order but without the
+    columns', which are contiguous. `offset`: elements from the array's first. A box that reaches beyond an extent gets zeros there.
 
     Raises:
         LayoutError: TMA cannot take such a tensor; names the extent or stride, what came and what is accepted.
@@ -131,7 +136,7 @@ class TensorMap:
     offset: int = 0
 
     def __post_init__(self) -> None:
-        names, size = ("row", "column", *self.tile.outer), self.tile.tile.dtype.bytes
+        names, size = ("row", "column", *(("member",) if self.tile.packed > 1 else ()), *self.tile.outer), self.tile.tile.dtype.bytes
         if len(self.shape) != len(names) or len(self.strides) != len(names) - 1:
             raise LayoutError(
                 f"tensor map of {self.array}: it has {', '.join(names)}; got shape {self.shape} and strides {self.strides} (without the column's)"
@@ -178,7 +183,8 @@ class TensorMap:
     def dims(self) -> tuple[int, ...]:
         """Extents, innermost first, as the box has them."""
         rows, columns, *outer = self.shape
-        return (self.tile.block, rows, columns // self.tile.block, *outer) if self.tile.split else (columns, rows, *outer)
+        inner = [rows] if self.tile.packed == 1 else [outer.pop(0), rows]
+        return (self.tile.block, *inner, columns // self.tile.block, *outer) if self.tile.split else (columns, *inner, *outer)
 
     @property
     def byte_strides(self) -> tuple[int, ...]:
@@ -188,4 +194,5 @@ class TensorMap:
             stride * size if extent > 1 else VECTOR_BYTES
             for stride, extent in zip(self.strides, (self.shape[0], *self.shape[2:]), strict=True)
         )
-        return (rows, *((self.tile.block * size,) if self.tile.split else ()), *outer)
+        inner = [rows] if self.tile.packed == 1 else [outer.pop(0), rows]
+        return (*inner, *((self.tile.block * size,) if self.tile.split else ()), *outer)

@@ -31,7 +31,7 @@ else:
     P, C = TypeVar("P"), TypeVar("C")
 T = TypeVar("T")
 
-KIND, CHOICES, KEYED, SPECIALIZE = "vidrial.kind", "vidrial.choices", "vidrial.keyed", "vidrial.specialize"
+KIND, CHOICES, KEYED, SPECIALIZE, LEAST = "vidrial.kind", "vidrial.choices", "vidrial.keyed", "vidrial.specialize", "vidrial.least"
 # Results that a kernel remembers for each set of fields that were read.
 REMEMBERED = 8192
 
@@ -41,9 +41,12 @@ def static() -> T:  # type: ignore[type-var]  # T is what the field is declared 
     return cast(T, dataclasses.field(metadata={KIND: "static"}))
 
 
-def dynamic(*, keyed: bool = True) -> T:  # type: ignore[type-var]
-    """A field that reaches the kernel as an argument; `keyed=False` (strides, say) keeps it out of the ranking's size class."""
-    return cast(T, dataclasses.field(metadata={KIND: "dynamic", KEYED: keyed}))
+def dynamic(*, keyed: bool = True, least: int = 1) -> T:  # type: ignore[type-var]
+    """A field that reaches the kernel as an argument; `keyed=False` (strides, say) keeps it out of the ranking's size class.
+
+    `least`: what a keyed one is at least; the command line refuses less.
+    """
+    return cast(T, dataclasses.field(metadata={KIND: "dynamic", KEYED: keyed, LEAST: least}))
 
 
 def choice(default: T, *others: T) -> T:
@@ -107,6 +110,11 @@ def size_class(problem: Any) -> tuple[tuple[str, int, int], ...]:
     Problems of one size class share a ranking; the lengths 1025 and 1026 differ in alignment, 1025 and 2047 share everything.
     """
     return tuple((name, max(n - 1, 0).bit_length(), min(n & -n, 64) if n else 64) for name, n in keyed_fields(problem).items())
+
+
+def least_values(problem: Any) -> dict[str, int]:
+    """What each keyed dynamic field of a problem is at least."""
+    return {f.name: f.metadata.get(LEAST, 1) for f in dataclasses.fields(problem) if f.name in keyed_fields(problem)}
 
 
 Read = tuple[str, str]  # "problem" or "config", and the name of a field that was read

@@ -15,7 +15,7 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from vidrial.errors import ArgumentError, ToolchainError, VidrialError
 from vidrial.installation import ENTRY_POINTS, named_ops
-from vidrial.spec.fields import C, P, keyed_fields
+from vidrial.spec.fields import C, P, keyed_fields, least_values
 from vidrial.spec.op import Op
 
 
@@ -139,9 +139,10 @@ def make_problem(op: Op[P, C], keywords: Mapping[str, Any]) -> P:
     if required:
         raise ArgumentError(f"{op.name} needs {', '.join(f'--{name}' for name in required)}; its keywords: {usage(op)}")
     problem = op.example(**keywords)
-    for name, size in keyed_fields(problem).items():
-        if isinstance(size, int) and size < 1:
-            raise ArgumentError(f"{name}={size} is not a size; accepted: at least 1")
+    sizes = keyed_fields(problem)
+    for name, least in least_values(problem).items():
+        if isinstance(size := sizes[name], int) and size < least:
+            raise ArgumentError(f"{name}={size} is not a size; accepted: at least {least}")
     return problem
 
 

@@ -39,8 +39,8 @@ CUTE_DEVICE bool named_any(int id, int threads, bool mine) {
 // Registers per thread from here on, by all four warps of a warpgroup; an increase waits until others have given theirs back.
 template <int N> CUTE_DEVICE void registers_increase() { asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" :: "n"(N)); }
 template <int N> CUTE_DEVICE void registers_decrease() { asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" :: "n"(N)); }
-// What the host target calls this thread's warp.
-CUTE_DEVICE void name_role(char const*) {}
+// What the host target calls this thread's warp, in a kernel of which an SM holds `ctas` CTAs at once.
+CUTE_DEVICE void name_role(char const*, int ctas = 1) {}
 
 }  // namespace vidrial
 #endif

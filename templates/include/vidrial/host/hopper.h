@@ -15,6 +15,6 @@ VIDRIAL_INLINE void named_arrive(int id, int threads) { host::named_barrier(host
 VIDRIAL_INLINE bool named_any(int id, int threads, bool mine) { return host::named_barrier(host::Named::Any, id, threads, mine); }
 template <int N> VIDRIAL_INLINE void registers_increase() { host::reallocate_registers(N, true); }
 template <int N> VIDRIAL_INLINE void registers_decrease() { host::reallocate_registers(N, false); }
-VIDRIAL_INLINE void name_role(char const* name) { host::name_role(name); }
+VIDRIAL_INLINE void name_role(char const* name, int ctas = 1) { host::name_role(name, ctas); }
 
 }  // namespace vidrial

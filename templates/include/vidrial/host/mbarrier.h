@@ -30,7 +30,7 @@ struct NamedBarrier { int threads = 0, arrived = 0; void* meeting = nullptr; boo
 inline NamedBarrier named_barriers[16];
 
 // Registers per thread of each warpgroup, what is left of those that the launch took, and who waits for some.
-struct RegisterPool { int launched = 0, left = 0; std::vector<int> of_warpgroup, wanted; };
+struct RegisterPool { int ctas = 1, launched = 0, left = 0; std::vector<int> of_warpgroup, wanted; };
 inline RegisterPool registers;
 
 // A text that lives as long as the process.
@@ -58,12 +58,17 @@ inline void describe_barriers(std::string& text) {
               std::to_string(registers.launched * thread_count);
 }
 
+// As many registers as an SM can give to each thread of `ctas` CTAs.
+inline void fill_pool(int ctas) {
+  size_t const groups = size_t(thread_count + kGroupThreads - 1) / kGroupThreads;
+  int const launched = std::min(65536 / (thread_count * ctas) / 8 * 8, 256);
+  registers = {ctas, launched, 0, std::vector<int>(groups, launched), std::vector<int>(groups, 0)};
+}
+
 inline void begin_barriers() {
   mbarriers.clear();
   for (NamedBarrier& n : named_barriers) n = {};
-  size_t const groups = size_t(thread_count + kGroupThreads - 1) / kGroupThreads;
-  int const launched = std::min(65536 / thread_count / 8 * 8, 256);
-  registers = {launched, 0, std::vector<int>(groups, launched), std::vector<int>(groups, 0)};
+  fill_pool(1);
   describe_state = describe_barriers;
 }
 
@@ -195,6 +200,9 @@ void reallocate_registers(int wanted, bool increase) {
   while (registers.wanted[group]) wait_here(interned("wait for " + std::to_string(wanted) + " registers per thread"), place);
 }
 
-void name_role(char const* name) { warp().role = name; }
+void name_role(char const* name, int ctas) {
+  warp().role = name;
+  if (ctas != registers.ctas) fill_pool(ctas);
+}
 
 }  // namespace vidrial::host

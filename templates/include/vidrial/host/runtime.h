@@ -65,8 +65,8 @@ enum class Named { Sync, Arrive, Any };
 bool named_barrier(Named what, int id, int threads, bool mine);
 // setmaxnreg: by all threads of a warpgroup; an increase waits until the CTA's pool has so many.
 void reallocate_registers(int registers, bool increase);
-// What messages call the warp of this thread.
-void name_role(char const* name);
+// What messages call the warp of this thread, in a kernel of which an SM holds `ctas` CTAs at once.
+void name_role(char const* name, int ctas);
 
 // What stands in a TensorMap here. NOTE: vidrial.host.tensor_map packs it in the same order. Innermost dimension first; strides in bytes, of
 // the dimensions from the second on.

@@ -93,7 +93,7 @@ struct NamedBarrier {
 };
 
 // The first warpgroups of a CTA produce, the others consume. Registers per thread of each; 0: as many as the launch gave.
-template <int Producers, int Consumers, int ProducerRegisters, int ConsumerRegisters>
+template <int Producers, int Consumers, int ProducerRegisters, int ConsumerRegisters, int Ctas = 1>
 struct Roles {
   static constexpr int kThreads = 128 * (Producers + Consumers), kConsumers = Consumers;
   // NOTE: through a shuffle, so that the compiler knows it to be uniform.
@@ -103,11 +103,11 @@ struct Roles {
   CUTE_DEVICE static int consumer_thread() { return int(threadIdx.x) - 128 * Producers; }
   CUTE_DEVICE static int consumer_group(int warp) { return warp / 4 - Producers; }
   CUTE_DEVICE static void become_producer() {
-    name_role("producer");
+    name_role("producer", Ctas);
     if constexpr (ProducerRegisters > 0) registers_decrease<ProducerRegisters>();
   }
   CUTE_DEVICE static void become_consumer() {
-    name_role("consumer");
+    name_role("consumer", Ctas);
     if constexpr (ConsumerRegisters > 0) registers_increase<ConsumerRegisters>();
   }
 };

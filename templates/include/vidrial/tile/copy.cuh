@@ -29,10 +29,10 @@ struct LoadVector {
   CUTE_DEVICE void operator()(int row, int column, uint32_t (&r)[4]) const { load_shared(Tile::at(base, row, column), r); }
 };
 
-// Global to shared memory, a whole tile by the whole CTA: `Steps` vectors of 16 bytes per thread, `RowStep` rows apart. Each vector is copied in
-// pieces as large as Atom's, for rows that are aligned to no more than these: by cp.async of 16, 8 or 4 bytes; or, element by element, by
-// plain loads, which are waited for here and are no part of a group.
-template <class Atom, class Tile, class Row, class Column, int RowStep, int Steps>
+// Global to shared memory, a whole tile by the whole CTA: `Steps` rows per thread, `RowStep` apart, and of each `Columns` vectors of 16 bytes,
+// `ColumnStep` elements apart. Each vector is copied in pieces as large as Atom's, for rows that are aligned to no more than these: by cp.async
+// of 16, 8 or 4 bytes; or, element by element, by plain loads, which are waited for here and are no part of a group.
+template <class Atom, class Tile, class Row, class Column, int RowStep, int Steps, int ColumnStep = 0, int Columns = 1>
 struct TiledCopy {
   using T = typename Tile::T;
   static constexpr int kVector = 16, kPiece = sizeof(typename Atom::SRegisters);
@@ -44,35 +44,46 @@ struct TiledCopy {
   CUTE_DEVICE void operator()(uint32_t stage, int rows) const {      // rows at and beyond `rows` become zero and are not read
     // NOTE: a tile of more steps, such as Q's, is copied once: unrolled, it costs up to 0.1 s of compile time and gains nothing.
     _Pragma("unroll (Steps > 8 ? 1 : 4)")
-    for (int i = 0; i < Steps; ++i) {
-      if constexpr (kPiece == kVector) Atom::copy(*reinterpret_cast<cute::uint128_t const*>(source + i * step), shared_vector(place(stage, i)), row + i * RowStep < rows);
-      else pieces(stage, i, row + i * RowStep < rows ? kVector : 0);
-    }
+    for (int i = 0; i < Steps; ++i) copy_row(stage, i, source + i * step, row + i * RowStep < rows);
   }
   // Rows at and beyond `rows`, and columns at and beyond `columns`, become zero and are not read.
   CUTE_DEVICE void operator()(uint32_t stage, int rows, int columns) const {
-    int const left = (columns - column) * int(sizeof(T)), bytes = left < 0 ? 0 : left < kVector ? left : kVector;
     _Pragma("unroll (Steps > 8 ? 1 : 4)")
-    for (int i = 0; i < Steps; ++i) pieces(stage, i, row + i * RowStep < rows ? bytes : 0);
+    for (int i = 0; i < Steps; ++i) {
+      CUTE_UNROLL
+      for (int c = 0; c < Columns; ++c) {
+        int const left = (columns - column - c * ColumnStep) * int(sizeof(T)), bytes = left < 0 ? 0 : left < kVector ? left : kVector;
+        pieces(place(stage, i, c), source + i * step + c * ColumnStep, row + i * RowStep < rows ? bytes : 0);
+      }
+    }
   }
   CUTE_DEVICE void full(uint32_t stage) const {                      // all rows exist
     CUTE_UNROLL
-    for (int i = 0; i < Steps; ++i) {
-      if constexpr (kPiece == kVector) Atom::copy(*reinterpret_cast<cute::uint128_t const*>(source + i * step), shared_vector(place(stage, i)), true);
-      else pieces(stage, i, kVector);
-    }
+    for (int i = 0; i < Steps; ++i) copy_row(stage, i, source + i * step, true);
+  }
+  // Rows from anywhere: row r begins place(r) elements beyond `origin`; the copy was made with a row stride of 0.
+  template <class Place>
+  CUTE_DEVICE void gather(uint32_t stage, int rows, Place&& place) const {
+    CUTE_NO_UNROLL
+    for (int i = 0; i < Steps; ++i) copy_row(stage, i, source + place(row + i * RowStep), row + i * RowStep < rows);
   }
 
  private:
-  CUTE_DEVICE uint32_t place(uint32_t stage, int i) const { return Tile::at(target, i * RowStep, 0) + stage; }
-  // The vector of step i, of which `bytes` exist.
-  CUTE_DEVICE void pieces(uint32_t stage, int i, int bytes) const {
-    T const* from = source + i * step;
+  CUTE_DEVICE uint32_t place(uint32_t stage, int i, int c) const { return Tile::at(target, i * RowStep, c * ColumnStep) + stage; }
+  CUTE_DEVICE void copy_row(uint32_t stage, int i, T const* from, bool exists) const {
+    CUTE_UNROLL
+    for (int c = 0; c < Columns; ++c) {
+      if constexpr (kPiece == kVector) Atom::copy(*reinterpret_cast<cute::uint128_t const*>(from + c * ColumnStep), shared_vector(place(stage, i, c)), exists);
+      else pieces(place(stage, i, c), from + c * ColumnStep, exists ? kVector : 0);
+    }
+  }
+  // The vector at `from`, of which `bytes` exist.
+  CUTE_DEVICE void pieces(uint32_t place, T const* from, int bytes) const {
     if constexpr (kPiece >= 4) {
       CUTE_UNROLL
       for (int at = 0; at < kVector; at += kPiece) {
         int const left = bytes - at;
-        copy_async<kPiece>(place(stage, i) + at, from + at / int(sizeof(T)), left < 0 ? 0 : left < kPiece ? left : kPiece);
+        copy_async<kPiece>(place + at, from + at / int(sizeof(T)), left < 0 ? 0 : left < kPiece ? left : kPiece);
       }
     } else {
       uint32_t words[kVector / 4];
@@ -82,7 +93,7 @@ struct TiledCopy {
         uint32_t const low = 4 * w < bytes ? half[0] : 0, high = 4 * w + 2 < bytes ? half[1] : 0;
         words[w] = low | high << 16;
       }
-      store_shared(place(stage, i), words);
+      store_shared(place, words);
     }
   }
 };

@@ -35,9 +35,9 @@ struct LoadVector : UncountedLoadVector<Tile, Row, Column> {
   }
 };
 
-template <class Atom, class Tile, class Row, class Column, int RowStep, int Steps>
-struct TiledCopy : UncountedTiledCopy<Atom, Tile, Row, Column, RowStep, Steps> {
-  using Uncounted = UncountedTiledCopy<Atom, Tile, Row, Column, RowStep, Steps>;
+template <class Atom, class Tile, class Row, class Column, int RowStep, int Steps, int ColumnStep = 0, int Columns = 1>
+struct TiledCopy : UncountedTiledCopy<Atom, Tile, Row, Column, RowStep, Steps, ColumnStep, Columns> {
+  using Uncounted = UncountedTiledCopy<Atom, Tile, Row, Column, RowStep, Steps, ColumnStep, Columns>;
   using Uncounted::Uncounted;
   template <class... X>
   void operator()(X&&... x) const {
@@ -49,6 +49,12 @@ struct TiledCopy : UncountedTiledCopy<Atom, Tile, Row, Column, RowStep, Steps> {
     host::Counted const self(&host::identity<TiledCopy>);
     host::count_copy();
     Uncounted::full(stage);
+  }
+  template <class Place>
+  void gather(uint32_t stage, int rows, Place&& place) const {
+    host::Counted const self(&host::identity<TiledCopy>);
+    host::count_copy();
+    Uncounted::gather(stage, rows, place);
   }
 };
 

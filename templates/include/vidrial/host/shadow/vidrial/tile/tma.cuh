@@ -9,12 +9,12 @@
 
 namespace vidrial {
 
-template <class Tile, int Block, int Blocks, bool Split>
-struct TmaTile : UncountedTmaTile<Tile, Block, Blocks, Split> {
+template <class Tile, int Block, int Blocks, bool Split, int Packed = 1>
+struct TmaTile : UncountedTmaTile<Tile, Block, Blocks, Split, Packed> {
   template <class... X>
   static void load(X&&... x) {
     host::Counted const self(&host::identity<TmaTile>);
-    UncountedTmaTile<Tile, Block, Blocks, Split>::load(static_cast<X&&>(x)...);
+    UncountedTmaTile<Tile, Block, Blocks, Split, Packed>::load(static_cast<X&&>(x)...);
   }
   template <class... X>
   static void load_ragged(X&&... x) {
