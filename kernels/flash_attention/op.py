@@ -41,6 +41,12 @@ def stages(p: Problem, c: Config) -> list[Stage]:
     return [Stage(sm80.flash_sm80, p, c.sm80, "sm80"), *([Stage(combine.flash_combine, p, joined, "sm80")] if joined.splits > 1 else [])]
 
 
+def inputs(p: Problem) -> dict[str, Buffer]:
+    """Rows are read by vectors or by TMA."""
+    shapes = {"q": (p.b, p.tq, p.hq, p.d), "k": (p.b, p.tk, p.h, p.d), "v": (p.b, p.tk, p.h, p.e)}
+    return {name: Buffer(shape, p.dtype, (*getattr(p, f"{name}_stride"), 1)) for name, shape in shapes.items()}
+
+
 def outputs(p: Problem) -> dict[str, Buffer]:
     return {"y": Buffer((p.b, p.tq, p.hq, p.e), p.dtype), "lse": Buffer((p.b, p.hq, p.tq), DType.float32)}
 
@@ -165,6 +171,7 @@ op = Op(
     problem=Problem,
     config=Config,
     stages=stages,
+    inputs=inputs,
     outputs=outputs,
     workspace=workspace,
     sample=sample,
