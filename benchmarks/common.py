@@ -160,7 +160,7 @@ def gpu_facts() -> dict[str, Any]:
     fields = ("name", "driver_version", "clocks.max.sm", "clocks.sm", "clocks.mem", "power.limit", "temperature.gpu")
     query = ["nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader", "--id=0"]
     try:
-        text = subprocess.run(query, capture_output=True, text=True, timeout=20, check=True).stdout
+        text = subprocess.run(query, capture_output=True, encoding="utf-8", timeout=20, check=True).stdout
     except (OSError, subprocess.SubprocessError):
         return {}
     return dict(zip(fields, (x.strip() for x in text.strip().split(",")), strict=False))

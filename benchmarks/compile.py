@@ -144,7 +144,7 @@ def measure(unit: Unit, repeats: int) -> Row:
         [sys.executable, __file__, "--worker"],
         input=json.dumps(job),
         capture_output=True,
-        text=True,
+        encoding="utf-8",
         check=False,
         cwd=ROOT,
         env=worker_environment() | {"PYTHONPATH": str(ROOT)},
@@ -197,7 +197,7 @@ def instructions(image: bytes) -> int | None:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(image)
         file.flush()
-        text = subprocess.run([tool, "-sass", file.name], capture_output=True, text=True, check=False).stdout
+        text = subprocess.run([tool, "-sass", file.name], capture_output=True, encoding="utf-8", check=False).stdout
     return len(re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?!NOP)\S", text, re.MULTILINE)) or None
 
 
@@ -296,7 +296,7 @@ def main() -> None:
     print(show(rows), *said, sep="\n")
     if not options.quick:
         options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text(json.dumps(document(rows, said, repeats), indent=1) + "\n")
+        options.out.write_text(json.dumps(document(rows, said, repeats), indent=1) + "\n", encoding="utf-8")
         print(f"written to {options.out}")
 
 

@@ -128,7 +128,7 @@ def compile_ahead(cases: Sequence[Case], jobs: int, seconds: float = TIMEOUT_SEC
             [sys.executable, __file__, str(i), str(jobs), job],
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
-            text=True,
+            encoding="utf-8",
             env=environment,
         )
         for i in range(jobs)

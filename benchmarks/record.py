@@ -105,7 +105,7 @@ class Book:
     @classmethod
     def load(cls, path: Path, gpu: str) -> Book:
         """The file's, if it is there and of this GPU and schema; else an empty one."""
-        data = json.loads(path.read_text()) if path.is_file() else {}
+        data = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
         if data.get("schema") != SCHEMA or data.get("gpu") != gpu:
             return cls(gpu)
         return cls(gpu, tuple(data["runs"]), tuple(Row.from_json(row) for row in data["rows"]))
@@ -118,7 +118,7 @@ class Book:
         """Write the file; runs that no row is left of are kept as empty places."""
         data = {"schema": SCHEMA, "gpu": self.gpu, "runs": self.runs, "rows": [row.to_json() for row in self.rows]}
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(data, indent=1) + "\n")
+        path.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
 
 
 def _ms(entry: Entry | None, spread: bool = True) -> str:

@@ -153,7 +153,7 @@ def processes() -> dict[str, Any]:
             done = subprocess.run(
                 [sys.executable, __file__, "--first-call", json.dumps(modules)],
                 capture_output=True,
-                text=True,
+                encoding="utf-8",
                 check=False,
                 env=environment,
             )
@@ -226,7 +226,7 @@ def main() -> None:
     print(*report(found), sep="\n")
     path = options.out / f"warm_path_{slug(gpu)}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(found, indent=1) + "\n")
+    path.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     print(f"written to {path}")
 
 

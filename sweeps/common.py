@@ -60,7 +60,7 @@ def facts(device: Device, module: str) -> dict[str, Any]:
     """What is recorded of a run: GPU, driver, versions, command, date."""
     query = ["nvidia-smi", "--query-gpu=name,driver_version,clocks.max.sm,power.limit", "--format=csv,noheader", "--id=0"]
     try:
-        driver = subprocess.run(query, capture_output=True, text=True, timeout=20, check=True).stdout.strip()
+        driver = subprocess.run(query, capture_output=True, encoding="utf-8", errors="replace", timeout=20, check=True).stdout.strip()
     except (OSError, subprocess.SubprocessError):
         driver = "unknown"
     versions = {}
@@ -89,7 +89,7 @@ def table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
 def write_json(path: Path, data: Any) -> Path:
     """Write a JSON file, its folder made if need be."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(data, indent=1, allow_nan=False) + "\n")
+    path.write_text(json.dumps(data, indent=1, allow_nan=False) + "\n", encoding="utf-8")
     return path
 
 

@@ -219,7 +219,7 @@ def run(name: str, seconds: float, results: Path, device: Device) -> dict[str, A
 
     def keep() -> None:
         found["run"] = of | {"seconds": round(time.monotonic() - begin, 1)}
-        known = json.loads(path.read_text()) if path.is_file() else {}
+        known = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
         copy_out([write_json(path, known | {name: found})], os.environ.get("OUT"))
 
     try:

@@ -116,3 +116,36 @@ def test_tests_look_at_no_global_temp_folder(path: Path) -> None:
     if path.name != Path(__file__).name and "gettempdir" in text:
         assert "own_tempdir" in text, f"{path.relative_to(ROOT)} looks at the global temp folder; use the fixture own_tempdir"
     assert not re.search(r"[\"']/tmp[/\"']", text) or path.name == Path(__file__).name
+
+
+READERS = ("read_text", "write_text", "open", "run", "Popen", "check_output", "fdopen", "TextIOWrapper")
+SOURCES = sorted(p for folder in ("vidrial", "kernels", "sweeps", "benchmarks") for p in (ROOT / folder).rglob("*.py"))
+
+
+def text_without_encoding(source: str) -> list[int]:
+    """Lines of a source that read or write text as the locale says: an ASCII one breaks at the first other character."""
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        if not isinstance(node, ast.Call):
+            continue
+        function, named = ast.unparse(node.func), {k.arg: ast.unparse(k.value) for k in node.keywords}
+        name, mode = function.rpartition(".")[2], next((ast.unparse(a) for a in node.args[1:2]), named.get("mode", "'r'"))
+        if "encoding" in named or name not in READERS or function == "os.open":
+            continue
+        plain = ("." in function and name in ("read_text", "write_text")) or (
+            name in ("open", "fdopen") and "b" not in mode and "os.open" not in ast.unparse(node)
+        )
+        found += [node.lineno] if plain or named.get("text") == "True" or named.get("universal_newlines") == "True" else []
+    return found
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_text_has_an_encoding(path: Path) -> None:
+    assert not text_without_encoding(path.read_text()), f"{path.relative_to(ROOT)}: name encoding='utf-8'"
+
+
+def test_text_without_an_encoding_is_found() -> None:
+    for line in ("p.read_text()", "p.write_text(x)", "open(p)", "open(p, 'w')", "run(c, text=True)", "p.open()"):
+        assert text_without_encoding(line) == [1], line
+    for line in ("p.read_text(encoding='utf-8')", "open(p, 'rb')", "run(c, encoding='utf-8')", "os.open(p, os.O_RDONLY)", "run(c)"):
+        assert not text_without_encoding(line), line

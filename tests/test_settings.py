@@ -33,8 +33,10 @@ def test_every_variable(tmp_path: Path) -> None:
         }
     )
     assert (settings.target, settings.jobs, settings.cache_max_bytes) == ("host", 3, 7 << 20)
-    assert settings.cache_dirs[:2] == (tmp_path / "a", tmp_path / "b" / "vidrial")
-    assert settings.cache_dirs[2].parts[-2:] == (".cache", "vidrial")
+    # One that is asked for is used or refused: nothing stands in for it.
+    assert settings.cache_dirs == (tmp_path / "a",)
+    others = Settings.read({"XDG_CACHE_HOME": str(tmp_path / "b")}).cache_dirs
+    assert others[0] == tmp_path / "b" / "vidrial" and others[1].parts[-2:] == (".cache", "vidrial")
     assert (settings.cutlass_include, settings.cuda_include) == (tmp_path, tmp_path)
     assert settings.cxx == "clang++"
 
@@ -52,6 +54,7 @@ def test_relative_cache_directory_is_of_the_working_directory(monkeypatch: pytes
         ("VIDRIAL_JOBS", "-1"),
         ("VIDRIAL_JOBS", "two"),
         ("VIDRIAL_JOBS", "1.5"),
+        ("VIDRIAL_JOBS", "9" * 5000),
         ("VIDRIAL_CACHE_MAX_MB", "0"),
         ("VIDRIAL_CACHE_MAX_MB", "1e3"),
         ("VIDRIAL_CUTLASS_INCLUDE", "/no/such/folder"),
@@ -62,6 +65,58 @@ def test_a_bad_value_names_its_variable(name: str, value: str) -> None:
     with pytest.raises(ArgumentError, match=name) as caught:
         Settings.read({name: value})
     assert repr(value) in str(caught.value)
+
+
+def test_a_relative_cache_directory_of_a_folder_that_is_gone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    with pytest.raises(ArgumentError, match="VIDRIAL_CACHE_DIR='here' is relative"):
+        Settings.read({"VIDRIAL_CACHE_DIR": "here"})
+
+
+CUPY = """
+import os, sys
+from vidrial.settings import prepare_cupy
+prepare_cupy()
+import cupy
+folder = os.environ.get("CUPY_CACHE_DIR", "")
+if folder:
+    assert os.access(folder, os.W_OK)
+if os.fork() == 0:
+    sys.exit()
+os.wait()
+assert not folder or os.path.isdir(folder)
+print(folder or "the usual one")
+"""
+
+
+def test_cupy_is_imported_without_a_home(tmp_path: Path) -> None:
+    """A container's foreign user: no home, one that cannot be made, one that is a file; and where there is one it is left alone."""
+    (tmp_path / "file").write_text("")
+    (tmp_path / "home").mkdir()
+    for home, cache, expected in (
+        ("/proc", tmp_path / "cache", str(tmp_path / "cache/cupy")),
+        (tmp_path / "file", "/proc/nothing", f"{tmp_path}/vidrial-cupy-"),
+        (tmp_path / "home", tmp_path / "cache", "the usual one"),
+    ):
+        environment = os.environ | {"HOME": str(home), "VIDRIAL_CACHE_DIR": str(cache), "TMPDIR": str(tmp_path)}
+        environment.pop("CUPY_CACHE_DIR", None)
+        environment["PYTHONPATH"] = str(Path(__file__).parents[1])
+        ended = subprocess.run([sys.executable, "-W", "ignore", "-c", CUPY], env=environment, capture_output=True, text=True, check=False)
+        assert ended.stdout.startswith(expected), ended.stdout + ended.stderr
+    assert not list(tmp_path.glob("vidrial-cupy-*")) and (tmp_path / "home/.cupy/kernel_cache").is_dir()
+
+
+def test_a_cupy_cache_that_is_asked_for_and_cannot_be_is_said() -> None:
+    program = (
+        "import sys; from vidrial.build.toolchain import nvrtc; from vidrial.device import Device, gpu_count; from vidrial.errors import *\n"
+        "assert gpu_count() == 0\n"
+        "for f in (nvrtc, Device.current):\n  try: f()\n  except ToolchainError as e: print('/proc/nothing' in str(e))"
+    )
+    environment = os.environ | {"CUPY_CACHE_DIR": "/proc/nothing", "PYTHONPATH": str(Path(__file__).parents[1])}
+    ended = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=False)
+    assert ended.stdout.split() == ["True", "True"], ended.stderr
 
 
 def test_nothing_is_read_at_import() -> None:

@@ -29,7 +29,7 @@ from vidrial.runtime.arrays import (
 )
 from vidrial.runtime.inputs import check_inputs, layout_fault
 from vidrial.runtime.plan import CudaPlan
-from vidrial.settings import Settings
+from vidrial.settings import Settings, prepare_cupy
 from vidrial.spec.choices import own_axes
 from vidrial.spec.fields import C, P
 from vidrial.spec.op import Op
@@ -128,6 +128,7 @@ def prepare(op: Op[P, C], problem: P, index: int | None = None, **fixed: object)
     """
     _check_own(op, fixed)
     if index is None:
+        prepare_cupy()
         from cupy.cuda import runtime
 
         index = int(runtime.getDevice())

@@ -8,6 +8,7 @@ import re
 from typing import Any
 
 from vidrial.errors import ArgumentError, ToolchainError
+from vidrial.settings import prepare_cupy
 
 KB, MB = 1 << 10, 1 << 20
 # Alike on every architecture that is served: threads of a warp and, at most, of a CTA; bytes of the widest load (of a vector of cp.async,
@@ -87,6 +88,7 @@ class Device:
         Raises:
             ToolchainError: CuPy, the driver or the GPU is missing.
         """
+        prepare_cupy()
         try:
             from cupy.cuda import runtime
         except (ImportError, OSError) as error:
@@ -128,6 +130,7 @@ def cupy_missing(error: Exception) -> ToolchainError:
 
 def gpu_count() -> int:
     """How many CUDA GPUs this process can see; 0 without CuPy or a driver."""
+    prepare_cupy()
     try:
         from cupy.cuda import runtime
     except (ImportError, OSError):

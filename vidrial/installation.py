@@ -56,7 +56,7 @@ def own_ops() -> Mapping[str, str]:
     # The package may be linked to from elsewhere, or lie in another project's folder.
     file = HERE.resolve().parent / "pyproject.toml"
     with contextlib.suppress(FileNotFoundError, NotADirectoryError, tomllib.TOMLDecodeError):
-        project = tomllib.loads(file.read_text()).get("project", {})
+        project = tomllib.loads(file.read_text(encoding="utf-8")).get("project", {})
         if project.get("name") == DISTRIBUTION:
             entries: Mapping[str, str] = project.get("entry-points", {}).get(ENTRY_POINTS, {})
             return entries

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import atexit
+import contextlib
 import dataclasses
 import os
+import shutil
+import sys
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
 from vidrial.errors import ArgumentError
 
 TARGETS = ("cuda", "host")
+DIGITS = 9
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,7 +27,7 @@ class Settings:
     jobs: int
     """VIDRIAL_JOBS: processes that compile at once; by default the processors this process may use."""
     cache_dirs: tuple[Path, ...]
-    """Where the cache may lie, best first: VIDRIAL_CACHE_DIR, $XDG_CACHE_HOME/vidrial, ~/.cache/vidrial."""
+    """Where the cache may lie: VIDRIAL_CACHE_DIR alone if it is set; else, best first, $XDG_CACHE_HOME/vidrial, ~/.cache/vidrial."""
     cache_max_bytes: int
     """VIDRIAL_CACHE_MAX_MB (2048): compiled kernels beyond this are dropped, least recently used first."""
     cutlass_include: Path | None
@@ -64,16 +70,49 @@ class Settings:
 
 def _positive(env: Mapping[str, str], name: str, default: int) -> int:
     text = env.get(name) or str(default)
-    if not text.isdecimal() or int(text) < 1:
-        raise ArgumentError(f"{name}={text!r} is not a positive whole number; set one, or unset it for {default}")
+    if not text.isdecimal() or len(text) > DIGITS or int(text) < 1:
+        raise ArgumentError(
+            f"{name}={text!r} is not a positive whole number of at most {DIGITS} digits; set one, or unset it for {default}"
+        )
     return int(text)
 
 
 def _cache_dirs(env: Mapping[str, str]) -> tuple[Path, ...]:
     asked, xdg = env.get("VIDRIAL_CACHE_DIR"), env.get("XDG_CACHE_HOME")
+    if asked:
+        try:
+            return (Path(os.path.abspath(os.path.expanduser(asked))),)
+        except FileNotFoundError:
+            raise ArgumentError(f"VIDRIAL_CACHE_DIR={asked!r} is relative, and the current folder is gone; give a whole path") from None
     # NOTE: expanduser leaves the ~ in place where there is no home directory.
-    choices = (asked and os.path.abspath(os.path.expanduser(asked)), xdg and f"{xdg}/vidrial", os.path.expanduser("~/.cache/vidrial"))
+    choices = (xdg and f"{xdg}/vidrial", os.path.expanduser("~/.cache/vidrial"))
     return tuple(Path(path) for path in choices if path and os.path.isabs(path))
+
+
+def prepare_cupy() -> None:
+    """To be called before CuPy is imported, which makes its cache's folder then, and is lost where it cannot.
+
+    Where the home directory takes none, and CUPY_CACHE_DIR is not set, it lies in our cache, or in a folder that ends with this process.
+    """
+    if "cupy" in sys.modules or os.environ.get("CUPY_CACHE_DIR"):
+        return
+    usual, own = os.path.expanduser("~/.cupy/kernel_cache"), [str(folder / "cupy") for folder in Settings.read().cache_dirs]
+    for folder in filter(os.path.isabs, (usual, *own)):
+        with contextlib.suppress(OSError):
+            os.makedirs(folder, mode=0o700, exist_ok=True)
+            if os.access(folder, os.W_OK | os.X_OK):
+                break
+    else:
+        folder = tempfile.mkdtemp(prefix="vidrial-cupy-")
+        atexit.register(_remove, folder, os.getpid())
+    if folder != usual:
+        os.environ["CUPY_CACHE_DIR"] = folder
+
+
+def _remove(folder: str, maker: int) -> None:
+    # A forked child removes nothing of its parent's.
+    if os.getpid() == maker:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _folder(env: Mapping[str, str], name: str) -> Path | None:

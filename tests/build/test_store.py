@@ -194,13 +194,45 @@ def test_root_that_is_not_ours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
 def test_root_is_the_first_usable_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "open").mkdir()
-    (tmp_path / "open").chmod(0o777)
-    monkeypatch.setenv("VIDRIAL_CACHE_DIR", str(tmp_path / "open"))
+    (tmp_path / "open" / "vidrial").mkdir()
+    (tmp_path / "open" / "vidrial").chmod(0o777)
+    monkeypatch.delenv("VIDRIAL_CACHE_DIR")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "open"))
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    assert Store().root == tmp_path / "home/.cache/vidrial"
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
     assert Store().root == tmp_path / "xdg" / "vidrial"
     monkeypatch.setenv("VIDRIAL_CACHE_DIR", str(tmp_path / "mine"))
     assert Store().root == tmp_path / "mine"
-    assert Store.shared() is Store.shared() and Store.shared().root == tmp_path / "mine"
+    assert Store.shared() is Store.shared() is Store.lasting() and Store.shared().root == tmp_path / "mine"
+
+
+@pytest.mark.parametrize("kind", ["link", "open", "file", "another's"])
+def test_a_folder_that_is_asked_for_is_used_or_refused(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Never another one that lasts: `cache clear` would empty that."""
+    asked, home = tmp_path / "asked", tmp_path / "home"
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    filled(home / ".cache/vidrial")
+    if kind == "file":
+        asked.write_text("")
+    elif kind == "link":
+        asked.symlink_to(tmp_path)
+    else:
+        asked.mkdir(mode=0o700)
+        asked.chmod(0o777 if kind == "open" else 0o700)
+    monkeypatch.setenv("VIDRIAL_CACHE_DIR", str(asked))
+    if kind == "another's":
+        monkeypatch.setattr(os, "geteuid", lambda: os.getuid() + 1)
+    with pytest.raises(StoreError) if kind == "another's" else pytest.warns(RuntimeWarning, match=f"ends with this process: .*{asked}"):
+        # Of another user not even a temporary folder is ours.
+        store = Store.shared()
+        assert store.root.parent not in (tmp_path, home / ".cache") and store.refused
+    with pytest.raises(StoreError, match=str(asked) if kind != "another's" else "belongs to user"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        Store.lasting()
+    monkeypatch.undo()
+    assert Store(home / ".cache/vidrial").get(key_of()) is not None
 
 
 def test_no_usable_root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

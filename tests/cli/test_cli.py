@@ -2,11 +2,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import subprocess
 import sys
 import xml.etree.ElementTree as ET
 from pathlib import Path
 
+import fake_op
 import pytest
 
 from vidrial.build.cubins import build
@@ -296,3 +298,41 @@ def test_the_command_line_is_light_and_runs_as_a_module() -> None:
     assert subprocess.run([sys.executable, "-c", light], capture_output=True, text=True, check=True).stdout == "[]\n"
     answer = subprocess.run([sys.executable, "-m", "vidrial", "--version"], capture_output=True, text=True, check=True)
     assert answer.stdout.startswith("vidrial, version ")
+
+
+@pytest.mark.filterwarnings("ignore:vidrial. the cache lives in")
+def test_a_refused_cache_is_not_cleared_and_says_why(run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    Store(tmp_path / ".cache/vidrial").write_json("ranking", "hours", {"of": "work"})
+    (tmp_path / "link").symlink_to(tmp_path)
+    monkeypatch.setenv("VIDRIAL_CACHE_DIR", str(tmp_path / "link"))
+    for words in (["clear", "--yes"], ["prune"], ["verify"], ["show"]):
+        code, _, text = run("cache", *words)
+        assert code == 2 and f"cache directory {tmp_path}/link is a symbolic link; set VIDRIAL_CACHE_DIR to the directory itself" in text
+    assert Store(tmp_path / ".cache/vidrial").read_json("ranking", "hours") == {"of": "work"}
+
+
+OP = """
+import dataclasses, pathlib
+import fake_op
+template = pathlib.Path(__file__).with_name("kernel.cu.j2")
+kernel = dataclasses.replace(fake_op.fake, template=template)
+op = dataclasses.replace(fake_op.op, name="other", kernels=(kernel,), stages=lambda p, c: (fake_op.Stage(kernel, p, c),))
+"""
+
+
+def test_an_ascii_locale_and_no_stdout(tmp_path: Path) -> None:
+    """A template with other characters is rendered, compiled in a pool and printed."""
+    text = fake_op.TEMPLATE.read_text(encoding="utf-8")
+    (tmp_path / "kernel.cu.j2").write_text(f"// \u2713 gr\u00fcn\n{text}", encoding="utf-8")
+    (tmp_path / "other.py").write_text(OP, encoding="utf-8")
+    tests = Path(__file__).parents[1]
+    environment = os.environ | {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "PYTHONPATH": f"{tests.parent}:{tests}"}
+    for command in ("source", "compile", "explain"):
+        words = [sys.executable, "-m", "vidrial", command, f"{tmp_path}/other.py:op", "--n", "300", "--arch", "h200"]
+        ended = subprocess.run(words, env=environment, capture_output=True, check=False)
+        assert ended.returncode == 0, ended.stderr.decode()
+        assert command != "source" or "// \u2713 gr\u00fcn".encode() in ended.stdout
+    closed = subprocess.run(f"{sys.executable} -m vidrial env >&-", shell=True, env=environment, capture_output=True, check=False)
+    assert closed.returncode == 0 and not closed.stderr, closed.stderr.decode()

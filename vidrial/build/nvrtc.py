@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import re
 import time
 from functools import lru_cache
@@ -144,8 +145,9 @@ def _reserve_pch_heap() -> None:
     """Enlarge the heap of precompiled headers, in the very library that CuPy loaded, before it first compiles."""
     import ctypes
 
-    for line in Path("/proc/self/maps").read_text().splitlines():
-        path = line.split()[-1]
+    for line in os.fsdecode(Path("/proc/self/maps").read_bytes()).splitlines():
+        # Five words, then the path, which may have spaces.
+        path = line.split(maxsplit=5)[-1]
         if re.search(r"/libnvrtc\.so[.\d]*$", path):
             ctypes.CDLL(path).nvrtcSetPCHHeapSize(ctypes.c_size_t(PCH_HEAP_BYTES))
             return

@@ -90,7 +90,7 @@ def binary_key(source: str, arch: str, options: tuple[str, ...], version: str) -
 
 
 class Store:
-    """The cache at `root`, or at the first usable one of `Settings.cache_dirs`, or in a temporary folder of this process.
+    """The cache at `root`, or at the first usable one of `Settings.cache_dirs`, or, with a warning, in a temporary folder of this process.
 
     Raises:
         StoreError: `root` was given and is not a directory of this user that others cannot write to.
@@ -104,6 +104,8 @@ class Store:
         self._memory: dict[str, Entry] = {}
         self._documents: dict[tuple[str, str], Any] = {}
         self._temporary: TemporaryFolder | None = None
+        # Why the cache is a temporary one, "" if it is not.
+        self.refused = ""
         self._writable = True
         self.root = usable(Path(root)) if root is not None else self._choose(settings.cache_dirs)
 
@@ -112,6 +114,18 @@ class Store:
         """The store of this process for the settings in force now."""
         settings = Settings.read()
         return _shared(settings.cache_dirs, settings.cache_max_bytes)
+
+    @staticmethod
+    def lasting() -> Store:
+        """`shared`, if it is no temporary one.
+
+        Raises:
+            StoreError: it is; says why no cache folder could be used.
+        """
+        store = Store.shared()
+        if store.refused:
+            raise StoreError(store.refused)
+        return store
 
     def get(self, key: str, payload: str = CUBIN) -> Entry | None:
         """The binary of `key`, or None.
@@ -268,7 +282,7 @@ class Store:
             except StoreError as error:
                 reasons.append(str(error))
         self._temporary = TemporaryFolder("vidrial-")
-        why = "; ".join(reasons) or "there is no home directory"
+        self.refused = why = "; ".join(reasons) or "there is no home directory"
         self._warn("root", f"the cache lives in {self._temporary.path} and ends with this process: {why}")
         return self._temporary.path
 

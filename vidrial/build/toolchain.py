@@ -18,7 +18,7 @@ from typing import cast
 
 from vidrial.device import cupy_missing
 from vidrial.errors import ToolchainError
-from vidrial.settings import Settings
+from vidrial.settings import Settings, prepare_cupy
 from vidrial.spec.headers import vidrial_include
 
 INSTALL_CUDA = 'pip install "cuda-toolkit[nvrtc,cudart,cccl]==13.0.*"'
@@ -89,6 +89,7 @@ def nvrtc() -> ModuleType:
     Raises:
         ToolchainError: CuPy or the library is missing.
     """
+    prepare_cupy()
     try:
         from cupy.cuda import nvrtc as binding
     except (ImportError, OSError) as error:
@@ -216,7 +217,7 @@ def _find_compiler(cxx: str | None) -> HostCompiler:
 
 def _macros(header: Path, *names: str) -> tuple[int, ...]:
     """Values of numeric macros that a header defines."""
-    text = header.read_text() if header.is_file() else ""
+    text = header.read_text(encoding="utf-8") if header.is_file() else ""
     values = {name: re.search(rf"^#\s*define\s+{name}\s+(\d+)", text, re.MULTILINE) for name in names}
     for name, found in values.items():
         if found is None:

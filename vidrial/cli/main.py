@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import itertools
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TextIO, TypeVar
 
 import click
 
@@ -28,6 +30,7 @@ KEYWORDS = "[--KEYWORD VALUE]..."
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line and exit: 0 done, 1 or 2 a mistake, said in one line (`--debug` shows where), 130 interrupted."""
     words = list(sys.argv[1:] if arguments is None else arguments)
+    sys.stdout, sys.stderr = _printable(sys.stdout), _printable(sys.stderr)
     debug = "--debug" in words
     try:
         code = vidrial.main(args=[w for w in words if w != "--debug"], prog_name="vidrial", standalone_mode=False)
@@ -43,6 +46,15 @@ def main(arguments: list[str] | None = None) -> None:
         print("\n".join([f"vidrial: {error}", *getattr(error, "__notes__", ())]), file=sys.stderr)
         sys.exit(2)
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def _printable(stream: TextIO | None) -> TextIO:
+    """A stream that takes any text: what its encoding lacks becomes a question mark, and what is closed takes all."""
+    if stream is None:
+        return open(os.devnull, "w", encoding="utf-8")
+    if isinstance(stream, io.TextIOWrapper):
+        stream.reconfigure(errors="replace")
+    return stream
 
 
 @click.group(context_settings=CONTEXT)
@@ -315,7 +327,7 @@ def draw(reference: str, keywords: tuple[str, ...], arch: str | None, out: Path)
         click.echo("its tiles are plain numbers: nothing to draw")
     for name, text in pictures.items():
         with writing(out / name, "--out"):
-            (out / name).write_text(text)
+            (out / name).write_text(text, encoding="utf-8")
         click.echo(out / name)
 
 
@@ -329,7 +341,7 @@ def cache_show() -> None:
     """Where it is and what it holds."""
     from vidrial.build.store import Store
 
-    store = Store.shared()
+    store = Store.lasting()
     count, size = store.usage()
     click.echo(f"{store.root}: {count} binaries, {size / 2**20:.1f} of at most {store.max_bytes >> 20} MB")
 
@@ -339,7 +351,7 @@ def cache_verify() -> None:
     """Read every binary and set the damaged ones aside."""
     from vidrial.build.store import Store
 
-    store = Store.shared()
+    store = Store.lasting()
     count, damaged = store.usage()[0], store.verify()
     click.echo(f"{count} binaries read, {len(damaged)} damaged and set aside")
     for key in damaged:
@@ -352,7 +364,7 @@ def cache_prune(max_mb: int | None) -> None:
     """Remove the least recently used binaries beyond the size limit."""
     from vidrial.build.store import Store
 
-    removed = Store.shared().prune(None if max_mb is None else max_mb << 20)
+    removed = Store.lasting().prune(None if max_mb is None else max_mb << 20)
     click.echo(f"{removed} binaries removed")
 
 
@@ -362,7 +374,7 @@ def cache_clear(yes: bool) -> None:
     """Remove everything: binaries, local rankings, sources that did not compile."""
     from vidrial.build.store import Store
 
-    store = Store.shared()
+    store = Store.lasting()
     if not yes:
         click.confirm(f"remove everything in {store.root}, local rankings included?", abort=True)
     store.clear()

@@ -36,7 +36,7 @@ def write_kernel(name: str, folder: Path) -> list[Path]:
     if there:
         raise ArgumentError(f"{', '.join(there)}: already there, and not overwritten; take another name or --folder")
     for path, text in texts.items():
-        with writing(path, "--folder"), path.open("x") as file:
+        with writing(path, "--folder"), path.open("x", encoding="utf-8") as file:
             file.write(text)
     return list(texts)
 
@@ -73,7 +73,7 @@ def check_name(name: str) -> None:
 
 
 def _template(file: str) -> str:
-    return (TEMPLATES / (file if file.endswith(".j2") else f"{file}.j2")).read_text()
+    return (TEMPLATES / (file if file.endswith(".j2") else f"{file}.j2")).read_text(encoding="utf-8")
 
 
 def _own_names() -> set[str]:

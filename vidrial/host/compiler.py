@@ -224,7 +224,7 @@ def _new_enough(compiler: HostCompiler) -> HostCompiler:
         ToolchainError: it is not.
     """
     kind = "clang++" if "clang" in compiler.version else "g++"
-    answer = subprocess.run([*compiler.command, "-dumpversion"], capture_output=True, text=True, check=False, timeout=60).stdout.strip()
+    answer = execute([*compiler.command, "-dumpversion"], b"", 60).stdout.decode(errors="replace").strip()
     major = answer.partition(".")[0]
     if not major.isdecimal() or int(major) < OLDEST[kind]:
         raise ToolchainError(

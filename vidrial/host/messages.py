@@ -87,7 +87,7 @@ def _lines(executable: Path, addresses: list[str]) -> dict[str, list[str]]:
     if tool is None or not addresses:
         return {}
     command = [tool, "-a", "-i", "-e", str(executable), *(f"0x{a}" for a in addresses)]
-    answer = subprocess.run(command, capture_output=True, text=True, check=False, timeout=ADDR2LINE_SECONDS)
+    answer = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace", check=False, timeout=ADDR2LINE_SECONDS)
     found: dict[str, list[str]] = {}
     for line in answer.stdout.splitlines():
         if line.startswith("0x"):

@@ -38,7 +38,7 @@ class Section:
 def page(title: str, summary: Sequence[str], sections: Sequence[Section]) -> str:
     """A whole HTML document."""
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
-    template = environment.from_string(files("vidrial.report").joinpath("page.html.j2").read_text())
+    template = environment.from_string(files("vidrial.report").joinpath("page.html.j2").read_text(encoding="utf-8"))
     return template.render(title=title, summary=summary, sections=sections)
 
 

@@ -124,7 +124,7 @@ def write_report(trials: Sequence[PlainTrial], out: Path) -> Path:
     measured = [_winners(groups), _times(axis, groups), *_ratios(axis, groups)]
     sections = [*measured, _failures(groups), _resources(groups), _noise(groups), _all(groups)]
     with writing(out, "--out"):
-        out.write_text(page(title(trials), _summary(trials, groups), sections))
+        out.write_text(page(title(trials), _summary(trials, groups), sections), encoding="utf-8")
     return out
 
 

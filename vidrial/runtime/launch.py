@@ -9,6 +9,7 @@ from typing import Any
 from vidrial.build.nvrtc import Cubin
 from vidrial.device import PARAMETER_BYTES
 from vidrial.errors import ArgumentError, LaunchError
+from vidrial.settings import prepare_cupy
 from vidrial.spec.geometry import Geometry
 
 # Beyond this a kernel has to ask for its dynamic shared memory.
@@ -38,6 +39,7 @@ class Binary:
         Raises:
             LaunchError: the driver refuses the image (another architecture, an older driver), or has no such entry.
         """
+        prepare_cupy()
         from cupy.cuda import Device, driver, function, runtime
 
         try:

@@ -191,7 +191,7 @@ def render(template: Path, entry: str, names: Mapping[str, object]) -> Source:
     Raises:
         TemplateError: an undefined name, a value that may not render, or a syntax error, with the template's line.
     """
-    lines = template.read_text().splitlines()
+    lines = template.read_text(encoding="utf-8").splitlines()
     marked: list[str] = []
     for number, line in enumerate(lines, 1):
         marked.append(line)

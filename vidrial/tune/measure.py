@@ -17,6 +17,7 @@ from vidrial.errors import LaunchError, UnsupportedError
 from vidrial.host.plan import HostPlan
 from vidrial.host.target import SCHEDULES
 from vidrial.runtime.plan import CudaPlan
+from vidrial.settings import prepare_cupy
 from vidrial.spec.op import Buffer, Op
 from vidrial.tune.timing import Clock, CudaClock, Timing, measure, slowdowns
 from vidrial.tune.workers import CheckResult, Job
@@ -101,6 +102,7 @@ class CudaBench:
     needs_cubins = True
 
     def __init__(self, op: Op, index: int) -> None:
+        prepare_cupy()
         import cupy
 
         self._op, self._index, self._cupy = op, index, cupy

@@ -296,7 +296,9 @@ def _probe(address: str) -> None:
     program = [sys.executable, "-c", PROBE, address]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
     try:
-        ended = subprocess.run(program, capture_output=True, text=True, timeout=CLUSTER_SECONDS, check=False, env=environment)
+        ended = subprocess.run(
+            program, capture_output=True, encoding="utf-8", errors="replace", timeout=CLUSTER_SECONDS, check=False, env=environment
+        )
     except subprocess.TimeoutExpired:
         raise _silent(address, f"no answer within {CLUSTER_SECONDS:g} s") from None
     if ended.returncode:

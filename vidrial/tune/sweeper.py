@@ -29,7 +29,6 @@ from vidrial.build.toolchain import Toolchain
 from vidrial.device import Device
 from vidrial.errors import ArgumentError, CompileStopped, NoValidConfig, SweepError, ToolchainError
 from vidrial.progress import Progress, reporting
-from vidrial.settings import Settings
 from vidrial.spec.choices import describe
 from vidrial.spec.fields import C, P
 from vidrial.spec.op import Op
@@ -330,12 +329,12 @@ def _journals() -> Path:
     Raises:
         SweepError: the cache is a temporary one, so that they would end with this process.
     """
-    root = Store.shared().root
-    if root not in Settings.read().cache_dirs:
+    store = Store.shared()
+    if store.refused:
         raise SweepError(
-            "no cache directory can be written, so trials would be lost: name one with VIDRIAL_CACHE_DIR, or a file with journal=..."
+            f"trials would be lost: {store.refused}; name a cache directory with VIDRIAL_CACHE_DIR, or a file with journal=..."
         )
-    return root / "journals"
+    return store.root / "journals"
 
 
 def _versions() -> str:

@@ -147,7 +147,7 @@ def slowdowns(pci_bus_id: str, work: Run | None = None) -> list[str]:
     """
     query = ["nvidia-smi", f"--id={pci_bus_id}", "--query-gpu=clocks_throttle_reasons.active,clocks.sm,clocks.max.sm", CSV]
     try:
-        with subprocess.Popen(query, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as asked:
+        with subprocess.Popen(query, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, encoding="utf-8", errors="replace") as asked:
             until = time.monotonic() + ASK_SECONDS
             while asked.poll() is None and time.monotonic() < until:
                 work() if work is not None else time.sleep(0.01)
