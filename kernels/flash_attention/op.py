@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from vidrial import Buffer, Check, DType, Op, Stage, choice, part
-from vidrial.kernels.flash_attention import sm80, sm90
+from vidrial.kernels.flash_attention import combine, sm80, sm90
 from vidrial.kernels.flash_attention.problem import UNLIMITED, Problem
 from vidrial.kernels.flash_attention.reference import attention
 
@@ -37,7 +37,8 @@ class Config:
 def stages(p: Problem, c: Config) -> list[Stage]:
     if c.path == "sm90":
         return [Stage(sm90.flash_sm90, p, c.sm90, "sm90")]
-    return [Stage(sm80.flash_sm80, p, c.sm80, "sm80")]
+    joined = combine.Config(splits=c.sm80.splits)
+    return [Stage(sm80.flash_sm80, p, c.sm80, "sm80"), *([Stage(combine.flash_combine, p, joined, "sm80")] if joined.splits > 1 else [])]
 
 
 def outputs(p: Problem) -> dict[str, Buffer]:
@@ -45,7 +46,7 @@ def outputs(p: Problem) -> dict[str, Buffer]:
 
 
 def workspace(p: Problem, c: Config) -> dict[str, Buffer]:
-    return sm90.workspace(p, c.sm90) if c.path == "sm90" else {}
+    return sm90.workspace(p, c.sm90) if c.path == "sm90" else combine.workspace(p, c.sm80.splits)
 
 
 def strides(t: int, h: int, d: int) -> tuple[int, int, int]:
@@ -160,7 +161,7 @@ def _share(found: tuple[float, float]) -> float:
 
 op = Op(
     name="flash_attention",
-    kernels=(sm80.flash_sm80, sm90.flash_sm90),
+    kernels=(sm80.flash_sm80, combine.flash_combine, sm90.flash_sm90),
     problem=Problem,
     config=Config,
     stages=stages,

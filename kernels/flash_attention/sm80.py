@@ -19,7 +19,6 @@ from vidrial.kernels.flash_attention.problem import Problem
 from vidrial.layout import (
     MMA_16x8x16,
     Pipeline,
-    Scheduler,
     SharedMemory,
     SmemLayout,
     TiledCopy,
@@ -31,6 +30,8 @@ from vidrial.templates import TEMPLATES
 
 # Fragments, addresses and softmax, beside the accumulators: per thread, and per 16 rows of a warp; seen in ptxas's reports.
 REGISTER_OVERHEAD, ROW_REGISTERS = 56, 8
+# Tiles of rows per SM beyond which their keys need no split.
+FEW_TILES = 2
 # What keys and values of the heads that are worked on at once may take of L2: half of an A100's.
 CACHE_BYTES = 20 << 20
 LOG2_E = math.log2(math.e)
@@ -39,7 +40,7 @@ LOG2_E = math.log2(math.e)
 @dataclass(frozen=True)
 class Config:
     """`keys` of a block; `m` times 16 rows per warp; `stages` of the ring of keys and values; `blocks`: CTAs per SM that registers must
-    allow; `queries`: read from shared memory for every block, or kept in registers."""
+    allow; `queries`: read from shared memory for every block, or kept in registers; `splits`: CTAs that share the keys of one tile of rows."""
 
     keys: int = choice(64, 32, 128)
     m: int = choice(1, 2)
@@ -47,6 +48,7 @@ class Config:
     stages: int = choice(2, 3)
     blocks: int = choice(2, 1, 3)
     queries: str = choice("shared", "registers")
+    splits: int = choice(1, 2, 4, 8, 16, 32)
 
     @property
     def rows(self) -> int:
@@ -59,6 +61,8 @@ ARGS = Arguments(
     v="Elem const*",
     y="Elem*",
     lse="float*",
+    parts="float*",
+    part_lse="float*",
     q_stride="int64_t[3]",
     k_stride="int64_t[3]",
     v_stride="int64_t[3]",
@@ -69,6 +73,7 @@ ARGS = Arguments(
     row_blocks="int",
     columns="int",
     column_groups="int",
+    splits="int",
     left="int",
     right="int",
     to_log2="float",
@@ -90,6 +95,7 @@ def tiles(p: Problem, c: Config) -> Tiles:
         Elem=p.dtype,
         rows=c.rows,
         pack=p.group,
+        split=c.splits > 1,
         keep_queries=c.queries == "registers",
         Q=q,
         K=k,
@@ -99,7 +105,6 @@ def tiles(p: Problem, c: Config) -> Tiles:
         CopyV=TiledCopy(copy, v, threads),
         QK=qk,
         PV=TiledMma(MMA_16x8x16[p.dtype], (c.warps, 1), (c.rows, p.e, c.keys), a=qk.accumulator, b=v.transposed, bands=True),
-        Order=Scheduler("one", heavy=p.causal),
     )
 
 
@@ -114,6 +119,7 @@ def scalars(p: Problem, c: Config) -> Mapping[str, object]:
         "row_blocks": row_blocks(p, c),
         "columns": columns,
         "column_groups": equal_groups(columns, p.tk * (p.d + p.e) * p.dtype.bytes, CACHE_BYTES),
+        "splits": c.splits,
         "left": unlimited if p.left < 0 else min(p.left, unlimited),
         "right": 0 if p.causal else unlimited if p.right < 0 else min(p.right, unlimited),
         "to_log2": (p.softcap if p.capped else p.scale) * LOG2_E,
@@ -122,10 +128,13 @@ def scalars(p: Problem, c: Config) -> Mapping[str, object]:
 
 
 def grid(p: Problem, c: Config) -> tuple[int, int, int]:
-    return row_blocks(p, c) * p.b * p.h, 1, 1
+    return row_blocks(p, c) * p.b * p.h * c.splits, 1, 1
 
 
 def rules(p: Problem, c: Config, device: Device) -> Iterator[tuple[bool, str]]:
+    yield c.splits == 1 or c.splits * c.keys <= p.tk, f"splits={c.splits}: {p.tk} keys are fewer blocks of {c.keys}"
+    rows = row_blocks(p, c) * p.b * p.h
+    yield c.splits == 1 or rows <= FEW_TILES * device.sms, f"splits={c.splits}: {rows} tiles of rows fill the {device.sms} SMs"
     registers = min(255, device.registers_per_sm // (32 * c.warps * c.blocks) // 8 * 8)
     accumulators = c.m * (p.e + c.keys) // 2
     queries = c.m * p.d // 4 if c.queries == "registers" else 0
@@ -184,7 +193,8 @@ def cost(p: Problem, c: Config, device: Device) -> Cost:
     heads, found = p.b * p.h, work_of(p, c)
     per_block = 2 * 16 * c.m * c.keys * (p.d + p.e) * heads
     read = found.rows * p.d + found.keys * (p.d + p.e)
-    once = heads * (p.dtype.bytes * (read + p.rows * p.e) + 4 * p.rows)
+    written = p.rows * (p.e * p.dtype.bytes if c.splits == 1 else c.splits * p.e * 4)
+    once = heads * (p.dtype.bytes * read + written + 4 * p.rows * c.splits)
     busy = 0.5 * (1.0 if c.m == 2 else 0.85) * (1.0 if c.blocks * c.warps >= 8 else 0.8) * (1.0 if c.keys >= 64 else 0.9)
     return Cost(
         flops=per_block * found.multiplied,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +12,13 @@ from flash_host import assert_right, run
 
 import vidrial
 from vidrial.device import Device
+from vidrial.errors import LaunchError
 from vidrial.host import plan as plans
 from vidrial.host.target import SCHEDULES, Schedule
 from vidrial.kernels.flash_attention import flash_attention
-from vidrial.kernels.flash_attention.op import Config, check, example, reference, sample
+from vidrial.kernels.flash_attention.op import Config, check, example, reference, sample, stages
 from vidrial.kernels.flash_attention.problem import Problem
 from vidrial.kernels.flash_attention.sm80 import Config as Sm80
-from vidrial.kernels.flash_attention.sm80 import flash_sm80
 from vidrial.templates import TEMPLATES
 
 
@@ -64,6 +65,17 @@ CASES: dict[str, tuple[dict[str, Any], Config]] = {
     "d = 192, e = 128": ({"t": 129, "h": 1, "d": 192, "e": 128, "causal": True}, USUAL),
     "d = 192": ({"t": 65, "h": 1, "d": 192}, config(keys=32, warps=8, blocks=1)),
     "d = 256": ({"t": 129, "h": 1, "d": 256, "causal": True}, config(warps=8, blocks=1)),
+    "split in 2": ({"t": 129, "h": 2, "d": 32}, config(keys=32, warps=2, splits=2)),
+    "split in 4, one query, grouped by 3": (
+        {"t": 257, "tq": 1, "b": 2, "h": 1, "hq": 3, "d": 64, "e": 96},
+        config(keys=32, warps=2, splits=4),
+    ),
+    "split in 8, causal, fp16": ({"t": 257, "h": 1, "d": 96, "causal": True, "dtype": "float16"}, config(keys=32, warps=4, splits=8)),
+    "split in 2, rows without keys": ({"t": 70, "tq": 257, "h": 1, "hq": 2, "d": 32, "causal": True}, config(keys=32, warps=2, splits=2)),
+    "split in 4, window, e = 256": (
+        {"t": 200, "tq": 70, "h": 1, "d": 32, "e": 256, "left": 60, "right": 3},
+        config(keys=32, warps=4, blocks=1, splits=4),
+    ),
     "e > d": ({"t": 70, "h": 1, "d": 32, "e": 96}, NARROW),
     "e < d": ({"t": 70, "h": 1, "hq": 2, "d": 96, "e": 32}, TALL),
 }
@@ -125,9 +137,22 @@ PLANTED = {
     "a key too many": ("rows", "c < end &&", "c <= end &&", "peaked"),
     "a key too few": ("keys", "query + offset + 1 + right", "query + offset + right", "peaked"),
     "a block too few": ("keys", "(max(visible.end(last), 0) + Keys - 1) / Keys", "max(visible.end(last), 0) / Keys", "peaked"),
-    "the first block left out": ("flash_sm80", "if (fetched >= all.begin)", "if (fetched > all.begin)", "peaked"),
-    "a stage read too early": ("flash_sm80", "cute::cp_async_wait<kStages - 2>();\n    __syncthreads();\n    fetch", "fetch", "peaked"),
+    "the first block left out": (
+        "flash_sm80",
+        "if (item >= all.end - all.begin) return;",
+        "if (item >= all.end - all.begin - 1) return;",
+        "peaked",
+    ),
+    "a stage read too early": ("ring", "cute::cp_async_wait<kFirst - 1 - Ahead>();", ";", "peaked"),
     "heads of a group swapped": ("flash_sm80", "(m0 + r) % kPack * p.q_stride[2]", "(1 - (m0 + r) % kPack) * p.q_stride[2]", "peaked"),
+    "a part is read twice": ("flash_sm80", "all.begin + part * share", "all.begin", "peaked"),
+    "parts weigh the same": ("flash_combine", "y[i].x += w * x.x;", "y[i].x += x.x;", "peaked"),
+    "part of a quarter of the lanes": (
+        "flash_combine",
+        "for (int i = 16; i > 0; i /= 2) sum +=",
+        "for (int i = 4; i > 0; i /= 2) sum +=",
+        "peaked",
+    ),
     "lse in base 2": ("softmax", "0.6931471805599453f * (", "(", "peaked"),
 }
 
@@ -135,23 +160,26 @@ PLANTED = {
 @pytest.mark.parametrize("planted", PLANTED)
 def test_a_planted_mistake_is_seen(planted: str, monkeypatch: pytest.MonkeyPatch) -> None:
     name, right, wrong, kind = PLANTED[planted]
-    folder = Path(TEMPLATES, "flash_attention")
-    header = (folder / f"{name}.cuh").read_text()
+    include = "#include <vidrial/pipeline/ring.cuh>" if name == "ring" else f'#include "{name}.cuh"'
+    folder = Path(TEMPLATES, "include/vidrial/pipeline" if name == "ring" else "flash_attention")
+    header, main = (folder / f"{name}.cuh").read_text(), Path(TEMPLATES, "flash_attention", "flash_sm80.cuh").read_text()
     assert header.count(right) == 1
-    main = (folder / "flash_sm80.cuh").read_text()
-    changed = header.replace(right, wrong) if name == "flash_sm80" else main.replace(f'#include "{name}.cuh"', header.replace(right, wrong))
+    changed, whole = header.replace(right, wrong), include if name == "flash_combine" else '#include "flash_sm80.cuh"'
+    if name not in ("flash_sm80", "flash_combine"):
+        assert main.count(include) == 1
+        changed = main.replace(include, changed)
     compile_host = plans.compile_host
 
     def compile_wrong(text: str, *arguments: Any, **options: Any) -> Any:
-        assert text.count('#include "flash_sm80.cuh"') == 1
-        return compile_host(text.replace('#include "flash_sm80.cuh"', changed), *arguments, **options)
+        return compile_host(text.replace(whole, changed), *arguments, **options)
 
     monkeypatch.setattr(plans, "compile_host", compile_wrong)
     p = example(t=257, h=1, hq=2, d=64, causal=True)
     inputs = peaked(p, kind)
+    chosen = replace(KEPT, sm80=replace(KEPT.sm80, splits=8 if "part" in planted else 1, keys=32))
     try:
-        results, _ = run(p, KEPT, inputs)
-    except vidrial.VidrialError:
+        results, _ = run(p, chosen, inputs)
+    except LaunchError:
         return  # the host target itself says so
     assert not check(p, inputs, results, reference(p, inputs)).ok
 
@@ -249,12 +277,15 @@ COUNTED: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("chosen", [USUAL, TALL, NARROW], ids=["usual", "tall", "narrow"])
+@pytest.mark.parametrize(
+    "chosen", [USUAL, TALL, NARROW, replace(NARROW, sm80=replace(NARROW.sm80, splits=2))], ids=["usual", "tall", "narrow", "split"]
+)
 @pytest.mark.parametrize("case", COUNTED)
 def test_costs_are_what_is_counted(case: str, chosen: Config) -> None:
     p = example(**COUNTED[case])
-    stats = run(p, chosen, sample(p, 1), sanitizer="accesses")[1]["flash_sm80"]
-    cost = flash_sm80.cost(p, chosen.sm80, Device.of("h200")) if flash_sm80.cost else None
-    assert cost is not None and cost.flops == 2 * 16 * 8 * 16 * stats.mma
-    assert stats.read_bytes is not None and stats.written_bytes is not None
-    assert abs(cost.bytes - stats.read_bytes - stats.written_bytes) <= 0.02 * cost.bytes
+    stats = run(p, chosen, sample(p, 1), sanitizer="accesses")[1]
+    for stage in stages(p, chosen):
+        found, cost = stats[stage.kernel.name], stage.kernel.cost(stage.problem, stage.config, Device.of("h200"))
+        assert cost.flops == 2 * 16 * 8 * 16 * found.mma
+        assert found.read_bytes is not None and found.written_bytes is not None
+        assert abs(cost.bytes - found.read_bytes - found.written_bytes) <= 0.02 * cost.bytes, stage.kernel.name
