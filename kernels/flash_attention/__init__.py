@@ -34,15 +34,12 @@ from vidrial import (
 )
 from vidrial.kernels.flash_attention.cpu import flash_attention_cpu
 from vidrial.kernels.flash_attention.op import op
-from vidrial.kernels.flash_attention.problem import UNLIMITED, Problem
+from vidrial.kernels.flash_attention.problem import DIMS, DTYPES, MAX_GROUP, MAX_SCALE, MIN_SCALE, UNLIMITED, Problem
 
 __all__ = ["flash_attention"]
 
 NAMES = ("q", "k", "v")
-DIMS = (32, 64, 96, 128, 192, 256)
 MAX_ELEMENTS = 2**31
-MAX_GROUP = 1024  # query heads of a key head
-MIN_SCALE, MAX_SCALE = 1e-9, 1e9
 A = TypeVar("A")  # an array of torch, CuPy, JAX or NumPy
 Window = tuple[int | None, int | None]
 
@@ -269,7 +266,7 @@ def _check_places(facts: dict[str, ArraySpec], target: str) -> None:
                 f"{where.get(device, f'CUDA device {device}')}; accepted: one library and one device for all"
             )
         on_gpu = place != CPU or target == "host"
-        wanted = (DType.bfloat16, DType.float16) if on_gpu else (DType.bfloat16, DType.float16, DType.float32)
+        wanted = DTYPES if on_gpu else (*DTYPES, DType.float32)
         if other not in wanted:
             raise ArgumentTypeError(f"{name} is {other}; accepted: {', '.join(map(str, wanted))}")
         if other is not dtype:

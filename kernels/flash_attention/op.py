@@ -5,14 +5,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
 
-from vidrial import Buffer, Check, DType, Op, Stage, choice, part
+from vidrial import ArgumentError, Buffer, Check, DType, Op, Stage, choice, part
 from vidrial.kernels.flash_attention import combine, sm80, sm90
-from vidrial.kernels.flash_attention.problem import UNLIMITED, Problem
+from vidrial.kernels.flash_attention.problem import UNLIMITED, Problem, refusal
 from vidrial.kernels.flash_attention.reference import attention
 
 # Elements of an input that are drawn.
@@ -47,6 +47,12 @@ def inputs(p: Problem) -> dict[str, Buffer]:
     return {name: Buffer(shape, p.dtype, (*getattr(p, f"{name}_stride"), 1)) for name, shape in shapes.items()}
 
 
+def rules(p: Problem, c: Config) -> Iterator[tuple[bool, str]]:
+    # Asked of every config: a reason is written when it is needed.
+    if (refused := refusal(p)) is not None:
+        yield False, refused
+
+
 def outputs(p: Problem) -> dict[str, Buffer]:
     return {"y": Buffer((p.b, p.tq, p.hq, p.e), p.dtype), "lse": Buffer((p.b, p.hq, p.tq), DType.float32)}
 
@@ -76,8 +82,14 @@ def example(
     scale: float | None = None,
     dtype: str = "bfloat16",
 ) -> Problem:
-    """A problem with contiguous arrays: `t` keys, `tq` queries (as many), `h` heads of keys, `hq` of queries; `left` and `right` limit the window."""
-    tq, hq, e = t if tq is None else tq, hq or h, e or d
+    """A problem with contiguous arrays: `t` keys, `tq` queries (as many), `h` heads of keys, `hq` of queries; `left` and `right` limit the window.
+
+    Raises:
+        ArgumentError: `hq` is no multiple of `h`.
+    """
+    tq, hq, e = t if tq is None else tq, h if hq is None else hq, d if e is None else e
+    if h < 1 or hq % h:
+        raise ArgumentError(f"hq={hq} query heads and h={h} key heads; accepted: a multiple of the key heads")
     causal = causal or right == 0
     left, right = UNLIMITED if left is None else left, UNLIMITED if causal or right is None else right
     return Problem(
@@ -178,5 +190,6 @@ op = Op(
     reference=reference,
     check=check,
     small=small,
+    rules=rules,
     example=example,
 )

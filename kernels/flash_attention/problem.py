@@ -8,6 +8,11 @@ from vidrial import DType, dynamic, static
 
 # A window without a limit on that side.
 UNLIMITED = -1
+DTYPES = (DType.bfloat16, DType.float16)
+DIMS = (32, 64, 96, 128, 192, 256)
+MAX_GROUP = 1024  # query heads of a key head
+# Of scale and softcap: a score's logarithms to base 2 stay float32, and largest scores are largest logarithms.
+MIN_SCALE, MAX_SCALE = 1e-9, 1e9
 
 
 @dataclass(frozen=True)
@@ -47,3 +52,16 @@ class Problem:
     def rows(self) -> int:
         """Rows of one key head's queries: the heads of a group lie side by side, row r is query r // group of head r % group."""
         return self.tq * self.group
+
+
+def refusal(p: Problem) -> str | None:
+    """Why no kernel serves the problem, or None."""
+    if p.dtype not in DTYPES:
+        return f"dtype {p.dtype} is not served; accepted: {', '.join(map(str, DTYPES))}"
+    if p.d not in DIMS or p.e not in DIMS:
+        return f"d={p.d} and e={p.e} are not served; accepted: {', '.join(map(str, DIMS))}"
+    if not 1 <= p.group <= MAX_GROUP:
+        return f"{p.group} query heads of a key head are not served; accepted: 1 to {MAX_GROUP}"
+    if not MIN_SCALE <= p.scale <= MAX_SCALE or (p.capped and not MIN_SCALE <= p.softcap <= MAX_SCALE):
+        return f"scale={p.scale:g} and softcap={p.softcap:g} are not served; accepted: {MIN_SCALE:g} to {MAX_SCALE:g}"
+    return None

@@ -10,7 +10,7 @@ import pytest
 from vidrial.build.cubins import build_many
 from vidrial.build.nvrtc import Cubin
 from vidrial.device import Device
-from vidrial.errors import ConfigError, TemplateError
+from vidrial.errors import ArgumentError, ConfigError, TemplateError
 from vidrial.kernels.flash_attention.op import Config, example, op, stages
 from vidrial.kernels.flash_attention.sm80 import Config as Sm80
 from vidrial.kernels.flash_attention.sm80 import flash_sm80, work
@@ -39,9 +39,10 @@ def test_the_configs_predicted_best_compile_without_spills(device: Device) -> No
     for name, keywords in PROBLEMS.items():
         p = example(**keywords)
         for config in (c.config for c in op.space(p, device, limit=2, fixed={"path": "sm80"}).legal):
-            (stage,) = stages(p, config)
-            source = stage.kernel.source(stage.problem, stage.config)
-            sources[source.text] = source, f"{name}: {describe(stage.config)}"
+            for stage in stages(p, config):
+                source = stage.kernel.source(stage.problem, stage.config)
+                sources[source.text] = source, f"{name}: {stage.kernel.name} {describe(config.sm80)}"
+    assert {source.entry for source, _ in sources.values()} == {"flash_sm80", "flash_combine"}
     # And those that registers just allow.
     for keywords, choices in (
         ({"d": 64}, Sm80(m=1, warps=8, blocks=2)),
@@ -123,6 +124,8 @@ BROKEN: dict[str, tuple[dict[str, Any], Sm80, str]] = {
     ),
     "queries in registers": ({"d": 128}, Sm80(m=2, keys=32, blocks=1, queries="registers"), "160 accumulators, 64 of queries"),
     "shared memory": ({"d": 256}, Sm80(keys=64, warps=8, blocks=1, stages=3), "bytes of shared memory: a CTA has"),
+    "splits": ({"d": 64, "h": 1, "tq": 1}, Sm80(keys=64, splits=16), "splits=16: 1000 keys are fewer blocks of 64"),
+    "splits of many": ({"d": 64, "h": 64}, Sm80(splits=2), "1024 tiles of rows fill the 108 SMs"),
     "threads": ({"d": 32}, Sm80(keys=32, warps=8), "256 threads cannot copy 32 x 32"),
 }
 
@@ -134,6 +137,25 @@ def test_a_broken_rule_says_so(case: str) -> None:
     assert found is not None and reason in found
     with pytest.raises(ConfigError, match="is not legal for"):
         flash_sm80.check(example(t=1000, **keywords), choices, A100)
+
+
+@pytest.mark.parametrize(
+    ("keywords", "reason"),
+    [
+        ({"d": 48}, "d=48 and e=48 are not served; accepted: 32, 64, 96"),
+        ({"e": 512}, "e=512 are not served"),
+        ({"dtype": "float32"}, "dtype float32 is not served; accepted: bfloat16, float16"),
+        ({"h": 1, "hq": 2000}, "2000 query heads of a key head are not served"),
+        ({"scale": -1.0}, "scale=-1 and softcap=0 are not served"),
+        ({"softcap": 0.0}, "softcap=0 are not served"),
+    ],
+    ids=str,
+)
+def test_what_calls_refuse_has_no_config(keywords: dict[str, Any], reason: str) -> None:
+    with pytest.raises(ConfigError, match=reason):
+        op.predicted(example(**{"t": 1000} | keywords), H200)
+    with pytest.raises(ArgumentError, match="hq=3 query heads and h=2 key heads"):
+        example(t=100, h=2, hq=3)
 
 
 def test_the_work_of_masks() -> None:
