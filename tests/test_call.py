@@ -15,6 +15,7 @@ import tracemalloc
 import weakref
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, ClassVar, NamedTuple
 
 import cupy
@@ -22,6 +23,7 @@ import numpy as np
 import pytest
 from fake_op import Config, example, op
 
+import vidrial
 from vidrial import call
 from vidrial.device import Device
 from vidrial.dtypes import DType
@@ -246,6 +248,48 @@ def test_a_call_of_power_retention_on_torch_tensors(driver: Driver, monkeypatch:
         taken.append((time.perf_counter() - begin) / 50 / launches * 1e6)
     # A loaded machine takes a multiple of what is aimed for; what is asked here is that nothing slow came back.
     assert min(taken) < 30, f"{min(taken):.1f} us of host time per launch"
+
+
+def test_out_of_memory_takes_the_next_config_that_fits(
+    driver: Driver, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    from vidrial.kernels.power_retention import power_retention
+
+    class OutOfMemory(RuntimeError):
+        pass
+
+    monkeypatch.setattr(plan, "build", lambda *_: None)
+    monkeypatch.setitem(sys.modules, "torch", Torch)
+    monkeypatch.setattr(Torch, "OutOfMemoryError", OutOfMemory, raising=False)
+    asked = power_example(t=20000, h=2, gated=False)
+    first = power_op.predicted(asked, H200)
+    wanted, left = power_op.workspace_bytes(asked, first), [0]
+
+    def alloc(size: int, stream: int) -> int:
+        if size > left[0]:
+            raise OutOfMemory("no room")
+        Torch.taken.append((size, stream))
+        return SCRATCH
+
+    monkeypatch.setattr(Torch._C, "_cuda_cudaCachingAllocator_raw_alloc", staticmethod(alloc))
+    # What torch keeps and does not use counts, but may lie in pieces: a config may have to be given up again.
+    kept = SimpleNamespace(memory_reserved=lambda device: 3 << 20, memory_allocated=lambda device: 1 << 20)
+    monkeypatch.setattr(Torch, "cuda", kept, raising=False)
+    monkeypatch.setattr(cupy.cuda.runtime, "memGetInfo", lambda: (left[0], 1 << 40), raising=False)
+    q, k, v = (Tensor(np.zeros((1, 20000, 2, 64), np.uint16), "bfloat16") for _ in range(3))
+    for left[0] in (wanted, wanted - 1, wanted // 3):
+        Torch.taken = []
+        driver.launches.clear()
+        caplog.clear()
+        assert power_retention(q, k, v).shape == (1, 20000, 2, 64) and driver.launches
+        ((taken, _),) = Torch.taken
+        assert 0 < taken <= left[0] and (taken == wanted) == (left[0] == wanted)
+        assert ("in place of" in caplog.text and "GiB of workspace GPU 0 has not left" in caplog.text) == (taken < wanted)
+    left[0] = 1
+    driver.launches.clear()
+    with pytest.raises(vidrial.OutOfMemoryError, match=r"GPU 0 has \d+ bytes left for the workspace: .*GiB of workspace beside"):
+        power_retention(q, k, v, chunk=1024)
+    assert not driver.launches
 
 
 def test_a_call_follows_new_rankings(driver: Driver, monkeypatch: pytest.MonkeyPatch) -> None:

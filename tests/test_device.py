@@ -20,10 +20,10 @@ class FakeRuntime:
     def getDevice(self) -> int:  # noqa: N802
         return 0
 
-    def getDeviceProperties(self, index: int) -> dict[str, bytes]:  # noqa: N802
+    def getDeviceProperties(self, index: int) -> dict[str, object]:  # noqa: N802
         if index:
             raise self.CUDARuntimeError("cudaErrorInvalidDevice: invalid device ordinal")
-        return {"name": self.name}
+        return {"name": self.name, "totalGlobalMem": 48 << 30}
 
     def deviceGetAttribute(self, number: int, index: int) -> int:  # noqa: N802
         return self.attributes[number]
@@ -42,6 +42,12 @@ def attributes(device: Device, bus_bits: int) -> dict[int, int]:
         75: device.capability // 10,
         76: device.capability % 10,
     }
+
+
+def test_memory_is_a_fact_of_a_device_and_no_part_of_its_key() -> None:
+    assert all(23 << 30 <= device.memory_bytes < 192 << 30 for device in TABLE)
+    h200 = Device.of("h200")
+    assert dataclasses.replace(h200, memory_bytes=70 << 30).key == h200.key
 
 
 def test_table_h200() -> None:
@@ -86,7 +92,7 @@ def test_current_gpu_of_the_table(monkeypatch: pytest.MonkeyPatch) -> None:
     h200 = Device.of("h200")
     monkeypatch.setattr("cupy.cuda.runtime", FakeRuntime(b"NVIDIA H200", attributes(h200, 6144)))
     current = Device.current()
-    assert dataclasses.replace(current, name="h200") == h200
+    assert dataclasses.replace(current, name="h200", memory_bytes=h200.memory_bytes) == h200 and current.memory_bytes == 48 << 30
     assert current.key == h200.key
 
 

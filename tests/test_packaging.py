@@ -209,7 +209,9 @@ def test_ops_of_other_packages_are_found_and_a_broken_one_is_named(tmp_path: Pat
     said = refused("-m", "vidrial", "explain", "broken", "--t", "100", PYTHONPATH=path)
     assert said == "vidrial: op broken: its entry point their_broken:op cannot be imported: RuntimeError: no such machine\n"
     said = refused("-m", "vidrial", "explain", "nonsense", PYTHONPATH=path)
-    assert "accepted: flash_attention, power_retention, broken, inner, lacking, layout, leaving, number, row_softmax, module:attribute" in said
+    assert (
+        "accepted: flash_attention, power_retention, broken, inner, lacking, layout, leaving, number, row_softmax, module:attribute" in said
+    )
 
 
 def test_public_names_resolve_and_are_said_once() -> None:

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
         LaunchError,
         LayoutError,
         NoValidConfig,
+        OutOfMemoryError,
         StoreError,
         SweepError,
         TemplateError,
@@ -65,6 +66,7 @@ __all__ = [
     "LayoutError",
     "NoValidConfig",
     "Op",
+    "OutOfMemoryError",
     "Stage",
     "StoreError",
     "SweepError",
@@ -102,7 +104,7 @@ _HOMES = {
     "call": "CachedPlan apply call_op current_target prepare run use_target",
     "device": "Device",
     "dtypes": "DType",
-    "errors": "ArgumentError ArgumentTypeError CheckError CompileError ConfigError FrozenError LaunchError LayoutError NoValidConfig "
+    "errors": "ArgumentError ArgumentTypeError CheckError CompileError ConfigError FrozenError LaunchError LayoutError NoValidConfig OutOfMemoryError "
     "StoreError SweepError TemplateError ToolchainError UnsupportedError VidrialError",
     "runtime.arrays": "CPU Array ArraySpec as_array contiguous library_of signature_of to_library",
     "runtime.inputs": "check_inputs",

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Hashable, Mapping
-from functools import cache, lru_cache
+from dataclasses import replace
+from functools import cache, lru_cache, partial
 from typing import Any, NamedTuple, TypeAlias, cast, overload
 
 import numpy as np
 
 from vidrial.device import DEFAULT_GPU, Device
 from vidrial.dtypes import DType
-from vidrial.errors import ArgumentError, ArgumentTypeError
+from vidrial.errors import ArgumentError, ArgumentTypeError, ConfigError, OutOfMemoryError
 from vidrial.host.plan import HostPlan
 from vidrial.runtime.arrays import (
     CPU,
@@ -22,6 +23,7 @@ from vidrial.runtime.arrays import (
     contiguous,
     current_stream,
     empty,
+    free_bytes,
     release,
     scratch,
     signature_of,
@@ -30,11 +32,11 @@ from vidrial.runtime.arrays import (
 from vidrial.runtime.inputs import check_inputs, layout_fault
 from vidrial.runtime.plan import CudaPlan
 from vidrial.settings import Settings, prepare_cupy
-from vidrial.spec.choices import own_axes
+from vidrial.spec.choices import describe, own_axes
 from vidrial.spec.fields import C, P
 from vidrial.spec.op import Op
 from vidrial.tune.pick import choose_config
-from vidrial.tune.ranking import generation
+from vidrial.tune.ranking import generation, log
 
 TARGETS = ("cuda", "host")
 _target: list[str] = []
@@ -92,7 +94,34 @@ def cuda_plan(op: Op[P, C], problem: P, index: int, fixed: tuple[tuple[str, obje
 
 @lru_cache(maxsize=4096)
 def _cuda_plan(op: Op, problem: Any, index: int, fixed: tuple[tuple[str, object], ...], generation: int) -> CudaPlan:
-    return CudaPlan(op, problem, choose_config(op, problem, Device.current(index), fixed).config, index)
+    return _plan(op, problem, index, fixed, Device.current(index))
+
+
+def _plan(op: Op, problem: Any, index: int, fixed: tuple[tuple[str, object], ...], device: Device) -> CudaPlan:
+    plan = CudaPlan(op, problem, choose_config(op, problem, device, fixed).config, index)
+    plan.smaller = partial(_smaller, op, problem, index, fixed, plan.config)
+    return plan
+
+
+def _smaller(op: Op, problem: Any, index: int, fixed: tuple[tuple[str, object], ...], config: object, limit: int) -> CudaPlan:
+    """The plan that is chosen on a GPU with room for `limit` bytes of workspace beside inputs and outputs.
+
+    Raises:
+        OutOfMemoryError: there is none.
+    """
+    try:
+        found = _plan(op, problem, index, fixed, replace(Device.current(index), memory_bytes=op.array_bytes(problem) + limit))
+    except ConfigError as error:
+        raise OutOfMemoryError(f"{op.name}: GPU {index} has {limit} bytes left for the workspace: {error}") from error
+    log.warning(
+        "%s: %s in place of %s, whose %.1f GiB of workspace GPU %d has not left",
+        op.name,
+        describe(found.config),
+        describe(config),
+        op.workspace_bytes(problem, config) / 2**30,
+        index,
+    )
+    return found
 
 
 class CachedPlan:
@@ -159,6 +188,11 @@ def run(plan: CudaPlan, pointers: dict[str, int], like: A, library: str) -> dict
     Args:
         pointers: addresses of the inputs on the plan's GPU, by name; those of the outputs are added.
         like: one of the inputs. library: whose it is.
+
+    Where memory does not suffice for the workspace, another config is taken that needs less, and the log says so.
+
+    Raises:
+        OutOfMemoryError: no config needs so little. LaunchError: the driver refuses a launch.
     """
     device = plan.index
     # NOTE: annotated, not made as dict[str, Any](): that makes a new type at every call.
@@ -167,7 +201,13 @@ def run(plan: CudaPlan, pointers: dict[str, int], like: A, library: str) -> dict
         pointers[name], outputs[name] = empty(buffer.shape, buffer.dtype, like, library, device)
     stream, size = current_stream(library, device), plan.workspace.bytes
     with plan.on_device():
-        workspace, _kept = scratch(size, library, device, stream) if size else (0, None)
+        try:
+            workspace, _kept = scratch(size, library, device, stream) if size else (0, None)
+        except OutOfMemoryError:
+            if plan.smaller is None:
+                raise
+            outputs.clear()
+            return run(plan.smaller(min(size - 1, free_bytes(library, device))), pointers, like, library)
         try:
             plan.enqueue(pointers, workspace, stream)
         finally:

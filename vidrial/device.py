@@ -10,7 +10,7 @@ from typing import Any
 from vidrial.errors import ArgumentError, ToolchainError
 from vidrial.settings import prepare_cupy
 
-KB, MB = 1 << 10, 1 << 20
+KB, MB, GB = 1 << 10, 1 << 20, 1 << 30
 # Alike on every architecture that is served: threads of a warp and, at most, of a CTA; bytes of the widest load (of a vector of cp.async,
 # a row of ldmatrix, a swizzle's unit), of a kernel's parameters, and of shared memory that the system takes of every CTA.
 WARP, CTA_THREADS = 32, 1024
@@ -39,7 +39,8 @@ class Device:
     """One GPU as the rules, the analysis and the rankings see it. Sizes in bytes, clocks in kHz.
 
     `tensor_tflops` (dense bf16, float32 accumulation) and `bandwidth_gbs` (1e9 bytes per second) are what a good kernel reaches:
-    measured on the H200, elsewhere estimated as 80 % and 90 % of the data sheet.
+    measured on the H200, elsewhere estimated as 80 % and 90 % of the data sheet. `memory_bytes` is all of the GPU's memory, 0 if not known;
+    GPUs that differ in it alone rank configs alike.
     """
 
     name: str
@@ -53,6 +54,7 @@ class Device:
     tensor_tflops: float
     bandwidth_gbs: float
     registers_per_sm: int = 65536
+    memory_bytes: int = 0
 
     @property
     def capability(self) -> int:
@@ -114,12 +116,13 @@ class Device:
 @functools.lru_cache
 def _ask(runtime: Any, index: int) -> Device:
     """The facts of a GPU, which stay: every new problem asks for them, and the driver takes its time."""
-    label = runtime.getDeviceProperties(index)["name"].decode()
+    properties = runtime.getDeviceProperties(index)
+    label, memory = properties["name"].decode(), int(properties["totalGlobalMem"])
     value = {field: int(runtime.deviceGetAttribute(number, index)) for field, number in ATTRIBUTES.items()}
     bus_bits, major, minor = (int(runtime.deviceGetAttribute(number, index)) for number in (BUS_BITS, MAJOR, MINOR))
     arch = arch_name(f"sm_{major}{minor}")
     tflops, bandwidth = _throughput(label, arch, value["sms"], value["memory_clock_khz"], bus_bits)
-    return Device(name=label, arch=arch, tensor_tflops=tflops, bandwidth_gbs=bandwidth, **value)
+    return Device(name=label, arch=arch, tensor_tflops=tflops, bandwidth_gbs=bandwidth, memory_bytes=memory, **value)
 
 
 def cupy_missing(error: Exception) -> ToolchainError:
@@ -157,12 +160,12 @@ def _throughput(label: str, arch: str, sms: int, memory_clock_khz: int, bus_bits
 
 
 TABLE = (
-    Device("h200", "sm_90a", 132, 227 * KB, 228 * KB, 2048, 60 * MB, 3_201_000, 781.0, 4300.0),
-    Device("h100", "sm_90a", 132, 227 * KB, 228 * KB, 2048, 50 * MB, 2_619_000, 791.0, 3000.0),
-    Device("a100", "sm_80", 108, 163 * KB, 164 * KB, 2048, 40 * MB, 1_593_000, 250.0, 1830.0),
-    Device("rtx3090", "sm_86", 82, 99 * KB, 100 * KB, 1536, 6 * MB, 9_751_000, 57.0, 842.0),
-    Device("l40s", "sm_89", 142, 99 * KB, 100 * KB, 1536, 96 * MB, 9_001_000, 290.0, 778.0),
-    Device("rtx4090", "sm_89", 128, 99 * KB, 100 * KB, 1536, 72 * MB, 10_501_000, 132.0, 907.0),
-    Device("b200", "sm_100", 148, 227 * KB, 228 * KB, 2048, 126 * MB, 3_996_000, 1800.0, 7200.0),
-    Device("rtx5090", "sm_120", 170, 99 * KB, 100 * KB, 1536, 96 * MB, 14_001_000, 167.0, 1610.0),
+    Device("h200", "sm_90a", 132, 227 * KB, 228 * KB, 2048, 60 * MB, 3_201_000, 781.0, 4300.0, memory_bytes=139 * GB),
+    Device("h100", "sm_90a", 132, 227 * KB, 228 * KB, 2048, 50 * MB, 2_619_000, 791.0, 3000.0, memory_bytes=79 * GB),
+    Device("a100", "sm_80", 108, 163 * KB, 164 * KB, 2048, 40 * MB, 1_593_000, 250.0, 1830.0, memory_bytes=79 * GB),
+    Device("rtx3090", "sm_86", 82, 99 * KB, 100 * KB, 1536, 6 * MB, 9_751_000, 57.0, 842.0, memory_bytes=23 * GB),
+    Device("l40s", "sm_89", 142, 99 * KB, 100 * KB, 1536, 96 * MB, 9_001_000, 290.0, 778.0, memory_bytes=44 * GB),
+    Device("rtx4090", "sm_89", 128, 99 * KB, 100 * KB, 1536, 72 * MB, 10_501_000, 132.0, 907.0, memory_bytes=23 * GB),
+    Device("b200", "sm_100", 148, 227 * KB, 228 * KB, 2048, 126 * MB, 3_996_000, 1800.0, 7200.0, memory_bytes=178 * GB),
+    Device("rtx5090", "sm_120", 170, 99 * KB, 100 * KB, 1536, 96 * MB, 14_001_000, 167.0, 1610.0, memory_bytes=31 * GB),
 )

@@ -51,6 +51,10 @@ class LaunchError(VidrialError, RuntimeError):
     """A launch that the driver, or the host target, refused or aborted."""
 
 
+class OutOfMemoryError(LaunchError):
+    """The GPU has no room for a call's workspace, with any config."""
+
+
 class StoreError(VidrialError, OSError):
     """A cache directory that cannot be used as asked."""
 

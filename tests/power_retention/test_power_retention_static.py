@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import time
 from typing import Any
 
@@ -278,3 +279,22 @@ def test_the_number_of_launches() -> None:
     assert [s.kernel.name for s in stages(p, once)] == ["power_gates", "power_scan", "power_attend"]
     assert [s.kernel.name for s in stages(example(t=5000, gated=False), Config(chunk=0))] == ["power_attend"]
     assert stages(p, thrice)[0].kernel is gates.power_gates
+
+
+def test_the_workspace_of_a_call_fits_into_the_gpu() -> None:
+    """T = 4M, D = 128: the config predicted fastest would take more than there is; the one that is taken costs little more."""
+    p, h200 = example(t=4_000_000, h=8, d=128), Device.of("h200")
+    arrays = op.array_bytes(p)
+    unlimited = op.predicted(p, dataclasses.replace(h200, memory_bytes=0))
+    small = dataclasses.replace(h200, memory_bytes=arrays + op.workspace_bytes(p, unlimited) - 1)
+    reason = op.reject(p, unlimited, small)
+    assert reason is not None and re.search(r"GiB of workspace beside .* GiB of inputs and outputs: h200 has", reason)
+    fits = op.predicted(p, small)
+    assert (
+        op.reject(p, fits, small) is None
+        and op.reject(p, unlimited, dataclasses.replace(small, memory_bytes=small.memory_bytes + 1)) is None
+    )
+    assert op.workspace_bytes(p, fits) < op.workspace_bytes(p, unlimited)
+    assert op.seconds(p, unlimited, h200) < op.seconds(p, fits, h200) < 1.5 * op.seconds(p, unlimited, h200)
+    assert op.workspace_bytes(p, fits) == sum(b.bytes for b in op.workspace(p, fits).values()) > 1 << 30
+    assert small.key == h200.key

@@ -53,6 +53,14 @@ def duration(seconds: float) -> str:
     return f"{seconds / 1e-6:.3g} us"
 
 
+def byte_size(count: int) -> str:
+    """Bytes as a person reads them: `800 B`, `1.5 KiB`, `34 GiB`."""
+    for unit, size in (("GiB", 1 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10)):
+        if count >= size:
+            return f"{count / size:.3g} {unit}"
+    return f"{count} B"
+
+
 def show_table(console: Console, title: str, columns: Sequence[str], rows: Iterable[Iterable[Any]]) -> None:
     """Print a plain table under its title; columns whose name begins with `>` are aligned to the right."""
     made = Table(box=None, pad_edge=False, header_style="dim", show_header=any(columns))
@@ -89,9 +97,12 @@ def show_space(console: Console, op: Op, problem: Any, device: Device, limit: in
     total = f"the {len(space)} predicted fastest" if len(space) == limit else f"{len(space)} legal configs"
     common, own = split_words([describe(c.config) for c in space.legal])
     console.print(Text(f"{op.name} on {device.name} ({device.arch}): {facts(problem)}"))
-    ranked = enumerate(zip(space.legal, own, strict=True), 1)
+    sizes = [op.workspace_bytes(problem, c.config) for c in space.legal]
+    beside = (">workspace",) if any(sizes) else ()
+    ranked = enumerate(zip(space.legal, sizes, own, strict=True), 1)
     title = total + (f"; all have {common}" if common else "")
-    show_table(console, title, (">", ">predicted", "config"), ((i, duration(c.seconds), text) for i, (c, text) in ranked))
+    shown = ((i, duration(c.seconds), *(byte_size(n) for _ in beside), text) for i, (c, n, text) in ranked)
+    show_table(console, title, (">", ">predicted", *beside, "config"), shown)
     reasons = space.reasons()
     rows = [(len(configs), reason, describe(configs[0])) for reason, configs in itertools.islice(reasons.items(), limit)]
     if rows:

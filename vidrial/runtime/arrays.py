@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar, cast
 
 from vidrial.device import VECTOR_BYTES
 from vidrial.dtypes import DType
-from vidrial.errors import ArgumentTypeError, ToolchainError, UnsupportedError
+from vidrial.errors import ArgumentTypeError, OutOfMemoryError, ToolchainError, UnsupportedError
 
 if TYPE_CHECKING:
     from typing_extensions import TypeVar as TypeVarWithDefault
@@ -299,12 +299,35 @@ def scratch(size: int, library: str, device: int, stream: int) -> tuple[int, Any
     """`size` bytes of the library's memory on the current device, contents undefined, for work on `stream`: the address, and what keeps them.
 
     To be returned by `release` when that work is queued.
+
+    Raises:
+        OutOfMemoryError: the GPU has not so many left.
     """
     if library == "torch":
-        # NOTE: a tensor takes four times as long.
-        pointer: int = sys.modules["torch"]._C._cuda_cudaCachingAllocator_raw_alloc(size, stream)
+        torch = sys.modules["torch"]
+        try:
+            # NOTE: a tensor takes four times as long.
+            pointer: int = torch._C._cuda_cudaCachingAllocator_raw_alloc(size, stream)
+        except torch.OutOfMemoryError as error:
+            raise OutOfMemoryError(f"{size} bytes of workspace: {error}") from error
         return pointer, None
-    return empty((size,), DType.uint8, None, library, device)
+    import cupy
+
+    try:
+        return empty((size,), DType.uint8, None, library, device)
+    except cupy.cuda.memory.OutOfMemoryError as error:
+        raise OutOfMemoryError(f"{size} bytes of workspace: {error}") from error
+
+
+def free_bytes(library: str, device: int) -> int:
+    """Memory that the current GPU has left, and that torch keeps for its tensors and does not use: perhaps not in one piece."""
+    import cupy
+
+    free = int(cupy.cuda.runtime.memGetInfo()[0])
+    if library == "torch":
+        cuda = sys.modules["torch"].cuda
+        free += cuda.memory_reserved(device) - cuda.memory_allocated(device)
+    return free
 
 
 def release(library: str, pointer: int) -> None:

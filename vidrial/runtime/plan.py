@@ -6,7 +6,7 @@ import contextlib
 import ctypes
 import struct
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import lru_cache
 from typing import Any
 
@@ -53,6 +53,8 @@ class CudaPlan:
         device = Device.current(index)
         op.check_config(problem, config, device)
         self.config, self.index = config, index
+        # Makes the plan of a config with so many bytes of workspace at most; set by who chose this one.
+        self.smaller: Callable[[int], CudaPlan] | None = None
         self.outputs = op.outputs(problem)
         self.workspace = Workspace(op, problem, config)
         self._lock = threading.Lock()

@@ -22,6 +22,7 @@ from vidrial.spec.kernel import Kernel
 from vidrial.spec.space import Candidate, Rejected, Space, Stream
 
 ALIGNMENT = 256  # bytes; of every workspace buffer
+GIB = 1 << 30
 Arrays: TypeAlias = Mapping[str, NDArray[Any]]  # by name; bfloat16 as uint16 bits
 
 
@@ -186,7 +187,27 @@ class Op(Generic[P, C]):
             broken = stage.kernel.reject(stage.problem, stage.config, device)
             if broken is not None:
                 return broken if stage.kernel.name == self.name else f"{stage.kernel.name}: {broken}"
-        return None
+        return self._too_large(problem, config, device)
+
+    def workspace_bytes(self, problem: P, config: C) -> int:
+        """Size of the workspace that a call takes beside its inputs and outputs."""
+        return sum(buffer.bytes for buffer in self.workspace(problem, config).values())
+
+    def array_bytes(self, problem: P) -> int:
+        """Size of a call's inputs and outputs."""
+        return sum(buffer.bytes for buffer in (*self.inputs(problem).values(), *self.outputs(problem).values()))
+
+    def _too_large(self, problem: P, config: C, device: Device) -> str | None:
+        """Why a call does not fit into the device's memory, were it empty; None where that is not known."""
+        if not device.memory_bytes:
+            return None
+        arrays, workspace = self.array_bytes(problem), self.workspace_bytes(problem, config)
+        if workspace == 0 or arrays + workspace <= device.memory_bytes:
+            return None
+        return (
+            f"{workspace / GIB:.1f} GiB of workspace beside {arrays / GIB:.1f} GiB of inputs and outputs: "
+            f"{device.name} has {device.memory_bytes / GIB:.1f} GiB"
+        )
 
     def estimate(self, problem: P, config: C, device: Device, part: str | None = None) -> float | None:
         """`seconds` of a config that breaks no rule, else None. It may still be illegal: no tiles are made, only `reject` asks them."""
