@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import gzip
 import json
+import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -16,8 +18,11 @@ from fake_power import H200
 
 from vidrial.build.nvrtc import Cubin, Resources
 from vidrial.device import Device
+from vidrial.errors import ArgumentError
+from vidrial.kernels.flash_attention.op import op as flash_op
 from vidrial.kernels.power_retention.op import example, op
-from vidrial.sweeps import power_retention, validate
+from vidrial.spec.fields import fields
+from vidrial.sweeps import common, flash_attention, power_retention, validate
 from vidrial.tune import ranking
 from vidrial.tune.pick import choose_config
 from vidrial.tune.ranking import forget
@@ -29,12 +34,12 @@ FAKE: dict[str, Any] = {"bench": "fake_power:Bench", "device": H200}
 
 @pytest.fixture
 def results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Where both programs write, and shipped rankings are looked for."""
+    """Where the programs write, and shipped rankings are looked for."""
     monkeypatch.setenv("VIDRIAL_CACHE_DIR", str(tmp_path / "cache"))
     monkeypatch.setenv("OUT", str(tmp_path / "out"))
-    for module in (power_retention, validate):
+    for module in (common, validate):
         monkeypatch.setattr(module, "this_device", lambda: H200)
-    monkeypatch.setattr(power_retention, "sweep_lengths", functools.partial(sweep_lengths, **FAKE))
+    monkeypatch.setattr(common, "sweep_lengths", functools.partial(sweep_lengths, **FAKE))
     monkeypatch.setattr(validate, "sweep", functools.partial(sweep, **FAKE))
     monkeypatch.setattr(validate, "BENCH", "fake_power:Bench")
     monkeypatch.setattr(validate, "build_many", lambda sources, *_: ((key, CUBIN) for key in sources))
@@ -44,7 +49,10 @@ def results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def command(monkeypatch: pytest.MonkeyPatch, module: Any, *words: str) -> None:
     monkeypatch.setattr(sys, "argv", [str(module.__file__), *words])
-    module.main()
+    if module is validate:
+        module.main()
+    else:
+        module.program().main(module.__doc__, module.SECONDS)
 
 
 def test_they_write_what_calls_find_in_an_empty_cache(
@@ -82,6 +90,72 @@ def test_they_write_what_calls_find_in_an_empty_cache(
     assert " yes " in last[2] and "6 lengths, worst 1." in last[2]
 
 
+def test_flash_attention_is_swept_the_first_groups_first(
+    results: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    at = flash_attention.at
+    groups = {
+        "d=128 causal": (at((1021, 257), d=128, causal=True), 2.0),
+        "4 queries": (at((515,), b=1, h=2, hq=8, d=128, causal=True), 1.0),
+        "d=192 e=128": (at((257,), d=192, e=128), 1.0),
+    }
+    monkeypatch.setattr(flash_attention, "GROUPS", groups)
+    command(monkeypatch, flash_attention, "--seconds", "20", "--trials", "8", "--results", str(results))
+    said = capsys.readouterr().out
+    assert "4 problems, 0 left out" in said
+    lines = [
+        "  t=1021 b=2 h=16/16 d=128 mask=causal: ",
+        "  t=515 b=1 h=8/2 d=128 mask=causal: ",
+        "  t=257 b=2 h=16/16 d=192/128 mask=full: ",
+    ]
+    assert (places := [said.index(line) for line in lines]) == sorted(places)
+    folder, out = results / H200.key, tmp_path / "out" / H200.key
+    assert (out / "flash_attention.json").read_bytes() == (folder / "flash_attention.json").read_bytes()
+    assert json.loads((folder / "flash_attention_run.json").read_text())["command"].startswith(
+        "python -m vidrial.sweeps.flash_attention --s"
+    )
+    monkeypatch.setenv("VIDRIAL_CACHE_DIR", str(tmp_path / "empty"))
+    forget()
+    config, origin = choose_config(flash_op, groups["4 queries"][0][0], H200)
+    assert origin == "shipped" and config.path == "sm90"
+    # A window of -1 keys is none; of -2 there is none, here as in a ranking.
+    first = groups["4 queries"][0][0]
+    with pytest.raises(ArgumentError, match="left=-2: a sweep needs at least -1"):
+        sweep(flash_op, dataclasses.replace(first, left=-2), **FAKE)
+    path = results / H200.key / "flash_attention.json"
+    path.write_text(path.read_text().replace('"left": -1', '"left": -2'))
+    forget()
+    assert choose_config(flash_op, first, H200).origin == "predicted"
+
+
+def test_what_is_swept_of_flash_attention_has_groups_of_one_binary_each() -> None:
+    program = flash_attention.program()
+    static = [{tuple(fields(p, "static").items()) for p in problems} for problems in program.groups.values()]
+    assert all(len(facts) == 1 for facts in static) and len(set.union(*static)) == len(static) == 9
+    assert [p.tk for p in program.groups["d=64 causal"]] == [8192, 4096, 2048, 1021, 16384, 257]
+    assert program.groups.keys() == program.weights.keys()
+    first = program.groups["d=128 causal"][0]
+    assert (first.tk, first.b, first.hq, first.causal) == (8192, 2, 16, True) and list(program.groups)[0] == "d=128 causal"
+    assert {(p.d, p.e, p.group) for problems in program.groups.values() for p in problems} == {
+        (64, 64, 1), (96, 96, 1), (128, 128, 1), (128, 128, 4), (128, 128, 8), (192, 128, 1), (256, 256, 1)}  # fmt: skip
+
+
+def test_time_is_divided_by_weight(results: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[float] = []
+    monkeypatch.setattr(common, "sweep_lengths", lambda *_, within, **__: given.append(within))
+    with pytest.raises(SystemExit, match="nothing was found"):
+        command(monkeypatch, flash_attention, "--seconds", "100", "--results", str(results))
+    # What no group takes is the later ones'.
+    left, weights = 92.0, list(flash_attention.program().weights.values())
+    assert given == pytest.approx([left * w / sum(weights[i:]) for i, w in enumerate(weights)], rel=0.02)
+
+
+@pytest.mark.parametrize("module", ["flash_attention", "power_retention"])
+def test_help(module: str) -> None:
+    ended = subprocess.run([sys.executable, "-m", f"vidrial.sweeps.{module}", "--help"], capture_output=True, text=True, timeout=100)
+    assert ended.returncode == 0 and "--seconds" in ended.stdout and f"results/<device key>/{module}.json" in ended.stdout, ended.stderr
+
+
 def test_the_search_is_compared_with_all_of_the_reduced_space(results: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(validate, "SEARCH_CASES", ({"t": 10007}, {"t": 1000}))
     command(monkeypatch, validate, "--search", "--results", str(results))
@@ -93,7 +167,7 @@ def test_the_search_is_compared_with_all_of_the_reduced_space(results: Path, mon
 
 def test_what_was_measured_is_published_whatever_comes_after(results: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(power_retention, "GROUPS", {"d=64": ({"t": 1000}, {"t": 257})})
-    publish, published = power_retention.publish, list[Path]()
+    publish, published = common.publish, list[Path]()
 
     def once(*arguments: Any) -> list[Path]:
         if published:
@@ -101,7 +175,7 @@ def test_what_was_measured_is_published_whatever_comes_after(results: Path, tmp_
         published.extend(publish(*arguments))
         return published
 
-    monkeypatch.setattr(power_retention, "publish", once)
+    monkeypatch.setattr(common, "publish", once)
     with pytest.raises(KeyboardInterrupt):
         command(monkeypatch, power_retention, "--seconds", "20", "--trials", "6", "--results", str(results))
     out = tmp_path / "out" / H200.key

@@ -12,7 +12,7 @@ from typing import Any
 from vidrial.device import Device, gpu_count
 from vidrial.errors import ArgumentError, ArgumentTypeError, ToolchainError
 from vidrial.progress import Progress
-from vidrial.spec.fields import keyed_fields
+from vidrial.spec.fields import keyed_fields, least_values
 from vidrial.spec.op import Op
 from vidrial.spec.registry import reference_of, resolve
 from vidrial.tune.search import STRATEGIES
@@ -108,13 +108,14 @@ def check_problem(op: Op, problem: Any) -> None:
     """Refuse what is no problem of the op's.
 
     Raises:
-        ArgumentTypeError: it is of another type. ArgumentError: a size is not positive.
+        ArgumentTypeError: it is of another type. ArgumentError: a size is less than its field says.
     """
     if not isinstance(problem, op.problem):
         raise ArgumentTypeError(f"{op.name} sweeps a {op.problem.__name__}, not {type(problem).__name__}; make one with op.example(...)")
-    for name, size in keyed_fields(problem).items():
-        if size < 1:
-            raise ArgumentError(f"{name}={size}: a sweep needs at least 1")
+    sizes = keyed_fields(problem)
+    for name, least in least_values(problem).items():
+        if sizes[name] < least:
+            raise ArgumentError(f"{name}={sizes[name]}: a sweep needs at least {least}")
 
 
 def _indices(gpus: int | Sequence[int] | str) -> tuple[int, ...]:

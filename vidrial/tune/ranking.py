@@ -31,7 +31,7 @@ from vidrial.errors import ArgumentError, SweepError, VidrialError
 from vidrial.installation import own_ops
 from vidrial.spec.choices import check_choices, config_order
 from vidrial.spec.digest import LEXER
-from vidrial.spec.fields import C, P, fields, keyed_fields, size_class, specialized
+from vidrial.spec.fields import C, P, fields, keyed_fields, least_values, size_class, specialized
 from vidrial.spec.op import Op
 from vidrial.spec.registry import reference_of
 from vidrial.tune.codec import UNREADABLE, decode, encode
@@ -405,8 +405,9 @@ def _timings(op: Op, data: Any) -> ProblemTimings | None:
     """A measured problem with its configs, or None if the problem is none."""
     try:
         problem, entries = decode(op.problem, data["problem"]), list(data["configs"])
+        least = least_values(problem)
         for name, value in fields(problem, "dynamic").items():
-            if not 0 < value < 2**63 if name in keyed_fields(problem) else isinstance(value, float) and not math.isfinite(value):
+            if not least[name] <= value < 2**63 if name in least else isinstance(value, float) and not math.isfinite(value):
                 raise SweepError(f"{name}={value} was never measured")
     except UNREADABLE as error:
         _say_once(f"{op.name}: a problem that was measured is ignored: {type(error).__name__}: {error}")
