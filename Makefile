@@ -48,7 +48,7 @@ gpu-test: $(TEST)
 	@$(RUN) -m pytest tests/gpu
 
 bench: $(PLOT)
-	@for script in benchmarks/compile.py benchmarks/power_retention.py; do $(RUN) $$script $(BENCH) || exit 1; done
+	@for script in benchmarks/compile.py benchmarks/power_retention.py benchmarks/flash_attention.py; do $(RUN) $$script $(BENCH) || exit 1; done
 
 lint: $(LINT)
 	@$(RUN) -m ruff check .

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 ROWS_AT_ONCE, SPREAD = 64, 64
@@ -10,24 +10,29 @@ LOWEST_NORMALISER = 1e-20
 
 
 class Distance(NamedTuple):
-    """`relative`: norm of the difference over that of the result. `max_error`: largest difference of an element times its conditioning, over
-    the largest |v|: the measure that the op's own check uses."""
+    """`relative`: norm of the difference over that of the result. `max_error`: largest difference of an element, by the measure that the op's
+    own check uses: of power retention times its conditioning, over the largest |v|; of softmax attention over sum_j weight |v_j|."""
 
     relative: float
     max_error: float
 
 
+# (x, batch, query head, rows) -> result [rows, e] in float64, and what the error of each element is multiplied by, [rows, e] or [rows, 1].
+Rows = Callable[[Mapping[str, Any], int, int, list[int]], tuple[Any, Any]]
+
+
 class Exact:
-    """Rows of the attention form in float64: weight(i, j) = (scale q_i . k_j)^2 exp(a_i - a_j), j <= i, over their sum.
+    """Some rows of a result in float64.
 
     Args:
-        x: q [b, t, hq, d], k [b, t, h, d], v [b, t, h, e], log_g [b, t, h] as torch tensors.
+        x: q [b, t, hq, d], k [b, t, h, d], v [b, t, h, e], for power retention log_g [b, t, h], as torch tensors.
         chunk: rows on both sides of its multiples are among those that are looked at.
+        rows: the function; power retention if none is named.
     """
 
-    def __init__(self, x: Mapping[str, Any], chunk: int = 1024) -> None:
-        self._v_max = float(x["v"].abs().max())
-        self._parts = [(b, h, rows, *_attention(x, b, h, rows)) for b, h in _heads(x["q"].shape) for rows in _rows(x["q"].shape[1], chunk)]
+    def __init__(self, x: Mapping[str, Any], chunk: int = 1024, rows: Rows | None = None) -> None:
+        function = rows or power
+        self._parts = [(b, h, some, *function(x, b, h, some)) for b, h in _heads(x["q"].shape) for some in _rows(x["q"].shape[1], chunk)]
 
     def distance(self, y: Any) -> Distance:
         """Of a result y [b, t, hq, e]. NaN stays NaN."""
@@ -35,12 +40,12 @@ class Exact:
 
         difference = norm = 0.0
         worst = torch.zeros((), dtype=torch.float64, device=y.device)
-        for b, h, rows, exact, conditioning in self._parts:
+        for b, h, rows, exact, factor in self._parts:
             error = (y[b, rows, h].double() - exact).abs()
             difference += float((error**2).sum())
             norm += float((exact**2).sum())
-            worst = torch.maximum(worst, (error * conditioning[:, None]).max())
-        return Distance((difference / norm) ** 0.5, float(worst) / self._v_max)
+            worst = torch.maximum(worst, (error * factor).max())
+        return Distance((difference / norm) ** 0.5, float(worst))
 
 
 def _heads(shape: tuple[int, ...]) -> list[tuple[int, int]]:
@@ -58,8 +63,8 @@ def _rows(t: int, chunk: int) -> Iterator[list[int]]:
         yield rows[first : first + ROWS_AT_ONCE]
 
 
-def _attention(x: Mapping[str, Any], b: int, h: int, rows: list[int]) -> tuple[Any, Any]:
-    """Result [rows, e] and conditioning [rows] of one head."""
+def power(x: Mapping[str, Any], b: int, h: int, rows: list[int]) -> tuple[Any, Any]:
+    """The attention form: weight(i, j) = (scale q_i . k_j)^2 exp(a_i - a_j), j <= i, over their sum."""
     import torch
 
     group = x["q"].shape[2] // x["k"].shape[2]
@@ -72,4 +77,23 @@ def _attention(x: Mapping[str, Any], b: int, h: int, rows: list[int]) -> tuple[A
     weight = (scale * q @ k.T) ** 2 * decay
     norm = weight.sum(1)
     bound = (scale * q.norm(dim=1)) ** 2 * (decay @ (k**2).sum(1))
-    return weight @ v / norm.clamp_min(LOWEST_NORMALISER)[:, None], norm / bound.clamp_min(1e-300)
+    conditioning = norm / bound.clamp_min(1e-300)
+    return weight @ v / norm.clamp_min(LOWEST_NORMALISER)[:, None], conditioning[:, None] / x["v"].abs().max().double()
+
+
+def softmax(causal: bool) -> Rows:
+    """Softmax attention: weight(i, j) = exp(q_i . k_j / sqrt(d)) over their sum, of a causal one over j <= i."""
+
+    def attention(x: Mapping[str, Any], b: int, h: int, rows: list[int]) -> tuple[Any, Any]:
+        import torch
+
+        group = x["q"].shape[2] // x["k"].shape[2]
+        q, k, v = x["q"][b, rows, h].double(), x["k"][b, :, h // group].double(), x["v"][b, :, h // group].double()
+        scores = q.shape[1] ** -0.5 * q @ k.T
+        if causal:
+            index = torch.tensor(rows, device=q.device)
+            scores = scores.masked_fill(torch.arange(k.shape[0], device=q.device)[None, :] > index[:, None], -torch.inf)
+        weight = scores.softmax(1)
+        return weight @ v, 1.0 / (weight @ v.abs())
+
+    return attention

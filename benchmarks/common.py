@@ -12,13 +12,13 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 RESULTS = Path(__file__).parent / "results"
 # What the floor of a case stands on: the H200's cuBLAS in bf16 and a device copy, both measured.
 FLOOR_TFLOPS, FLOOR_GBS = 790.0, 4300.0
 CHUNK = 1024
-PACKAGES = ("torch", "triton", "cupy-cuda13x", "numpy", "retention", "nvidia-cudnn-cu13")
+PACKAGES = ("torch", "triton", "cupy-cuda13x", "numpy", "retention", "nvidia-cudnn-cu13", "flash-attn-4", "nvidia-cutlass-dsl")
 
 
 @dataclass(frozen=True)
@@ -169,3 +169,46 @@ def gpu_facts() -> dict[str, Any]:
 def slug(gpu: str) -> str:
     """A GPU's name as part of a file's: `NVIDIA H200` -> `h200`."""
     return re.sub(r"[^a-z0-9]+", "_", gpu.lower().replace("nvidia", "")).strip("_") or "unknown"
+
+
+class Grouped(Protocol):
+    """A case of any benchmark."""
+
+    @property
+    def group(self) -> str:
+        """What `--cases` selects it by."""
+
+
+G = TypeVar("G", bound=Grouped)
+
+
+def select(text: str, cases: Sequence[G]) -> list[G]:
+    """The cases of some groups (`P2,P7`), or all.
+
+    Raises:
+        SystemExit: a group that does not exist.
+    """
+    groups = {case.group for case in cases}
+    wanted = set(text.split(",")) if text else groups
+    if wanted - groups:
+        raise SystemExit(f"no case {', '.join(sorted(wanted - groups))}; there are {', '.join(sorted(groups))}")
+    return [case for case in cases if case.group in wanted]
+
+
+def run_facts(torch: Any) -> dict[str, Any]:
+    """What is recorded of a run beside torch."""
+    return {
+        "command": command_line(),
+        "date": date(),
+        "gpu": gpu_facts(),
+        "cuda": torch.version.cuda,
+        "cudnn": torch.backends.cudnn.version(),
+        "packages": {"torch": torch.__version__, **package_versions()},
+    }
+
+
+def bus_id() -> str:
+    """The current GPU's, as nvidia-smi takes it."""
+    from cupy.cuda import runtime
+
+    return str(runtime.deviceGetPCIBusId(0))

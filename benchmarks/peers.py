@@ -1,4 +1,4 @@
-"""The peers: `retention` (its Triton path) and torch's SDPA, as functions to be timed.
+"""The peers: `retention` (its Triton path), torch's SDPA and FlashAttention-4, as functions to be timed.
 
 `retention` tunes every kernel on its first call with new head sizes, for minutes. Most of that is compiling, which `compile_ahead`
 spreads over processes that fill Triton's cache on disk; what is timed to choose a config is then timed in one process, alone.
@@ -82,8 +82,8 @@ def retention(x: Mapping[str, Any], chunk: int) -> Callable[[], Any]:
     return lambda: power_retention(Q=q, K=k, V=v, log_G=log_g, deg=2, chunk_size=size)
 
 
-def sdpa(x: Mapping[str, Any], name: str) -> Callable[[], Any]:
-    """A call of torch's causal softmax attention by the backend of that name, on the same q, k, v."""
+def sdpa(x: Mapping[str, Any], name: str, causal: bool = True) -> Callable[[], Any]:
+    """A call of torch's softmax attention by the backend of that name, on the same q, k, v; its result is [b, hq, t, e]."""
     from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.nn.functional import scaled_dot_product_attention
 
@@ -93,9 +93,21 @@ def sdpa(x: Mapping[str, Any], name: str) -> Callable[[], Any]:
 
     def run() -> Any:
         with sdpa_kernel(backend):
-            return scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
+            return scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=grouped)
 
     return run
+
+
+def flash_attention_4(x: Mapping[str, Any], causal: bool) -> Callable[[], Any]:
+    """A call of FlashAttention-4 (the CuTe DSL package) on the same q, k, v; its result is y [b, t, hq, e], or y and lse.
+
+    Raises:
+        ImportError: flash_attn.cute, or what it needs, is not installed.
+    """
+    from flash_attn.cute import flash_attn_func
+
+    q, k, v = (x[name] for name in "qkv")
+    return lambda: flash_attn_func(q, k, v, causal=causal)
 
 
 def inputs(case: Case, seed: int = 0, device: str = "cuda") -> dict[str, Any]:

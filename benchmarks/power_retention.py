@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.accuracy import Exact
-from benchmarks.common import CASES, RESULTS, Case, command_line, date, gpu_facts, package_versions, short, slug, table
+from benchmarks.common import CASES, RESULTS, Case, bus_id, run_facts, select, short, slug, table
 from benchmarks.peers import OverBudget, compile_ahead, inputs, peer_errors, retention, sdpa, within
 from benchmarks.record import CUBLAS, OURS, PEER, SDPA, Book, Entry, Row, plot, show
 from vidrial.call import cuda_plan
@@ -161,31 +161,6 @@ class Bench:
         return f"{case.name}\n" + table(("stage", "ms (IQR)", "%", "TFLOP/s", "GB/s", "CTAs", "config"), lines)
 
 
-def select(text: str) -> list[Case]:
-    """The cases of some groups (`P2,P7`), or all.
-
-    Raises:
-        SystemExit: a group that does not exist.
-    """
-    wanted = text.split(",") if text else sorted({case.group for case in CASES})
-    unknown = set(wanted) - {case.group for case in CASES}
-    if unknown:
-        raise SystemExit(f"no case {', '.join(sorted(unknown))}; there are {', '.join(sorted({c.group for c in CASES}))}")
-    return [case for case in CASES if case.group in wanted]
-
-
-def facts(torch: Any) -> dict[str, Any]:
-    """What is recorded of a run."""
-    return {
-        "command": command_line(),
-        "date": date(),
-        "gpu": gpu_facts(),
-        "cuda": torch.version.cuda,
-        "cudnn": torch.backends.cudnn.version(),
-        "packages": {"torch": torch.__version__, **package_versions()},
-    }
-
-
 def parse() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -205,7 +180,7 @@ def parse() -> argparse.Namespace:
 def main() -> None:
     """The command."""
     options, cases = parse(), []
-    cases = select(options.cases)
+    cases = select(options.cases, CASES)
     import torch
 
     with torch.no_grad():
@@ -220,8 +195,8 @@ def main() -> None:
             print(compile_ahead(cases, options.peer_jobs), flush=True)
         path = options.out / f"power_retention_{slug(gpu)}.json"
         kept = path if path.is_file() else RESULTS / path.name
-        book = Book.load(kept, gpu) if options.merge else Book(gpu)
-        book = Book(gpu, (*book.runs, facts(torch)), book.rows)
+        book = Book.load(kept, gpu, Row.from_json) if options.merge else Book(gpu)
+        book = Book(gpu, (*book.runs, run_facts(torch)), book.rows)
         done: list[Row] = []
         for number, case in enumerate(cases, 1):
             begin = time.perf_counter()
@@ -233,15 +208,9 @@ def main() -> None:
             print(f"    {done[-1].config} ({done[-1].origin}); {time.perf_counter() - begin:.0f} s", flush=True)
         print(show(book.rows))
         trouble = drift([row.entries[CUBLAS].ms or 0.0 for row in done])
-        print(*filter(None, (trouble, *slowdowns(_bus_id()))), sep="\n")
+        print(*filter(None, (trouble, *slowdowns(bus_id()))), sep="\n")
         plotted = plot(book.rows, gpu, path.with_suffix(".png"))
         print(f"written to {path}{' and .png' if plotted else ''}")
-
-
-def _bus_id() -> str:
-    from cupy.cuda import runtime
-
-    return str(runtime.deviceGetPCIBusId(0))
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
-"""Rows of a benchmark of power retention: their table, their JSON file, their plot."""
+"""What one implementation took, and the results file, of any benchmark; rows of that of power retention: their table, JSON, plot."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ class Entry:
     """What one implementation took and how far it was off; `note` says why there is no time.
 
     `ms`, `iqr`: GPU time, median and interquartile range over `samples`. `call_ms`: a call back to back with others, the host included.
-    `relative`: of the norm; `worst`: of the worst element, weighted by its conditioning, over the largest |v|; both on some heads and rows.
+    `relative`: of the norm; `worst`: of the worst element, by the op's own measure; both on some heads and rows.
     """
 
     ms: float | None = None
@@ -96,21 +96,22 @@ class Row:
 
 @dataclass(frozen=True)
 class Book:
-    """What a results file holds: the runs it was made by (GPU, driver, versions, command, date), and one row a case."""
+    """What a results file holds: the runs it was made by (GPU, driver, versions, command, date), and one row per case, a benchmark's own:
+    with its `case.name`, and `to_json`."""
 
     gpu: str
     runs: tuple[dict[str, Any], ...] = ()
-    rows: tuple[Row, ...] = ()
+    rows: tuple[Any, ...] = ()
 
     @classmethod
-    def load(cls, path: Path, gpu: str) -> Book:
-        """The file's, if it is there and of this GPU and schema; else an empty one."""
+    def load(cls, path: Path, gpu: str, row: Callable[[dict[str, Any]], Any]) -> Book:
+        """The file's, if it is there and of this GPU and schema, each row made by `row`; else an empty one."""
         data = json.loads(path.read_text()) if path.is_file() else {}
         if data.get("schema") != SCHEMA or data.get("gpu") != gpu:
             return cls(gpu)
-        return cls(gpu, tuple(data["runs"]), tuple(Row.from_json(row) for row in data["rows"]))
+        return cls(gpu, tuple(data["runs"]), tuple(row(found) for found in data["rows"]))
 
-    def with_row(self, row: Row) -> Book:
+    def with_row(self, row: Any) -> Book:
         """The same with a row put in the place of an older one of its case."""
         return Book(self.gpu, self.runs, (*(r for r in self.rows if r.case.name != row.case.name), row))
 

@@ -13,7 +13,7 @@ import pytest
 from benchmarks import compile as bench_compile
 from benchmarks import power_retention as bench
 from benchmarks import styles, warm_path
-from benchmarks.common import CASES, Case, Work, geometric_mean, short, slug, table
+from benchmarks.common import CASES, Case, Work, geometric_mean, select, short, slug, table
 from benchmarks.peers import OverBudget, peer_errors, within
 from benchmarks.record import CUBLAS, CUBLAS_FLOPS, Book, Entry, Row, plot, show, summary
 from vidrial.device import Device
@@ -72,10 +72,10 @@ def test_cases() -> None:
     names = [case.name for case in CASES]
     assert len(set(names)) == len(CASES) == 14
     assert sorted(case.t for case in CASES if case.in_series) == [1000, 4096, 5001, 10007, 16384, 33333, 65536]
-    assert [case.t for case in bench.select("P7")] == [33333, 10007, 5001, 1000]
-    assert bench.select("") == list(CASES)
+    assert [case.t for case in select("P7", CASES)] == [33333, 10007, 5001, 1000]
+    assert select("", CASES) == list(CASES)
     with pytest.raises(SystemExit, match="no case P99; there are L, P2, P3"):
-        bench.select("P2,P99")
+        select("P2,P99", CASES)
     # The peer's tuning carries over between neighbours: each family stands in one piece.
     families = [(case.d, case.query_heads // case.h) for case in CASES]
     assert [f for i, f in enumerate(families) if i == 0 or f != families[i - 1]] == [(64, 1), (128, 1), (128, 12)]
@@ -111,9 +111,9 @@ def test_results_file(tmp_path: Path) -> None:
     data = json.loads(path.read_text())
     assert data["gpu"] == "NVIDIA H200" and [r["name"] for r in data["rows"]] == [CASES[1].name, CASES[0].name]
     assert data["rows"][1]["ratio"] == 4.5 and data["rows"][1]["entries"]["ours"]["ms"] == 2.0
-    assert Book.load(path, "NVIDIA H200") == book
-    assert Book.load(path, "NVIDIA H100") == Book("NVIDIA H100")
-    assert Book.load(tmp_path / "none.json", "x").rows == ()
+    assert Book.load(path, "NVIDIA H200", Row.from_json) == book
+    assert Book.load(path, "NVIDIA H100", Row.from_json) == Book("NVIDIA H100")
+    assert Book.load(tmp_path / "none.json", "x", Row.from_json).rows == ()
 
 
 def test_plot(tmp_path: Path) -> None:
