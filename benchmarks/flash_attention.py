@@ -13,6 +13,7 @@ there already. `--seconds` is for the whole run: the last cases are left out, an
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -27,6 +28,7 @@ from benchmarks.flash_record import CASES, FA4, PEERS, Case, Row, line, plot, sh
 from benchmarks.peers import OverBudget, flash_attention_4, peer_errors, sdpa, within
 from benchmarks.record import CUBLAS, OURS, SDPA, Book, Entry
 from vidrial.device import Device
+from vidrial.errors import VidrialError
 from vidrial.kernels.flash_attention import flash_attention
 from vidrial.kernels.flash_attention.op import example, op
 from vidrial.spec.choices import describe
@@ -81,18 +83,16 @@ class Bench:
         return Row(case, chosen, origin, entries, sustained, run)
 
     def _first(self, name: str, case: Case, x: Mapping[str, Any], exact: Exact) -> tuple[Entry, Run | None]:
-        """Call once, which compiles, and compare; what is to be timed. Ours may raise; a peer that cannot says why."""
-        begin = time.perf_counter()
+        """Call once, which compiles, and compare; what is to be timed. What cannot says why: a peer, or ours by an error of its own."""
+        begin, expected = time.perf_counter(), (VidrialError,) if name == OURS else peer_errors()
         try:
-            with within(max(1.0, min(PEER_SECONDS, self.left))):
+            with contextlib.nullcontext() if name == OURS else within(max(1.0, min(PEER_SECONDS, self.left))):
                 run = implementation(name, case, x)
                 distance = exact.distance(output(name, run()))
                 self.torch.cuda.synchronize()
                 seconds = time.perf_counter() - begin
                 run = self._captured(run) if case.graph else run
-        except peer_errors() as error:
-            if name == OURS:
-                raise
+        except expected as error:
             self.torch.cuda.empty_cache()
             return Entry(note=short(str(error) if isinstance(error, OverBudget) else error)), None
         if seconds > 1.0:
@@ -181,7 +181,8 @@ def measure(bench: Bench, cases: Sequence[Case], peers: Sequence[str], book: Boo
         book.save(path)
         bench.torch.cuda.empty_cache()
     trouble = drift([row.entries[CUBLAS].ms or 0.0 for row in rows])
-    print(*filter(None, (trouble, *slowdowns(bus_id()))), sep="\n")
+    failed = [f"ours FAILED at {row.case.name}: {row.entries[OURS].note}" for row in rows if row.entries[OURS].note]
+    print(*filter(None, (trouble, *slowdowns(bus_id()), *failed)), sep="\n")
     return book
 
 

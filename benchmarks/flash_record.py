@@ -195,7 +195,7 @@ def show(rows: Sequence[Row]) -> str:
         [
             (
                 row.case.name,
-                _plain(row.sustained[OURS].ms, ".4f"),
+                _plain(row.sustained.get(OURS, Entry()).ms, ".4f"),
                 _plain(row.tflops(OURS, True), ".0f"),
                 _plain(row.tflops(CUBLAS, True), ".0f"),
                 *(_beside(row, name, True) for name in PEERS),

@@ -194,7 +194,12 @@ def test_a_wrong_result_is_seen(fake: bench.Bench, monkeypatch: pytest.MonkeyPat
         )
         row = fake.case(SMALL, (FA2,), run=0)
         assert summary([row])[-1] == "ERRORS beyond 1.25 times FA2's: F1 B1 HQ2 H1 T65 d32 causal"
-    # What ours raises is no note.
+    # What ours says of itself costs its case alone; what nobody expects ends the run.
+    monkeypatch.setattr(bench, "implementation", lambda n, c, x: whole(n, c, {**x, "k": x["k"][:, :, :, :8]} if n == OURS else x))
+    row = fake.case(SMALL, (FA2,), run=0)
+    assert row.entries[OURS].note.startswith("ArgumentError: k has shape") and row.ratio(FA2) is None and row.tflops(FA2)
+    assert row.sustained.keys() == {FA2, CUBLAS}
+    assert f"{SMALL.name}: ours: ArgumentError: k has shape" in show([row]) and "- TFLOP/s, FA2" in line(row)
     monkeypatch.setattr(bench, "implementation", lambda *_: (_ for _ in ()).throw(RuntimeError("broken")))
     with pytest.raises(RuntimeError, match="broken"):
         fake.case(SMALL, (), run=0)
