@@ -214,7 +214,7 @@ def main() -> None:
     """The command."""
     begun, options = time.monotonic(), parse()
     if options.show:
-        book = Book.load(options.show, json.loads(options.show.read_text())["gpu"], Row.from_json)
+        book = Book.load(options.show, json.loads(options.show.read_text(encoding="utf-8"))["gpu"], Row.from_json)
         draw(book.rows, book.gpu, options.show)
         return
     cases = select(options.cases, CASES)

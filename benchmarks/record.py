@@ -119,7 +119,7 @@ class Book:
         """Write the file; runs that no row is left of are kept as empty places."""
         data = {"schema": SCHEMA, "gpu": self.gpu, "runs": self.runs, "rows": [row.to_json() for row in self.rows]}
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(data, indent=1) + "\n")
+        path.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
 
 
 def _ms(entry: Entry | None, spread: bool = True) -> str:

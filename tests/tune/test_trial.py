@@ -8,7 +8,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 from fake_op import Config, PartsConfig, Problem, example, op, parts_op
@@ -94,6 +94,9 @@ def test_every_type_survives(value: Everything) -> None:
         (int, 1.5),
         (str, 3),
         (Mode, "left"),
+        (Literal["one", "dynamic"], "static"),
+        (Literal[1, 2], True),
+        (Literal["one"], ["one"]),
         (tuple[int, int], [1]),
         (tuple[int, ...], 3),
         (Config, {"tile": 128, "width": 1, "more": 2}),
@@ -109,6 +112,11 @@ def test_every_type_survives(value: Everything) -> None:
 def test_what_is_not_of_the_type_is_refused(kind: Any, data: Any) -> None:
     with pytest.raises(SweepError):
         decode(kind, data)
+
+
+def test_a_literal_is_one_of_its_values() -> None:
+    assert [decode(Literal["one", "dynamic"], encode(value)) for value in ("one", "dynamic")] == ["one", "dynamic"]
+    assert decode(Literal[1, True], True) is True
 
 
 def test_only_plain_values_are_kept() -> None:

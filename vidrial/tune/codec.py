@@ -60,6 +60,8 @@ def decode(kind: Any, data: Any, fields: Mapping[str, Any] | None = None) -> Any
         each = arguments[:1] * len(data) if arguments[1:] == (...,) else arguments
         if len(each) == len(data):
             return tuple(decode(k, v) for k, v in zip(each, data, strict=True))
+    elif origin is typing.Literal and any(type(data) is type(value) and data == value for value in arguments):
+        return data
     elif dataclasses.is_dataclass(kind) and isinstance(data, dict):
         hints, optional = _hints(typing.cast(type, kind))
         if data.keys() <= hints.keys() <= data.keys() | optional:
