@@ -129,11 +129,11 @@ def test_nothing_installed(monkeypatch: pytest.MonkeyPatch) -> None:
     toolchain._find_compiler.cache_clear()
 
 
-def test_a_home_that_nobody_may_write_to(monkeypatch: pytest.MonkeyPatch) -> None:
-    """CuPy makes its cache folder when it is imported."""
+def test_a_cupy_cache_that_is_asked_for_and_cannot_be() -> None:
+    """CuPy makes its cache folder when it is imported. In place of a home that nobody may write to: tests/test_settings.py."""
     program = "from vidrial.device import Device, gpu_count; from vidrial.build import toolchain; print(gpu_count())\n"
     program += "for ask in (toolchain.nvrtc, Device.current):\n  try: ask()\n  except Exception as e: print(type(e).__name__, e)\n"
-    environment = {name: value for name, value in os.environ.items() if name != "CUPY_CACHE_DIR"} | {"HOME": "/proc"}
+    environment = os.environ | {"CUPY_CACHE_DIR": "/proc/nothing"}
     ended = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True)
     count, *said = ended.stdout.splitlines()
     assert count == "0" and len(said) == 2
