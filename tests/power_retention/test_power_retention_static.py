@@ -283,7 +283,7 @@ def test_the_number_of_launches() -> None:
 
 def test_the_workspace_of_a_call_fits_into_the_gpu() -> None:
     """T = 4M, D = 128: the config predicted fastest would take more than there is; the one that is taken costs little more."""
-    p, h200 = example(t=4_000_000, h=8, d=128), Device.of("h200")
+    p, h200 = example(t=4_000_000, h=4, d=128), Device.of("h200")
     arrays = op.array_bytes(p)
     unlimited = op.predicted(p, dataclasses.replace(h200, memory_bytes=0))
     small = dataclasses.replace(h200, memory_bytes=arrays + op.workspace_bytes(p, unlimited) - 1)
