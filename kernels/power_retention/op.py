@@ -32,7 +32,7 @@ MEMORY = 1000
 # Relative to the norm, and of the worst element weighted by its conditioning, for outputs rounded to 16 bits:
 # rounding the exact result to bf16 alone costs 1.7e-3 of the norm, the state form 2.8e-3.
 RELATIVE_BOUND, WORST_BOUND = 5e-3, 2e-3
-SMALLEST = {DType.float16: 2.0**-24, DType.bfloat16: 2.0**-126}
+SMALLEST = {DType.float16: 2.0**-24, DType.bfloat16: 2.0**-126, DType.float32: 2.0**-126}
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ from functools import cached_property
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from vidrial.errors import LayoutError
 from vidrial.layout.atoms import VECTOR, CopyAtom, cp_async
@@ -66,7 +67,7 @@ class Epilogue:
         """Who stores which 16 bytes of the tile, step by step."""
         return TiledCopy(cp_async(16, zero_fill=True), self.tile, self.threads)
 
-    def addresses(self) -> Any:
+    def addresses(self) -> NDArray[Any]:
         """Byte address in the tile of each pair of accumulators, as device code computes it: int64, (threads, m, n, 2)."""
         rows, columns = (x[..., ::2] for x in self.mma.coordinates())
         # The thread's own place, then what is known when compiling.
