@@ -243,7 +243,7 @@ def test_what_is_not_emulated_is_refused(monkeypatch: pytest.MonkeyPatch) -> Non
     kernel = dataclasses.replace(attend.power_attend)
     last = dataclasses.replace(op.stages(problem, config)[-1], kernel=kernel)
     op = dataclasses.replace(op, stages=lambda p, c: (last,))
-    with pytest.raises(UnsupportedError, match=r"power_attend: QK is made of tcgen05 like mma\.sync, which begins with sm_100; the host"):
+    with pytest.raises(UnsupportedError, match=r"power_attend: PS is made of tcgen05 like mma\.sync, which begins with sm_100; the host"):
         HostPlan(op, problem, config)
     device = dataclasses.replace(vd.Device.of("h200"), arch="sm_80")
     monkeypatch.setattr(vd.Device, "of", classmethod(lambda cls, name: device))

@@ -98,7 +98,7 @@ def test_epilogues_that_do_not_fit() -> None:
     # A swizzle that moves single elements, and a tile too wide for steps of whole swizzles.
     with pytest.raises(LayoutError, match="its 16 bytes are not aligned to 16"):
         Epilogue(mma, SmemLayout(BF16, 128, 64, swizzle=Swizzle(3, 0, 6)))
-    with pytest.raises(LayoutError, match="step .4, 0.: its address in stage 0 plus the step is not the element's"):
+    with pytest.raises(LayoutError, match="128 threads do not store whole rows of it in steps of whole swizzles"):
         Epilogue(TiledMma(MMA_16x8x16[BF16], (2, 2), (128, 128, 64)), SmemLayout(FLOAT, 128, 128))
 
 

@@ -151,7 +151,7 @@ def test_registers_by_role(roles: Roles, launched: int, reallocated: tuple[int, 
     assert 128 * (roles.producer * producer + roles.consumers * consumer) <= roles.pool == launched * roles.threads <= 65536
     assert (
         roles.cpp
-        == f"vidrial::Roles<1, {roles.consumers}, {0 if producer == launched else producer}, {0 if consumer == launched else consumer}>"
+        == f"vidrial::Roles<1, {roles.consumers}, {0 if producer == launched else producer}, {0 if consumer == launched else consumer}, {roles.ctas}>"
     )
 
 

@@ -44,8 +44,11 @@ class Epilogue:
             raise LayoutError(
                 f"an epilogue stores by {', '.join(a.name for a in VECTOR.values())}, of whole elements; got {self.atom.name}"
             )
-        # Building it proves the way out.
-        _ = self.copy
+        # Building it proves the way out, in steps of whole rows.
+        if len(self.copy.columns) > 1:
+            raise LayoutError(
+                f"{tile}: {self.threads} threads do not store whole rows of it in steps of whole swizzles; take fewer columns, or more threads"
+            )
         rows, columns = (x[..., ::2] for x in self.mma.coordinates())
         wanted = tile.offset(rows, columns) * tile.dtype.bytes
         reached = self.addresses()
