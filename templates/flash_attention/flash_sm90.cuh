@@ -9,6 +9,7 @@
 // accumulators or its A registers, on any path. So weights are packed, and the output rescaled, after the wait for the product before.
 #pragma once
 #include "keys.cuh"
+#include "rows.cuh"
 #include "softmax.cuh"
 #include <vidrial/arch/shared_memory.cuh>
 #include <vidrial/pipeline/scheduler.cuh>
@@ -17,22 +18,6 @@
 #include <vidrial/tile/wgmma.cuh>
 
 namespace vidrial {
-
-// tanh(x), 2^-22 absolute: tanh.approx has 2^-11, which a cap of 50 would make an error of 2 % in a weight.
-CUTE_DEVICE float tanh_fast(float x) { return 1.f - 2.f * reciprocal_approx(1.f + exp2_approx(2.885390082f * x)); }
-
-// Rows of 32 columns, as four accumulator blocks of a quad have them, become 16 bytes per lane: lane q gets block q.
-template <class Pair>
-CUTE_DEVICE uint4 gather_quad(float const (&o)[4][4], int h, float factor, int lane) {
-  uint32_t x[4];
-  CUTE_UNROLL
-  for (int i = 0; i < 4; ++i) x[i] = Pair::pack(o[i][2 * h] * factor, o[i][2 * h + 1] * factor);
-  bool const odd = lane & 1, high = lane & 2;
-  uint32_t const a = __shfl_xor_sync(~0u, odd ? x[0] : x[1], 1), b = __shfl_xor_sync(~0u, odd ? x[2] : x[3], 1);
-  uint32_t const y0 = odd ? a : x[0], y1 = odd ? x[1] : a, y2 = odd ? b : x[2], y3 = odd ? x[3] : b;
-  uint32_t const c = __shfl_xor_sync(~0u, high ? y0 : y2, 2), d = __shfl_xor_sync(~0u, high ? y1 : y3, 2);
-  return high ? make_uint4(c, d, y2, y3) : make_uint4(y0, y1, c, d);
-}
 
 // One tile of the work: `Tiles::rows` rows of one head, and the blocks of keys that they see.
 template <class Tiles>
@@ -126,19 +111,8 @@ CUTE_DEVICE void flash_consume(Args const& p, uint32_t smem, uint32_t bars, int 
         }
       }
       if (masked) {
-        CUTE_UNROLL
-        for (int h = 0; h < 2; ++h) {
-          int const query = (row + 8 * h) / kPack, origin = j * kKeys + column;
-          int const end = at.visible.end(query) - origin, begin = at.visible.begin(query) - origin;
-          CUTE_UNROLL
-          for (int n = 0; n < QK::N; ++n) {
-            CUTE_UNROLL
-            for (int e = 0; e < 2; ++e) {
-              int const c = QK::column_of(n, e);
-              s[n][2 * h + e] = c < end && (!Visible::kLeft || c >= begin) ? s[n][2 * h + e] : -infinity();
-            }
-          }
-        }
+        int const query[2] = {row / kPack, (row + 8) / kPack};
+        mask<QK>(s, at.visible, query, j * kKeys + column);
       }
       softmax.weights(s);
     };

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from flash_host import assert_right, run
+from flash_host import assert_right, peaked, run
 
 import vidrial
 from vidrial.device import Device
@@ -17,7 +17,6 @@ from vidrial.host import plan as plans
 from vidrial.host.target import SCHEDULES, Schedule
 from vidrial.kernels.flash_attention import flash_attention
 from vidrial.kernels.flash_attention.op import Config, check, example, reference, sample, stages
-from vidrial.kernels.flash_attention.problem import Problem
 from vidrial.kernels.flash_attention.sm80 import Config as Sm80
 from vidrial.templates import TEMPLATES
 
@@ -106,17 +105,6 @@ def test_sanitizers(sanitizer: str) -> None:
     inputs = sample(p, 5)
     results, _ = run(p, NARROW, inputs, sanitizer=sanitizer)
     assert_right(p, inputs, results)
-
-
-def peaked(p: Problem, kind: str) -> dict[str, np.ndarray]:
-    """Inputs by which the reference has to move: scores of some 50, or larger and larger ones towards the first key, which comes last."""
-    inputs = {name: p.dtype.widen(x) for name, x in sample(p, 6).items()}
-    inputs["q"] *= 6.0
-    if kind == "growing":
-        inputs["k"] *= np.linspace(30.0, 0.1, p.tk)[None, :, None, None]
-    if kind == "all alike":
-        inputs["k"][:] = inputs["k"][:, :1]
-    return {name: p.dtype.round(x) for name, x in inputs.items()}
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
