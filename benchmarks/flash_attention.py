@@ -2,6 +2,7 @@
 
     python benchmarks/flash_attention.py                              # every case
     python benchmarks/flash_attention.py --cases F1,F2,T --seconds 200
+    python benchmarks/flash_attention.py --path sm80                  # ours by the path of every card; another results file
     python benchmarks/flash_attention.py --show benchmarks/results/flash_attention_h200.json   # its tables and plot; needs no GPU
 
 GPU time by CUDA events: single calls with a cold L2, the host ahead, in another order in every round; and of some cases back to back,
@@ -27,10 +28,12 @@ from benchmarks.common import RESULTS, bus_id, run_facts, select, short, slug
 from benchmarks.flash_record import CASES, FA4, PEERS, Case, Row, line, plot, show
 from benchmarks.peers import OverBudget, flash_attention_4, peer_errors, sdpa, within
 from benchmarks.record import CUBLAS, OURS, SDPA, Book, Entry
+from vidrial.call import apply
 from vidrial.device import Device
 from vidrial.errors import VidrialError
 from vidrial.kernels.flash_attention import flash_attention
 from vidrial.kernels.flash_attention.op import example, op
+from vidrial.kernels.flash_attention.problem import Problem
 from vidrial.spec.choices import describe
 from vidrial.tune.pick import choose_config
 from vidrial.tune.timing import Run, Timing, drift, slowdowns
@@ -44,10 +47,11 @@ END_SECONDS, FIRST_SECONDS, PEER_SECONDS = 5.0, 10.0, 60.0
 class Bench:
     """One GPU: a stream that torch works on, the clock on it, cuBLAS as the yardstick of every round, and when all must be done."""
 
-    def __init__(self, rounds: int, until: float) -> None:
+    def __init__(self, rounds: int, until: float, path: str = "") -> None:
         import torch
 
         self.torch, self.rounds, self.until = torch, rounds, until
+        self.fixed: dict[str, object] = {"path": path} if path else {}
         self.device = Device.current(0)
         torch.cuda.set_stream(torch.cuda.Stream())
         self.clock = SleepClock(torch)
@@ -62,8 +66,8 @@ class Bench:
     def case(self, case: Case, peers: Sequence[str], run: int) -> Row:
         """Everything about one case."""
         x = inputs(case)
-        problem = example(t=case.t, b=case.b, h=case.h, hq=case.query_heads, d=case.d, e=case.values, causal=case.causal, dtype=case.dtype)
-        config, origin = choose_config(op, problem, self.device)
+        problem = problem_of(case)
+        config, origin = choose_config(op, problem, self.device, tuple(self.fixed.items()))
         exact, runs, entries = Exact(x, rows=softmax(case.causal)), dict[str, Run](), dict[str, Entry]()
         for name in (OURS, *peers):
             entries[name], made = self._first(name, case, x, exact)
@@ -87,7 +91,7 @@ class Bench:
         begin, expected = time.perf_counter(), (VidrialError,) if name == OURS else peer_errors()
         try:
             with contextlib.nullcontext() if name == OURS else within(max(1.0, min(PEER_SECONDS, self.left))):
-                run = implementation(name, case, x)
+                run = implementation(name, case, x, self.fixed)
                 distance = exact.distance(output(name, run()))
                 self.torch.cuda.synchronize()
                 seconds = time.perf_counter() - begin
@@ -132,13 +136,20 @@ def timed(entry: Entry, timing: Timing) -> Entry:
     return replace(entry, ms=timing.median_ms, iqr=timing.iqr_ms, samples=timing.samples)
 
 
-def implementation(name: str, case: Case, x: Mapping[str, Any]) -> Callable[[], Any]:
-    """A call of ours or of a peer."""
+def implementation(name: str, case: Case, x: Mapping[str, Any], fixed: Mapping[str, object] | None = None) -> Callable[[], Any]:
+    """A call of ours, choices of the op's own `fixed`, or of a peer."""
+    if name == OURS and fixed:
+        return lambda: apply(op, problem_of(case), x, **fixed)["y"]
     if name == OURS:
         return lambda: flash_attention(x["q"], x["k"], x["v"], causal=case.causal)
     if name == FA4:
         return flash_attention_4(x, case.causal)
     return sdpa(x, name, case.causal)
+
+
+def problem_of(case: Case) -> Problem:
+    """The op's problem."""
+    return example(t=case.t, b=case.b, h=case.h, hq=case.query_heads, d=case.d, e=case.values, causal=case.causal, dtype=case.dtype)
 
 
 def output(name: str, returned: Any) -> Any:
@@ -206,6 +217,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
     parser.add_argument("--merge", action="store_true", help="keep the rows of other cases that results/ or --out has")
     parser.add_argument("--no-peers", action="store_true", help="ours and cuBLAS only")
+    parser.add_argument("--path", choices=("sm80", "sm90"), default="", help="ours by this path, not by the one that a call takes")
     parser.add_argument("--show", type=Path, help="a results file, of which to print the tables and draw the plot; measures nothing")
     return parser.parse_args()
 
@@ -221,12 +233,12 @@ def main() -> None:
     import torch
 
     with torch.no_grad():
-        bench, missing = Bench(options.rounds, begun + options.seconds), {} if options.no_peers else absent()
+        bench, missing = Bench(options.rounds, begun + options.seconds, options.path), {} if options.no_peers else absent()
         gpu = torch.cuda.get_device_name(0)
         print(
             f"{gpu}, torch {torch.__version__}, {len(cases)} cases", *(f"no {n}: {why}" for n, why in missing.items()), sep="\n", flush=True
         )
-        path = options.out / f"flash_attention_{slug(gpu)}.json"
+        path = options.out / f"flash_attention_{slug(gpu)}{options.path and '_' + options.path}.json"
         kept = path if path.is_file() else RESULTS / path.name
         book = Book.load(kept, gpu, Row.from_json) if options.merge else Book(gpu)
         book = Book(gpu, (*book.runs, {**run_facts(torch), "rounds": options.rounds, "absent": missing}), book.rows)

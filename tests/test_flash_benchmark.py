@@ -66,6 +66,7 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> Iterator[bench.Bench]:
     made.torch = SimpleNamespace(cuda=cuda)
     clock = FakeClock()
     made.rounds, made.until, made.device, made.clock = 5, time.monotonic() + 1000, Device.of("h200"), clock
+    made.fixed = {}
     made.cublas = lambda: clock.tick(1.0)
 
     @contextlib.contextmanager
@@ -78,7 +79,7 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> Iterator[bench.Bench]:
     cuda.graph = graph
     whole = bench.implementation
 
-    def implementation(name: str, case: Case, x: Any) -> Callable[[], Any]:
+    def implementation(name: str, case: Case, x: Any, fixed: Any = None) -> Callable[[], Any]:
         if name == CUDNN and case.d == 32:
             raise RuntimeError("no engine")
         run = whole(OURS, case, x)
@@ -180,6 +181,15 @@ def test_a_case_from_end_to_end(fake: bench.Bench) -> None:
     assert list(alone.entries) == [OURS, CUBLAS] and alone.sustained == {} and alone.best() is None and 1e-5 < alone.error(OURS) < 4e-4
 
 
+def test_ours_by_another_path_than_a_call_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+    long, fixed, device = Case("F1", 1, 16, 2048, d=64), {"path": "sm80"}, Device.of("h200")
+    assert bench.choose_config(bench.op, bench.problem_of(long), device).config.path == "sm90"
+    monkeypatch.setattr(bench, "apply", lambda op, p, x, **fixed: (asked.append((p.tq, fixed)), {"y": "here"})[1])
+    assert bench.implementation(OURS, long, {}, fixed)() == "here" and asked == [(2048, {"path": "sm80"})]
+    assert bench.choose_config(bench.op, bench.problem_of(long), device, tuple(fixed.items())).config.path == "sm80"
+
+
 def test_graphs_are_timed_per_call(fake: bench.Bench) -> None:
     row = fake.case(Case("F8", 2, 2, 50, d=64, causal=False, graph=True), (CUDNN, FA4), run=0)
     assert {name: e.ms for name, e in row.entries.items()} == {OURS: 2.0, CUDNN: 6.0, FA4: 3.0, CUBLAS: 1.0}
@@ -190,12 +200,12 @@ def test_a_wrong_result_is_seen(fake: bench.Bench, monkeypatch: pytest.MonkeyPat
     whole = bench.implementation
     for spoil in (lambda y: y * 1.01, lambda y: y.index_fill(1, torch.tensor([64]), math.nan)):
         monkeypatch.setattr(
-            bench, "implementation", lambda n, c, x, s=spoil: (lambda: s(whole(n, c, x)())) if n == OURS else whole(n, c, x)
+            bench, "implementation", lambda n, c, x, f=None, s=spoil: (lambda: s(whole(n, c, x)())) if n == OURS else whole(n, c, x)
         )
         row = fake.case(SMALL, (FA2,), run=0)
         assert summary([row])[-1] == "ERRORS beyond 1.25 times FA2's: F1 B1 HQ2 H1 T65 d32 causal"
     # What ours says of itself costs its case alone; what nobody expects ends the run.
-    monkeypatch.setattr(bench, "implementation", lambda n, c, x: whole(n, c, {**x, "k": x["k"][:, :, :, :8]} if n == OURS else x))
+    monkeypatch.setattr(bench, "implementation", lambda n, c, x, f=None: whole(n, c, {**x, "k": x["k"][:, :, :, :8]} if n == OURS else x))
     row = fake.case(SMALL, (FA2,), run=0)
     assert row.entries[OURS].note.startswith("ArgumentError: k has shape") and row.ratio(FA2) is None and row.tflops(FA2)
     assert row.sustained.keys() == {FA2, CUBLAS}
@@ -298,7 +308,7 @@ def test_what_there_is_no_time_for_is_said_and_kept(fake: bench.Bench, tmp_path:
 def test_the_command(fake: bench.Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     asked: list[tuple[int, float]] = []
 
-    def made(rounds: int, until: float) -> bench.Bench:
+    def made(rounds: int, until: float, path: str = "") -> bench.Bench:
         asked.append((rounds, until - time.monotonic()))
         return fake
 

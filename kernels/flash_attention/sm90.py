@@ -244,6 +244,7 @@ def cost(p: Problem, c: Config, device: Device) -> Cost:
         ctas_per_sm=c.ctas,
         efficiency=busy,
         uneven=p.causal,
+        cleared=len(workspace(p, c)),
     )
 
 

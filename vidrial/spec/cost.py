@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from vidrial.device import Device
 
 LAUNCH_SECONDS = 3.39e-6
+# Setting a workspace buffer to 0 before a launch is an operation of its own on the stream.
+CLEAR_SECONDS = 1.7e-6
 # Of its arithmetic, what a CTA adds to the time of others that share its SM: they wait while it works.
 CROWD = 0.308
 # Of the time that memory takes, what arithmetic does not hide.
@@ -37,6 +39,7 @@ class Cost:
         longest: the longest CTA's time, over the mean.
         uneven: CTAs take unlike times, so that no wave ends at once.
         l2_bytes: bytes that all CTAs together read through L2, where it is many times `bytes`.
+        cleared: workspace buffers that are set to 0 before the launch (`Buffer(zeroed=True)`).
     """
 
     flops: float
@@ -48,6 +51,7 @@ class Cost:
     longest: float = 1.0
     uneven: bool = False
     l2_bytes: float = 0.0
+    cleared: int = 0
 
     def arithmetic(self, device: Device) -> float:
         """Seconds of one CTA's arithmetic at its share of the tensor rate of an SM."""
@@ -68,4 +72,4 @@ class Cost:
         else:
             full, rest = divmod(ctas, sms * per_sm)
             span = full * wave(per_sm) + (self.longest * wave(-(-rest // sms)) if rest else 0.0)
-        return LAUNCH_SECONDS + max(memory + l2, ctas * own / sms, span + EXPOSED * memory)
+        return LAUNCH_SECONDS + CLEAR_SECONDS * self.cleared + max(memory + l2, ctas * own / sms, span + EXPOSED * memory)
