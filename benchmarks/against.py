@@ -42,6 +42,11 @@ CASES = (
 )
 
 
+def path_of(tree: Path, inherited: str) -> str:
+    """PYTHONPATH of a side: its tree, then packages that are not this tree."""
+    return os.pathsep.join([str(tree), *(folder for folder in inherited.split(os.pathsep) if folder and Path(folder).resolve() != ROOT)])
+
+
 class Side:
     """A process that takes turns."""
 
@@ -99,7 +104,7 @@ def start(old: Path, caches: Path) -> dict[str, Side]:
         name: Side(
             name,
             [sys.executable, "-P", script, "cublas" if name == CUBLAS else "op"],
-            {"PYTHONPATH": str(tree), "VIDRIAL_CACHE_DIR": str(caches / name)},
+            {"PYTHONPATH": path_of(tree, os.environ.get("PYTHONPATH", "")), "VIDRIAL_CACHE_DIR": str(caches / name)},
         )
         for name, tree in trees.items()
     }

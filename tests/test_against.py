@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -130,3 +131,7 @@ def test_result_has_every_turn() -> None:
     found = Result(CASE, {name: [1.0, 3.0] for name in against.SIDES}, {NEW: "a", OLD: ""}, {NEW: 1.0, OLD: 2.0}, 0.0, (1700.0, 650.0))
     assert json.loads(json.dumps(found.to_json()))["turns"][CUBLAS] == [1.0, 3.0]
     assert "1700 / 650" in show([found]) and "    old -" in show([found]) and "geometric" not in show([found])
+
+
+def test_a_side_finds_its_own_tree_and_what_is_installed_beside_it(tmp_path: Path) -> None:
+    assert against.path_of(tmp_path, os.pathsep.join(["/packages", str(against.ROOT), ""])) == os.pathsep.join([str(tmp_path), "/packages"])
