@@ -1,4 +1,4 @@
-"""NVIDIA's compute-sanitizer over the kernels of power retention; and proof that it would have seen a mistake."""
+"""NVIDIA's compute-sanitizer over the kernels; and proof that it would have seen a mistake."""
 
 from __future__ import annotations
 
@@ -39,6 +39,40 @@ for keywords, chunk, segments in CASES:
     workspace = cupy.empty(max(plan.workspace.bytes, 1), cupy.uint8)
     plan.run({name: array.data.ptr for name, array in arrays.items()}, workspace.data.ptr, cupy.cuda.get_current_stream().ptr)
     assert check(p, inputs, {"y": arrays["y"].get()}, reference(p, inputs)).ok
+print("all checked")
+"""
+# Both paths at odd shapes: tails of rows and keys, one query, a group, a window, rows without keys, an odd head size.
+FLASH = """
+import cupy
+import numpy as np
+
+cupy.cuda.set_allocator(None)
+from vidrial.device import Device
+from vidrial.kernels.flash_attention.op import check, example, op, reference, sample
+from vidrial.runtime.plan import CudaPlan
+
+CASES = (
+    {"t": 1, "h": 1, "d": 32},
+    {"t": 129, "h": 2, "d": 64},
+    {"t": 257, "h": 1, "hq": 3, "d": 128, "causal": True},
+    {"t": 331, "tq": 67, "h": 1, "hq": 2, "d": 96, "left": 100, "right": 7},
+    {"t": 65, "tq": 193, "h": 1, "d": 64, "causal": True, "dtype": "float16"},
+    {"t": 601, "tq": 1, "h": 2, "hq": 8, "d": 128},
+    {"t": 131, "h": 1, "d": 192, "e": 128, "causal": True},
+    {"t": 77, "h": 1, "d": 256},
+)
+device, done = Device.current(), 0
+for facts in CASES:
+    p = example(**facts)
+    for path in ("sm80", "sm90") if device.arch == "sm_90a" else ("sm80",):
+        plan, inputs = CudaPlan(op, p, op.predicted(p, device, {"path": path}), 0), sample(p, 0)
+        arrays = {name: cupy.asarray(array) for name, array in inputs.items()}
+        arrays["y"], arrays["lse"] = cupy.zeros((p.b, p.tq, p.hq, p.e), inputs["q"].dtype), cupy.zeros((p.b, p.hq, p.tq), np.float32)
+        workspace = cupy.empty(max(plan.workspace.bytes, 1), cupy.uint8)
+        plan.run({name: array.data.ptr for name, array in arrays.items()}, workspace.data.ptr, cupy.cuda.get_current_stream().ptr)
+        assert check(p, inputs, {n: arrays[n].get() for n in ("y", "lse")}, reference(p, inputs)).ok, (facts, path)
+        done += 1
+assert done == len(CASES) * (2 if device.arch == "sm_90a" else 1)
 print("all checked")
 """
 PLANTED = """
@@ -115,6 +149,11 @@ def sanitize(check: str, program: str, folder: Path) -> str:
 def test_power_retention_is_clean(check: str, tmp_path: Path) -> None:
     output = sanitize(check, RETENTION, tmp_path)
     assert "all checked" in output and CLEAN[check] in output, output[-4000:]
+
+
+def test_flash_attention_is_clean_on_both_paths(tmp_path: Path) -> None:
+    output = sanitize("memcheck", FLASH, tmp_path)
+    assert "all checked" in output and CLEAN["memcheck"] in output, output[-4000:]
 
 
 @pytest.mark.parametrize("check", CLEAN)
