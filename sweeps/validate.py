@@ -1,13 +1,14 @@
-"""Is the sweep's answer right? Three questions to this machine's GPU, about power retention:
+"""Is the sweep's answer right? Four questions to this machine's GPU, three about power retention, one about flash attention:
 
-    python -m vidrial.sweeps.validate               # all three, within about 5 minutes
+    python -m vidrial.sweeps.validate               # all four, within about 6 minutes
     python -m vidrial.sweeps.validate --cold        # seconds that a sweep of 48 configs takes, nothing compiled
     python -m vidrial.sweeps.validate --search      # a search within a budget beside an exhaustive one, three problems
     python -m vidrial.sweeps.validate --lengths     # at 40 random lengths: the config that a call picks beside the best kept one
+    python -m vidrial.sweeps.validate --shapes      # the same of flash attention, at 40 random batches, heads and lengths
 
 Each writes its part of results/<device key>/validation.json after every case, and copies that to $OUT: what was found is there whatever
 comes after. `--seconds` is for everything; what does not fit into it is left out, and the record says over how much it ran.
-`--lengths` needs the ranking that `vidrial.sweeps.power_retention` writes.
+`--lengths` and `--shapes` need the rankings that `vidrial.sweeps.power_retention` and `vidrial.sweeps.flash_attention` write.
 """
 
 from __future__ import annotations
@@ -27,13 +28,17 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from vidrial import Device, Stage, SweepError, VidrialError, describe
+from vidrial import Device, Op, Stage, SweepError, VidrialError, describe
 from vidrial.build.cubins import build_many
 from vidrial.build.nvrtc import Cubin
+from vidrial.kernels.flash_attention.op import example as flash_example
+from vidrial.kernels.flash_attention.op import op as flash_op
 from vidrial.kernels.power_retention.op import Config, example, op, rules
 from vidrial.kernels.power_retention.problem import Problem
+from vidrial.spec.fields import fields
 from vidrial.spec.registry import reference_of
-from vidrial.sweeps.common import RESULTS, Case, copy_journal, copy_out, facts, table, this_device, write_json
+from vidrial.sweeps.common import RESULTS, C, Case, P, copy_journal, copy_out, facts, table, this_device, write_json
+from vidrial.sweeps.flash_attention import facts as flash_facts
 from vidrial.tune import Choice, Status, choose_config, forget, latest, shipped, sweep, top_configs
 from vidrial.tune.search import Search
 from vidrial.tune.workers import CUDA_BENCH, Job, Workers
@@ -123,65 +128,97 @@ def compare(case: Case, seconds: float, device: Device) -> dict[str, Any]:
 
 
 def lengths(seconds: float, device: Device) -> Iterator[dict[str, Any]]:
-    """At random lengths, what a call picks over the fastest of the kept candidates, timed in turn."""
-    begun, rows, failed = time.monotonic(), list[dict[str, Any]](), list[str]()
+    """Power retention at random lengths: what a call picks over the fastest of the kept candidates, timed in turn."""
     problems = [example(t=t) for t in random.Random(SEED).sample(range(SHORTEST, LONGEST + 1), LENGTHS)]
-    static = {name: getattr(problems[0], name) for name in ("dtype", "d", "e", "degree", "gated", "normalized")}
-    measured = [m for r in shipped(op, device.key) for m in r.measured if all(getattr(m.problem, k) == v for k, v in static.items())]
-    if not measured:
-        raise SweepError(f"no ranking of these templates is shipped for {device.key}; run python -m vidrial.sweeps.power_retention first")
+    return picks_beside_kept(op, problems, lambda p: {"t": p.t}, seconds, device)
+
+
+def shapes(seconds: float, device: Device) -> Iterator[dict[str, Any]]:
+    """Flash attention at random batches, heads and lengths, two head sizes, both masks: as `--lengths`."""
+    rng, families = random.Random(SEED), [(d, causal) for d in (128, 64) for causal in (True, False)]
+    problems = []
+    for i in range(LENGTHS):
+        (d, causal), t = families[i % len(families)], round(math.exp(rng.uniform(math.log(SHORTEST), math.log(LONGEST))))
+        # About as many tokens as the longest has, at most: short sequences come in batches.
+        b, h = rng.randint(1, max(1, min(32, LONGEST // t))), rng.choice((4, 8, 12, 16, 32))
+        problems.append(flash_example(t=t, b=b, h=h, d=d, causal=causal))
+    return picks_beside_kept(flash_op, problems, flash_facts, seconds, device)
+
+
+def picks_beside_kept(
+    op: Op[P, C], problems: Sequence[P], facts: Callable[[P], Mapping[str, object]], seconds: float, device: Device
+) -> Iterator[dict[str, Any]]:
+    """Of each problem what a call picks, with an empty cache, and the candidates that shipped rankings keep, timed in turn.
+
+    Raises:
+        SweepError: nothing is shipped for these problems, or none was timed in time.
+    """
+    begun, rows, failed = time.monotonic(), list[dict[str, Any]](), list[str]()
+    measured = [m for r in shipped(op, device.key) for m in r.measured]
+    kept = {
+        family: top_configs(m for m in measured if static_facts(m.problem) == family)
+        for family in dict.fromkeys(map(static_facts, problems))
+    }
+    if not any(kept.values()):
+        raise SweepError(f"no ranking of these templates is shipped for {device.key}; run python -m vidrial.sweeps.{op.name} first")
     with tempfile.TemporaryDirectory(prefix="vidrial-empty-") as empty, using_cache(empty):
-        picks = {p.t: choose_config(op, p, device) for p in problems}
-        origins = Counter(choose_config(op, m.problem, device).origin for m in measured)
-    kept = top_configs(measured)
-    built = compiled(problems, picks, kept, device, begun + COMPILE_SHARE * seconds)
+        picks = {p: choose_config(op, p, device) for p in problems}
+        origins = Counter(choose_config(op, m.problem, device).origin for m in measured if static_facts(m.problem) in kept)
+    asked = {p: [c for c in dict.fromkeys([picks[p].config, *kept[static_facts(p)]]) if legal(op, p, c, device)] for p in problems}
+    built = compiled(op, asked, device, begun + COMPILE_SHARE * seconds)
     print(f"  compiled after {time.monotonic() - begun:.0f} s", flush=True)
     with Workers(reference_of(op), BENCH, (0,), Job("prepare", problems[0], op.small(problems[0])), LIMIT) as workers:
         for problem in problems:
-            chosen = picks[problem.t]
-            configs = [c for c in dict.fromkeys([chosen.config, *kept]) if legal(problem, c, device) and stages(problem, c).keys() <= built]
+            chosen, named = picks[problem], " ".join(f"{name}={value}" for name, value in facts(problem).items())
+            configs = [c for c in asked[problem] if stages(op, problem, c).keys() <= built]
             if time.monotonic() - begun > seconds or chosen.config not in configs:
                 continue
             ((_, reply),) = workers.run([Job("time", problem, problem, tuple(configs), rounds=ROUNDS)])
             if reply.status is not Status.ok:
-                failed.append(f"t={problem.t}: {reply.status.name}: {reply.reason}")
+                failed.append(f"{named}: {reply.status.name}: {reply.reason}")
                 continue
-            rows.append(row(problem, chosen, configs, reply.timings))
+            rows.append({**facts(problem), **row(chosen, configs, reply.timings)})
             ratios = [r["ratio"] for r in rows]
-            print(f"  {len(rows)}: t={problem.t} {rows[-1]['ratio']:.3f} of {len(configs)} candidates ({chosen.origin})", flush=True)
-            yield {"shipped_problems": dict(origins), "kept": [describe(c) for c in kept], "lengths": rows, "asked": LENGTHS, "failed": failed,
+            print(f"  {len(rows)}: {named} {rows[-1]['ratio']:.3f} of {len(configs)} candidates ({chosen.origin})", flush=True)
+            names = [describe(c) for found in kept.values() for c in found]
+            yield {"shipped_problems": dict(origins), "kept": names, "lengths": rows, "asked": len(problems), "failed": failed,
                    "geometric_mean": math.exp(sum(map(math.log, ratios)) / len(ratios)), "worst": max(ratios), "bound": 1.05,
-                   "complete": len(rows) == LENGTHS}  # fmt: skip
+                   "complete": len(rows) == len(problems)}  # fmt: skip
     if not rows:
         raise SweepError(f"no length was timed within {seconds:.0f} s: {'; '.join(failed) or 'the picks were not compiled in time'}")
 
 
-def row(problem: Problem, chosen: Choice, configs: Sequence[Config], timings: Sequence[Any]) -> dict[str, Any]:
-    """What is kept of one length; the first config is the one that was picked."""
+def row(chosen: Choice[Any], configs: Sequence[Any], timings: Sequence[Any]) -> dict[str, Any]:
+    """What is kept of one problem; the first config is the one that was picked."""
     mine, best = timings[0], min(range(len(configs)), key=lambda i: timings[i].median_ms)
     return {
-        "t": problem.t, "origin": chosen.origin, "ratio": mine.median_ms / timings[best].median_ms, "ms": mine.median_ms,
+        "origin": chosen.origin, "ratio": mine.median_ms / timings[best].median_ms, "ms": mine.median_ms,
         "best_ms": timings[best].median_ms, "noise": mine.noise_ms / mine.median_ms, "picked": describe(configs[0]),
         "best": describe(configs[best]), "candidates": len(configs),
     }  # fmt: skip
 
 
-def legal(problem: Problem, config: Config, device: Device) -> bool:
+def static_facts(problem: Any) -> tuple[object, ...]:
+    """What a problem shares with others of the same binaries."""
+    return tuple(fields(problem, "static").values())
+
+
+def legal(op: Op[P, C], problem: P, config: C, device: Device) -> bool:
     """Whether a config may run on a problem."""
     return op.reject(problem, config, device) is None
 
 
-def stages(problem: Problem, config: Config) -> dict[Any, Stage]:
+def stages(op: Op[P, C], problem: P, config: C) -> dict[Any, Stage]:
     """What a config runs, by what decides its binary: sources do not depend on the length."""
     return {s.binary: s for s in op.stages(problem, config)}
 
 
-def compiled(problems: Sequence[Problem], picks: Mapping[int, Choice], kept: Sequence[Config], device: Device, until: float) -> set[Any]:
-    """Compile the picks, then the kept candidates, until that time; the binaries that are there."""
-    picked = {key: s for p in problems for key, s in stages(p, picks[p.t].config).items()}
-    others = {key: s for p in problems for c in kept if legal(p, c, device) for key, s in stages(p, c).items()}
+def compiled(op: Op[P, C], asked: Mapping[P, Sequence[C]], device: Device, until: float) -> set[Any]:
+    """Compile of each problem's configs the first ones, then the others, until that time; the binaries that are there."""
+    first = {key: s for p, configs in asked.items() for key, s in stages(op, p, configs[0]).items()}
+    others = {key: s for p, configs in asked.items() for c in configs[1:] for key, s in stages(op, p, c).items()}
     built: set[Any] = set()
-    sources = {key: (s.kernel.source(s.problem, s.config), describe(s.config)) for key, s in (picked | others).items()}
+    sources = {key: (s.kernel.source(s.problem, s.config), describe(s.config)) for key, s in (first | others).items()}
     with contextlib.closing(build_many(sources, device.arch, JOBS)) as results:  # type: ignore[type-var]
         for key, result in results:
             if isinstance(result, Cubin):
@@ -209,7 +246,7 @@ def using_cache(folder: str) -> Iterator[None]:
 
 # In this order, what the first ones compile serves the others; seconds of the usual total.
 PARTS: Mapping[str, tuple[Callable[[float, Device], Iterator[dict[str, Any]]], float]] = {
-    "cold": (cold, 45.0), "search": (search, 165.0), "lengths": (lengths, 80.0)}  # fmt: skip
+    "cold": (cold, 45.0), "search": (search, 165.0), "lengths": (lengths, 80.0), "shapes": (shapes, 80.0)}  # fmt: skip
 
 
 def run(name: str, seconds: float, results: Path, device: Device) -> dict[str, Any]:
@@ -246,8 +283,9 @@ def line(name: str, found: Mapping[str, Any]) -> tuple[str, ...]:
                           for c in found.get("cases", ()))  # fmt: skip
         over = f"{len(found.get('cases', ()))} problems: {every} configs"
     else:
-        asked, value, text = "pick / best kept, geometric mean", found.get("geometric_mean"), "{:.3f}"
-        over = f"{len(found.get('lengths', ()))} lengths, worst {found.get('worst', math.nan):.3f}"
+        of = "power retention" if name == "lengths" else "flash attention"
+        asked, value, text = f"pick / best kept, geometric mean, {of}", found.get("geometric_mean"), "{:.3f}"
+        over = f"{len(found.get('lengths', ()))} {name}, worst {found.get('worst', math.nan):.3f}"
     over += f"; ended early: {found['error'][:80]}" if "error" in found else ""
     bound = found.get("bound")
     holds = "" if value is None or bound is None else "yes" if value <= bound else "NO"

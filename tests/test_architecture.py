@@ -124,6 +124,7 @@ EXEMPT = {
     "sweeps/validate.py": {
         "vidrial.build.cubins.build_many",
         "vidrial.build.nvrtc.Cubin",
+        "vidrial.spec.fields.fields",
         "vidrial.spec.registry.reference_of",
         "vidrial.tune.search.Search",
         "vidrial.tune.workers.CUDA_BENCH",

@@ -118,6 +118,15 @@ def test_flash_attention_is_swept_the_first_groups_first(
     forget()
     config, origin = choose_config(flash_op, groups["4 queries"][0][0], H200)
     assert origin == "shipped" and config.path == "sm90"
+    # Of forty random shapes those of families that were swept are answered for; the others' candidates are what is picked.
+    monkeypatch.setattr(validate, "LENGTHS", 8)
+    command(monkeypatch, validate, "--shapes", "--results", str(results))
+    found = json.loads((folder / "validation.json").read_text())["shapes"]
+    assert found["complete"] and len(found["lengths"]) == 8 and found["shipped_problems"] == {"shipped": 2}
+    assert {(row["d"], row["mask"]) for row in found["lengths"]} == {(d, mask) for d in (64, 128) for mask in ("causal", "full")}
+    assert [row["candidates"] for row in found["lengths"] if row["d"] == 64] == [1] * 4
+    assert any(row["candidates"] > 1 for row in found["lengths"] if (row["d"], row["mask"]) == (128, "causal"))
+    assert "8 shapes, worst " in capsys.readouterr().out
     # A window of -1 keys is none; of -2 there is none, here as in a ranking.
     first = groups["4 queries"][0][0]
     with pytest.raises(ArgumentError, match="left=-2: a sweep needs at least -1"):
