@@ -11,8 +11,26 @@ import numpy as np
 from numpy.typing import NDArray
 
 import vidrial as vd
-from vidrial.layout import VECTOR, Epilogue, MMA_16x8x16, Pipeline, SharedMemory, SmemLayout, TiledCopy, TiledMma, WarpgroupMma, cp_async
-from vidrial.layout import Barriers, Meeting, NamedBarriers, Roles, Scheduler, TensorMap, TmaRing, TmaTile
+from vidrial.layout import (
+    VECTOR,
+    Barriers,
+    Epilogue,
+    Meeting,
+    MMA_16x8x16,
+    NamedBarriers,
+    Pipeline,
+    Roles,
+    Scheduler,
+    SharedMemory,
+    SmemLayout,
+    TensorMap,
+    TiledCopy,
+    TiledMma,
+    TmaRing,
+    TmaTile,
+    WarpgroupMma,
+    cp_async,
+)
 
 SMS = 132  # of the largest Hopper GPU: on one with fewer some CTAs wait for others
 A = TypeVar("A")  # an array of torch, CuPy, JAX or NumPy
@@ -33,8 +51,8 @@ class Problem:
 
 @dataclass(frozen=True)
 class Config:
-    """All threads copy, then multiply. A CTA of `warps` makes `rows` x `columns` of C, `depth` of k at a time through `stages`; `blocks`: CTAs per SM that registers must allow;
-    `load`, `store`: bytes that rows of A and B, and of C, are aligned to; `mma`: by which instruction."""
+    """All threads copy, then multiply. A CTA of `warps` makes `rows` x `columns` of C, `depth` of k at a time through `stages`; `blocks`: CTAs
+    per SM that registers must allow; `load`, `store`: bytes that rows of A and B, and of C, are aligned to; `mma`: by which instruction."""
 
     rows: int = vd.choice(128, 64, 256)
     columns: int = vd.choice(128, 64, 256)
@@ -72,7 +90,9 @@ class Paths:
 
 
 ARGS = vd.Arguments(a="Elem const*", b="Elem const*", bias="Elem const*", c="Elem*", m="int", n="int", k="int")
-MAPPED = vd.Arguments(a="TensorMap", b="TensorMap", bias="Elem const*", c="Elem*", m="int", n="int", k="int", down="int", across="int", groups="int")
+MAPPED = vd.Arguments(
+    a="TensorMap", b="TensorMap", bias="Elem const*", c="Elem*", m="int", n="int", k="int", down="int", across="int", groups="int"
+)
 
 
 def tma_tiles(p: Problem, c: ByTma) -> vd.Tiles:
@@ -178,14 +198,17 @@ def tma_rules(p: Problem, c: Config, device: vd.Device) -> Iterator[tuple[bool, 
     # Beside the accumulators: addresses and the loop; and what ptxas needs for itself beside those of one instruction (C7602).
     accumulators, registers, launched = c.rows * c.columns // (32 * c.warps), roles(c).reallocated[1], roles(c).launched
     yield accumulators + 32 <= registers, f"{accumulators} accumulators and 32 other registers per thread; there are {registers}"
-    yield c.columns // 2 + 24 <= launched, f"{c.columns // 2} accumulators of one instruction, 24 other registers; the launch gives {launched}"
+    yield (
+        c.columns // 2 + 24 <= launched,
+        f"{c.columns // 2} accumulators of one instruction, 24 other registers; the launch gives {launched}",
+    )
 
 
 def cost(p: Problem, c: Config, device: vd.Device) -> vd.Cost:
     x, y, _ = grid(p, c)
     reused = c.rows * c.columns / (c.rows + c.columns)  # products per element that is loaded
-    share = {"sync": 0.4, "wgmma": 0.65, "tma": 0.85}[c.mma]
-    efficiency = share * min(1.0, reused / 64) ** 0.5 * (1.0 if c.load == 16 else 0.6)
+    share, enough = {"sync": (0.4, 64), "wgmma": (0.65, 64), "tma": (0.8, 85)}[c.mma]
+    efficiency = share * min(1.0, reused / enough) ** 0.5 * (1.0 if c.load == 16 else 0.6) * (1.0 if c.stages > 3 else 0.97)
     return vd.Cost(
         flops=2 * x * y * c.rows * c.columns * -(-p.k // c.depth) * c.depth,
         bytes=p.dtype.bytes * (p.m * p.k + p.n * p.k + p.m * p.n + p.biased * p.n),

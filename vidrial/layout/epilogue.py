@@ -41,8 +41,8 @@ class Epilogue:
         whole = tile.columns == n or (isinstance(self.mma, WarpgroupMma) and n % tile.columns == 0 and tile.columns % 8 == 0)
         if tile.rows != m or not whole or tile.dtype.bytes not in (2, 4):
             raise LayoutError(
-                f"the tile of this epilogue is {m} x {n}, by wgmma or a part of these columns, of 16 or 32-bit elements; "
-                f"got {tile.rows} x {tile.columns} {tile.dtype}"
+                f"the tile of this epilogue is {m} x {n} of 16 or 32-bit elements; got {tile.rows} x {tile.columns} {tile.dtype}; by wgmma it may "
+                "have a part of the columns, whole blocks of 8"
             )
         if self.atom not in VECTOR.values() or self.atom.bytes < tile.dtype.bytes:
             raise LayoutError(
