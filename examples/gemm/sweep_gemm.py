@@ -14,7 +14,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from gemm import Problem, example, op
+from gemm import Paths, Problem, example, op
 
 import vidrial as vd
 from vidrial.runtime.plan import CudaPlan
@@ -32,8 +32,8 @@ SIZES = (
     (4099, 4098, 4094),
     (4099, 4097, 4095),
 )
-# Configs that the sweep ranks first and that are timed in turn with cuBLAS; samples of each.
-LEADERS, ROUNDS = 3, 40
+# Configs that the sweep ranks first and that are timed in turn with cuBLAS; samples of each; configs of the sweep that are printed.
+LEADERS, ROUNDS, SHOWN = 3, 40, 12
 # Relative to the norm: more than both results' rounding.
 WRONG = 2.0**-8
 
@@ -54,6 +54,7 @@ class Row:
     cublas_iqr_ms: float
     cublas_tflops: float
     share: float
+    ranked: list[tuple[str, float]]
 
     def __str__(self) -> str:
         return (
@@ -80,11 +81,19 @@ def main() -> None:
                 asked["configs"] = [candidate.config for candidate in op.ranked(problem, device, {"by": arguments.by})]
             result = vd.tune.sweep(op, problem, seconds=arguments.seconds, progress=False, **asked)
             row = beside_cublas(problem, [ranked.config for ranked in result.ranked[:LEADERS]])
-            print(f"{result.table(12)}\n{row}\n", flush=True)
+            row.ranked.extend((spelled(ranked.config), ranked.timing.median_ms) for ranked in result.ranked)
             rows.append(row)
+            print(f"{row}\n{SHOWN} of {len(row.ranked)} configs of the sweep, ms, fastest first:")
+            print("\n".join(f"  {ms:.4f}  {config}" for config, ms in row.ranked[:SHOWN]))
+            print("\n".join(f"note: {note}" for note in result.notes), flush=True)
             if arguments.out is not None:
                 arguments.out.write_text(json.dumps([dataclasses.asdict(row) for row in rows], indent=1) + "\n")
     print("\n".join(map(str, rows)))
+
+
+def spelled(config: Paths) -> str:
+    """The part of a config that counts."""
+    return f"{config.by}: {describe(config.tma if config.by == 'tma' else config.threads)}"
 
 
 def beside_cublas(p: Problem, configs: list[Any]) -> Row:
@@ -114,7 +123,7 @@ def beside_cublas(p: Problem, configs: list[Any]) -> Row:
     # Both round sums of float32, in different orders.
     distance = float((arrays["c"].float() - expected.float()).norm() / expected.float().norm())
     if not p.biased and not distance < WRONG:
-        raise SystemExit(f"{describe(configs[-1])} is {distance:.2e} of the norm off cuBLAS' result")
+        raise SystemExit(f"{spelled(configs[-1])} is {distance:.2e} of the norm off cuBLAS' result")
     best, timing = min(enumerate(ours), key=lambda item: item[1].median_ms)
     flops = 2e-9 * p.m * p.n * p.k
     return Row(
@@ -122,7 +131,7 @@ def beside_cublas(p: Problem, configs: list[Any]) -> Row:
         n=p.n,
         k=p.k,
         dtype=p.dtype.label,
-        config=describe(configs[best]),
+        config=spelled(configs[best]),
         ms=timing.median_ms,
         iqr_ms=timing.iqr_ms,
         tflops=flops / timing.median_ms,
@@ -130,6 +139,7 @@ def beside_cublas(p: Problem, configs: list[Any]) -> Row:
         cublas_iqr_ms=library.iqr_ms,
         cublas_tflops=flops / library.median_ms,
         share=library.median_ms / timing.median_ms,
+        ranked=[],
     )
 
 
