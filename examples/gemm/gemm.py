@@ -71,7 +71,7 @@ class ByTma(Config):
     by side, then the rows below, so that what they read stays in L2."""
 
     rows: int = vd.choice(128, 256, 192, 64)
-    columns: int = vd.choice(256, 128, 192, 64, 96, 160)
+    columns: int = vd.choice(256, 128, 192, 64, 96, 160, 208)
     depth: int = vd.choice(64)
     stages: int = vd.choice(4, 3, 5, 6, 7)
     warps: int = vd.choice(8, 4, 12)
@@ -206,11 +206,19 @@ def tma_rules(p: Problem, c: Config, device: vd.Device) -> Iterator[tuple[bool, 
 
 def cost(p: Problem, c: Config, device: vd.Device) -> vd.Cost:
     x, y, _ = grid(p, c)
-    reused = c.rows * c.columns / (c.rows + c.columns)  # products per element that is loaded
-    share, enough = {"sync": (0.4, 64), "wgmma": (0.65, 64), "tma": (0.8, 85)}[c.mma]
-    efficiency = share * min(1.0, reused / enough) ** 0.5 * (1.0 if c.load == 16 else 0.6) * (1.0 if c.stages > 3 else 0.97)
+    depth = -(-p.k // c.depth) * c.depth
+    flops, read = 2 * c.rows * c.columns * depth, p.dtype.bytes * (c.rows + c.columns) * depth  # of one CTA's tile
+    if c.mma == "tma":
+        # Measured on an H200: all of the tensor rate, or what comes out of L2, whose lines of 128 bytes are read twice by rows that begin elsewhere.
+        speed = 12e12 if p.k * p.dtype.bytes % 128 == 0 else 5.4e12
+        waves = -(-x * y // device.sms) if c.blocks == 1 else max(1.0, x * y / device.sms)
+        efficiency = min(1.0, flops * device.sms / (device.tensor_tflops * 1e12) * speed * waves / (read * x * y))
+        efficiency *= (0.98 if c.stages < 4 else 1.0) * (0.95 if c.blocks > 1 else 1.0)
+    else:
+        reused = c.rows * c.columns / (c.rows + c.columns)  # products per element that is loaded
+        efficiency = (0.65 if c.mma == "wgmma" else 0.4) * min(1.0, reused / 64) ** 0.5 * (1.0 if c.load == 16 else 0.6)
     return vd.Cost(
-        flops=2 * x * y * c.rows * c.columns * -(-p.k // c.depth) * c.depth,
+        flops=x * y * flops,
         bytes=p.dtype.bytes * (p.m * p.k + p.n * p.k + p.m * p.n + p.biased * p.n),
         ctas=x * y,
         ctas_per_sm=c.blocks,

@@ -68,6 +68,7 @@ def main() -> None:
     parser.add_argument("--size", nargs=3, type=int, action="append", metavar=("M", "N", "K"), help="by default some of every kind")
     parser.add_argument("--dtype", nargs="+", default=["float16"], choices=("bfloat16", "float16"))
     parser.add_argument("--by", choices=("threads", "tma"), help="sweep configs of this path alone")
+    parser.add_argument("--tile", nargs="+", default=[], metavar="ROWSxCOLUMNS", help="configs of these tiles alone")
     parser.add_argument("--gelu", action="store_true", help="with bias and GELU; cuBLAS' time is that of the product alone")
     parser.add_argument("--seconds", type=float, default=20.0, help="time for each size, about")
     parser.add_argument("--out", type=Path, help="write the rows there as JSON")
@@ -77,8 +78,10 @@ def main() -> None:
         for m, n, k in arguments.size or SIZES:
             problem = example(m=m, n=n, k=k, dtype=dtype, bias=arguments.gelu, gelu=arguments.gelu)
             asked: dict[str, Any] = {}
-            if arguments.by is not None:
-                asked["configs"] = [candidate.config for candidate in op.ranked(problem, device, {"by": arguments.by})]
+            if arguments.by is not None or arguments.tile:
+                fixed = {"by": arguments.by} if arguments.by is not None else {}
+                ranked = (candidate.config for candidate in op.ranked(problem, device, fixed))
+                asked["configs"] = [config for config in ranked if not arguments.tile or tile(config) in arguments.tile]
             result = vd.tune.sweep(op, problem, seconds=arguments.seconds, progress=False, **asked)
             row = beside_cublas(problem, [ranked.config for ranked in result.ranked[:LEADERS]])
             row.ranked.extend((spelled(ranked.config), ranked.timing.median_ms) for ranked in result.ranked)
@@ -89,6 +92,12 @@ def main() -> None:
             if arguments.out is not None:
                 arguments.out.write_text(json.dumps([dataclasses.asdict(row) for row in rows], indent=1) + "\n")
     print("\n".join(map(str, rows)))
+
+
+def tile(config: Paths) -> str:
+    """Rows and columns of C that a CTA makes."""
+    part = config.tma if config.by == "tma" else config.threads
+    return f"{part.rows}x{part.columns}"
 
 
 def spelled(config: Paths) -> str:
