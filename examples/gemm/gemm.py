@@ -1,4 +1,4 @@
-"""C = A B^T + bias, then GELU if asked for: bfloat16 and float16, any m, n, k, by mma.sync or wgmma (docs/writing_a_gemm.md)."""
+"""C = A B^T + bias, then GELU if asked for: bfloat16 and float16, any m, n, k, by mma.sync, wgmma, or wgmma and TMA (docs/writing_a_gemm.md)."""
 
 from __future__ import annotations
 
@@ -11,8 +11,28 @@ import numpy as np
 from numpy.typing import NDArray
 
 import vidrial as vd
-from vidrial.layout import VECTOR, Epilogue, MMA_16x8x16, Pipeline, SharedMemory, SmemLayout, TiledCopy, TiledMma, WarpgroupMma, cp_async
+from vidrial.layout import (
+    VECTOR,
+    Barriers,
+    Epilogue,
+    Meeting,
+    MMA_16x8x16,
+    NamedBarriers,
+    Pipeline,
+    Roles,
+    Scheduler,
+    SharedMemory,
+    SmemLayout,
+    TensorMap,
+    TiledCopy,
+    TiledMma,
+    TmaRing,
+    TmaTile,
+    WarpgroupMma,
+    cp_async,
+)
 
+SMS = 132  # of the largest Hopper GPU: on one with fewer some CTAs wait for others
 A = TypeVar("A")  # an array of torch, CuPy, JAX or NumPy
 Arrays: TypeAlias = Mapping[str, NDArray[Any]]
 
@@ -31,8 +51,8 @@ class Problem:
 
 @dataclass(frozen=True)
 class Config:
-    """A CTA of `warps` makes `rows` x `columns` of C, `depth` of k at a time through `stages`; `blocks`: CTAs per SM that registers must allow;
-    `load`, `store`: bytes that rows of A and B, and of C, are aligned to; `mma`: by which instruction."""
+    """All threads copy, then multiply. A CTA of `warps` makes `rows` x `columns` of C, `depth` of k at a time through `stages`; `blocks`: CTAs
+    per SM that registers must allow; `load`, `store`: bytes that rows of A and B, and of C, are aligned to; `mma`: by which instruction."""
 
     rows: int = vd.choice(128, 64, 256)
     columns: int = vd.choice(128, 64, 256)
@@ -45,7 +65,72 @@ class Config:
     mma: str = vd.choice("sync", "wgmma")
 
 
+@dataclass(frozen=True)
+class ByTma(Config):
+    """One more warp copies by TMA, `warps` multiply by wgmma and store. As many CTAs as run at once take tile after tile, `side` of them side
+    by side, then the rows below, so that what they read stays in L2."""
+
+    rows: int = vd.choice(128, 256, 192, 64)
+    columns: int = vd.choice(256, 128, 192, 64, 96, 160, 208)
+    depth: int = vd.choice(64)
+    stages: int = vd.choice(4, 3, 5, 6, 7)
+    warps: int = vd.choice(8, 4, 12)
+    load: int = vd.choice(16)
+    mma: str = vd.choice("tma")
+    side: int = vd.choice(8, 4, 16)
+
+
+@dataclass(frozen=True)
+class Paths:
+    """Who copies: all `threads`, or `tma`."""
+
+    by: str = vd.choice("threads", "tma")
+    threads: Config = vd.part(Config)
+    tma: ByTma = vd.part(ByTma)
+
+
 ARGS = vd.Arguments(a="Elem const*", b="Elem const*", bias="Elem const*", c="Elem*", m="int", n="int", k="int")
+MAPPED = vd.Arguments(
+    a="TensorMap", b="TensorMap", bias="Elem const*", c="Elem*", m="int", n="int", k="int", down="int", across="int", groups="int"
+)
+
+
+def tma_tiles(p: Problem, c: ByTma) -> vd.Tiles:
+    a, b = SmemLayout(p.dtype, c.rows, c.depth, stages=c.stages), SmemLayout(p.dtype, c.columns, c.depth, stages=c.stages)
+    who, own = roles(c), c.rows // (c.warps // 4)
+    mma = WarpgroupMma(p.dtype, 1, (own, c.columns, c.depth), b, a)  # of each warpgroup, whose rows are its own
+    out = SmemLayout(p.dtype, own, SmemLayout(p.dtype, own, c.columns).block, stages=c.warps // 4)
+    box_a, box_b = TmaTile(a), TmaTile(b)
+    bars = Barriers(ring=TmaRing((box_a, box_b), who.consumer_warps), order=Scheduler("static", heavy=False))
+    return vd.Tiles(
+        threads=who.threads,
+        min_blocks=c.blocks,
+        smem=SharedMemory(A=a, B=b, C=out, Bars=bars.bytes),
+        Elem=p.dtype,
+        A=a,
+        B=b,
+        C=out,
+        BoxA=box_a,
+        BoxB=box_b,
+        Mma=mma,
+        Epilogue=Epilogue(mma, out, VECTOR[c.store]),
+        Roles=who,
+        Bars=bars,
+        Named=NamedBarriers(stored=Meeting(128, count=c.warps // 4)),
+    )
+
+
+def roles(c: Config) -> Roles:
+    return Roles(producer=1, consumers=c.warps // 4, ctas=c.blocks)
+
+
+def maps(p: Problem, c: ByTma, t: vd.Tiles) -> dict[str, TensorMap]:
+    return {"a": TensorMap(t.BoxA, "a", (p.m, p.k), (p.k,)), "b": TensorMap(t.BoxB, "b", (p.n, p.k), (p.k,))}
+
+
+def scalars(p: Problem, c: ByTma) -> dict[str, int]:
+    across, down, _ = grid(p, c)
+    return {"across": across, "down": down, "groups": -(-across // c.side)}
 
 
 def tiles(p: Problem, c: Config) -> vd.Tiles:
@@ -75,6 +160,11 @@ def grid(p: Problem, c: Config) -> tuple[int, int, int]:
     return -(-p.n // c.columns), -(-p.m // c.rows), 1
 
 
+def tma_grid(p: Problem, c: ByTma) -> tuple[int, int, int]:
+    across, down, _ = grid(p, c)
+    return Scheduler("static").ctas(across * down, SMS * c.blocks), 1, 1
+
+
 def aligned(elements: int) -> int:
     """Bytes, 16 at most, that rows of so many 16-bit elements are aligned to, if the first one is."""
     return min(16, 2 * (elements & -elements))
@@ -84,6 +174,9 @@ def rules(p: Problem, c: Config, device: vd.Device) -> Iterator[tuple[bool, str]
     yield p.dtype in MMA_16x8x16 and p.dtype.bytes == 2, f"dtype {p.dtype} is not served; accepted: bfloat16, float16"
     yield c.load == aligned(p.k), f"load={c.load}: rows of k={p.k} elements are aligned to {aligned(p.k)} bytes"
     yield c.store == aligned(p.n), f"store={c.store}: rows of n={p.n} elements are aligned to {aligned(p.n)} bytes"
+    if c.mma == "tma":
+        yield from tma_rules(p, c, device)
+        return
     yield c.columns <= 32 * c.warps, f"columns={c.columns}: {c.warps} warps store 16 bytes each of {32 * c.warps} columns at most"
     yield c.rows * c.columns <= c.stages * c.depth * (c.rows + c.columns), "C is larger than the stages, where it goes"
     accumulators, registers = c.rows * c.columns // (32 * c.warps), min(255, device.registers_per_sm // (32 * c.warps * c.blocks) // 8 * 8)
@@ -99,12 +192,33 @@ def rules(p: Problem, c: Config, device: vd.Device) -> Iterator[tuple[bool, str]
         yield c.rows % (16 * c.warps) == 0, f"rows={c.rows}: each of {c.warps // 4} warpgroups makes multiples of 64"
 
 
+def tma_rules(p: Problem, c: Config, device: vd.Device) -> Iterator[tuple[bool, str]]:
+    yield device.arch == "sm_90a", f"TMA and wgmma are instructions of sm_90a; {device.name} is {device.arch}"
+    yield c.rows % (16 * c.warps) == 0, f"rows={c.rows}: each of {c.warps // 4} warpgroups makes multiples of 64"
+    # Beside the accumulators: addresses and the loop; and what ptxas needs for itself beside those of one instruction (C7602).
+    accumulators, registers, launched = c.rows * c.columns // (32 * c.warps), roles(c).reallocated[1], roles(c).launched
+    yield accumulators + 32 <= registers, f"{accumulators} accumulators and 32 other registers per thread; there are {registers}"
+    yield (
+        c.columns // 2 + 24 <= launched,
+        f"{c.columns // 2} accumulators of one instruction, 24 other registers; the launch gives {launched}",
+    )
+
+
 def cost(p: Problem, c: Config, device: vd.Device) -> vd.Cost:
     x, y, _ = grid(p, c)
-    reused = c.rows * c.columns / (c.rows + c.columns)  # products per element that is loaded
-    efficiency = (0.65 if c.mma == "wgmma" else 0.4) * min(1.0, reused / 64) ** 0.5 * (1.0 if c.load == 16 else 0.6)
+    depth = -(-p.k // c.depth) * c.depth
+    flops, read = 2 * c.rows * c.columns * depth, p.dtype.bytes * (c.rows + c.columns) * depth  # of one CTA's tile
+    if c.mma == "tma":
+        # Measured on an H200: all of the tensor rate, or what comes out of L2, whose lines of 128 bytes are read twice by rows that begin elsewhere.
+        speed = 12e12 if p.k * p.dtype.bytes % 128 == 0 else 5.4e12
+        waves = -(-x * y // device.sms) if c.blocks == 1 else max(1.0, x * y / device.sms)
+        efficiency = min(1.0, flops * device.sms / (device.tensor_tflops * 1e12) * speed * waves / (read * x * y))
+        efficiency *= (0.98 if c.stages < 4 else 1.0) * (0.95 if c.blocks > 1 else 1.0)
+    else:
+        reused = c.rows * c.columns / (c.rows + c.columns)  # products per element that is loaded
+        efficiency = (0.65 if c.mma == "wgmma" else 0.4) * min(1.0, reused / 64) ** 0.5 * (1.0 if c.load == 16 else 0.6)
     return vd.Cost(
-        flops=2 * x * y * c.rows * c.columns * -(-p.k // c.depth) * c.depth,
+        flops=x * y * flops,
         bytes=p.dtype.bytes * (p.m * p.k + p.n * p.k + p.m * p.n + p.biased * p.n),
         ctas=x * y,
         ctas_per_sm=c.blocks,
@@ -112,7 +226,13 @@ def cost(p: Problem, c: Config, device: vd.Device) -> vd.Cost:
     )
 
 
-kernel = vd.Kernel("gemm", Path(__file__).with_name("gemm.cu.j2"), Problem, Config, ARGS, tiles, grid, rules, cost)
+TEMPLATE = Path(__file__).with_name("gemm.cu.j2")
+kernel = vd.Kernel("gemm", TEMPLATE, Problem, Config, ARGS, tiles, grid, rules, cost)
+tma_kernel = vd.Kernel("gemm_tma", TEMPLATE, Problem, ByTma, MAPPED, tma_tiles, tma_grid, rules, cost, scalars, maps)
+
+
+def stages(p: Problem, c: Paths) -> list[vd.Stage]:
+    return [vd.Stage(tma_kernel, p, c.tma, "tma") if c.by == "tma" else vd.Stage(kernel, p, c.threads, "threads")]
 
 
 def example(*, m: int = 4096, n: int = 4096, k: int = 4096, dtype: str = "bfloat16", bias: bool = True, gelu: bool = False) -> Problem:
@@ -146,8 +266,12 @@ def check(p: Problem, inputs: Arrays, outputs: Arrays, expected: Arrays) -> vd.C
     return vd.Check(float(np.linalg.norm(error) / np.linalg.norm(exact)), float((error / (1 + np.abs(exact))).max()), bound, bound)
 
 
-op = vd.Op.of(
-    kernel,
+op = vd.Op(
+    name="gemm",
+    kernels=(kernel, tma_kernel),
+    problem=Problem,
+    config=Paths,
+    stages=stages,
     example=example,
     sample=sample,
     reference=reference,

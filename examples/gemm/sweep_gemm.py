@@ -1,52 +1,155 @@
-"""Measure which configs of the GEMM are fastest on this machine's GPU, and how fast they are beside cuBLAS, as CuPy calls it.
+"""Measure which configs of the GEMM are fastest on this machine's GPU, and how fast they are beside cuBLAS, as torch.matmul calls it.
 
 python examples/gemm/sweep_gemm.py --seconds 20
+python examples/gemm/sweep_gemm.py --size 4096 4096 4096 --size 257 4096 4096 --dtype bfloat16 float16 --by tma --seconds 60 --out gemm.json
 """
 
 from __future__ import annotations
 
 import argparse
-import statistics
+import dataclasses
+import functools
+import importlib
+import json
+from pathlib import Path
 from typing import Any
 
-from gemm import Problem, example, op
+from gemm import Paths, Problem, example, op
 
 import vidrial as vd
+from vidrial.runtime.plan import CudaPlan
+from vidrial.spec.choices import describe
+from vidrial.tune.timing import CudaClock, measure
 
-# (m, n, k): square; tall; wide; a layer of a model; rows that are aligned to 4 bytes, and to 2.
-SIZES = ((4096, 4096, 4096), (8192, 8192, 8192), (65536, 1024, 1024), (256, 16384, 4096), (4099, 4098, 4094), (4099, 4097, 4095))
-REPEATS, ROUNDS = 10, 7
+# (m, n, k): square; rows that are aligned to 16 bytes but no multiples of a tile; skinny; tall; wide; rows aligned to 4 bytes, and to 2.
+SIZES = (
+    (4096, 4096, 4096),
+    (8192, 8192, 8192),
+    (4000, 4104, 4088),
+    (257, 4096, 4096),
+    (65536, 1024, 1024),
+    (256, 16384, 4096),
+    (4099, 4098, 4094),
+    (4099, 4097, 4095),
+)
+# Configs that the sweep ranks first and that are timed in turn with cuBLAS; samples of each; configs of the sweep that are printed.
+LEADERS, ROUNDS, SHOWN = 3, 40, 12
+# Relative to the norm: more than both results' rounding.
+WRONG = 2.0**-8
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One size: the fastest config and cuBLAS, timed in turn, the L2 flushed before each sample. Milliseconds; `share` of cuBLAS' speed."""
+
+    m: int
+    n: int
+    k: int
+    dtype: str
+    config: str
+    ms: float
+    iqr_ms: float
+    tflops: float
+    cublas_ms: float
+    cublas_iqr_ms: float
+    cublas_tflops: float
+    share: float
+    ranked: list[tuple[str, float]]
+
+    def __str__(self) -> str:
+        return (
+            f"m={self.m} n={self.n} k={self.k} {self.dtype}: {self.ms:.4f} ms +- {self.iqr_ms:.4f}, {self.tflops:.0f} TFLOP/s; "
+            f"cuBLAS {self.cublas_ms:.4f} +- {self.cublas_iqr_ms:.4f}, {self.cublas_tflops:.0f}; share {self.share:.3f}; {self.config}"
+        )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--gelu", action="store_true", help="with GELU; cuBLAS' time is that of the product alone")
+    parser.add_argument("--size", nargs=3, type=int, action="append", metavar=("M", "N", "K"), help="by default some of every kind")
+    parser.add_argument("--dtype", nargs="+", default=["float16"], choices=("bfloat16", "float16"))
+    parser.add_argument("--by", choices=("threads", "tma"), help="sweep configs of this path alone")
+    parser.add_argument("--tile", nargs="+", default=[], metavar="ROWSxCOLUMNS", help="configs of these tiles alone")
+    parser.add_argument("--gelu", action="store_true", help="with bias and GELU; cuBLAS' time is that of the product alone")
     parser.add_argument("--seconds", type=float, default=20.0, help="time for each size, about")
+    parser.add_argument("--out", type=Path, help="write the rows there as JSON")
     arguments = parser.parse_args()
-    problems = [example(m=m, n=n, k=k, dtype="float16", gelu=arguments.gelu) for m, n, k in SIZES]
-    for result in vd.tune.sweep_lengths(op, problems, seconds=arguments.seconds):
-        p, ms, library = result.problem, result.winner.ms, cublas_ms(result.problem)
-        tflops = 2e-9 * p.m * p.n * p.k / ms
-        print(f"m={p.m} n={p.n} k={p.k}\n{result.table()}\n{tflops:.0f} TFLOP/s, {library / ms:.2f} times cuBLAS ({library:.4f} ms)\n")
+    device, rows = vd.Device.current(), []
+    for dtype in arguments.dtype:
+        for m, n, k in arguments.size or SIZES:
+            problem = example(m=m, n=n, k=k, dtype=dtype, bias=arguments.gelu, gelu=arguments.gelu)
+            asked: dict[str, Any] = {}
+            if arguments.by is not None or arguments.tile:
+                fixed = {"by": arguments.by} if arguments.by is not None else {}
+                ranked = (candidate.config for candidate in op.ranked(problem, device, fixed))
+                asked["configs"] = [config for config in ranked if not arguments.tile or tile(config) in arguments.tile]
+            result = vd.tune.sweep(op, problem, seconds=arguments.seconds, progress=False, **asked)
+            row = beside_cublas(problem, [ranked.config for ranked in result.ranked[:LEADERS]])
+            row.ranked.extend((spelled(ranked.config), ranked.timing.median_ms) for ranked in result.ranked)
+            rows.append(row)
+            print(f"{row}\n{SHOWN} of {len(row.ranked)} configs of the sweep, ms, fastest first:")
+            print("\n".join(f"  {ms:.4f}  {config}" for config, ms in row.ranked[:SHOWN]))
+            print("\n".join(f"note: {note}" for note in result.notes), flush=True)
+            if arguments.out is not None:
+                arguments.out.write_text(json.dumps([dataclasses.asdict(row) for row in rows], indent=1) + "\n")
+    print("\n".join(map(str, rows)))
 
 
-def cublas_ms(p: Problem) -> float:
-    """Milliseconds of A B^T alone by cuBLAS in float16, the median of some rounds."""
+def tile(config: Paths) -> str:
+    """Rows and columns of C that a CTA makes."""
+    part = config.tma if config.by == "tma" else config.threads
+    return f"{part.rows}x{part.columns}"
+
+
+def spelled(config: Paths) -> str:
+    """The part of a config that counts."""
+    return f"{config.by}: {describe(config.tma if config.by == 'tma' else config.threads)}"
+
+
+def beside_cublas(p: Problem, configs: list[Any]) -> Row:
+    """The fastest of the configs, in turn with A B^T alone by torch."""
     import cupy
 
-    a, b = (cupy.asarray(x) for x in (op.sample(p, 0)[name] for name in ("a", "b")))
-    out: Any = cupy.empty((p.m, p.n), cupy.float16)
-    cupy.matmul(a, b.T, out=out)
-    times: list[float] = []
-    for _ in range(ROUNDS):
-        begin, end = cupy.cuda.Event(), cupy.cuda.Event()
-        begin.record()
-        for _ in range(REPEATS):
-            cupy.matmul(a, b.T, out=out)
-        end.record()
-        end.synchronize()
-        times.append(cupy.cuda.get_elapsed_time(begin, end) / REPEATS)
-    return statistics.median(times)
+    torch: Any = importlib.import_module("torch")
+    torch.cuda.set_stream(torch.cuda.Stream())
+    stream = torch.cuda.current_stream().cuda_stream
+    clock = CudaClock(vd.Device.current().l2_bytes, cupy.cuda.ExternalStream(stream))
+    generator = torch.Generator("cuda").manual_seed(0)
+    shapes = {name: buffer.shape for name, buffer in {**op.inputs(p), **op.outputs(p)}.items()}
+    arrays = {
+        name: torch.randn(shape, device="cuda", generator=generator).to(getattr(torch, p.dtype.label)) for name, shape in shapes.items()
+    }
+    pointers, expected = {name: x.data_ptr() for name, x in arrays.items()}, torch.empty_like(arrays["c"])
+    plans = [CudaPlan(op, p, config, 0) for config in configs]
+    runs = [
+        functools.partial(torch.matmul, arrays["a"], arrays["b"].T, out=expected),
+        *(functools.partial(plan.run, pointers, 0, stream) for plan in plans),
+    ]
+    torch.cuda.synchronize()
+    for run in runs:
+        run()
+        clock.lead(run)
+    library, *ours = measure(runs, clock, rounds=ROUNDS)
+    # Both round sums of float32, in different orders.
+    distance = float((arrays["c"].float() - expected.float()).norm() / expected.float().norm())
+    if not p.biased and not distance < WRONG:
+        raise SystemExit(f"{spelled(configs[-1])} is {distance:.2e} of the norm off cuBLAS' result")
+    best, timing = min(enumerate(ours), key=lambda item: item[1].median_ms)
+    flops = 2e-9 * p.m * p.n * p.k
+    return Row(
+        m=p.m,
+        n=p.n,
+        k=p.k,
+        dtype=p.dtype.label,
+        config=spelled(configs[best]),
+        ms=timing.median_ms,
+        iqr_ms=timing.iqr_ms,
+        tflops=flops / timing.median_ms,
+        cublas_ms=library.median_ms,
+        cublas_iqr_ms=library.iqr_ms,
+        cublas_tflops=flops / library.median_ms,
+        share=library.median_ms / timing.median_ms,
+        ranked=[],
+    )
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ import pytest
 from vidrial.build import cubins as build_module
 from vidrial.build import once as once_module
 from vidrial.build import toolchain
-from vidrial.build.nvrtc import Cubin, Resources, compile_source, cubin_key
+from vidrial.build.nvrtc import SPILL_LIMIT, Cubin, Resources, compile_source, cubin_key, refusal
 from vidrial.build.pool import MALLOC, CompilePool, Job, worker_environment
 from vidrial.build.processes import Child
 from vidrial.build.store import Store
@@ -352,3 +352,61 @@ extern "C" __global__ void __launch_bounds__(128) k(float* x, uint32_t* y, uint3
     with pytest.raises(CompileError, match=message) as caught:
         compile_source(wrong, "k", "sm_90a", config="m=64")
     assert "config: m=64" in str(caught.value) and "whole log" in str(caught.value)
+
+
+NOTE = "ptxas info    : ({}) {} in function 'k'"
+SERIALIZED = "Potential Performance Loss: wgmma.mma_async instructions are serialized due to insufficient register resources"
+INJECTED = "warpgroup.{} is injected in around line 12 by compiler to allow use of registers defined by GMMA"
+
+
+def test_what_is_refused_of_a_kernel_that_compiles() -> None:
+    fine = Resources(128, 0, 0, 0, 0)
+    for code in range(7510, 7520):
+        log = NOTE.format(f"C{code}", INJECTED.format("wait") if code == 7517 else SERIALIZED)
+        assert (refusal(fine, log) is None) == (code == 7517), log
+        both = f"{NOTE.format('C7517', INJECTED.format('wait'))}\n{log}"
+        assert (refusal(fine, both) is None) == (code == 7517), both
+    assert f"ptxas serialises its wgmma: (C7511) {SERIALIZED}" in str(refusal(fine, NOTE.format("C7511", SERIALIZED)))
+    assert "ptxas adds to its wgmma: (C7519) warpgroup.arrive is injected" in str(
+        refusal(fine, NOTE.format("C7519", INJECTED.format("arrive")))
+    )
+    for stores, loads in ((0, 0), (SPILL_LIMIT, 0), (SPILL_LIMIT // 2, SPILL_LIMIT // 2)):
+        assert refusal(Resources(128, 0, stores, loads, 0), "") is None
+    said = str(refusal(Resources(128, 0, SPILL_LIMIT // 2, SPILL_LIMIT // 2 + 4, 0), ""))
+    assert said.startswith(f"it spills {SPILL_LIMIT + 4} bytes per thread, stored and loaded; accepted are up to {SPILL_LIMIT}\n")
+
+
+def test_spills_are_refused() -> None:
+    """As many floats as the registers of a CTA of 1024 threads, alive at once."""
+    source = """extern "C" __global__ void __launch_bounds__(1024) k(float* x) {
+  float v[COUNT];
+  for (int i = 0; i < COUNT; ++i) v[i] = x[i * 1024 + threadIdx.x];
+  __syncthreads();
+  for (int i = 0; i < COUNT; ++i) x[i * 1024 + threadIdx.x] = v[COUNT - 1 - i] * v[(i * 7) % COUNT];
+}"""
+    few = compile_source(source.replace("COUNT", "32"), "k", "sm_90a").resources
+    assert few.spill_stores + few.spill_loads <= SPILL_LIMIT and few.registers <= 64
+    with pytest.raises(
+        CompileError, match=r"k for sm_90a: it spills \d+ bytes per thread, .*\n  take a config .*\n  config: m=64\n  whole log"
+    ):
+        compile_source(source.replace("COUNT", "120"), "k", "sm_90a", config="m=64")
+
+
+def test_too_many_accumulators_for_the_launch_are_refused_with_ptxas_own_words() -> None:
+    tile = SmemLayout(DType.bfloat16, 256, 64)
+    mma = WarpgroupMma(DType.bfloat16, 1, (64, 256, 64), tile, SmemLayout(DType.bfloat16, 64, 64))
+    source = f"""#include <vidrial/prelude.cuh>
+#include <vidrial/tile/wgmma.cuh>
+{mma.atom.definition}
+using Mma = {mma.cpp};
+extern "C" __global__ void __launch_bounds__(512) k(float* x) {{
+  float c[1][Mma::N][4] = {{}};
+  Mma::gemm(c, Mma::A(0, threadIdx.x), 0, Mma::B(32768, threadIdx.x), 0);
+  Mma::wait<0>();
+  for (int i = 0; i < 4 * Mma::N; ++i) x[i * 512 + threadIdx.x] = c[0][i / 4][i % 4];
+}}"""
+    compile_source(source.replace("512", "256"), "k", "sm_90a")
+    with pytest.raises(
+        CompileError, match=r"k for sm_90a does not compile: \(C7602\) Insufficient registers \(128\) to compile instruction"
+    ):
+        compile_source(source, "k", "sm_90a")

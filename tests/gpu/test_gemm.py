@@ -1,4 +1,4 @@
-"""The example GEMM on a GPU: tails and alignments of every kind, both instructions, the public function."""
+"""The example GEMM on a GPU: tails and alignments of every kind, both instructions, TMA, the public function."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from types import ModuleType
 
 import pytest
 
-from vidrial.device import Device
+from vidrial.device import HOPPER, Device
 from vidrial.spec.registry import resolve
 
 GEMM = Path(__file__).parent.parent.parent / "examples/gemm/gemm.py"
@@ -20,7 +20,18 @@ def example() -> ModuleType:
 
 
 @pytest.mark.parametrize(
-    "size", [(1, 1, 1), (70, 130, 72), (515, 260, 1004), (300, 2050, 770), (129, 131, 4097), (1024, 1024, 1024)], ids=str
+    "size",
+    [
+        (1, 1, 1),
+        (70, 130, 72),
+        (257, 2050, 136),
+        (515, 260, 1004),
+        (300, 2050, 770),
+        (129, 131, 4097),
+        (1024, 1024, 1024),
+        (2049, 4100, 64),
+    ],
+    ids=str,
 )
 def test_every_sixteenth_legal_config(example: ModuleType, size: tuple[int, int, int]) -> None:
     cupy = pytest.importorskip("cupy")
@@ -33,7 +44,9 @@ def test_every_sixteenth_legal_config(example: ModuleType, size: tuple[int, int,
         exact = example.op.reference(problem, inputs)
         arrays = {name: cupy.asarray(x) for name, x in inputs.items()}
         pointers = {name: x.data.ptr for name, x in arrays.items()}
-        for config in list(example.op.space(problem, Device.current()))[::16]:
+        configs = [c for by in ("threads", "tma") for c in list(example.op.space(problem, Device.current(), fixed={"by": by}))[::16]]
+        assert len({c.by for c in configs}) == 1 + (k % 8 == 0 and Device.current().arch == HOPPER)
+        for config in configs:
             c = cupy.full((m, n), 0xFFFF, cupy.uint16) if dtype == "bfloat16" else cupy.full((m, n), cupy.nan, cupy.float16)
             CudaPlan(example.op, problem, config, 0).run({**pointers, "c": c.data.ptr}, 0, 0)
             found = example.op.check(problem, inputs, {"c": c.get()}, exact)

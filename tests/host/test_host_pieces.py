@@ -119,10 +119,10 @@ WRONG = {
         SYNC,
     ),
     "the last column of C left out": ("collective/epilogue", "if (e < elements) {", "if (e + 1 < elements) {", SYNC),
-    "stored before it was put": ("collective/epilogue", "put(c, f);\n    __syncthreads();", "put(c, f);", SYNC),
+    "stored before it was put": ("collective/epilogue", "put(c, f, part);\n      meet();", "put(c, f, part);", SYNC),
     "put where tiles are still read": (
         "collective/epilogue",
-        "    __syncthreads();                                   // nobody reads what lay there\n",
+        "      meet();                                          // nobody reads what lay there\n",
         "",
         "gemm-sync-97x51x212-8-8-bfloat16-64-shared",
     ),

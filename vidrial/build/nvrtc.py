@@ -24,9 +24,12 @@ PCH_HEAP_BYTES = 1 << 29
 PCH_OPTIONS = ("--pch", "--pch-messages=false", "-diag-suppress=20283")
 HEADER_STOP = "#pragma nv_hdrstop\n"
 _ERROR = re.compile(r"^(?P<file>[^\s(][^(\n]*)\((?P<line>\d+)\): (?:catastrophic )?error(?: #[\w-]+)?: (?P<text>.*)$", re.MULTILINE)
-# Where ptxas runs all wgmma of a function one after another: several times slower. NOTE: not C7517, a wait that it adds: kernels that were
-# measured fastest have it.
-_SERIALISED = re.compile(r"\((C751[0-4])\) (.*)")
+# What ptxas says of wgmma that it cannot let run on: it serialises all of them, several times slower, adds instructions of its own, or gives
+# up. NOTE: not C7517, one wait that it adds where accumulators are read: the scans that were measured fastest have it behind their loops
+# (tests/power_retention/test_machine_code.py holds them to that).
+_WGMMA_NOTE = re.compile(r"\((?P<code>C75(?!17)\d\d|C7602)\) (?P<text>.*)")
+# Bytes per thread, stored and loaded, that a kernel may spill: of the measured configs none spills more than 8, and none of those that won any.
+SPILL_LIMIT = 64
 _INSTANTIATED = re.compile(r'at line (\d+) of "?([^"\n]+?)"?$', re.MULTILINE)
 
 
@@ -83,7 +86,7 @@ def compile_source(source: str, name: str, arch: str, *, pch: str | None = None,
     `#pragma nv_hdrstop` is then parsed once. `includes` are folders to search before the toolchain's.
 
     Raises:
-        CompileError: the source does not compile, or ptxas serialises its wgmma; names the template's line, and where the whole log is.
+        CompileError: the source does not compile, or `refusal` says why it is not taken; names the template's line, and where the whole log is.
         ToolchainError: NVRTC or a header is missing.
     """
     binding, toolchain, arch = nvrtc(), Toolchain.find(), arch_name(arch)
@@ -105,16 +108,36 @@ def compile_source(source: str, name: str, arch: str, *, pch: str | None = None,
         raise CompileError(_explain(log, f"{name} for {arch}", source, config)) from None
     finally:
         binding.destroyProgram(program)
-    if found := _SERIALISED.search(log):
-        raise CompileError(_explain(log, f"{name} for {arch}", source, config, f"ptxas serialises its wgmma: ({found[1]}) {found[2]}"))
-    return Cubin(image, arch, Resources.parse(log), log, time.perf_counter() - start)
+    resources = Resources.parse(log)
+    if fault := refusal(resources, log):
+        raise CompileError(_explain(log, f"{name} for {arch}", source, config, fault))
+    return Cubin(image, arch, resources, log, time.perf_counter() - start)
+
+
+def refusal(resources: Resources, log: str) -> str | None:
+    """Why a kernel that compiles is not taken all the same, or None: what ptxas says of its wgmma, or registers that it spills."""
+    if found := _WGMMA_NOTE.search(log):
+        does = "serialises its wgmma" if "serialized" in found["text"] else "adds to its wgmma"
+        return (
+            f"ptxas {does}: ({found['code']}) {found['text']}\n"
+            "  see docs/device_api.md, how wgmma may be used; or take a config with fewer registers"
+        )
+    spilled = resources.spill_stores + resources.spill_loads
+    if spilled > SPILL_LIMIT:
+        return (
+            f"it spills {spilled} bytes per thread, stored and loaded; accepted are up to {SPILL_LIMIT}\n"
+            "  take a config with smaller tiles, more threads or fewer CTAs per SM"
+        )
+    return None
 
 
 def _explain(log: str, title: str, source: str, config: str, fault: str = "") -> str:
     """The first error of a log, or `fault`, where its cause stands in the template, the config, and where the whole log is."""
     found = _ERROR.search(log)
     if fault:
-        lines = [f"{title}: {fault}", "see docs/device_api.md, how wgmma may be used; or take a config with fewer registers"]
+        lines = [f"{title}: {fault}"]
+    elif (note := _WGMMA_NOTE.search(log)) and not found:
+        lines = [f"{title} does not compile: ({note['code']}) {note['text']}"]
     elif found:
         place, following = f"{found['file']}:{found['line']}", _ERROR.search(log, found.end())
         users = _INSTANTIATED.findall(log, found.end(), following.start() if following else len(log))

@@ -116,9 +116,9 @@ def _copy_cells(copy: TiledCopy) -> Iterator[Cell]:
 
 def _epilogue_cells(epilogue: Epilogue) -> Iterator[Cell]:
     vector = VECTOR_BYTES // epilogue.tile.dtype.bytes
-    rows, columns = epilogue.mma.coordinates()
+    rows, columns = epilogue.pairs()
     computed = np.empty((epilogue.tile.rows, epilogue.tile.columns), int)
-    computed[rows, columns] = np.arange(epilogue.threads)[:, None, None, None] // WARP
+    computed[rows, columns] = computed[rows, columns + 1] = np.arange(epilogue.threads)[:, None, None, None] // WARP
     for cell in _copy_cells(epilogue.copy):
         warp = int(computed[cell.row, cell.column * vector])
         yield dataclasses.replace(cell, hue=warp / max(epilogue.threads // WARP, 1))

@@ -20,37 +20,50 @@ CUTE_DEVICE float gelu(float x) {
   return x * reciprocal_approx(1.f + exp2_approx(-2.885390082f * z));
 }
 
-// Row, Column, RowStep, Steps: the thread's 16 bytes on the way out. Atom: as large as the rows of the target are aligned to.
-template <class Atom, class Mma, class Tile, class Row, class Column, int RowStep, int Steps>
+// How all threads of the CTA meet between the steps of an epilogue.
+struct AllThreads {
+  CUTE_DEVICE void operator()() const { __syncthreads(); }
+};
+
+// Row, Column, RowStep, Steps: the thread's 16 bytes on the way out. Atom: as large as the rows of the target are aligned to. Parts: the tile
+// holds so small a part of the columns, and is filled and stored as often.
+template <class Atom, class Mma, class Tile, class Row, class Column, int RowStep, int Steps, int Parts = 1>
 struct Epilogue {
   using T = typename Tile::T;
   static constexpr int kVector = 16, kPiece = sizeof(typename Atom::SRegisters), kElements = kVector / int(sizeof(T));
+  static constexpr int kParts = Parts, kBlocks = Mma::N / Parts;
   uint32_t tile; int thread;
   CUTE_DEVICE Epilogue(uint32_t tile, int thread) : tile(tile), thread(thread) {}
 
   // All of it, barriers included. `target`: the tile's first element; `f(x, row, column)`: what is stored for x of this place in the tile.
-  template <class F = AsIs>
-  CUTE_DEVICE void operator()(Fragment<Mma> const& c, T* target, int64_t stride, int rows, int columns, F&& f = F{}) const {
-    __syncthreads();                                   // nobody reads what lay there
-    put(c, f);
-    __syncthreads();
-    store(target, stride, rows, columns);
+  // `meet()`: the barrier of the threads that take part, where these are not all of the CTA.
+  template <class F = AsIs, class Meet = AllThreads>
+  CUTE_DEVICE void operator()(Fragment<Mma> const& c, T* target, int64_t stride, int rows, int columns, F&& f = F{}, Meet&& meet = Meet{}) const {
+    CUTE_UNROLL
+    for (int part = 0; part < Parts; ++part) {
+      int const first = Parts == 1 ? 0 : Mma::column_of(part * kBlocks, 0);
+      meet();                                          // nobody reads what lay there
+      put(c, f, part);
+      meet();
+      store(target + first, stride, rows, columns - first);
+    }
   }
-  // Into shared memory.
+  // Into shared memory, one of the parts.
   template <class F>
-  CUTE_DEVICE void put(Fragment<Mma> const& c, F&& f) const {
+  CUTE_DEVICE void put(Fragment<Mma> const& c, F&& f, int part = 0) const {
     int const row = Mma::row(thread), column = Mma::column(thread);
     uint32_t const base = tile + Tile::offset(row, column);
     CUTE_UNROLL
     for (int m = 0; m < Mma::M; ++m) {
       CUTE_UNROLL
-      for (int n = 0; n < Mma::N; ++n) {
+      for (int b = 0; b < kBlocks; ++b) {
+        int const n = part * kBlocks + b;
         CUTE_UNROLL
         for (int h = 0; h < 2; ++h) {
-          int const r = Mma::row_of(m, 2 * h), j = Mma::column_of(n, 0);
+          int const r = Mma::row_of(m, 2 * h), j = Mma::column_of(n, 0), at = Mma::column_of(b, 0);
           float const low = f(c.x[m][n][2 * h], row + r, column + j), high = f(c.x[m][n][2 * h + 1], row + r, column + j + 1);
-          if constexpr (sizeof(T) == 4) store_shared(Tile::at(base, r, j), make_float2(low, high));
-          else store_shared(Tile::at(base, r, j), Pair<T>::pack(low, high));
+          if constexpr (sizeof(T) == 4) store_shared(Tile::at(base, r, at), make_float2(low, high));
+          else store_shared(Tile::at(base, r, at), Pair<T>::pack(low, high));
         }
       }
     }
