@@ -15,11 +15,15 @@ from vidrial.errors import LaunchError, UnsupportedError
 from vidrial.host.target import SCHEDULES, HostBinary, HostStats, Schedule, compile_host
 from vidrial.host.tensor_map import pack
 from vidrial.layout.access import tiled_objects
+from vidrial.layout.barriers import Barriers
 from vidrial.layout.mma import atoms_of
+from vidrial.layout.schedule import Scheduler
 from vidrial.spec.fields import C, P
 from vidrial.spec.op import Buffer, Op, Stage
 from vidrial.spec.source import TENSOR_MAP_BYTES, Tiles
 
+# CTAs that share the tiles of a static or dynamic schedule, so that each works on several, as on a GPU.
+RESIDENT_CTAS = 3
 # The newest architecture (80 for sm_80) whose instructions the host target has.
 NEWEST_EMULATED = 90
 
@@ -56,7 +60,7 @@ class HostPlan(Generic[P, C]):
         """Run all launches on NumPy arrays (bfloat16 as uint16 bits), outputs in place; what each kernel did, by its name."""
         every, stats = {**arrays, **_poisoned(self._workspace)}, {}
         for binary, tiles, stage, packed in self._launches:
-            grid = stage.kernel.geometry(stage.problem, stage.config).grid
+            grid = _grid(stage.kernel.geometry(stage.problem, stage.config).grid, tiles)
             if 0 not in grid:
                 for name in stage.kernel.args.pointers:
                     if name in self._workspace and self._workspace[name].zeroed:
@@ -80,6 +84,13 @@ class HostPlan(Generic[P, C]):
     def outputs(self) -> dict[str, NDArray[Any]]:
         """New arrays for the op's outputs, all NaN."""
         return _poisoned(self._outputs)
+
+
+def _grid(grid: tuple[int, int, int], tiles: Tiles) -> tuple[int, int, int]:
+    """The launch's grid; where CTAs take tiles until there are none left, few of them."""
+    barriers = (member for member in tiles.members.values() if isinstance(member, Barriers))
+    schedules = [one for member in barriers for one in member.members.values() if isinstance(one, Scheduler)]
+    return (min(grid[0], RESIDENT_CTAS), *grid[1:]) if any(schedule.kind != "one" for schedule in schedules) else grid
 
 
 def _poisoned(buffers: Mapping[str, Buffer]) -> dict[str, NDArray[Any]]:

@@ -46,8 +46,10 @@ ORDERS, SEEDS = ("up", "down"), 2**32 - 2
 class Schedule:
     """How the threads of a CTA take turns, and for how long.
 
-    `lazy`: cp.async lands and wgmma is executed at the wait (NaN until then), else at once. `order`: which runnable lane goes on,
-    `up`, `down` or a random seed. `timeout`: seconds per launch.
+    `lazy`: cp.async lands and wgmma is executed at the wait (NaN until then), else at once; TMA lands when no thread can go on, else at
+    once. `order`: which runnable lane goes on, and which CTA comes next, `up`, `down` or a random seed. `timeout`: seconds per launch.
+    `eager`: whoever waits at a barrier runs as soon as an arrival has completed its phase, before the thread that arrived, and TMA lands at
+    once: a stage released too early is overwritten before a late wgmma has read it.
 
     Raises:
         ArgumentError: an order that is not known, or no time.
@@ -56,6 +58,7 @@ class Schedule:
     lazy: bool = True
     order: str | int = "up"
     timeout: float = 60.0
+    eager: bool = False
 
     def __post_init__(self) -> None:
         if self.order not in ORDERS and not (isinstance(self.order, int) and 0 <= self.order < SEEDS):
@@ -70,7 +73,7 @@ class Schedule:
 
 
 # A kernel that is right under one schedule may be wrong under another: tests run them all.
-SCHEDULES = (Schedule(), Schedule(lazy=False, order="down"), Schedule(order=5))
+SCHEDULES = (Schedule(), Schedule(lazy=False, order="down"), Schedule(order=5, eager=True))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -154,7 +157,7 @@ class HostBinary:
             raise ArgumentError(f"{len(packed)} bytes of arguments; accepted are up to {PARAMETER_BYTES}")
         memory = Memory(pointers, len(packed))
         sizes = (shared_bytes, len(packed), len(memory.views), len(pointers), len(gaps))
-        head = REQUEST.pack(*blocks, *threads, schedule.lazy, schedule.code, schedule.timeout, *sizes)
+        head = REQUEST.pack(*blocks, *threads, schedule.lazy | schedule.eager << 1, schedule.code, schedule.timeout, *sizes)
         places = b"".join(struct.pack("=2Q", *gap) for gap in gaps)
         return self._run(b"".join((head, packed, memory.tables, places, *memory.views)), memory, schedule.timeout)
 

@@ -26,6 +26,8 @@ inline Counts& counts_of(void const* identity) { return counts[index_of(identity
 inline Counts& counted() { return counts_of(fibers[size_t(current)].object); }
 
 void const* enter_object(void const* identity) { return std::exchange(fibers[size_t(current)].object, identity); }
+bool hold_operands(bool held) { return std::exchange(fibers[size_t(current)].holds_operands, held); }
+bool holds_operands() { return fibers[size_t(current)].holds_operands; }
 void count_copy() { ++counted().copy_calls; }
 
 // One thread's part of a warp-wide access to memory: equal `object`, `place` and `turn` (how often the thread came there) make up one.

@@ -92,7 +92,6 @@ unsigned vote(unsigned mask, bool mine) {
 struct Copy { void* target; void* place; int bytes; char data[16]; };
 struct CopyQueue { std::vector<Copy> copies; std::vector<size_t> groups; };
 
-inline bool lazy = true;
 inline std::vector<CopyQueue> queues;
 
 inline void land(Copy const& copy) {
@@ -146,6 +145,29 @@ void cp_async_wait_all() {
   CopyQueue& q = queues[size_t(current)];
   land_first(q, q.copies.size());
   q.groups.clear();
+}
+
+// Tiles that nobody has drawn yet from one counter of a dynamic schedule, and the blocks that have begun to draw.
+struct Draws { int const* counter; std::vector<int> left; std::vector<uint3> blocks; };
+inline std::vector<Draws> draws;
+
+// A block draws its tiles alone here. In rising order it takes all that are left; else now and then it leaves some, as if another block had been
+// faster, to the blocks that come later. What it draws rises, as on the GPU.
+int draw_tile(int drawn, int const* counter, int tile, int tiles) {
+  auto found = std::find_if(draws.begin(), draws.end(), [&](Draws const& d) { return d.counter == counter; });
+  if (found == draws.end()) {
+    if (drawn) fatal("the counter of a dynamic schedule is %d at the first draw; it must be 0 before each launch", drawn);
+    found = draws.insert(draws.end(), {counter, {}, {}});
+    for (int t = int(gridDim.x); t < tiles; ++t) found->left.push_back(t);
+  }
+  auto& [_, left, blocks] = *found;
+  if (blocks.empty() || memcmp(&blocks.back(), &blockIdx, sizeof blockIdx)) blocks.push_back(blockIdx);
+  auto next = std::upper_bound(left.begin(), left.end(), tile);
+  if (order != Order::Up && blocks.size() < gridDim.x) next += std::min<ptrdiff_t>(left.end() - next, random_below(3) + (random_below(4) ? 0 : tiles));
+  if (next == left.end()) return tiles;
+  int const result = *next;
+  left.erase(next);
+  return result;
 }
 
 inline void run_cta() {

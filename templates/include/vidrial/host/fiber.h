@@ -83,6 +83,7 @@ struct Fiber {
   void* race_context = nullptr;
   StackInfo stack_info;
   void const* object = nullptr;  // the tiled object whose instructions the thread is at
+  bool holds_operands = false;
   uint3 index{};
   Wait wait;
   bool done = false;
@@ -99,6 +100,8 @@ inline std::vector<Warp> warps;
 inline Fiber main_fiber;
 inline int current = 0, thread_count = 0, live = 0;
 inline Order order = Order::Up;
+// What else the schedule says (vidrial.host.target): cp.async and wgmma late; whom an arrival wakes runs at once, and TMA lands when it is issued.
+inline bool lazy = true, eager = false;
 inline unsigned random_state = 1;
 inline void (*thread_body)() = nullptr;
 // What orders a CTA's threads behind everything before it, and what follows behind them.
@@ -182,11 +185,11 @@ inline void (*describe_state)(std::string&) = [](std::string&) {};
   fatal("deadlock: no thread can go on%s", text.c_str());
 }
 
-// Hand over to another fiber: one of the same warp first, so that a warp runs on to its next CTA barrier (a random order takes any).
+// Hand over to another fiber: one of the same warp first, so that a warp runs on to its next CTA barrier (a random order takes any, unless `eager`).
 inline void reschedule(bool dying = false) {
   int const me = current, mine = me >> 5, count = int(warps.size());
   do {
-    int const first = order == Order::Random ? int(random_below(unsigned(count))) : mine;
+    int const first = order == Order::Random && !(eager && warps[size_t(mine)].runnable) ? int(random_below(unsigned(count))) : mine;
     for (int i = 0; i < count; ++i) {
       int const w = (order == Order::Down ? first - i + count : first + i) % count;
       if (!warps[size_t(w)].runnable) continue;
@@ -201,6 +204,14 @@ inline void reschedule(bool dying = false) {
   } while (live && make_progress());
   if (live) deadlock();
   switch_to(fibers[size_t(me)], main_fiber, true);
+}
+
+// To a thread that this one has woken; this one goes on when its turn comes.
+inline void give_way(int next) {
+  int const me = current;
+  current = next;
+  threadIdx = fibers[size_t(next)].index;
+  switch_to(fibers[size_t(me)], fibers[size_t(next)]);
 }
 
 inline void wait_here(char const* what, void const* place) {
@@ -248,6 +259,7 @@ inline void prepare(Fiber& fiber, int thread) {
   fiber.index = {t % blockDim.x, t / blockDim.x % blockDim.y, t / (blockDim.x * blockDim.y)};
   fiber.done = false;
   fiber.object = nullptr;
+  fiber.holds_operands = false;
   fiber.wait = {};
   warps[size_t(thread >> 5)].full |= 1u << (thread & 31);
 }

@@ -9,7 +9,7 @@
 namespace vidrial::host {
 
 // NOTE: vidrial.host packs these three, and Gap, in the same order.
-struct Request { uint32_t grid[3], block[3]; uint32_t lazy, order; double timeout; uint64_t shared_bytes, packed_bytes, arrays, pointers, gaps; };
+struct Request { uint32_t grid[3], block[3]; uint32_t landing, order; double timeout; uint64_t shared_bytes, packed_bytes, arrays, pointers, gaps; };
 // `shift`: the array's address modulo 256.
 struct ArrayEntry { uint64_t bytes, shift; };
 struct PointerEntry { uint64_t offset, array, delta; };
@@ -77,19 +77,26 @@ inline void watch(double seconds) {
   setitimer(ITIMER_REAL, &timer, nullptr);
 }
 
+// Blocks take turns in the order of the lanes.
+inline std::vector<uint64_t> block_order(uint64_t count) {
+  std::vector<uint64_t> blocks(count);
+  for (uint64_t i = 0; i < count; ++i) blocks[i] = order == Order::Down ? count - 1 - i : i;
+  for (uint64_t i = count; order == Order::Random && i > 1; --i) std::swap(blocks[i - 1], blocks[random_below(unsigned(i))]);
+  return blocks;
+}
+
 inline void run_grid(Request const& r) {
   double const start = now();
-  for (unsigned z = 0; z < r.grid[2]; ++z)
-    for (unsigned y = 0; y < r.grid[1]; ++y)
-      for (unsigned x = 0; x < r.grid[0]; ++x) {
-        blockIdx = {x, y, z};
-        begin_wgmmas();
-        begin_barriers();
-        begin_bulk_copies();
-        run_cta();
-        check_wgmmas();
-        check_bulk_copies();
-      }
+  uint64_t const plane = uint64_t(r.grid[0]) * r.grid[1];
+  for (uint64_t block : block_order(plane * r.grid[2])) {
+    blockIdx = {unsigned(block % r.grid[0]), unsigned(block % plane / r.grid[0]), unsigned(block / plane)};
+    begin_wgmmas();
+    begin_barriers();
+    begin_bulk_copies();
+    run_cta();
+    check_wgmmas();
+    check_bulk_copies();
+  }
   stats.seconds = now() - start;
 }
 
@@ -143,7 +150,7 @@ int serve(void (*call)(char const* packed), size_t bytes, std::initializer_list<
   gridDim = dim3(request.grid[0], request.grid[1], request.grid[2]);
   blockDim = dim3(request.block[0], request.block[1], request.block[2]);
   thread_count = int(blockDim.x * blockDim.y * blockDim.z);
-  lazy = request.lazy;
+  lazy = request.landing & 1, eager = request.landing & 2;
   order = Order(std::min(request.order, 2u));
   random_state = request.order;
   static auto const entry = call;

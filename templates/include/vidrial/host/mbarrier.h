@@ -103,15 +103,17 @@ void barrier_init(uint32_t address, uint32_t count, char const* name, int index)
   memcpy(shared_base + address, &kBarrierMark, sizeof kBarrierMark);
 }
 
-// Once everything has come the phase is over, and who waited for it goes on.
-inline void complete_phase(Mbarrier& b) {
-  if (b.pending) return;
+// Once everything has come the phase is over, and who waited for it goes on; one of them, -1 if none.
+inline int complete_phase(Mbarrier& b) {
+  if (b.pending) return -1;
   if (b.bytes < 0) fatal("barrier %s: %lld bytes more came than were announced; the last copy was issued at <place %lx>", b.name.c_str(), (long long)-b.bytes, place(b.copy));
-  if (b.bytes > 0) return;
+  if (b.bytes > 0) return -1;
   ++b.phases;
   b.pending = b.count;
   for (int thread : b.waiting) make_runnable(thread);
+  int const woken = b.waiting.empty() ? -1 : b.waiting[0];
   b.waiting.clear();
+  return woken;
 }
 
 void barrier_arrive(uint32_t address, uint32_t bytes) {
@@ -122,7 +124,8 @@ void barrier_arrive(uint32_t address, uint32_t bytes) {
   publish(b.key(b.phases));
   b.bytes += bytes;
   --b.pending;
-  complete_phase(b);
+  int const woken = complete_phase(b);
+  if (eager && woken >= 0) give_way(woken);
 }
 
 // What a copy brought on behalf of phase `b.phases`, and which of that some thread has waited for: host/tma.h.
@@ -164,7 +167,9 @@ bool named_barrier(Named what, int id, int threads, bool mine) {
   bool result = n.any;
   if (++n.arrived == threads) {
     for (auto [thread, answer] : n.waiting) *answer = n.any, make_runnable(thread);
+    int const woken = n.waiting.empty() ? -1 : n.waiting[0].first;
     n = {};
+    if (eager && woken >= 0) give_way(woken);
   } else if (what != Named::Arrive) {
     n.waiting.push_back({current, &result});
     wait_here(interned((what == Named::Any ? "wait in a vote of named barrier " : "wait in named barrier ") + std::to_string(id)), place);

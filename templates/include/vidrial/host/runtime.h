@@ -35,6 +35,9 @@ void cp_async_commit();
 void cp_async_wait_group(int pending);
 void cp_async_wait_all();
 
+// The tile after `tile`, or `tiles` if there is none, that a block draws from the counter of a dynamic schedule, where it found `drawn`.
+int draw_tile(int drawn, int const* counter, int tile, int tiles);
+
 struct bf16;
 struct fp16;
 template <int K> struct MmaArgument { uint32_t a[K / 4], b[K / 8]; float c[4]; };
@@ -48,8 +51,8 @@ struct Wgmma {
   int n;
   bool half, a_shared, a_mn_major, b_mn_major, negate, accumulate;
 };
-// `registers`: where the thread's N / 2 accumulators are.
-void wgmma(Wgmma const& instruction, float* const* registers);
+// `registers`: where the thread's N / 2 accumulators are; `a`: where the four registers of A are, if they must stay as they are until the wait.
+void wgmma(Wgmma const& instruction, float* const* registers, uint32_t const* a = nullptr);
 void wgmma_arrive();
 void wgmma_commit();
 void wgmma_wait_group(int pending);
@@ -86,6 +89,14 @@ struct Counted {
   void const* const before;
   explicit Counted(void const* identity) : before(enter_object(identity)) {}
   ~Counted() { enter_object(before); }
+};
+// While it lives, what this thread's wgmmas read in registers is watched. Not by default: a variable of one turn of a loop is another register
+// in the next turn on the GPU, and the same memory here.
+bool hold_operands(bool held);  // whether they were before
+bool holds_operands();
+struct HeldOperands {
+  bool const before = hold_operands(true);
+  ~HeldOperands() { hold_operands(before); }
 };
 // The thread begins its part of a tile's copy.
 void count_copy();

@@ -1,4 +1,4 @@
-// TMA and bulk copies in software. Early (not `lazy`), a copy lands when it is issued; late, its target is NaN until no thread can go on.
+// TMA and bulk copies in software. Early (not `lazy`, or `eager`), a copy lands when it is issued; late, its target is NaN until no thread can go on.
 // What has landed is told to the barrier, which publishes it: no thread sees it before it has waited.
 #pragma once
 #include <vidrial/host/mbarrier.h>
@@ -108,12 +108,13 @@ inline void issue_load(BulkLoad load, uint32_t barrier) {
     landed.erase(landed.begin() + ptrdiff_t(i));
   }
   load.issued = new_meeting();
-  if (lazy) {
+  bool const late = lazy && !eager;
+  if (late) {
     Watched const kernel(load.place);
     memset(shared_base + load.target, kPoisonByte, load.data.size());
   }
   publish(load.issued);
-  if (lazy) flying.push_back(std::move(load));
+  if (late) flying.push_back(std::move(load));
   else land(load);
 }
 

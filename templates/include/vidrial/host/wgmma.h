@@ -7,8 +7,8 @@
 namespace vidrial::host {
 
 inline constexpr int kGroupThreads = 128, kMostColumns = 256;
-// What an accumulator holds while a wgmma is on its way.
-inline constexpr uint32_t kInFlight = 0x7fc5a5a5;
+// What an accumulator holds while a wgmma is on its way: a signalling NaN, so that arithmetic on it (+=, *=) leaves another one.
+inline constexpr uint32_t kInFlight = 0x7f85a5a5;
 
 // 16 bytes of a matrix: what swizzles move about as a whole.
 struct Chunk { uint64_t low, high; };
@@ -40,6 +40,7 @@ struct Operation {
   Wgmma instruction;
   void* place;
   void const* object;
+  uint32_t const* held;
   bool done;
   Chunk a, b[2 * kMostColumns / 32];
   float c[kMostColumns / 2];
@@ -258,7 +259,7 @@ void wgmma_arrive() {
   wgmma_queues[size_t(current)].arrived = true;
 }
 
-void wgmma(Wgmma const& instruction, float* const* registers) {
+void wgmma(Wgmma const& instruction, float* const* registers, uint32_t const* a) {
   require_warpgroup("wgmma");
   WgmmaQueue& q = wgmma_queues[size_t(current)];
   if (!q.arrived) fatal("wgmma: no warpgroup_arrive came before it");
@@ -270,6 +271,7 @@ void wgmma(Wgmma const& instruction, float* const* registers) {
   o.instruction = instruction;
   o.place = __builtin_return_address(0);
   o.object = fibers[size_t(current)].object;
+  o.held = a;
   o.done = false;
   visit_chunks(o, [](Matrix const& matrix, uint32_t c, Chunk& chunk) { chunk = matrix.read_behind_fence(c); });
   for (int v = 0; v < mine.count && !follows; ++v) o.c[v] = *mine[v];
@@ -290,12 +292,14 @@ inline void check_untouched(WgmmaQueue& q, size_t index, void const* frame) {
     if (matrix.read(c) != chunk)
       fatal("wgmma: its %c at the shared address 0x%x was overwritten before the wait; it was issued at <place %lx>", matrix.name, matrix.address(c), place(o.place));
   });
+  char const* const stack = fibers[size_t(current)].stack;
+  auto const gone = [&](void const* p) { return p >= stack && p < frame; };
+  for (int r = 0; r < 4 && o.held && !gone(o.held); ++r)
+    if (o.held[r] != o.instruction.a[r]) fatal("wgmma: its A, register %d, was written before the wait; it was issued at <place %lx>", r, place(o.place));
   // What works on the same accumulators later looks after them.
   if (on_same_registers(q, index + 1, o.registers)) return;
-  char const* const stack = fibers[size_t(current)].stack;
   for (int v = 0; v < o.registers.count; ++v) {
-    char const* const p = reinterpret_cast<char const*>(o.registers[v]);
-    if (p >= stack && p < frame) fatal("wgmma: its accumulators went out of scope before the wait; it was issued at <place %lx>", place(o.place));
+    if (gone(o.registers[v])) fatal("wgmma: its accumulators went out of scope before the wait; it was issued at <place %lx>", place(o.place));
     if (bits<uint32_t>(*o.registers[v]) != kInFlight)
       fatal("wgmma: its accumulator %d was written before the wait; it was issued at <place %lx>", v, place(o.place));
   }

@@ -13,18 +13,18 @@ struct Wgmma {
   static constexpr bool kHalf = std::is_same_v<Element, cutlass::half_t>;
   VIDRIAL_INLINE static void fma(float (&c)[N / 8][4], uint32_t const (&a)[4], uint64_t b, int accumulate = 1) {
     static_assert(!SharedA, "this atom takes A by a descriptor");
-    issue({{a[0], a[1], a[2], a[3]}, 0, b, N, kHalf, false, false, TransposedB, false, accumulate != 0}, c, std::make_index_sequence<N / 2>());
+    issue({{a[0], a[1], a[2], a[3]}, 0, b, N, kHalf, false, false, TransposedB, false, accumulate != 0}, c, a, std::make_index_sequence<N / 2>());
   }
   VIDRIAL_INLINE static void fma(float (&c)[N / 8][4], uint64_t a, uint64_t b, int accumulate = 1) {
     static_assert(SharedA, "this atom takes A in registers");
-    issue({{}, a, b, N, kHalf, true, false, TransposedB, false, accumulate != 0}, c, std::make_index_sequence<N / 2>());
+    issue({{}, a, b, N, kHalf, true, false, TransposedB, false, accumulate != 0}, c, nullptr, std::make_index_sequence<N / 2>());
   }
 
  private:
   template <size_t... I>
-  VIDRIAL_INLINE static void issue(host::Wgmma const& instruction, float (&c)[N / 8][4], std::index_sequence<I...>) {
+  VIDRIAL_INLINE static void issue(host::Wgmma const& instruction, float (&c)[N / 8][4], uint32_t const* a, std::index_sequence<I...>) {
     float* const registers[] = {&c[I / 4][I % 4]...};
-    host::wgmma(instruction, registers);
+    host::wgmma(instruction, registers, host::holds_operands() ? a : nullptr);
   }
 };
 

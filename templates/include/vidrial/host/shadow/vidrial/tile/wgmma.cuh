@@ -25,6 +25,7 @@ struct WarpgroupMma : UncountedWarpgroupMma<Atom, M, N, K, A, B, Row, Column> {
   template <class... X>
   static void gemm(X&&... x) {
     host::Counted const self(&host::identity<WarpgroupMma>);
+    host::HeldOperands const held;
     Uncounted::gemm(static_cast<X&&>(x)...);
   }
 };
