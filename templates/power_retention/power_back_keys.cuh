@@ -31,7 +31,8 @@ CUTE_DEVICE void power_back_keys(Args const& p) {
   VIDRIAL_SHARED_MEMORY(raw);
   int const thread = threadIdx.x, lane = thread % 32, head = blockIdx.y, batch = head / p.h, kv_head = head % p.h;
   int const m0 = blockIdx.x * kRows, chunk = m0 / p.chunk, c0 = chunk * p.chunk, end = min(c0 + p.chunk, p.t);
-  int64_t const gates = int64_t(head) * p.padded;
+  // NOTE: rows of the tables fit an int, since the arrays have at most 2^31 elements.
+  int const gates = head * p.padded;
   auto a = [&](int token) { return kGated ? p.a[gates + token] : make_float2(0.f, 0.f); };
   // Blocks of queries of each head of the group: behind the tile, and in it.
   int const behind = max(0, end - m0 - kRows + kQueries - 1) / kQueries, inside = (min(m0 + kRows, end) - m0 + kQueries - 1) / kQueries;
@@ -60,7 +61,7 @@ CUTE_DEVICE void power_back_keys(Args const& p) {
     copy_q(stage * Tiles::stage_bytes, p.t - t0);
     copy_dy(stage * Tiles::stage_bytes, p.t - t0);
     uint32_t const table = tables + stage * (kQueries * 16);
-    int64_t const row = (int64_t(head) * p.group + g) * p.padded + t0;
+    int const row = (head * p.group + g) * p.padded + t0;
     if (!masked) return copy_vectors(p.from_block + row, table, thread, kQueries / 2);
     copy_vectors(p.rows + row, table, thread, kQueries / 2);
     if (kGated) copy_vectors(p.a + gates + t0, table + kQueries * 8, thread, kQueries / 2);

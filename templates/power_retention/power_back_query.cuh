@@ -24,7 +24,8 @@ CUTE_DEVICE void power_back_query(Args const& p) {
   int const thread = threadIdx.x, lane = thread % 32, head = blockIdx.z, batch = head / p.h, kv_head = head % p.h, q_head = kv_head * p.group + blockIdx.y;
   int const m0 = blockIdx.x * kRows, chunk = m0 / p.chunk, c0 = chunk * p.chunk, diagonal = (m0 - c0) / kKeys;
   int const blocks = (min(m0 + kRows, p.t) - c0 + kKeys - 1) / kKeys;
-  int64_t const gates = int64_t(head) * p.padded, table = (int64_t(batch) * p.h * p.group + q_head) * p.padded;
+  // NOTE: rows of the tables fit an int, since the arrays have at most 2^31 elements.
+  int const gates = head * p.padded, table = (batch * p.h * p.group + q_head) * p.padded;
   auto a = [&](int token) { return kGated ? p.a[gates + token] : make_float2(0.f, 0.f); };
   bool const has_state = Tiles::stateful && chunk > 0;
   uint32_t const smem = shared_address(raw), ring_at = smem + Smem::Ring, decay = smem + Smem::Table;

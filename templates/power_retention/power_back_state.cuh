@@ -7,6 +7,7 @@
 // 2 (lane % 4) + {0, 1} of block J. So dx_J += acc x_I stays in the thread, and dx_I += acc x_J is summed over four lanes once for each block I.
 // dx lives in shared memory, a thread's own 8 bytes at a time: no bank conflicts, no barriers.
 #pragma once
+#include <vidrial/collective/gradient.cuh>
 #include <vidrial/collective/rows.cuh>
 #include <vidrial/tile/fragment.cuh>
 #include <vidrial/tile/mma.cuh>
@@ -64,10 +65,10 @@ struct StateGradient {
   // Adds what S has, `s_stages` stages of the ring, `s_tiles` pair tiles (I, J) in each, lexicographic.
   template <class Next>
   CUTE_DEVICE void pairs(typename Tiles::WB::A const& load_w, Fragment<DW>& dw, Next&& next) const {
+    typename WS::B load_s(ring, thread);
     uint32_t fw[WS::K][M][4];
     CUTE_UNROLL
     for (int k = 0; k < WS::K; ++k) { load_w.load(0, k, fw[k]); to_bf16(fw[k]); }
-    typename WS::B load_s(ring, thread);
     uint32_t xi[M][2][4];
     float part[M][2][8] = {};                          // of dx_I, over the thread's own columns
     int i = 0, j = 0;
@@ -181,7 +182,7 @@ struct StateGradient {
           phi[m][r] = multiply_bf16(r / 2 ? splat_high(x) : splat_low(x), Pair::to_bf16(xj[m][r % 2]));
         }
       }
-      PS::mma_k(dw.x, phi, load_s, place, k);
+      mma_in_parts<PairTo<cutlass::bfloat16_t, cutlass::bfloat16_t>>(reinterpret_cast<Fragment<PS>&>(dw), phi, load_s, place, k);
     }
   }
 };

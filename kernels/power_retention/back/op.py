@@ -142,19 +142,36 @@ def reference(p: Gradient, inputs: Mapping[str, np.ndarray]) -> dict[str, np.nda
     return {name: x for name, x in found._asdict().items() if x is not None}
 
 
-def errors(p: Gradient, results: Mapping[str, np.ndarray], expected: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Of each gradient and each of its heads the error's norm over the gradient's: [heads]."""
+def errors(
+    p: Gradient, inputs: Mapping[str, np.ndarray], results: Mapping[str, np.ndarray], expected: Mapping[str, np.ndarray]
+) -> dict[str, np.ndarray]:
+    """Of each gradient and each of its heads the error's norm over the gradient's: [heads].
+
+    Where that is less than a hundredth of the terms that cancel in it, as of a token that sees itself alone, over this hundredth: a score's
+    gradient is a difference of two products of dy and values.
+    """
+
+    def norms(x: np.ndarray) -> np.ndarray:
+        squares: np.ndarray = np.sqrt((x.astype(np.float64) ** 2).sum(tuple(axis for axis in range(x.ndim) if axis != 2)))
+        return squares
+
+    sizes = {name: norms(p.dtype.widen(inputs[name])) for name in "qkv"}
+    terms = norms(expected["dv"]) * sizes["v"] / 100
+    floors = {
+        "dq": np.repeat(terms, p.group) / np.maximum(sizes["q"], 1e-30),
+        "dk": terms / np.maximum(sizes["k"], 1e-30),
+        "dlog_g": terms / max(p.b * p.t, 1) ** 0.5,
+    }
     found = {}
     for name in outputs(p):
-        got = results[name].astype(np.float64) if name == "dlog_g" else p.dtype.widen(results[name]).astype(np.float64)
-        axes = tuple(axis for axis in range(got.ndim) if axis != 2)
-        found[name] = np.sqrt(((got - expected[name]) ** 2).sum(axes) / np.maximum((expected[name] ** 2).sum(axes), 1e-300))
+        got = results[name] if name == "dlog_g" else p.dtype.widen(results[name])
+        found[name] = norms(got - expected[name]) / np.maximum(np.maximum(norms(expected[name]), floors.get(name, 0.0)), 1e-300)
     return found
 
 
 def check(p: Gradient, inputs: Mapping[str, np.ndarray], results: Mapping[str, np.ndarray], expected: Mapping[str, np.ndarray]) -> Check:
     """The worst of all gradients and heads, in times of its bound."""
-    found = {name: x.max(initial=0.0) / BOUNDS[name] for name, x in errors(p, results, expected).items()}
+    found = {name: x.max(initial=0.0) / BOUNDS[name] for name, x in errors(p, inputs, results, expected).items()}
     worst = float(max(found.values(), default=0.0))
     return Check(worst, worst, 1.0, 1.0)
 

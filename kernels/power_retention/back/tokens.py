@@ -1,6 +1,6 @@
 """The two kernels of the backward pass that go over tiles of tokens: dq (`power_back_query.cuh`), dk and dv (`power_back_keys.cuh`).
 
-A CTA owns `rows` = 16 m warps tokens of one head. Through one ring of `stages` buffers it streams the state before its chunk, or the adjoint of
+A CTA owns `rows` = 16 warps tokens of one head. Through one ring of `stages` buffers it streams the state before its chunk, or the adjoint of
 that behind it, and then the chunk's keys up to its own rows, or the queries from its own rows on, `block` at a time.
 """
 
@@ -30,25 +30,24 @@ from vidrial.layout import (
 )
 from vidrial.templates import TEMPLATES
 
-# Fragments, addresses and loop state, beside the accumulators; seen in ptxas's reports.
-REGISTER_OVERHEAD = 72
+# Fragments, addresses and loop state, beside the accumulators, without values' gradients and with them; seen in ptxas's reports.
+REGISTER_OVERHEAD = (72, 100)
 # Rows of Z that pass through the ring at once.
 Z_ROWS = 32
 
 
 @dataclass(frozen=True)
 class Config:
-    """`block` tokens that come by at once; `m` times 16 rows per warp; `stages` of the ring; `blocks`: CTAs per SM that registers must allow."""
+    """`block` tokens that come by at once; `warps` of 16 rows each; `stages` of the ring; `blocks`: CTAs per SM that registers must allow."""
 
-    block: int = choice(32, 64)
-    m: int = choice(1, 2)
+    block: int = choice(32, 16, 64)
     warps: int = choice(4, 8, 2)
-    stages: int = choice(3, 2)
+    stages: int = choice(3, 4)
     blocks: int = choice(2, 1, 3)
 
     @property
     def rows(self) -> int:
-        return 16 * self.m * self.warps
+        return 16 * self.warps
 
 
 def state_tiles(p: ChunkedGradient, block_bytes: int) -> int:
@@ -66,12 +65,12 @@ def tiles(p: ChunkedGradient, c: Config, values: bool) -> Tiles:
     copy, share, features = cp_async(16, zero_fill=True), (c.warps, 1), range(0, p.d, 8)
 
     def row_of(thread: int) -> int:
-        return thread // 32 * 16 * c.m
+        return thread // 32 * 16
 
     # NOTE: gradients of scores and weights are bf16 whatever the tokens are stored as: squared scores overflow float16.
     mma = MMA_16x8x16[bf16]
     values_of = {"PS": TiledMma(mma, share, (c.rows, p.e, 64), b=s.transposed, bands=True)} if values else {}
-    dx = {"Dx": threads * p.d * 2 * c.m} if p.stateful else {}
+    dx = {"Dx": threads * p.d * 2} if p.stateful else {}
     return Tiles(
         threads=threads,
         min_blocks=c.blocks,
@@ -94,19 +93,17 @@ def tiles(p: ChunkedGradient, c: Config, values: bool) -> Tiles:
         CopyZ=TiledCopy(copy, z, threads),
         # Features of block I as the pairs of one row; those of block J as the accumulators have them.
         RowsI=LoadVector(
-            x, threads, lambda t: (row_of(t) + t % 32 // 4, 0), tuple((16 * m + 8 * h, i) for m in range(c.m) for h in range(2) for i in features)
+            x, threads, lambda t: (row_of(t) + t % 32 // 4, 0), tuple((8 * h, i) for h in range(2) for i in features)
         ),
         RowsJ=LoadMatrix(
-            x, ldmatrix(2), threads, lambda t: (row_of(t) + t % 16, 0), tuple((16 * m, j) for m in range(c.m) for j in features)
+            x, ldmatrix(2), threads, lambda t: (row_of(t) + t % 16, 0), tuple((0, j) for j in features)
         ),
     )
 
 
 def accumulators(p: ChunkedGradient, c: Config, values: bool) -> int:
-    """Accumulators per thread, of the blocks' loop or of the state's, whichever are more."""
-    dw, fragments = p.e * values, 2 * p.e if p.stateful else 0
-    blocks, state = p.d + dw + 2 * c.block, (dw + 64 + fragments // 2 + 32) * p.stateful
-    return c.m * max(blocks, state) // 2
+    """Accumulators per thread: of the gradients, of scores and of what they are multiplied by."""
+    return (p.d + p.e * values + 2 * c.block) // 2
 
 
 def rules(p: ChunkedGradient, c: Config, device: Device, values: bool) -> Iterator[tuple[bool, str]]:
@@ -115,8 +112,8 @@ def rules(p: ChunkedGradient, c: Config, device: Device, values: bool) -> Iterat
     registers = min(255, device.registers_per_sm // (32 * c.warps * c.blocks) // 8 * 8)
     needed = accumulators(p, c, values)
     yield (
-        needed + REGISTER_OVERHEAD <= registers,
-        f"{needed} accumulators and some {REGISTER_OVERHEAD} other registers per thread: {c.blocks} CTAs of {c.warps} warps per SM leave {registers}",
+        needed + REGISTER_OVERHEAD[values] <= registers,
+        f"{needed} accumulators and some {REGISTER_OVERHEAD[values]} other registers per thread: {c.blocks} CTAs of {c.warps} warps per SM leave {registers}",
     )
 
 
@@ -131,12 +128,12 @@ class Work:
 
 def work(p: ChunkedGradient, c: Config) -> Work:
     """What all CTAs of a head multiply, of one head of the group."""
-    band, across, blocks, rows, stateful = 16 * c.m, c.rows // c.block, 0, 0, 0
+    across, blocks, rows = c.rows // c.block, 0, 0
     for n in range(p.chunks):
         tokens = min(p.chunk, p.t - n * p.chunk)
         ctas = -(-tokens // c.rows)
         last = -(-(tokens - (ctas - 1) * c.rows) // c.block)
-        diagonal = [c.warps - j * c.block // band for j in range(across)]
+        diagonal = [c.warps - j * c.block // 16 for j in range(across)]
         blocks += across * (ctas * (ctas - 1) // 2) * c.warps + (ctas - 1) * sum(diagonal) + sum(diagonal[:last])
         rows += ctas * c.rows
     first = -(-min(p.chunk, p.t) // c.rows) * c.rows
@@ -148,14 +145,14 @@ def ctas_per_sm(p: ChunkedGradient, c: Config, device: Device, values: bool) -> 
     """CTAs that an SM holds at once, by an estimate of their registers and of their shared memory."""
     block_bytes = c.block * p.dtype.bytes * (p.d + p.e)
     ring = c.stages * (max(block_bytes, state_tiles(p, block_bytes) * 128 * p.e) + 16 * c.block)
-    smem = c.rows * p.dtype.bytes * (p.d + p.e) + ring + 64 * c.warps * p.d * c.m * p.stateful
-    registers = min(255, accumulators(p, c, values) + REGISTER_OVERHEAD)
+    smem = c.rows * p.dtype.bytes * (p.d + p.e) + ring + 64 * c.warps * p.d * p.stateful
+    registers = min(255, accumulators(p, c, values) + REGISTER_OVERHEAD[values])
     return max(1, Occupancy.of(device, threads=32 * c.warps, smem=smem, registers=registers).ctas)
 
 
 def cost(p: ChunkedGradient, c: Config, device: Device, values: bool) -> Cost:
     done, heads, group = work(p, c), p.b * (p.h if values else p.hq), p.group if values else 1
-    per_block = 2 * 16 * c.m * c.block * (2 * p.d + p.e + p.e * values)
+    per_block = 2 * 16 * c.block * (2 * p.d + p.e + p.e * values)
     pairs = 64 * p.pair_tiles * p.e
     flops = heads * (group * done.blocks * per_block + 2 * done.stateful_rows * (pairs * (2 if values else 1) + p.d * p.d * p.normalized))
     ctas = done.rows // c.rows * heads

@@ -13,6 +13,21 @@
 
 namespace vidrial {
 
+// One step of k, A in registers, B in shared memory, converted: a few atoms at once, since all of them are many registers beside large accumulators.
+template <class Convert, class Mma>
+CUTE_DEVICE void mma_in_parts(Fragment<Mma>& c, uint32_t const (&a)[Mma::M][4], typename Mma::B const& operand, uint32_t stage, int k) {
+  constexpr int kAtoms = 4;
+  static_assert(Mma::N % kAtoms == 0, "columns come in parts of 32");
+  CUTE_UNROLL
+  for (int first = 0; first < Mma::N; first += kAtoms) {
+    uint32_t f[kAtoms][2];
+    operand.load(stage, k, f, first);
+    CUTE_UNROLL
+    for (int n = 0; n < kAtoms; ++n) { f[n][0] = Convert::of(f[n][0]); f[n][1] = Convert::of(f[n][1]); }
+    Mma::multiply(c.x, a, f, first);
+  }
+}
+
 template <class Tiles>
 struct BlockGradient {
   using XA = typename Tiles::XA;
@@ -51,13 +66,10 @@ struct BlockGradient {
   CUTE_DEVICE static void product(Fragment<Mma>& c, float const (&s)[M][XA::N][4], typename Mma::B const& operand, uint32_t place) {
     CUTE_UNROLL
     for (int k = 0; k < Mma::K; ++k) {
-      uint32_t fa[M][4], fb[Mma::N][2];
+      uint32_t fa[M][4];
       CUTE_UNROLL
       for (int m = 0; m < M; ++m) pack_operand<Weight>(s[m], k, fa[m]);
-      operand.load(place, k, fb);
-      CUTE_UNROLL
-      for (int n = 0; n < Mma::N; ++n) { fb[n][0] = ToWeight::of(fb[n][0]); fb[n][1] = ToWeight::of(fb[n][1]); }
-      Mma::multiply(c.x, fa, fb);
+      mma_in_parts<ToWeight>(c, fa, operand, place, k);
     }
   }
 };
