@@ -23,7 +23,7 @@ ROWS = 256  # query rows at a time: memory stays O(T)
 
 
 class Reference(NamedTuple):
-    """y [B, T, HQ, E]; conditioning [B, T, HQ], by which an element's error is multiplied.
+    """y [B, T, HQ, E]; conditioning [B, T, HQ], by which an element's error is multiplied; norm [B, T, HQ], the sum of the weights.
 
     The state form sums terms of size bound_ij = (scale |q_i| |k_j|)^degree decay_ij. With a normaliser they cancel down to norm_i, so the
     error of y_i that rounding explains is u * sum_j bound_ij / norm_i: the conditioning is norm_i / sum_j bound_ij. Without one, y_i itself
@@ -33,6 +33,7 @@ class Reference(NamedTuple):
 
     y: Float64
     conditioning: Float64
+    norm: Float64
 
 
 def _heads(q: Float64, k: Float64, v: Float64, log_g: Float64 | None) -> Iterator[tuple[int, int, Float64, Float64, Float64, Float64]]:
@@ -67,7 +68,7 @@ def attention_form(
     q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     length = q.shape[1]
-    y, conditioning = np.zeros((*q.shape[:3], v.shape[-1])), np.ones(q.shape[:3])
+    y, conditioning, norms = np.zeros((*q.shape[:3], v.shape[-1])), np.ones(q.shape[:3]), np.zeros(q.shape[:3])
     for b, h, qh, kh, vh, gates in _heads(q, k, v, log_g):
         a, key_norms = np.cumsum(gates), np.linalg.norm(kh, axis=1)
         for m in range(0, length, ROWS):
@@ -77,13 +78,13 @@ def attention_form(
             decay = np.exp(np.where(causal, gap, -np.inf))
             weight = np.where(causal, (scale * qh[rows] @ kh[keys].T) ** degree * decay, 0.0)
             bound = np.where(causal, (np.abs(scale) * np.linalg.norm(qh[rows], axis=1)[:, None] * key_norms[keys]) ** degree * decay, 0.0)
-            norm = weight.sum(1)
+            norms[b, rows, h] = norm = weight.sum(1)
             y[b, rows, h] = causal_product(weight, vh[keys], causal) / (
                 np.maximum(norm, LOWEST_NORMALISER)[:, None] if normalize == "sum" else 1.0
             )
             size = np.linalg.norm(bound, axis=1) if normalize == "none" else bound.sum(1)
             conditioning[b, rows, h] = (norm if normalize == "sum" else 1.0) / np.maximum(size, 1e-300)
-    return Reference(y, conditioning)
+    return Reference(y, conditioning, norms)
 
 
 def recurrent_form(
@@ -102,3 +103,104 @@ def recurrent_form(
             total = max((weights * norm).sum(), LOWEST_NORMALISER) if normalize == "sum" else 1.0
             y[b, t, h] = np.tensordot(weights, state, 2) / total
     return y
+
+
+class Gradients(NamedTuple):
+    """Of the sum of y * dy, plus that of the final state times its gradient: the shapes of q, k, v, log_g, S and Z; None where there is none."""
+
+    dq: Float64
+    dk: Float64
+    dv: Float64
+    dlog_g: Float64 | None
+    d_s: Float64 | None = None
+    d_z: Float64 | None = None
+
+
+def pair_rows(d: int) -> tuple[NDArray[np.intp], NDArray[np.intp], Float64]:
+    """Of each row of the state's S the two features that it is the product of, and how often it counts in (q . k)^2: blocks I <= J of 8
+    features, lexicographic, within a pair of them row-major; 1 where I = J, else 2."""
+    blocks = [(i, j) for i in range(d // 8) for j in range(i, d // 8)]
+    first, second = (np.array([[8 * pair[side] + n for n in range(8)] for pair in blocks], np.intp).reshape(-1, 8) for side in (0, 1))
+    multiplicity = np.repeat([1.0 if i == j else 2.0 for i, j in blocks], 64)
+    return first.repeat(8, 1).ravel(), np.tile(second, 8).ravel(), multiplicity
+
+
+def gradients(
+    q: Float64,
+    k: Float64,
+    v: Float64,
+    log_g: Float64 | None,
+    dy: Float64,
+    *,
+    degree: int = 2,
+    scale: float | None = None,
+    normalize: str = "sum",
+    initial: tuple[Float64, Float64] | None = None,
+    d_final: tuple[Float64, Float64] | None = None,
+) -> Gradients:
+    """Gradients of sum(y * dy) + sum(S_T * dS_T) + sum(Z_T * dZ_T) by the O(T^2) form, in float64, a head at a time.
+
+    `initial`: the state (S, Z) before the first token, `d_final` the gradient of the one after the last (degree 2): S [B, H, P, E] of raw
+    monomials in the order of `pair_rows`, Z [B, H, D, D]. A row whose normaliser is at its floor has the gradient 0; so has a log gate
+    outside of (-60, 0].
+    """
+    q, k, v, dy = (np.asarray(x, np.float64) for x in (q, k, v, dy))
+    scale, group, (ia, ib, count) = q.shape[-1] ** -0.5 if scale is None else scale, q.shape[2] // k.shape[2], pair_rows(q.shape[-1])
+    dq, dk, dv, da = np.zeros_like(q), np.zeros_like(k), np.zeros_like(v), np.zeros(k.shape[:3])
+    states = initial is not None or d_final is not None
+    shape = (*k.shape[::2][:1], k.shape[2])
+    d_s, d_z = (np.zeros((*shape, len(ia), v.shape[-1])), np.zeros((*shape, q.shape[-1], q.shape[-1]))) if states else (None, None)
+    for b, hq, x, keys, values, gates in _heads(q, k, v, log_g):
+        h, a, length = hq // group, np.cumsum(gates), len(x)
+        for m in range(0, length, ROWS):
+            rows, seen = slice(m, min(m + ROWS, length)), slice(0, min(m + ROWS, length))
+            causal = np.arange(length)[rows, None] >= np.arange(length)[None, seen]
+            decay = np.exp(np.where(causal, a[rows, None] - a[None, seen], -np.inf))
+            score = x[rows] @ keys[seen].T
+            weight, norm = scale**degree * score**degree * decay, np.zeros(rows.stop - rows.start)
+            num = weight @ values[seen]
+            norm += weight.sum(1)
+            if initial is not None:
+                s0, z0, from_start = initial[0][b, h], initial[1][b, h], scale**2 * np.exp(a[rows])
+                phi = count * x[rows][:, ia] * x[rows][:, ib]
+                num, norm = num + from_start[:, None] * (phi @ s0), norm + from_start * np.einsum("ta,ab,tb->t", x[rows], z0, x[rows])
+            if normalize == "sum":
+                dnum = np.where(norm > LOWEST_NORMALISER, 1 / np.maximum(norm, LOWEST_NORMALISER), 0.0)[:, None] * dy[b, rows, hq]
+                dnorm = -(dnum * num).sum(1) / np.maximum(norm, LOWEST_NORMALISER)
+            else:
+                dnum, dnorm = dy[b, rows, hq], np.zeros_like(norm)
+            dweight = dnum @ values[seen].T + dnorm[:, None]
+            dscore = degree * scale**degree * score ** (degree - 1) * decay * dweight
+            dq[b, rows, hq] += dscore @ keys[seen]
+            dk[b, seen, h] += dscore.T @ x[rows]
+            dv[b, seen, h] += weight.T @ dnum
+            da[b, rows, h] += (weight * dweight).sum(1)
+            da[b, seen, h] -= (weight * dweight).sum(0)
+            if initial is not None and d_s is not None and d_z is not None:
+                dphi = from_start[:, None] * count * (dnum @ s0.T)
+                dx = from_start[:, None] * dnorm[:, None] * (x[rows] @ (z0 + z0.T))
+                np.add.at(dx.T, ia, (dphi * x[rows][:, ib]).T)
+                np.add.at(dx.T, ib, (dphi * x[rows][:, ia]).T)
+                dq[b, rows, hq] += dx
+                da[b, rows, h] += (dx * x[rows]).sum(1) / 2
+                d_s[b, h] += (from_start[:, None] * phi).T @ dnum
+                d_z[b, h] += (x[rows] * (from_start * dnorm)[:, None]).T @ x[rows]
+        if d_final is None or hq % group or d_s is None or d_z is None:
+            continue
+        ds, dz, to_end = d_final[0][b, h], d_final[1][b, h], np.exp(a[-1] - a) if length else a
+        dphi = to_end[:, None] * (values @ ds.T)
+        dx = to_end[:, None] * (keys @ (dz + dz.T))
+        np.add.at(dx.T, ia, (dphi * keys[:, ib]).T)
+        np.add.at(dx.T, ib, (dphi * keys[:, ia]).T)
+        dk[b, :, h] += dx
+        dv[b, :, h] += to_end[:, None] * ((keys[:, ia] * keys[:, ib]) @ ds)
+        da[b, :, h] -= (dx * keys).sum(1) / 2
+        left = np.exp(a[-1]) if length else 1.0
+        if length:
+            da[b, -1, h] += (dx * keys).sum() / 2
+            if initial is not None:
+                da[b, -1, h] += left * ((initial[0][b, h] * ds).sum() + (initial[1][b, h] * dz).sum())
+        d_s[b, h] += left * ds
+        d_z[b, h] += left * dz
+    dlog_g = None if log_g is None else np.flip(np.cumsum(np.flip(da, 1), 1), 1) * ((log_g > LOWEST_LOG_GATE) & (log_g <= 0))
+    return Gradients(dq, dk, dv, dlog_g, d_s, d_z)

@@ -12,6 +12,7 @@ from vidrial.layout.barriers import Barrier, Barriers, Meeting, NamedBarriers, R
 from vidrial.layout.copies import LoadMatrix, LoadVector, TiledCopy
 from vidrial.layout.drawing import draw
 from vidrial.layout.epilogue import Epilogue
+from vidrial.layout.gradient import GradientTiles, gradient_tiles
 from vidrial.layout.mma import Accumulator, TiledMma
 from vidrial.layout.occupancy import Occupancy
 from vidrial.layout.schedule import Scheduler, equal_groups
@@ -27,6 +28,7 @@ __all__ = [
     "ComposedLayout",
     "CopyAtom",
     "Epilogue",
+    "GradientTiles",
     "Layout",
     "LoadMatrix",
     "LoadVector",
@@ -54,6 +56,7 @@ __all__ = [
     "cp_async",
     "draw",
     "equal_groups",
+    "gradient_tiles",
     "ldmatrix",
     "wgmma",
 ]

@@ -9,13 +9,14 @@ namespace vidrial {
 template <class Atom, class Tile, class Row, class Column, int Rn, int Cn, int Rk, int Ck>
 struct Operand : LoadMatrix<Atom, Tile, Row, Column> {
   using LoadMatrix<Atom, Tile, Row, Column>::LoadMatrix;
+  // Of the operand's atoms those from `first` on.
   template <int N, int R>
-  CUTE_DEVICE void load(uint32_t stage, int k, uint32_t (&f)[N][R]) const {
+  CUTE_DEVICE void load(uint32_t stage, int k, uint32_t (&f)[N][R], int first = 0) const {
     constexpr int kRegisters = sizeof(typename Atom::DRegisters) / sizeof(uint32_t), kAtoms = kRegisters / R;
     static_assert(kRegisters == 4 && N % kAtoms == 0, "an x4 load fills whole fragments");
     CUTE_UNROLL
     for (int n = 0; n < N; n += kAtoms) {
-      int const i = n / kAtoms;
+      int const i = (first + n) / kAtoms;
       (*this)(stage, i * Rn + k * Rk, i * Cn + k * Ck, f[n][0], f[n + 1 / R][1 % R], f[n + 2 / R][2 % R], f[n + 3 / R][3 % R]);
     }
   }
@@ -52,13 +53,14 @@ struct TiledMma {
   template <int Groups>
   static CUTE_DEVICE void wait() {}
   static CUTE_DEVICE void fence(float (&)[M][N][4]) {}
-  template <int RA, int RB>
-  static CUTE_DEVICE void multiply(float (&c)[M][N][4], uint32_t const (&a)[M][RA], uint32_t const (&b)[N][RB]) {
+  // A and B in registers: of B's atoms some, from `first` on.
+  template <int RA, int RB, int Count>
+  static CUTE_DEVICE void multiply(float (&c)[M][N][4], uint32_t const (&a)[M][RA], uint32_t const (&b)[Count][RB], int first = 0) {
     CUTE_UNROLL
     for (int m = 0; m < M; ++m) {
       CUTE_UNROLL
-      for (int n = 0; n < N; ++n) {
-        float (&d)[4] = c[m][n];
+      for (int n = 0; n < Count; ++n) {
+        float (&d)[4] = c[m][first + n];
         if constexpr (RA == 4) {
           Atom::fma(d[0], d[1], d[2], d[3], a[m][0], a[m][1], a[m][2], a[m][3], b[n][0], b[n][1], d[0], d[1], d[2], d[3]);
         } else {

@@ -1,0 +1,1 @@
+"""The backward pass of power retention: an op of its own."""

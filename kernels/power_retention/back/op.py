@@ -1,0 +1,204 @@
+"""The backward pass of power retention as an op: its stages in sequence, and the chunk that they share.
+
+With `chunk` 0 the whole sequence is one chunk: no state. Otherwise the states before the chunks are scanned again, as the forward pass did, with a
+chunk of the backward pass's own; those behind them, the adjoint, are scanned in reverse.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+
+from vidrial import Buffer, Check, DType, Op, Stage, choice, part
+from vidrial.kernels.power_retention import gates as forward_gates
+from vidrial.kernels.power_retention import scan as forward_scan
+from vidrial.kernels.power_retention.back import gates, rows, tokens
+from vidrial.kernels.power_retention.back import scan as back_scan
+from vidrial.kernels.power_retention.back.problem import ChunkedGradient, Gradient
+from vidrial.kernels.power_retention.op import CHUNKS, DRAWN, SCANS, whole_chunk
+from vidrial.kernels.power_retention.op import chunked as forward_chunked
+from vidrial.kernels.power_retention.op import rules as forward_rules
+from vidrial.kernels.power_retention.op import inputs as forward_inputs
+from vidrial.kernels.power_retention.op import example as forward_example
+from vidrial.kernels.power_retention.op import small as forward_small
+from vidrial.kernels.power_retention.op import sample as forward_sample
+from vidrial.kernels.power_retention.reference import attention_form, gradients
+
+NAMES = ("dq", "dk", "dv", "dlog_g")
+# Of the norm of each gradient, head by head: roundings to bf16 as docs/power_retention.md lists them.
+BOUNDS = {"dq": 3.5e-3, "dk": 3.5e-3, "dv": 3.5e-3, "dlog_g": 1.5e-2}
+
+
+@dataclass(frozen=True)
+class Config:
+    """`chunk` tokens share a state, 0 for none; how the state and its adjoint are scanned; how dq is made, and dk and dv."""
+
+    chunk: int = choice(*CHUNKS)
+    scan: forward_scan.Config = part(forward_scan.Config)
+    adjoint: back_scan.Config = part(back_scan.Config)
+    query: tokens.Config = part(tokens.Config)
+    keys: tokens.Config = part(tokens.Config)
+
+
+@lru_cache(maxsize=256)
+def chunked(p: Gradient, chunk: int) -> ChunkedGradient:
+    """What the stages are asked when a config has this `chunk`."""
+    return ChunkedGradient(**vars(p), stateful=chunk > 0, chunk=chunk or whole_chunk(p))
+
+
+def stages(p: Gradient, c: Config) -> list[Stage]:
+    asked, before = chunked(p, c.chunk), forward_chunked(p.forward, c.chunk)
+    launches: list[Stage] = []
+    if p.gated:
+        launches.append(Stage(forward_gates.power_gates, before, forward_gates.Config(block=c.query.block)))
+    launches.append(Stage(rows.power_back_rows, asked, rows.Config(block=c.keys.block)))
+    if c.chunk:
+        launches.append(Stage(SCANS[c.scan.mma], before, c.scan, "scan"))
+        if c.scan.segments > 1:
+            launches.append(Stage(forward_scan.power_carry, before, forward_scan.CarryConfig(segments=c.scan.segments), "scan"))
+        launches.append(Stage(back_scan.power_back_scan, asked, c.adjoint, "adjoint"))
+    launches += [Stage(tokens.power_back_query, asked, c.query, "query"), Stage(tokens.power_back_keys, asked, c.keys, "keys")]
+    if p.gated:
+        if c.chunk:
+            launches.append(Stage(gates.power_back_cross, asked, gates.Config()))
+        launches.append(Stage(gates.power_back_gates, asked, gates.Config()))
+    return launches
+
+
+def rules(p: Gradient, c: Config) -> Iterator[tuple[bool, str]]:
+    yield from forward_rules(p, c)
+
+
+def inputs(p: Gradient) -> dict[str, Buffer]:
+    """What the forward pass was given, what it made, and the gradient of y."""
+    y = (p.b, p.t, p.hq, p.e)
+    made = {"y": Buffer(y, p.dtype), "norm": Buffer((p.b, p.hq, p.t), DType.float32)} if p.normalized else {}
+    return {**forward_inputs(p.forward), **made, "dy": Buffer(y, p.dtype, (*p.dy_stride, 1))}
+
+
+def outputs(p: Gradient) -> dict[str, Buffer]:
+    shapes = {"dq": (p.b, p.t, p.hq, p.d), "dk": (p.b, p.t, p.h, p.d), "dv": (p.b, p.t, p.h, p.e)}
+    buffers = {name: Buffer(shape, p.dtype) for name, shape in shapes.items()}
+    return buffers | ({"dlog_g": Buffer((p.b, p.t, p.h), DType.float32)} if p.gated else {})
+
+
+def workspace(p: Gradient, c: Config) -> dict[str, Buffer]:
+    asked, heads, q_heads, f32 = chunked(p, c.chunk), p.b * p.h, p.b * p.hq, DType.float32
+    padded = asked.padded
+    buffers = {"rows": Buffer((q_heads, padded, 2), f32), "from_block": Buffer((q_heads, padded, 2), f32)}
+    buffers |= {"dot_q": Buffer((q_heads, padded), f32), "dot_k": Buffer((heads, padded), f32)}
+    if p.gated:
+        buffers |= {"a": Buffer((heads, padded, 2), f32), "to_block": Buffer((heads, padded), f32)}
+    if c.chunk:
+        buffers["from_start"] = Buffer((q_heads, padded), f32)
+        if p.normalized:
+            buffers["from_start_z"] = Buffer((q_heads, padded), f32)
+        if p.gated:
+            buffers |= {"to_end": Buffer((heads, padded), f32), "cross": Buffer((heads, asked.chunks), f32)}
+        buffers |= {name: Buffer((heads, asked.chunks, p.snapshot), DType.bfloat16) for name in ("snapshots", "adjoint")}
+        if c.scan.segments > 1:
+            buffers["ends"] = Buffer((heads, c.scan.segments - 1, p.snapshot), f32)
+    return buffers
+
+
+def example(**keywords: Any) -> Gradient:
+    """A problem with contiguous arrays; keywords are those of the forward op."""
+    p = forward_example(**keywords)
+    return Gradient(**vars(p), dy_stride=p.y_stride)
+
+
+def small(p: Gradient) -> Gradient:
+    """The same op at an odd length past two of its chunks, few heads: quick to check."""
+    found = forward_small(p.forward)
+    return Gradient(**vars(found), dy_stride=found.y_stride)
+
+
+def sample(p: Gradient, seed: int) -> dict[str, np.ndarray]:
+    """The forward op's sample, what an exact forward pass makes of it, and a normal dy."""
+    arrays = forward_sample(p.forward, seed)
+    found = forward_pass(p, arrays)
+    rng = np.random.default_rng(seed + 1)
+    drawn = p.dtype.round(rng.standard_normal(min(DRAWN, p.b * p.t * p.hq * p.e), np.float32))
+    return {**arrays, **found, "dy": np.resize(drawn, (p.b, p.t, p.hq, p.e))}
+
+
+def forward_pass(p: Gradient, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """y, rounded, and its normaliser, from float64."""
+    if not p.normalized:
+        return {}
+    q, k, v = (p.dtype.widen(inputs[n]) for n in "qkv")
+    found = attention_form(q, k, v, inputs.get("log_g"), degree=p.degree, scale=p.scale)
+    return {"y": p.dtype.round(found.y.astype(np.float32)), "norm": np.ascontiguousarray(found.norm.transpose(0, 2, 1), np.float32)}
+
+
+def reference(p: Gradient, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    q, k, v, dy = (p.dtype.widen(inputs[n]) for n in ("q", "k", "v", "dy"))
+    normalize = "sum" if p.normalized else "none"
+    found = gradients(q, k, v, inputs.get("log_g"), dy, degree=p.degree, scale=p.scale, normalize=normalize)
+    return {name: x for name, x in found._asdict().items() if x is not None}
+
+
+def errors(
+    p: Gradient, inputs: Mapping[str, np.ndarray], results: Mapping[str, np.ndarray], expected: Mapping[str, np.ndarray]
+) -> dict[str, np.ndarray]:
+    """Of each gradient and each of its heads the error's norm over the gradient's: [heads].
+
+    Where that is less than a hundredth of the terms that cancel in it, as of a token that sees itself alone, over this hundredth: a score's
+    gradient is a difference of two products of dy and values.
+    """
+
+    def norms(x: np.ndarray) -> np.ndarray:
+        squares: np.ndarray = np.sqrt((x.astype(np.float64) ** 2).sum(tuple(axis for axis in range(x.ndim) if axis != 2)))
+        return squares
+
+    sizes = {name: norms(p.dtype.widen(inputs[name])) for name in "qkv"}
+    terms = norms(expected["dv"]) * sizes["v"] / 100
+    floors = {
+        "dq": np.repeat(terms, p.group) / np.maximum(sizes["q"], 1e-30),
+        "dk": terms / np.maximum(sizes["k"], 1e-30),
+        "dlog_g": terms / max(p.b * p.t, 1) ** 0.5,
+    }
+    found = {}
+    for name in outputs(p):
+        got = results[name] if name == "dlog_g" else p.dtype.widen(results[name])
+        found[name] = norms(got - expected[name]) / np.maximum(np.maximum(norms(expected[name]), floors.get(name, 0.0)), 1e-300)
+    return found
+
+
+def check(p: Gradient, inputs: Mapping[str, np.ndarray], results: Mapping[str, np.ndarray], expected: Mapping[str, np.ndarray]) -> Check:
+    """The worst of all gradients and heads, in times of its bound."""
+    found = {name: x.max(initial=0.0) / BOUNDS[name] for name, x in errors(p, inputs, results, expected).items()}
+    worst = float(max(found.values(), default=0.0))
+    return Check(worst, worst, 1.0, 1.0)
+
+
+op = Op(
+    name="power_retention_backward",
+    kernels=(
+        forward_gates.power_gates,
+        rows.power_back_rows,
+        *SCANS.values(),
+        forward_scan.power_carry,
+        back_scan.power_back_scan,
+        tokens.power_back_query,
+        tokens.power_back_keys,
+        gates.power_back_cross,
+        gates.power_back_gates,
+    ),
+    problem=Gradient,
+    config=Config,
+    stages=stages,
+    inputs=inputs,
+    outputs=outputs,
+    workspace=workspace,
+    sample=sample,
+    reference=reference,
+    check=check,
+    small=small,
+    rules=rules,
+    example=example,
+)
