@@ -18,7 +18,7 @@ import pytest
 from vidrial.build import cubins as build_module
 from vidrial.build import once as once_module
 from vidrial.build import toolchain
-from vidrial.build.nvrtc import Cubin, Resources, compile_source, cubin_key
+from vidrial.build.nvrtc import _SERIALISED, Cubin, Resources, compile_source, cubin_key
 from vidrial.build.pool import MALLOC, CompilePool, Job, worker_environment
 from vidrial.build.processes import Child
 from vidrial.build.store import Store
@@ -348,7 +348,22 @@ extern "C" __global__ void __launch_bounds__(128) k(float* x, uint32_t* y, uint3
 }}"""
     assert compile_source(source, "k", "sm_90a").resources.registers > 32
     wrong = source.replace("// TOUCH", "for (int k = 0; k < 4 * Mma::N; ++k) c[k / 4][k % 4] *= x[k];")
-    message = r"k for sm_90a: ptxas serialises its wgmma: \(C751[0-4]\) .*serialized.*\n  see docs/device_api"
+    message = r"k for sm_90a: ptxas serialises its wgmma: \(C751[0-5]\) .*serialized.*\n  see docs/device_api"
     with pytest.raises(CompileError, match=message) as caught:
         compile_source(wrong, "k", "sm_90a", config="m=64")
     assert "config: m=64" in str(caught.value) and "whole log" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("note", "refused"),
+    [
+        (
+            "(C7514) Potential Performance Loss: wgmma.mma_async instructions are serialized due to non wgmma instructions in the function 'k'",
+            True,
+        ),
+        ("(C7515) Potential Performance Loss: wgmma.mma_async instructions are serialized due to non wgmma instructions defining", True),
+        ("(C7517) Potential Performance Loss: warpgroup.wait is injected in around line 3 by compiler to allow use of registers", False),
+    ],
+)
+def test_every_note_of_serialisation_is_known(note: str, refused: bool) -> None:
+    assert bool(_SERIALISED.search(f"ptxas info    : {note}\n")) == refused

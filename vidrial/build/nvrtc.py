@@ -26,7 +26,7 @@ HEADER_STOP = "#pragma nv_hdrstop\n"
 _ERROR = re.compile(r"^(?P<file>[^\s(][^(\n]*)\((?P<line>\d+)\): (?:catastrophic )?error(?: #[\w-]+)?: (?P<text>.*)$", re.MULTILINE)
 # Where ptxas runs all wgmma of a function one after another: several times slower. NOTE: not C7517, a wait that it adds: kernels that were
 # measured fastest have it.
-_SERIALISED = re.compile(r"\((C751[0-4])\) (.*)")
+_SERIALISED = re.compile(r"\((C75\d\d)\) (.*are serialized.*)")
 _INSTANTIATED = re.compile(r'at line (\d+) of "?([^"\n]+?)"?$', re.MULTILINE)
 
 
