@@ -116,6 +116,8 @@ def tiles(p: Chunked, c: Config) -> Tiles:
         smem=SharedMemory(Q=q, Ring=c.stages * stage_bytes, Decay=8 * c.keys * c.stages),
         Elem=p.dtype,
         stage_bytes=stage_bytes,
+        overlapped=overlapped(p, c),
+        halves=halves(p, c),
         s_tiles=s_tiles,
         s_stages=pairs // s_tiles,
         z_rows=z.rows,
@@ -157,6 +159,20 @@ def state_tiles(p: Chunked, key_bytes: int) -> int:
     return max((n for n in (2, 4) if p.pair_tiles % n == 0 and n * 128 * p.e <= key_bytes), default=1)
 
 
+def overlapped(p: Chunked, c: Config) -> bool:
+    """Whether the scores of a block are issued before the last product of the one before it: by wgmma, where ptxas has registers for the
+    weights that then outlive their block. Those of 128 keys, or with three CTAs per SM, it does not have (C7512); at d = 128 with 64 keys
+    a ring of 3 stages filled by 4 warps spills 52 bytes."""
+    wide = c.keys * p.e >= 64 * 128
+    return c.mma == "wgmma" and c.keys < 128 and c.blocks < 3 and not (wide and c.warps == 4 and c.stages == 3)
+
+
+def halves(p: Chunked, c: Config) -> bool:
+    """Whether the blocks on the diagonal are overlapped, too, and the last ones of a band, of which the upper half of its rows sees nothing,
+    multiplied by the lower half alone. NOTE: at d = 128 with 64 keys either spills; there the diagonal keeps to the serial order."""
+    return overlapped(p, c) and c.rows_per_band // 2 % c.keys == 0 and c.keys * p.e < 64 * 128
+
+
 def grid(p: Chunked, c: Config) -> tuple[int, int, int]:
     """Row blocks, query heads of a key head, key heads."""
     return -(-p.t // c.rows), p.hq // p.h, p.b * p.h
@@ -187,11 +203,11 @@ def rules(p: Chunked, c: Config, device: Device) -> Iterator[tuple[bool, str]]:
 
 @dataclass(frozen=True)
 class Work:
-    """Of one query head: `blocks` of a band's rows x keys that are multiplied; `waited`: blocks that bands multiply or wait for, those above a
+    """Of one query head: `blocks` of a band's rows x keys that are multiplied, some by half; `waited`: blocks that bands multiply or wait for, those above a
     band's diagonal that other bands of its CTA have to multiply; `stateful_rows` that read a state; `rows` of all CTAs, tails filled up;
     `rows_before`: those that a later CTA of the chunk reads as keys before its own."""
 
-    blocks: int
+    blocks: float
     waited: int
     stateful_rows: int
     rows: int
@@ -199,14 +215,17 @@ class Work:
 
 
 def _work(p: Chunked, c: Config) -> Work:
-    bands, across = c.rows // c.rows_per_band, c.rows // c.keys
+    bands, across, half = c.rows // c.rows_per_band, c.rows // c.keys, c.rows_per_band // 2
     whole, rest = divmod(p.t, p.chunk)
-    blocks = waited = rows = before = 0
+    # Of a block on the diagonal: the bands that multiply it, one of them perhaps the lower half of its rows.
+    starts = range(0, c.rows, c.keys)
+    diagonal = [bands - j // c.rows_per_band - 0.5 * (halves(p, c) and j % c.rows_per_band >= half) for j in starts]
+    blocks, waited, rows, before = 0.0, 0, 0, 0
     for tokens, chunks in ((p.chunk, whole), (rest, 1 if rest else 0)):
         # Causal: a CTA sees the rows of its chunk before its own, and of those a band what does not lie above its diagonal.
         ctas = -(-tokens // c.rows)
         last = -(-(tokens - (ctas - 1) * c.rows) // c.keys)
-        earlier, diagonal = across * (ctas * (ctas - 1) // 2), [bands - j * c.keys // c.rows_per_band for j in range(across)]
+        earlier = across * (ctas * (ctas - 1) // 2)
         blocks += chunks * (earlier * bands + (ctas - 1) * sum(diagonal) + sum(diagonal[:last]))
         waited += chunks * bands * (earlier + (ctas - 1) * across + last)
         rows += chunks * ctas * c.rows

@@ -22,9 +22,9 @@
 
 namespace vidrial {
 
-// Order: Serial or Overlapped (vidrial/collective/attention.cuh).
-template <class Tiles, class Order = Serial, class Args>
+template <class Tiles, class Args>
 CUTE_DEVICE void power_attend(Args const& p) {
+  using Order = OrderOf<Tiles::overlapped>;
   using QK = typename Tiles::QK;
   using PV = typename Tiles::PV;
   using Smem = typename Tiles::Smem;
@@ -33,8 +33,7 @@ CUTE_DEVICE void power_attend(Args const& p) {
   int const thread = tile.thread;
   uint32_t const smem = shared_address(raw), q = smem + Smem::Q, stages = smem + Smem::Ring, decay = smem + Smem::Decay;
 
-  auto at_head = [&](auto* x, int64_t const (&stride)[3], int first) { return x + tile.batch * stride[0] + first * stride[1] + tile.q_head * stride[2]; };
-  typename Tiles::CopyQ const copy_q(at_head(p.q, p.q_stride, tile.m0), p.q_stride[1], q, thread);
+  typename Tiles::CopyQ const copy_q(tile.at_head(p.q, p.q_stride, tile.m0, blockIdx.z), p.q_stride[1], q, thread);
   PowerStream<Tiles, Args> stream(tile, stages, decay);
   typename Tiles::Ring ring;
   copy_q(0, p.t - tile.m0);
@@ -59,14 +58,21 @@ CUTE_DEVICE void power_attend(Args const& p) {
   Attention<Tiles, Order> const attention{load_q, typename QK::B(stages, thread), typename PV::B(stages + Tiles::K::kBytes, thread)};
   int const diagonal = tile.first_diagonal_block, last = tile.key_blocks, mine = unsigned(tile.band_end() - tile.c0 + Tiles::keys - 1) / Tiles::keys;
   if constexpr (Order::kOverlapped) {
+    // Of a band's last blocks the upper half of its rows sees nothing.
+    constexpr int kHalf = PV::M / 2, kLower = Tiles::halves ? kHalf * 64 / Tiles::keys : 0;
+    int const whole = min(mine - kLower, last), seen = min(mine, last);
+    Attention<Tiles, OrderOf<Tiles::halves>> const on_diagonal{load_q, attention.k, attention.v};
     attention(o, NoneMasked{}, next, weights, tile.forgotten, diagonal, diagonal);
-    attention(o, AllMasked{}, next, weights, diagonal, min(mine, last), last);
+    on_diagonal(o, AllMasked{}, next, weights, diagonal, whole, kLower ? whole : last);
+    if constexpr (kLower > 0) on_diagonal.template operator()<kHalf>(o, AllMasked{}, next, weights, whole, seen, last);
   } else {
     attention(o, MaskedFrom{diagonal}, next, weights, tile.forgotten, mine, last);
   }
   o.fence();
   weights.l.add_over_quad();
-  store_rows(o, at_head(p.y, p.y_stride, row) + PV::column(thread), p.y_stride[1], p.t - row, [&](int m, int h) { return weights.finish(m, h); });
+  // NOTE: from the indices once more: what was known before the loops would be spilled across them, at d = 128.
+  int const own = opaque(threadIdx.x), first = opaque(blockIdx.x) * Tiles::rows + PV::row(own);
+  store_rows(o, tile.at_head(p.y, p.y_stride, first, opaque(blockIdx.z)) + PV::column(own), p.y_stride[1], p.t - first, [&](int m, int h) { return weights.finish(m, h); });
 }
 
 }  // namespace vidrial

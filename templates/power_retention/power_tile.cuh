@@ -13,7 +13,7 @@ struct QueryTile {
   static constexpr int kRows = Tiles::rows, kKeys = Tiles::keys;
   static constexpr bool kGated = Tiles::gated;
   Args const& p;
-  int thread, lane, warp, head, batch, kv_head, q_head, m0, chunk, c0, first_diagonal_block, key_blocks;
+  int thread, lane, warp, head, batch, kv_head, m0, chunk, c0, first_diagonal_block, key_blocks;
   // NOTE: rows of the gates' tables fit an int, since the arrays have at most 2^31 elements; two pointers would be two registers more each.
   int gates;
   // r, the sum of the gates before the tile, and what the gates have forgotten by then: it is not read.
@@ -24,7 +24,7 @@ struct QueryTile {
 
   CUTE_DEVICE explicit QueryTile(Args const& args) : p(args) {
     thread = threadIdx.x, lane = thread % 32, warp = __shfl_sync(~0u, thread / 32, 0);
-    head = blockIdx.z, batch = head / p.h, kv_head = head - batch * p.h, q_head = kv_head * gridDim.y + blockIdx.y;
+    head = blockIdx.z, batch = head / p.h, kv_head = head - batch * p.h;
     m0 = blockIdx.x * kRows, chunk = m0 / p.chunk, c0 = chunk * p.chunk;
     first_diagonal_block = (m0 - c0) / kKeys, key_blocks = (min(m0 + kRows, p.t) - c0 + kKeys - 1) / kKeys;
     gates = head * p.chunks * p.chunk;
@@ -41,6 +41,12 @@ struct QueryTile {
     }
   }
   CUTE_DEVICE float2 a(int token) const { return p.a[gates + token]; }
+  // Row `first` of the query head of this CTA in an array of them; `z`: blockIdx.z, from which the head is worked out.
+  template <class T>
+  CUTE_DEVICE T* at_head(T* x, int64_t const (&stride)[3], int first, int z) const {
+    int const b = z / p.h;
+    return x + b * stride[0] + first * stride[1] + ((z - b * p.h) * gridDim.y + blockIdx.y) * stride[2];
+  }
   // The band of rows that is multiplied together, by a warp or a warpgroup, ends before this.
   CUTE_DEVICE int band_end() const { return m0 + (warp / Tiles::warps_per_band + 1) * Tiles::rows_per_band; }
 };

@@ -17,11 +17,11 @@
 
 namespace vidrial {
 
-// A block's products are done before the next block begins.
-struct Serial { static constexpr bool kOverlapped = false; };
-// The scores of a block are issued before the last product of the one before it, and nothing is waited for at a block's end, by wgmma;
-// mma.sync, where nothing runs on, takes the serial order.
-struct Overlapped { static constexpr bool kOverlapped = true; };
+// Overlapped: the scores of a block are issued before the last product of the one before it, and nothing is waited for at a block's end, by
+// wgmma; mma.sync, where nothing runs on, takes the serial order: a block's products are done before the next block begins.
+template <bool Overlap> struct OrderOf { static constexpr bool kOverlapped = Overlap; };
+using Serial = OrderOf<false>;
+using Overlapped = OrderOf<true>;
 
 // A block of keys: its number, the stage that holds it, and whether single keys of it are masked.
 struct Block { int index, stage; bool masked; };
@@ -44,10 +44,11 @@ struct Attention {
   typename PV::B v;
 
   // Blocks [from, to); those from `mine` on lie beyond this thread's rows and only pass through the ring: `next()` hands out its stages.
-  // First: of the thread's M parts, those before it see nothing of these blocks.
+  // First: of the thread's M parts, those before it see nothing of these blocks, which follow others: nothing is entered.
   template <int First = 0, class Mask, class Next, class Weights>
   CUTE_DEVICE void operator()(Fragment<PV>& o, Mask mask, Next&& next, Weights& weights, int from, int mine, int to) const {
-    if constexpr (PV::kAsync && Order::kOverlapped) overlapped<First>(o, mask, next, weights, from, mine, to);
+    // Of one part alone nothing runs beside the product that reads its weights, unless it is the softmax that O waits for.
+    if constexpr (PV::kAsync && Order::kOverlapped && (M - First > 1 || Weights::kRescales)) overlapped<First>(o, mask, next, weights, from, mine, to);
     else serial<First>(o, mask, next, weights, from, mine, to);
   }
 
@@ -58,7 +59,7 @@ struct Attention {
     for (int j = from; j < to; ++j) {
       auto const block = block_of(mask, j, next());
       uint32_t const at = block.stage * Tiles::stage_bytes;
-      weights.enter(o, j);
+      if constexpr (First == 0) weights.enter(o, j);
       if (j >= mine) continue;
       if constexpr (PV::kAsync) {
         // One buffer of scores: while those of 64 rows become weights, the product of the 64 before runs on.
@@ -127,9 +128,7 @@ struct Attention {
       for (int m = First; m < M; ++m) {
         QK::fence(s);
         weights.forward(m, s, block);
-        // Of one part alone the product that reads the same weights, and the same rows of O, still runs.
         if constexpr (Weights::kRescales) rescale(o, weights, m);
-        else if (M - First == 1) PV::template wait<0>();
         pack(s, fp[m]);
         if (m + 1 < M) {
           QK::gemm(s, q, m + 1, 0, k, at);
@@ -140,7 +139,7 @@ struct Attention {
       before = at;
     };
     if (from < mine) {
-      weights.enter(o, from);
+      if constexpr (First == 0) weights.enter(o, from);
       o.fence();
       // NOTE: where O is rescaled, a wait that depends on the block is too much for ptxas (C7515): the first block has code of its own.
       if constexpr (Weights::kRescales) {
