@@ -226,7 +226,11 @@ def test_warm_path_report() -> None:
         "second_ms": 0.2,
         "cold_first_ms": 6000.0,
     }
-    lines = warm_path.report({"calls": calls, "processes": first})
+    maps = {"maps": 3, "launch_us": 12.1, "call_us": 20.0, "encode_us": 3.5}
+    lines = warm_path.report({"calls": calls, "processes": first, "maps": None})
+    assert warm_path.report({"calls": calls, "processes": first, "maps": maps}) == [*lines, *warm_path.maps_report(maps)]
+    assert warm_path.maps_report(maps)[0].startswith("MISS 12.1 us of host time per launch with 3 tensor maps (at most 12, aim 9)")
+    assert warm_path.maps_report({**maps, "launch_us": 12.0})[0].startswith("ok  ")
     assert [line[:4] for line in lines] == ["ok  ", "    ", "    ", "MISS", "    "]
     assert "kept up" in lines[2] and "(at most 100)" in lines[3]
     assert warm_path.host_us(lambda: time.sleep(1e-4), lambda: None) > 100
