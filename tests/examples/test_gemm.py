@@ -249,30 +249,40 @@ WRONG = {
 }
 
 
-# The same of the path by TMA; a deadlock is an error that names the barrier.
+# The same of the path by TMA, and what is said of it: a deadlock names the barrier, a wrong result says how far it is off.
 TMA_WRONG = {
     "a stage released before its product is done": (
         "      Mma::wait<1>();                // the product of the step before: its stage is free\n",
         "",
+        "was overwritten before the wait",
     ),
-    "a stage released at once": ("if (step > 0) ring.release();", "ring.release();"),
-    "stages never released": ("if (step > 0) ring.release();", ""),
-    "the last stage never released": ("      ring.release();                  // the producer is on its way into the next tile\n", ""),
-    "not waited for": ("      Mma::wait<0>();\n      c.fence();\n      ring.release();", "      c.fence();\n      ring.release();"),
-    "the next step's A": ("row, step * Tiles::depth);", "row, step * Tiles::depth / 2);"),
-    "columns of B for rows of A": ("vidrial::kEvictNormal, row,", "vidrial::kEvictNormal, column,"),
+    "a stage released at once": ("if (step > 0) ring.release();", "ring.release();", "was overwritten before the wait"),
+    "stages never released": ("if (step > 0) ring.release();", "", "wait for barrier ring.empty[0]"),
+    "the last stage never released": (
+        "      ring.release();                  // the producer is on its way into the next tile\n",
+        "",
+        "wait for barrier ring.empty[0]",
+    ),
+    "not waited for": (
+        "      Mma::wait<0>();\n      c.fence();\n      ring.release();",
+        "      c.fence();\n      ring.release();",
+        "was overwritten before the wait",
+    ),
+    "the next step's A": ("row, step * Tiles::depth);", "row, step * Tiles::depth / 2);", "relative="),
+    "columns of B for rows of A": ("vidrial::kEvictNormal, row,", "vidrial::kEvictNormal, column,", "relative="),
     "only A is loaded": (
         "          Tiles::BoxB::load(args.b, full, sB + stage * kB, vidrial::kEvictNormal, column, step * Tiles::depth);\n",
         "",
+        "wait for barrier ring.full[0]",
     ),
-    "the same stage again": ("sB + stage * kB,", "sB,"),
-    "one step too few": ("steps = (args.k + Tiles::depth - 1) / Tiles::depth, tiles", "steps = args.k / Tiles::depth, tiles"),
-    "one tile for each CTA": ("tile = Bars::order::following(tile, tiles)", "tile = tiles"),
-    "the first group's rows": ("row + group * (Tiles::rows", "row + 0 * (Tiles::rows"),
-    "one staging tile for all groups": ("smem + Tiles::Smem::C + group * Tiles::C::kBytes", "smem + Tiles::Smem::C"),
-    "stored before all have put": ("Tiles::Named::stored::sync(group);", ""),
-    "barriers not initialised": ("    Bars::init(bars);\n", ""),
-    "two producers": ("if (warp == 0) each_tile", "if (warp < 2) each_tile"),
+    "the same stage again": ("sB + stage * kB,", "sB,", "tma_load of b"),
+    "one step too few": ("steps = (args.k + Tiles::depth - 1) / Tiles::depth, tiles", "steps = args.k / Tiles::depth, tiles", "relative="),
+    "one tile for each CTA": ("tile = Bars::order::following(tile, tiles)", "tile = tiles", "relative="),
+    "the first group's rows": ("row + group * (Tiles::rows", "row + 0 * (Tiles::rows", "relative="),
+    "one staging tile for all groups": ("smem + Tiles::Smem::C + group * Tiles::C::kBytes", "smem + Tiles::Smem::C", "relative="),
+    "stored before all have put": ("Tiles::Named::stored::sync(group);", "", "relative="),
+    "barriers not initialised": ("    Bars::init(bars);\n", "", "no barrier was initialised"),
+    "two producers": ("if (warp == 0) each_tile", "if (warp < 2) each_tile", "barrier ring.full[0]: an arrival more than"),
 }
 
 
@@ -325,8 +335,9 @@ def many_tiles(example: ModuleType) -> tuple[Any, Any]:
 
 @pytest.mark.parametrize("mistake", TMA_WRONG)
 def test_a_wrong_template_by_tma_is_found(example: ModuleType, many_tiles: tuple[Any, Any], mistake: str, tmp_path: Path) -> None:
-    op = planted_op(example, "tma_kernel", template=altered(example, tmp_path, *TMA_WRONG[mistake]))
-    assert found_out(op, *many_tiles)
+    right, wrong, said = TMA_WRONG[mistake]
+    op = planted_op(example, "tma_kernel", template=altered(example, tmp_path, right, wrong))
+    assert said in found_out(op, *many_tiles)
 
 
 def test_wrong_maps_and_bytes_are_found(example: ModuleType, many_tiles: tuple[Any, Any]) -> None:
