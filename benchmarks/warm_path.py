@@ -1,12 +1,15 @@
-"""Host time of a call of power_retention, beside bare CuPy launches; and a second process's first call with a warm disk cache.
+"""Host time of a call of power_retention, beside bare CuPy launches; of a launch with three tensor maps; and a second process's first call
+with a warm disk cache.
 
 python benchmarks/warm_path.py        # needs a GPU, torch and CuPy; about a minute
+python benchmarks/warm_path.py --maps # the launch with tensor maps alone, on Hopper; seconds, and nothing is written
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import itertools
 import json
 import os
 import statistics
@@ -26,6 +29,8 @@ ROOT = Path(__file__).parent.parent
 CASE = Case("warm", 1, 2, 2000)
 CALLS, ROUNDS, PROCESSES = 20, 50, 5
 TARGET_LAUNCH_US, TARGET_FIRST_MS = 15.0, 100.0
+# Of one launch that has three maps among its arguments: at most, and aimed at.
+TARGET_MAPS_US, AIM_MAPS_US = 12.0, 9.0
 
 
 def host_us(call: Callable[[], Any], synchronize: Callable[[], None]) -> float:
@@ -100,6 +105,45 @@ def calls() -> dict[str, Any]:
         "bare_us_a_launch": theirs / len(arguments),
         "us_between_calls_on_gpu": begin.elapsed_time(end) * 1e3 / CALLS,
     }
+
+
+def maps() -> dict[str, Any] | None:
+    """Host time of a launch of flash attention on Hopper, which has three tensor maps, with two sets of arrays in turn; of a whole call; and
+    of encoding a map for an address that is new. None on another GPU."""
+    import torch
+
+    from vidrial.device import HOPPER, Device
+    from vidrial.kernels.flash_attention import flash_attention
+    from vidrial.kernels.flash_attention.op import Config, example, op
+    from vidrial.kernels.flash_attention.sm90 import Config as Sm90
+    from vidrial.runtime.plan import CudaPlan
+    from vidrial.runtime.tensor_map import encode
+
+    if Device.current(0).arch != HOPPER:
+        return None
+    problem = example(t=CASE.t, b=CASE.b, h=CASE.h, d=CASE.d)
+    # A CTA per tile: no counter to set to 0 before the launch.
+    plan = CudaPlan(op, problem, Config(path="sm90", sm90=Sm90(schedule="one")), 0)
+    dtypes = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+    buffers = {**op.inputs(problem), **op.outputs(problem)}
+    sets = [{name: torch.zeros(b.shape, dtype=dtypes[b.dtype.label], device="cuda") for name, b in buffers.items()} for _ in range(2)]
+    pointers = [{name: x.data_ptr() for name, x in arrays.items()} for arrays in sets]
+    stream, turn = torch.cuda.current_stream().cuda_stream, itertools.cycle(pointers)
+    launch = plan._launches[0]
+    tensor, address = launch.maps[0].map, pointers[0]["q"]
+
+    def call() -> Any:
+        return flash_attention(sets[0]["q"], sets[0]["k"], sets[0]["v"])
+
+    with torch.no_grad():
+        call()
+        plan.run(pointers[0], 0, stream)
+        return {
+            "maps": len(launch.maps),
+            "launch_us": host_us(lambda: plan.run(next(turn), 0, stream), torch.cuda.synchronize),
+            "call_us": host_us(call, torch.cuda.synchronize),
+            "encode_us": host_us(lambda: encode(tensor, address), torch.cuda.synchronize),
+        }
 
 
 def first_call(modules: list[str]) -> None:
@@ -194,6 +238,18 @@ def report(found: dict[str, Any]) -> list[str]:
         f"(at most {TARGET_FIRST_MS:g}), beyond imports ({first['imports_ms']:.0f}) and CUDA start-up ({first['cuda_ms']:.0f})",
         f"     {first['first_with_its_imports_ms']:.0f} ms with what it imports itself; second call {first['second_ms']:.2f} ms; "
         f"with an empty cache {first['cold_first_ms']:.0f} ms",
+        *maps_report(found["maps"]),
+    ]
+
+
+def maps_report(found: dict[str, Any] | None) -> list[str]:
+    """The launch with tensor maps; nothing where there are none."""
+    if found is None:
+        return []
+    return [
+        f"{_mark(found['launch_us'], TARGET_MAPS_US)} {found['launch_us']:.1f} us of host time per launch with {found['maps']} tensor maps "
+        f"(at most {TARGET_MAPS_US:g}, aim {AIM_MAPS_US:g}); a call of flash attention {found['call_us']:.1f} us; "
+        f"{found['encode_us']:.1f} us to encode a map for a new address"
     ]
 
 
@@ -206,7 +262,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
     parser.add_argument("--first-call", type=json.loads, default=None, help=argparse.SUPPRESS)
+    parser.add_argument("--maps", action="store_true", help="measure the launch with tensor maps alone, and write nothing")
     options = parser.parse_args()
+    if options.maps:
+        print(*(maps_report(maps()) or ["no GPU of Hopper's here"]), sep="\n")
+        return
     if options.first_call is not None:
         first_call(options.first_call)
         return
@@ -221,6 +281,7 @@ def main() -> None:
         "driver": gpu_facts(),
         "packages": {"torch": torch.__version__, **package_versions()},
         "calls": calls(),
+        "maps": maps(),
         "processes": processes(),
     }
     print(*report(found), sep="\n")

@@ -16,12 +16,15 @@ import dataclasses
 import hashlib
 import itertools
 import json
+import re
 import struct
+import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, get_type_hints
+from typing import Any, NamedTuple, TypeAlias, get_type_hints
 
 from vidrial.build.nvrtc import Cubin
 from vidrial.build.pool import CompilePool, Job
@@ -68,8 +71,8 @@ def render(kernel: str, problem: Mapping[str, Any], choices: Mapping[str, Any]) 
     return Rendered(source.text, source.entry, source.include_dirs, spelled, describe(stage.config))
 
 
-def compile_all(sources: Sequence[Rendered], jobs: int | None) -> Iterator[tuple[int, Code | str]]:
-    """(index, what its machine code is, or why there is none), in the order in which they are done."""
+def compile_all(sources: Sequence[Rendered], jobs: int | None, seen: Seen | None = None) -> Iterator[tuple[int, Code | str]]:
+    """(index, what its machine code is, or why there is none), in the order in which they are done; `seen` gets each one's cubin."""
     with CompilePool(jobs) as pool:
         todo = [Job(i, s.text, s.entry, ARCH, s.config, s.includes) for i, s in enumerate(sources)]
         for key, result in pool.compile_many(todo):
@@ -77,9 +80,14 @@ def compile_all(sources: Sequence[Rendered], jobs: int | None) -> Iterator[tuple
             if not isinstance(result, Cubin):
                 yield index, str(result)
                 continue
+            if seen is not None:
+                seen(index, result)
             used, text = result.resources, section(result.image, f".text.{sources[index].entry}")
             spills = used.spill_stores + used.spill_loads
             yield index, Code(used.registers, spills, used.static_smem, instructions(text), hashlib.sha256(text).hexdigest()[:16])
+
+
+Seen: TypeAlias = Callable[[int, Cubin], None]
 
 
 def toolchain() -> str:
@@ -164,8 +172,8 @@ class Difference:
         return (*words, same, *(arrow(*pair) for pair in pairs), "")
 
 
-def measure(entries: Sequence[Entry], jobs: int | None, progress: bool = False) -> list[Entry | str]:
-    """Each entry as it is now, or why it has no machine code."""
+def measure(entries: Sequence[Entry], jobs: int | None, progress: bool = False, seen: Seen | None = None) -> list[Entry | str]:
+    """Each entry as it is now, or why it has no machine code. `seen`: told the index and the cubin of each that compiles."""
     found: list[Entry | str] = ["not compiled"] * len(entries)
     rendered: dict[int, Rendered] = {}
     for i, entry in enumerate(entries):
@@ -174,7 +182,8 @@ def measure(entries: Sequence[Entry], jobs: int | None, progress: bool = False) 
         except (VidrialError, LookupError, TypeError) as error:
             found[i] = f"{type(error).__name__}: {error}"
     places, start = list(rendered), time.monotonic()
-    for done, (index, code) in enumerate(compile_all(list(rendered.values()), jobs), 1):
+    told = (lambda index, cubin: seen(places[index], cubin)) if seen is not None else None
+    for done, (index, code) in enumerate(compile_all(list(rendered.values()), jobs, told), 1):
         i = places[index]
         words = rendered[i]
         found[i] = code if isinstance(code, str) else dataclasses.replace(entries[i], facts=words.facts, config=words.config, code=code)
@@ -190,10 +199,10 @@ def differences(entries: Sequence[Entry], now: Sequence[Entry | str]) -> list[Di
     return [Difference(old, new) for old, new in zip(entries, now, strict=True) if old != new]
 
 
-def check(table: Table, every: bool, jobs: int | None, progress: bool = False) -> list[Difference]:
-    """What differs from a table, of the kernels that calls may pick or of every one."""
+def check(table: Table, every: bool, jobs: int | None, progress: bool = False, seen: Seen | None = None) -> list[Difference]:
+    """What differs from a table, of the kernels that calls may pick or of every one. `seen`: as of `measure`."""
     entries = chosen(table, every)
-    return differences(entries, measure(entries, jobs, progress))
+    return differences(entries, measure(entries, jobs, progress, seen))
 
 
 def chosen(table: Table, every: bool) -> list[Entry]:
@@ -248,6 +257,57 @@ def section(image: bytes, name: str) -> bytes:
         if image[start : image.index(b"\0", start)] == name.encode():
             return image[header[4] : header[4] + header[5]]
     raise LookupError(f"the cubin has no section {name}")
+
+
+def disassemble(image: bytes) -> list[tuple[int, str]]:
+    """(address, instruction) of a cubin, by cuobjdump.
+
+    Raises:
+        LookupError: there is no cuobjdump.
+    """
+    import nvidia
+
+    tool = next((t for folder in nvidia.__path__ for t in Path(folder).glob("cu*/bin/cuobjdump")), None)
+    if tool is None:
+        raise LookupError("no cuobjdump; install requirements/test.txt")
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(image)
+        file.flush()
+        text = subprocess.run([tool, "-sass", file.name], capture_output=True, text=True, check=True).stdout
+    return [(int(address, 16), line.strip()) for address, line in re.findall(r"^\s+/\*([0-9a-f]{4,})\*/\s+(.*?);", text, re.MULTILINE)]
+
+
+def faults(cubin: Cubin, *, wgmma: bool, tma: bool, added_wait: bool = False) -> list[str]:
+    """What a kernel's machine code has that it should not have, or lacks: instructions of wgmma and TMA exactly where it claims them, no trap,
+    nothing spilled, nothing that ptxas says of its wgmma. `added_wait`: ptxas may add one wait (C7517), in no loop that multiplies."""
+    code, used = disassemble(cubin.image), cubin.resources
+    said = [note for note in re.findall(r"\((C7[56]\d\d)\)", cubin.log) if not (added_wait and note == "C7517")]
+    found = [f"ptxas says {', '.join(said)}"] if said else []
+    for opcode, claimed in (("HGMMA", wgmma), ("UTMALDG", tma)):
+        count = sum(opcode in text for _, text in code)
+        if (count > 0) != claimed:
+            found.append(f"{count} {opcode}")
+    if any("BPT" in text for _, text in code):
+        found.append("a trap")
+    if used.spill_stores or used.spill_loads:
+        found.append(f"{used.spill_stores + used.spill_loads} bytes spilled")
+    if added_wait and (drains := drains_in_loops(code)):
+        found.append(f"{drains} waits for all products in loops that multiply")
+    return found
+
+
+def drains_in_loops(code: Sequence[tuple[int, str]]) -> int:
+    """Waits for every product under way, in the innermost loops that have products."""
+    loops = []
+    for address, text in code:
+        target = re.search(r"\bBRA\b.*?(0x[0-9a-f]+)$", text)
+        if target is not None and int(target[1], 16) < address:
+            body = [line for at, line in code if int(target[1], 16) <= at <= address]
+            if any("HGMMA" in line for line in body):
+                loops.append((int(target[1], 16), address, body))
+    # NOTE: what waits for a barrier in vain goes on behind the kernel's end, and comes back from there: no loop around what lies between.
+    inner = [body for first, last, body in loops if not any(first <= end < last for _, end, _ in loops)]
+    return sum("WARPGROUP.DEPBAR.LE gsb0, 0x0" in line for body in inner for line in body)
 
 
 def instructions(text: bytes) -> int:

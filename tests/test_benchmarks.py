@@ -13,7 +13,7 @@ import pytest
 from benchmarks import compile as bench_compile
 from benchmarks import power_retention as bench
 from benchmarks import styles, warm_path
-from benchmarks.common import CASES, Case, Work, geometric_mean, select, short, slug, table
+from benchmarks.common import CASES, RESULTS, Case, Work, geometric_mean, select, short, slug, table
 from benchmarks.peers import OverBudget, peer_errors, within
 from benchmarks.record import CUBLAS, CUBLAS_FLOPS, Book, Entry, Row, plot, show, summary
 from vidrial.device import Device
@@ -226,7 +226,11 @@ def test_warm_path_report() -> None:
         "second_ms": 0.2,
         "cold_first_ms": 6000.0,
     }
-    lines = warm_path.report({"calls": calls, "processes": first})
+    maps = {"maps": 3, "launch_us": 12.1, "call_us": 20.0, "encode_us": 3.5}
+    lines = warm_path.report({"calls": calls, "processes": first, "maps": None})
+    assert warm_path.report({"calls": calls, "processes": first, "maps": maps}) == [*lines, *warm_path.maps_report(maps)]
+    assert warm_path.maps_report(maps)[0].startswith("MISS 12.1 us of host time per launch with 3 tensor maps (at most 12, aim 9)")
+    assert warm_path.maps_report({**maps, "launch_us": 12.0})[0].startswith("ok  ")
     assert [line[:4] for line in lines] == ["ok  ", "    ", "    ", "MISS", "    "]
     assert "kept up" in lines[2] and "(at most 100)" in lines[3]
     assert warm_path.host_us(lambda: time.sleep(1e-4), lambda: None) > 100
@@ -287,3 +291,30 @@ def test_our_tiles_compute() -> None:
     run.launch((2, 2, 1), 128, pair.smem, args.pack({"t": 128, "scale_log2": 0.125 * np.log2(np.e)}), {0: q, 8: k, 16: v, 24: o})
     weight = np.exp(0.125 * wide(q) @ wide(k).swapaxes(1, 2))
     np.testing.assert_allclose(wide(o), weight @ wide(v) / weight.sum(-1, keepdims=True), atol=0.02)
+
+
+def test_versions_of_nvrtc_are_told_side_by_side() -> None:
+    from benchmarks.nvrtc_versions import Row, shown, summary
+
+    old, new = [Row(168, 0, 900, 0.5), Row(128, 8, 100, 0.25, ("C7517",))], [Row(160, 0, 880, 0.5), Row(refused="k: it spills 96 bytes")]
+    assert summary(old) == "2 of 2 kernels; 148.0 registers on average, 1 spill, 1 with notes; 1000 instructions, 0.8 s"
+    assert summary(new) == "1 of 2 kernels; 160.0 registers on average, 0 spill, 0 with notes; 880 instructions, 0.5 s"
+    lines = [line.split() for line in shown(["a", "b"], ["13.0", "13.5"], [old, new]).splitlines()]
+    assert lines[1] == ["a", "168", "160", "0", "0", "900", "880", "0.50", "0.50", "-", "-"]
+    assert lines[2][:10] == ["b", "128", "0", "8", "0", "100", "0", "0.25", "0.00", "C7517"] and lines[2][10:] == [
+        "k:",
+        "it",
+        "spills",
+        "96",
+        "bytes",
+    ]
+
+
+def test_the_other_nvrtc_was_no_worse_and_no_better() -> None:
+    """Why 13.0 stays: the committed table."""
+    found = json.loads((RESULTS / "nvrtc_versions.json").read_text())
+    old, new = found["summary"]
+    assert (old, new) == ("13.0", "13.5") and len(found["kernels"]) > 80
+    for row in found["kernels"]:
+        assert row[new]["refused"] == row[old]["refused"] == "" and row[new]["notes"] == row[old]["notes"], row["kernel"]
+        assert row[new]["spills"] == 0 and abs(row[new]["registers"] - row[old]["registers"]) <= 8, row["kernel"]

@@ -208,14 +208,14 @@ def cost(p: Problem, c: Config, device: vd.Device) -> vd.Cost:
     x, y, _ = grid(p, c)
     depth = -(-p.k // c.depth) * c.depth
     flops, read = 2 * c.rows * c.columns * depth, p.dtype.bytes * (c.rows + c.columns) * depth  # of one CTA's tile
+    reused = c.rows * c.columns / (c.rows + c.columns)  # products per element that is loaded
     if c.mma == "tma":
         # Measured on an H200: all of the tensor rate, or what comes out of L2, whose lines of 128 bytes are read twice by rows that begin elsewhere.
         speed = 12e12 if p.k * p.dtype.bytes % 128 == 0 else 5.4e12
         waves = -(-x * y // device.sms) if c.blocks == 1 else max(1.0, x * y / device.sms)
         efficiency = min(1.0, flops * device.sms / (device.tensor_tflops * 1e12) * speed * waves / (read * x * y))
-        efficiency *= (0.98 if c.stages < 4 else 1.0) * (0.95 if c.blocks > 1 else 1.0)
+        efficiency *= (0.98 if c.stages < 4 else 1.0) * (0.95 if c.blocks > 1 else 1.0) * min(1.0, reused / 85) ** 0.1
     else:
-        reused = c.rows * c.columns / (c.rows + c.columns)  # products per element that is loaded
         efficiency = (0.65 if c.mma == "wgmma" else 0.4) * min(1.0, reused / 64) ** 0.5 * (1.0 if c.load == 16 else 0.6)
     return vd.Cost(
         flops=x * y * flops,

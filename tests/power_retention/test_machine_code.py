@@ -11,7 +11,25 @@ from typing import Any
 
 import machine_code
 import pytest
-from machine_code import TABLE, Difference, Entry, Rendered, Table, check, differences, instructions, measure, render, report, section
+from machine_code import (
+    TABLE,
+    Difference,
+    Entry,
+    Rendered,
+    Table,
+    check,
+    chosen,
+    differences,
+    drains_in_loops,
+    faults,
+    instructions,
+    measure,
+    render,
+    report,
+    section,
+)
+
+from vidrial.build.nvrtc import Cubin, compile_source
 
 # Compiles fastest.
 SMALLEST = "power_gates"
@@ -34,9 +52,53 @@ def compiled(monkeypatch: pytest.MonkeyPatch, entry: Entry, edited: Rendered) ->
     return differences([entry], measure([entry], 1))
 
 
+# ptxas adds a wait to these (C7517): behind their loops, where the accumulators are stored on a path that may have waited already or not.
+WITH_ADDED_WAIT = {"power_scan_wgmma"}
+
+
 def test_kernels_that_calls_may_pick_have_the_machine_code_of_the_table(table: Table) -> None:
-    found = check(table, every=False, jobs=None)
+    """And it holds what it should: wgmma where the config says so, no trap, no spill, and no word of ptxas on its wgmma but that of the scans."""
+    entries, wrong = chosen(table, False), list[str]()
+
+    def seen(index: int, cubin: Cubin) -> None:
+        entry = entries[index]
+        mine = faults(cubin, wgmma="mma=wgmma" in entry.config, tma=False, added_wait=entry.kernel in WITH_ADDED_WAIT)
+        wrong.extend(f"{entry.kernel} {entry.facts} {entry.config}: {fault}" for fault in mine)
+
+    found = check(table, every=False, jobs=None, seen=seen)
     assert not found, f"{len(found)} kernels are not as {TABLE.name} says:\n{report(found, table)}"
+    assert not wrong, "\n".join(wrong)
+    assert any("mma=wgmma" in entry.config for entry in entries)
+
+
+LOOP = """extern "C" __global__ void k(float* x, int n) {
+  for (int i = 0; i < n; ++i) x[i] *= x[n - i];
+  /* HERE */
+}"""
+
+
+def test_faults_of_machine_code_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = compile_source(LOOP, "k", "sm_90a")
+    assert faults(plain, wgmma=False, tma=False) == []
+    assert faults(plain, wgmma=True, tma=True) == ["0 HGMMA", "0 UTMALDG"]
+    trap = compile_source(LOOP.replace("/* HERE */", "if (x[0] > 1.f) __trap();"), "k", "sm_90a")
+    assert faults(trap, wgmma=False, tma=False) == ["a trap"]
+    spilled = dataclasses.replace(plain, resources=dataclasses.replace(plain.resources, spill_stores=4, spill_loads=8))
+    assert faults(spilled, wgmma=False, tma=False) == ["12 bytes spilled"]
+    said = dataclasses.replace(plain, log="ptxas info : (C7517) warpgroup.wait is injected\nptxas info : (C7602) Insufficient registers")
+    assert faults(said, wgmma=False, tma=False) == ["ptxas says C7517, C7602"]
+    assert faults(said, wgmma=False, tma=False, added_wait=True) == ["ptxas says C7602"]
+    product, drain, kept = (
+        "HGMMA.64x64x16.F32.BF16 R24, R112, gdesc[UR16]",
+        "WARPGROUP.DEPBAR.LE gsb0, 0x0",
+        "WARPGROUP.DEPBAR.LE gsb0, 0x1",
+    )
+    inner = [(0x20, kept), (0x30, product), (0x40, "@!P0 BRA 0x20")]
+    outer = [(0x00, "NOP"), (0x10, drain), *inner, (0x50, "@P1 BRA 0x10"), (0x60, drain), (0x70, "EXIT"), (0x80, "BRA 0x80")]
+    assert drains_in_loops(outer) == 0
+    assert drains_in_loops([(a, drain if a == 0x20 else text) for a, text in outer]) == 1
+    monkeypatch.setattr(machine_code, "disassemble", lambda _: [*inner, (0x38, drain)])
+    assert faults(plain, wgmma=True, tma=False, added_wait=True) == ["1 waits for all products in loops that multiply"]
 
 
 def test_table_is_as_it_would_be_written_and_names_every_kernel_once(table: Table, tmp_path: Path) -> None:
