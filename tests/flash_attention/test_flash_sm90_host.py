@@ -175,7 +175,10 @@ PLANTED = {
     ),
     "Q of the next tile fetched at once": Plant("Bars::q_empty::wait_free(bars, parity);", "", r"deadlock(?s:.)*barrier q_full\[0\]"),
     "Q released at the start": Plant(
-        FULL_Q, FULL_Q.replace("parity ^= 1;", f"parity ^= 1; if (true {RELEASE_Q}"), "A at the shared|deadlock", also=(f"if (at.all.begin < at.all.end {RELEASE_Q}", "")
+        FULL_Q,
+        FULL_Q.replace("parity ^= 1;", f"parity ^= 1; if (true {RELEASE_Q}"),
+        "A at the shared|deadlock",
+        also=(f"if (at.all.begin < at.all.end {RELEASE_Q}", ""),
     ),
     "Q released before the last scores are waited for": Plant(
         "scores(stage);\n          product",
