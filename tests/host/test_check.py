@@ -70,6 +70,12 @@ def test_softmax(run: Callable[..., tuple[int, str, str]]) -> None:
 BUGS = {
     "missing barrier": ("    __syncthreads();\n", "", "data race", "parts[first + w].x"),
     "mask off by one": ("i < vectors; i += Tiles::row_threads) y", "i <= vectors; i += Tiles::row_threads) y", "heap-buffer", "i <= v"),
+    "static array of a helper too small": (
+        "parts[Tiles::threads / 32]",
+        "parts[Tiles::threads / 32 - 1]",
+        "use-after-poison",
+        "parts[warp] =",
+    ),
     "wrong values": ("1.f / row.sum", "1.001f / row.sum", "wrong values", ""),
     "early return": ("  Part part;\n  if", "  if (row >= args.m) return;\n  Part part;\n  if", "have returned", "__syncthreads"),
     "no C++": ("  return v;\n}", "  return w;\n}", "does not compile", "return w;"),

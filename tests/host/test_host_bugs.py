@@ -81,11 +81,34 @@ reinterpret_cast<float*>(raw)[t + 1] = 0; // BUG
     ),
     "static array too small": (
         "address",
-        "global-buffer-overflow",
+        "use-after-poison",
         """
 __shared__ float s[100];
 s[t] = x[0]; // BUG
 __syncthreads(); if (t < n) x[t] = s[t];
+""",
+    ),
+    "static array of a helper too small": (
+        "address",
+        "use-after-poison",
+        """
+struct F { static float f(float v) { __shared__ float parts[100]; __shared__ float other[128];
+other[threadIdx.x] = v;
+float* const p = parts;
+p[threadIdx.x] = v; // BUG
+__syncthreads(); return p[0] + other[0]; } };
+x[0] = F::f(x[0]);
+""",
+    ),
+    "static array of a template too small": (
+        "address",
+        "use-after-poison",
+        """
+auto const f = [](auto v) { __shared__ decltype(v) parts[100], last;
+last = v;
+parts[threadIdx.x] = v; // BUG
+__syncthreads(); return parts[0] + last; };
+x[0] = f(x[0]);
 """,
     ),
     "registers too few": (
@@ -282,6 +305,60 @@ def test_unwritten_shared_memory_is_nan_for_each_cta() -> None:
     x = np.zeros(128, np.float32)
     binary.launch((2,), 128, 512, bytes(16), {0: x})
     assert np.isnan(x).all()
+
+
+STATIC = """#include <vidrial/prelude.cuh>
+#pragma nv_hdrstop
+struct Args { float* x; int n; };
+CUTE_DEVICE float first_of(float v, int n) {
+  __shared__ float4 parts[25];
+  reinterpret_cast<float*>(parts)[n] = v;
+  __syncthreads();
+  return parts[0].x;
+}
+template <int N> CUTE_DEVICE float last_of(float v, int n) {
+  __shared__ float parts[N];
+  parts[n] = v;
+  __syncthreads();
+  return parts[N - 1];
+}
+__shared__ double of_all[3];
+extern "C" __global__ void __launch_bounds__(128) bug(__grid_constant__ Args const args) {
+  __shared__ float own[128]; __shared__ char c;
+  int const t = threadIdx.x;
+  own[t] = args.x[t];
+  if (t == 0) c = 1, of_all[2] = 2;
+  float const first = first_of(own[t], min(t, args.n)), last = last_of<100>(own[t], min(t, args.n)) + last_of<128>(own[t], t);
+  __syncthreads();
+  args.x[t] = first + last + c + of_all[2] + own[127 - t];
+}
+"""
+
+
+@pytest.mark.parametrize("sanitizer", [None, "address", "undefined"])
+def test_static_arrays_of_a_kernel_and_of_its_helpers(sanitizer: str | None) -> None:
+    """In one source, each with a value of its own; a byte too far in any of them is found, without a sanitizer once the CTA has ended."""
+    binary = compile_host(STATIC, "bug", sanitizer=sanitizer, pch=sanitizer != "undefined")
+    x = np.arange(128, dtype=np.float32)
+    binary.launch((1,), 128, 0, bytes(8) + np.array([99, 0], np.int32).tobytes(), {0: x})
+    # Threads from 99 on write the same place: the last one of the order wins.
+    assert (x == 0 + 127 + 127 + 1 + 2 + np.arange(127, -1, -1)).all()
+    said = {
+        None: r"static array (first_of|last_of<100>)\(float, int\)::parts was written 0 bytes past its end \(it has 400 bytes\)",
+        "address": "use-after-poison",
+    }
+    if sanitizer in said:
+        with pytest.raises(LaunchError, match=said[sanitizer]):
+            binary.launch((1,), 128, 0, bytes(8) + np.array([100, 0], np.int32).tobytes(), {0: x})
+
+
+def test_what_a_kernel_prints_is_shown(capfd: pytest.CaptureFixture[str]) -> None:
+    binary = build('\nif (t == 3) printf("thread %d of %g\\n", t, x[t]);\nif (n == 7 && t == 9) __shfl_xor_sync(1u << 31, t, 1);')
+    launch(binary, np.full(128, 2.5, np.float32))
+    assert capfd.readouterr() == ("", "thread 3 of 2.5\n")
+    with pytest.raises(LaunchError, match="is not in its own mask"):
+        binary.launch((1,), 128, 0, bytes(8) + np.array([7, 0], np.int32).tobytes(), {0: np.full(128, 2.5, np.float32)})
+    assert "thread 3 of 2.5" in capfd.readouterr().err
 
 
 def test_a_clean_kernel_passes_every_sanitizer() -> None:

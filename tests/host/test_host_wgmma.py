@@ -71,6 +71,10 @@ BUGS = {
     "stage overwritten without a barrier": Bug(READ, "\nb[t ^ 64] = 0;", "data race", "b[t ^ 64] = 0;", BOTH, "thread"),
     "stage read without a barrier": Bug("__syncthreads(); // STORED", "", "data race", "b[t] = b[t + 128]", BOTH, "thread"),
     "accumulators written on their way": Bug(ISSUED, "d[2] = 1;", "its accumulator 2 was written before the wait", FIRST, LATE),
+    **{
+        f"accumulators changed by {change}": Bug(ISSUED, f"d[1] {change};", "its accumulator 1 was written before the wait", FIRST, LATE)
+        for change in ("+= 1", "*= 2", "-= x[t]", "/= 3", "= -d[1]", "= fmaxf(d[1], 0.f)")
+    },
     "accumulators out of scope": Bug(
         ISSUE,
         "struct F { __attribute__((noinline)) static void f(uint32_t a, uint64_t matrix) { float f[4] = {};\n"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import struct
+from typing import Any
 
 import pytest
 from tma_op import Config, example, kernel, op
@@ -12,11 +13,13 @@ import vidrial as vd
 from vidrial.build.cubins import cubin_of
 from vidrial.build.nvrtc import compile_source
 from vidrial.device import Device
-from vidrial.errors import ArgumentError, ConfigError, LayoutError
+from vidrial.errors import ArgumentError, ConfigError, LaunchError, LayoutError
 from vidrial.events import Counts
-from vidrial.host.plan import HostPlan
+from vidrial.host import plan as plans
+from vidrial.host.plan import RESIDENT_CTAS, HostPlan
 from vidrial.host.target import compile_host
 from vidrial.layout.access import per_tile
+from vidrial.layout.barriers import Barrier, Barriers, Meeting, NamedBarriers, TmaRing
 from vidrial.spec.source import Arguments
 from vidrial.testing import SCHEDULES, assert_op_correct, poison
 
@@ -60,6 +63,88 @@ def test_compiled_for_the_gpu(config: Config) -> None:
     cubin = cubin_of(kernel, example(), config, "sm_90a")
     who = kernel.resolve(example(), config).Who
     assert cubin.resources.spill_stores == 0 and cubin.resources.registers <= who.launched
+
+
+DYNAMIC = Config(64, 3, 1, "dynamic")
+EACH = "tile = next(tile, tiles)) {\n"
+
+
+def planted(monkeypatch: pytest.MonkeyPatch, *edits: tuple[str, str]) -> None:
+    compile_host = plans.compile_host
+
+    def compile_wrong(text: str, *arguments: Any, **options: Any) -> Any:
+        for right, wrong in edits:
+            assert text.count(right) == 1, right
+            text = text.replace(right, wrong)
+        return compile_host(text, *arguments, **options)
+
+    monkeypatch.setattr(plans, "compile_host", compile_wrong)
+
+
+def test_tiles_come_in_another_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each once, to few CTAs, more than one to each; what a CTA draws rises, and other orders deal otherwise."""
+    planted(monkeypatch, ("= sum;", "= blockIdx.x;"))
+    problem, dealt = example(t=500, h=1, b=2), []
+    plan, inputs = HostPlan(op, problem, DYNAMIC), op.sample(problem, 0)
+    for schedule in (*SCHEDULES, *(dataclasses.replace(SCHEDULES[2], order=seed) for seed in range(6))):
+        owners = plan.results(inputs, schedule)["y"].reshape(2, 500)[:, ::64].ravel()
+        assert set(owners) <= set(range(RESIDENT_CTAS)) and owners.size == 16
+        dealt.append(tuple(owners))
+    # In rising order the first CTA draws all that are left.
+    assert dealt[0].count(0) == 14
+    assert len(set(dealt)) >= 7 and any(min(owners.count(cta) for cta in range(RESIDENT_CTAS)) > 2 for owners in dealt)
+
+
+def test_a_kernel_that_relies_on_the_order_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It takes the tile after a drawn one for the next draw: right where a CTA draws them all, as on no GPU."""
+    guess = "tile = next(tile, tiles)) {\n if (tile > int(gridDim.x)) { if (expected != tile) work(0, 0, 0); }\n expected = tile + 1;\n"
+    guess = guess.replace("work(0, 0, 0)", "tile = expected")
+    planted(monkeypatch, (EACH, guess), ("  for (int tile = Order::first()", "  int expected = 0;\n  for (int tile = Order::first()"))
+    problem = example(t=500)
+    inputs = op.sample(problem, 0)
+    expected, plan = op.reference(problem, inputs), HostPlan(op, problem, DYNAMIC)
+    right = [op.check(problem, inputs, plan.results(inputs, schedule), expected).ok for schedule in SCHEDULES]
+    assert right == [True, False, False]
+
+
+def test_a_counter_that_is_not_zero_is_found() -> None:
+    unset = dataclasses.replace(op, workspace=lambda p, c: {"counter": vd.Buffer((1,), vd.DType.int32)})
+    problem = example(t=500)
+    with pytest.raises(LaunchError, match="the counter of a dynamic schedule is -1 at the first draw; it must be 0 before each launch"):
+        HostPlan(unset, problem, DYNAMIC).results(op.sample(problem, 0))
+
+
+WAITED_FOR = {
+    "a ring of more warps than there are": (
+        lambda tiles: {"Bars": Barriers(ring=TmaRing((tiles.Box,), 8))},
+        "Bars.ring: 8 consumer warps release what a producer warp fills; the CTA has 8 warps with it, and it would wait for ever",
+    ),
+    "a schedule of more warps than there are": (
+        lambda tiles: {"Bars": Barriers(order=vd.layout.Scheduler("dynamic", consumer_warps=8))},
+        "Bars.order: 8 consumer warps release",
+    ),
+    "more arrivals than threads": (
+        lambda tiles: {"Bars": Barriers(q=Barrier(257))},
+        "Bars.q: a phase of 257 arrivals; the CTA has 256 threads, which would wait for ever",
+    ),
+    "a meeting of more threads": (
+        lambda tiles: {"Turns": NamedBarriers(turn=Meeting(288))},
+        "Turns.turn: 288 threads meet at a named barrier; the CTA has 256, which would wait for ever",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", WAITED_FOR)
+def test_a_barrier_that_nobody_completes_is_refused(case: str) -> None:
+    members, said = WAITED_FOR[case]
+
+    def tiles(p: Any, c: Config) -> vd.Tiles:
+        right = kernel.tiles(p, c)
+        return vd.Tiles(threads=right.threads, smem=right.smem, **{**right.members, **members(right)})
+
+    problem, device = example(), Device.of("h200")
+    assert kernel.reject(problem, DYNAMIC, device) is None
+    assert str(dataclasses.replace(kernel, tiles=tiles).reject(problem, DYNAMIC, device)).startswith(said)
 
 
 def test_another_gpu_is_refused() -> None:

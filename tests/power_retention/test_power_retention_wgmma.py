@@ -155,7 +155,7 @@ EARLY: dict[str, tuple[str, str, str, str | None]] = {
         "power_scan_wgmma",
         "    State::template wait<0>();\n    acc.fence();\n    if (n > segment.first) store",
         "    if (n > segment.first) store",
-        "never waited for",
+        "its accumulator 0 was written before the wait",
     ),
     "a stage refilled while it is read": (
         "pipeline/ring",

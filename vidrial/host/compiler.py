@@ -81,10 +81,8 @@ class Build:
     @property
     def flags(self) -> tuple[str, ...]:
         """The compiler's flags for a kernel, without its include folders."""
-        # GCC surrounds arrays of a named section, here static shared memory, by red zones only if told to.
-        zones = ("-fsanitize-sections=vidrial_shared",) if self.sanitizer == "address" and not self.clang else ()
         calls = [flag for option in ACCESS_OPTIONS for flag in (("-mllvm", f"-{option}") if self.clang else ("--param", option))]
-        return (self.optimise, *FLAGS, *SANITIZERS[self.sanitizer], *zones, *(calls if self.sanitizer == "accesses" else ()))
+        return (self.optimise, *FLAGS, *SANITIZERS[self.sanitizer], *(calls if self.sanitizer == "accesses" else ()))
 
     @property
     def version(self) -> str:

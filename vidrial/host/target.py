@@ -18,6 +18,7 @@ import os
 import shutil
 import struct
 import subprocess
+import sys
 import uuid
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -130,7 +131,7 @@ class HostBinary:
         pointers: Mapping[int, np.ndarray[Any, Any]],
         schedule: Schedule = SCHEDULES[0],
     ) -> HostStats:
-        """Run every CTA of `grid` and write what the kernel changed back into the arrays.
+        """Run every CTA of `grid` and write what the kernel changed back into the arrays; what it prints goes to standard error.
 
         Args:
             grid: CTAs along x, y, z.
@@ -181,6 +182,8 @@ class HostBinary:
         reply, errors = ended.stdout, ended.stderr.decode(errors="replace")
         if ended.returncode or len(reply) < STATS.size + LENGTH.size:
             raise LaunchError(f"kernel {self.name}: {crash(self.executable, ended.returncode, errors)}")
+        # What the kernel printed.
+        sys.stderr.write(errors)
         (length,) = LENGTH.unpack_from(reply, STATS.size)
         start = STATS.size + LENGTH.size
         if length:

@@ -100,6 +100,27 @@ class Barrier:
 Placeable: TypeAlias = TmaRing | Barrier | Scheduler
 
 
+def never_completed(name: str, member: object, threads: int) -> str | None:
+    """Why a CTA of so many threads waits for ever at one of the (named) barriers of a member of `Tiles`, or None.
+
+    A ring's producer is a warp of its own, as is the one that draws tiles: it does not release what it fills.
+    """
+    if isinstance(member, NamedBarriers):
+        for meeting, what in member.meetings.items():
+            if what.threads > threads:
+                return f"{name}.{meeting}: {what.threads} threads meet at a named barrier; the CTA has {threads}, which would wait for ever"
+    for barrier, one in member.members.items() if isinstance(member, Barriers) else ():
+        readers = 0 if isinstance(one, Barrier) else one.consumer_warps
+        if readers > threads // WARP - 1:
+            return (
+                f"{name}.{barrier}: {readers} consumer warps release what a producer warp fills; the CTA has {threads // WARP} warps with it, "
+                "and it would wait for ever"
+            )
+        if isinstance(one, Barrier) and one.arrivals > threads:
+            return f"{name}.{barrier}: a phase of {one.arrivals} arrivals; the CTA has {threads} threads, which would wait for ever"
+    return None
+
+
 class Barriers:
     """A region of shared memory that holds nothing but barriers, by name: `Barriers(k=TmaRing(...), q=Barrier(1))`.
 

@@ -14,6 +14,7 @@ from typing import Any, Generic, cast
 
 from vidrial.device import CTA_THREADS, RESERVED_SMEM, WARP, Device
 from vidrial.errors import ArgumentError, ConfigError, LayoutError, TemplateError
+from vidrial.layout.barriers import never_completed
 from vidrial.layout.occupancy import Occupancy
 from vidrial.layout.tma import TensorMap
 from vidrial.spec.choices import check_choices
@@ -130,6 +131,9 @@ class Kernel(Generic[P, C]):
                 return f"{name} is a {type(member).__name__}, which {arch} alone has; {device.name} is {device.arch}"
         if tiles.threads % WARP or not WARP <= tiles.threads <= CTA_THREADS:
             return f"{tiles.threads} threads per CTA: must be a multiple of {WARP}, at most {CTA_THREADS}"
+        for name, member in tiles.members.items():
+            if (reason := never_completed(name, member, tiles.threads)) is not None:
+                return reason
         if tiles.smem_bytes > device.smem_per_block:
             return f"{tiles.smem_bytes} bytes of shared memory: a CTA has {device.smem_per_block} on {device.name}"
         if tiles.min_blocks * (tiles.smem_bytes + RESERVED_SMEM) > device.smem_per_sm:

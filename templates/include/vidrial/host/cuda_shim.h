@@ -27,8 +27,12 @@
 #define __forceinline__ inline
 #define __launch_bounds__(...)
 #define __grid_constant__
-// A section of its own: the runtime can refill it for each CTA, and give its bytes shared-memory addresses.
-#define __shared__ static __attribute__((section("vidrial_shared")))
+// A static array lies among the thread-local variables, which are the executable's only ones, wherever it is declared, in a kernel, a helper or a
+// template: the runtime can refill them for each CTA, and give their bytes shared-memory addresses. Beside each lies a zone that nothing may touch.
+// NOTE: one OS thread runs all threads of a CTA. A section of its own would leave out what a template or an inline function declares.
+#define __shared__ static thread_local __attribute__((used)) char VIDRIAL_ZONE(__COUNTER__)[64]; static thread_local
+#define VIDRIAL_ZONE(number) VIDRIAL_ZONE_(number)
+#define VIDRIAL_ZONE_(number) vidrial_zone_##number
 
 extern uint3 threadIdx, blockIdx;
 extern dim3 blockDim, gridDim;

@@ -7,12 +7,12 @@ namespace vidrial {
 inline float bits_as_float(uint32_t x) { return host::bits<float>(x); }
 
 inline void* shared_pointer(uint32_t address) {
-  return address < host::kStaticAddress ? host::shared_base + address : __start_vidrial_shared + (address - host::kStaticAddress);
+  return address < host::kStaticAddress ? host::shared_base + address : host::static_begin + (address - host::kStaticAddress);
 }
 inline uint32_t shared_address(void const* pointer) {
   char const* const p = static_cast<char const*>(pointer);
   if (p >= host::shared_base && p <= host::shared_base + host::shared_bytes) return uint32_t(p - host::shared_base);
-  if (p >= __start_vidrial_shared && p <= __stop_vidrial_shared) return host::kStaticAddress + uint32_t(p - __start_vidrial_shared);
+  if (p >= host::static_begin && p < host::static_end) return host::kStaticAddress + uint32_t(p - host::static_begin);
   host::fatal("shared_address: %p is not in shared memory", pointer);
 }
 

@@ -124,6 +124,7 @@ int serve(void (*call)(char const* packed), size_t bytes, std::initializer_list<
   reply_fd = dup(1);
   // What the kernel prints is no part of the reply.
   dup2(2, 1);
+  setlinebuf(stdout);
   Request request;
   read_all(&request, sizeof request);
   alignas(64) static char packed[4096];
@@ -156,6 +157,7 @@ int serve(void (*call)(char const* packed), size_t bytes, std::initializer_list<
   static auto const entry = call;
   thread_body = [] { entry(packed); };
   allocate_shared(request.shared_bytes);
+  find_static_arrays();
   watch(request.timeout);
   run_grid(request);
   for (PointerEntry const& p : pointers) check_array(arrays[p.array], p.offset);

@@ -32,6 +32,7 @@ inline void write_all(void const* data, size_t bytes) {
 }
 
 inline void begin_reply(char const* failure) {
+  fflush(stdout);
   int64_t const length = int64_t(strlen(failure));
   write_all(&stats, sizeof stats);
   write_all(&length, sizeof length);

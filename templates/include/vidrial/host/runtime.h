@@ -7,9 +7,6 @@
 
 #define VIDRIAL_INLINE inline __attribute__((always_inline))
 
-// Bounds of the section that holds static __shared__ arrays; absent if the kernel has none.
-extern "C" __attribute__((weak)) char __start_vidrial_shared[], __stop_vidrial_shared[];
-
 namespace vidrial::host {
 
 // End the launch with a message, the thread that sends it and its place in the kernel.
@@ -18,7 +15,8 @@ namespace vidrial::host {
 // Dynamic shared memory, exactly as many bytes as asked for.
 extern char* shared_base;
 extern size_t shared_bytes;
-// The shared-memory address of the first static array.
+// Where the static arrays lie, and the shared-memory address of the first.
+extern char *static_begin, *static_end;
 inline constexpr uint32_t kStaticAddress = 0x80000000u;
 inline char* dynamic_shared_memory() { return shared_base; }
 
