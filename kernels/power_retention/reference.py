@@ -106,12 +106,19 @@ def recurrent_form(
 
 
 class Gradients(NamedTuple):
-    """Of the sum of y * dy, plus that of the final state times its gradient: the shapes of q, k, v, log_g, S and Z; None where there is none."""
+    """Of the sum of y * dy, plus that of the final state times its gradient: the shapes of q, k, v, log_g, S and Z; None where there is none.
+
+    A score's gradient is a difference of dy . v and dy . y, which may cancel, as of a token that sees itself alone. So that errors can be judged
+    there are the sizes of what is subtracted, with independent signs: of a row of dq [B, T, HQ], of dk and of a token's gates [B, T, H].
+    """
 
     dq: Float64
     dk: Float64
     dv: Float64
     dlog_g: Float64 | None
+    q_terms: Float64
+    k_terms: Float64
+    g_terms: Float64
     d_s: Float64 | None = None
     d_z: Float64 | None = None
 
@@ -147,6 +154,7 @@ def gradients(
     q, k, v, dy = (np.asarray(x, np.float64) for x in (q, k, v, dy))
     scale, group, (ia, ib, count) = q.shape[-1] ** -0.5 if scale is None else scale, q.shape[2] // k.shape[2], pair_rows(q.shape[-1])
     dq, dk, dv, da = np.zeros_like(q), np.zeros_like(k), np.zeros_like(v), np.zeros(k.shape[:3])
+    q_terms, k_terms, g_terms = np.zeros(q.shape[:3]), np.zeros(k.shape[:3]), np.zeros(k.shape[:3])
     states = initial is not None or d_final is not None
     shape = (*k.shape[::2][:1], k.shape[2])
     d_s, d_z = (np.zeros((*shape, len(ia), v.shape[-1])), np.zeros((*shape, q.shape[-1], q.shape[-1]))) if states else (None, None)
@@ -169,8 +177,13 @@ def gradients(
                 dnorm = -(dnum * num).sum(1) / np.maximum(norm, LOWEST_NORMALISER)
             else:
                 dnum, dnorm = dy[b, rows, hq], np.zeros_like(norm)
-            dweight = dnum @ values[seen].T + dnorm[:, None]
-            dscore = degree * scale**degree * score ** (degree - 1) * decay * dweight
+            from_values, slope = dnum @ values[seen].T, degree * scale**degree * score ** (degree - 1) * decay
+            dweight = from_values + dnorm[:, None]
+            dscore, terms = slope * dweight, slope**2 * (from_values**2 + dnorm[:, None] ** 2)
+            q_terms[b, rows, hq] = np.sqrt(terms @ (keys[seen] ** 2).sum(1))
+            k_terms[b, seen, h] += terms.T @ (x[rows] ** 2).sum(1)
+            g_terms[b, rows, h] += (terms * score**2).sum(1)
+            g_terms[b, seen, h] += (terms * score**2).sum(0)
             dq[b, rows, hq] += dscore @ keys[seen]
             dk[b, seen, h] += dscore.T @ x[rows]
             dv[b, seen, h] += weight.T @ dnum
@@ -203,4 +216,4 @@ def gradients(
         d_s[b, h] += left * ds
         d_z[b, h] += left * dz
     dlog_g = None if log_g is None else np.flip(np.cumsum(np.flip(da, 1), 1), 1) * ((log_g > LOWEST_LOG_GATE) & (log_g <= 0))
-    return Gradients(dq, dk, dv, dlog_g, d_s, d_z)
+    return Gradients(dq, dk, dv, dlog_g, q_terms, np.sqrt(k_terms), np.sqrt(g_terms) / degree, d_s, d_z)

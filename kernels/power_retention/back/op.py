@@ -19,7 +19,7 @@ from vidrial.kernels.power_retention import scan as forward_scan
 from vidrial.kernels.power_retention.back import gates, rows, tokens
 from vidrial.kernels.power_retention.back import scan as back_scan
 from vidrial.kernels.power_retention.back.problem import ChunkedGradient, Gradient
-from vidrial.kernels.power_retention.op import CHUNKS, DRAWN, SCANS, whole_chunk
+from vidrial.kernels.power_retention.op import CHUNKS, DRAWN, SCANS, SMALLEST, whole_chunk
 from vidrial.kernels.power_retention.op import chunked as forward_chunked
 from vidrial.kernels.power_retention.op import example as forward_example
 from vidrial.kernels.power_retention.op import inputs as forward_inputs
@@ -29,8 +29,10 @@ from vidrial.kernels.power_retention.op import small as forward_small
 from vidrial.kernels.power_retention.reference import attention_form, gradients
 
 NAMES = ("dq", "dk", "dv", "dlog_g")
-# Of the norm of each gradient, head by head: roundings to bf16 as docs/power_retention.md lists them.
+# Of the norm of each gradient, head by head: roundings to bf16 as docs/power_retention.md lists them. dq and dk have 2.6e-3 in the middle.
 BOUNDS = {"dq": 3.5e-3, "dk": 3.5e-3, "dv": 3.5e-3, "dlog_g": 1.5e-2}
+# A single row of few keys may be off by more: what the state form sums, or y as rounded, nearly cancels there. A row that is wrong is off by its size.
+WORST_ROW = 0.25
 
 
 @dataclass(frozen=True)
@@ -142,38 +144,35 @@ def reference(p: Gradient, inputs: Mapping[str, np.ndarray]) -> dict[str, np.nda
     return {name: x for name, x in found._asdict().items() if x is not None}
 
 
-def errors(
-    p: Gradient, inputs: Mapping[str, np.ndarray], results: Mapping[str, np.ndarray], expected: Mapping[str, np.ndarray]
-) -> dict[str, np.ndarray]:
-    """Of each gradient and each of its heads the error's norm over the gradient's: [heads].
+def row_errors(p: Gradient, results: Mapping[str, np.ndarray], expected: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Of each row of dq, dk and dv the error's norm over the row's own, or over that of the terms that cancel in it, whichever is more: [B, T, heads].
 
-    Where that is less than a hundredth of the terms that cancel in it, as of a token that sees itself alone, over this hundredth: a score's
-    gradient is a difference of two products of dy and values.
+    Terms and rows are about equal in size; where the terms are many times as large, as in a row that sees two keys of which one counts, the error
+    says how y was rounded.
     """
-
-    def norms(x: np.ndarray) -> np.ndarray:
-        squares: np.ndarray = np.sqrt((x.astype(np.float64) ** 2).sum(tuple(axis for axis in range(x.ndim) if axis != 2)))
-        return squares
-
-    sizes = {name: norms(p.dtype.widen(inputs[name])) for name in "qkv"}
-    terms = norms(expected["dv"]) * sizes["v"] / 100
-    floors = {
-        "dq": np.repeat(terms, p.group) / np.maximum(sizes["q"], 1e-30),
-        "dk": terms / np.maximum(sizes["k"], 1e-30),
-        "dlog_g": terms / max(p.b * p.t, 1) ** 0.5,
-    }
     found = {}
-    for name in outputs(p):
-        got = results[name] if name == "dlog_g" else p.dtype.widen(results[name])
-        found[name] = norms(got - expected[name]) / np.maximum(np.maximum(norms(expected[name]), floors.get(name, 0.0)), 1e-300)
+    for name, terms in (("dq", "q_terms"), ("dk", "k_terms"), ("dv", None)):
+        got, exact = p.dtype.widen(results[name]), expected[name]
+        size = np.maximum(np.linalg.norm(exact, axis=-1), expected[terms] if terms else SMALLEST[p.dtype])
+        found[name] = np.linalg.norm(got - exact, axis=-1) / np.maximum(size, SMALLEST[p.dtype])
+    return found
+
+
+def errors(p: Gradient, results: Mapping[str, np.ndarray], expected: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Of each gradient and each of its heads: the root mean square of its rows' errors; of the gates the error's norm over the gradient's."""
+    found = {name: np.sqrt((x**2).mean((0, 1))) for name, x in row_errors(p, results, expected).items()}
+    if p.gated:
+        exact = expected["dlog_g"]
+        size = np.maximum(np.linalg.norm(exact, axis=(0, 1)), np.linalg.norm(expected["g_terms"], axis=(0, 1)) / 8)
+        found["dlog_g"] = np.linalg.norm(results["dlog_g"] - exact, axis=(0, 1)) / np.maximum(size, SMALLEST[p.dtype])
     return found
 
 
 def check(p: Gradient, inputs: Mapping[str, np.ndarray], results: Mapping[str, np.ndarray], expected: Mapping[str, np.ndarray]) -> Check:
-    """The worst of all gradients and heads, in times of its bound."""
-    found = {name: x.max(initial=0.0) / BOUNDS[name] for name, x in errors(p, inputs, results, expected).items()}
-    worst = float(max(found.values(), default=0.0))
-    return Check(worst, worst, 1.0, 1.0)
+    """The worst of all gradients and heads, in times of its bound; and the worst row."""
+    mean = max((float(x.max(initial=0.0)) / BOUNDS[name] for name, x in errors(p, results, expected).items()), default=0.0)
+    worst = max(float(x.max(initial=0.0)) for x in row_errors(p, results, expected).values())
+    return Check(mean, worst, 1.0, WORST_ROW)
 
 
 op = Op(
