@@ -11,6 +11,8 @@
 
 namespace vidrial {
 
+template <int N> struct Tally { static constexpr int kValue = N; };
+
 template <class Tiles, class Args>
 CUTE_DEVICE void power_scan_wgmma(Args const& p) {
   using State = typename Tiles::State;
@@ -20,7 +22,9 @@ CUTE_DEVICE void power_scan_wgmma(Args const& p) {
   constexpr int kBlocks = D / 8, kParts = E / kColumns, M = State::M, kPairs = kBlocks * (kBlocks + 1) / 2;
   constexpr int kZSize = Tiles::normalized ? D * D : 0, kSnapshot = kZSize + kPairs * 64 * E;
   // Groups of products that run on while the next one's factors are made: some 128 cycles of them.
-  constexpr int kRunning = State::N > 8 ? 1 : 2;
+  constexpr int kRunning = State::N > 8 && M < 3 ? 2 : 1;
+  // Groups of products for which factors are loaded ahead; 192 accumulators leave no registers for it.
+  constexpr int kAhead = M * State::N < 48 ? 1 : 0;
   VIDRIAL_SHARED_MEMORY(raw);
 
   // NOTE: through a shuffle, so that the compiler knows the warp's index to be uniform.
@@ -52,42 +56,52 @@ CUTE_DEVICE void power_scan_wgmma(Args const& p) {
     if (own_warp * 32 >= kTokens) return;
     uint32_t ki[4];
     load_i(stage * Tiles::K::kBytes, 0, 0, ki[0], ki[1], ki[2], ki[3]);
+    // NOTE: all loads before any store: the compiler cannot know that they do not meet.
     CUTE_UNROLL
-    for (int m = 0; m < 4; ++m) {
-      int const t = own_warp * 32 + m * 8;
-      store_shared(own + half * Tiles::Products::kBytes + Tiles::Products::offset(lane / 4, t + lane % 4 * 2), discount(ki[m], stage, t));
-    }
+    for (int m = 0; m < 4; ++m) ki[m] = discount(ki[m], stage, own_warp * 32 + m * 8);
+    CUTE_UNROLL
+    for (int m = 0; m < 4; ++m)
+      store_shared(own + half * Tiles::Products::kBytes + Tiles::Products::offset(lane / 4, own_warp * 32 + m * 8 + lane % 4 * 2), ki[m]);
   };
 
   Fragment<State> acc = {};
   typename Tiles::Broadcast load_splat(own, own_thread);
   typename State::B load_v(smem + Smem::V, own_thread, 0, is_state ? column : 0);
-  // Features of blocks J and J', 16 tokens: two tiles' at once, in an odd one's case its own twice.
+  // Features of blocks J and J', 16 tokens: two tiles' at once, or one's.
   uint32_t pair_base[(M + 1) / 2];
   CUTE_UNROLL
   for (int m = 0; m < M; m += 2) {
     typename Tiles::Pairs const load_j(smem + Smem::K, lane, 0, (lane < 16 ? block_j(m) : block_j(min(m + 1, M - 1))) * 8);
     pair_base[m / 2] = load_j.base;
   }
-  auto update_state = [&](int stage, int half) {
+  // Into the first `kCount` tiles. Factors are loaded one group of products ahead: ptxas sinks a load to its use, and there it takes 30 cycles.
+  auto update_state = [&](auto count, int stage, int half) {
+    constexpr int kCount = decltype(count)::kValue, kGroups = (kCount + 1) / 2, kAll = kGroups * (kTokens / 16);
+    uint32_t ki[1 + kAhead][4], kj[1 + kAhead][4];
+    auto load = [&](int g) {
+      int const k = g / kGroups, m = g % kGroups * 2;
+      uint32_t (&x)[4] = ki[k % (1 + kAhead)];
+      uint32_t (&y)[4] = kj[g % (1 + kAhead)];
+      typename Tiles::Pairs const load_pair(pair_base[m / 2]);
+      typename Tiles::Single const load_one(pair_base[m / 2]);
+      if (m == 0) load_splat(half * Tiles::Products::kBytes, 0, k * 16, x[0], x[1], x[2], x[3]);
+      if (m + 1 < kCount) load_pair(stage * Tiles::K::kBytes, k * 16, 0, y[0], y[1], y[2], y[3]);
+      else load_one(stage * Tiles::K::kBytes, k * 16, 0, y[0], y[1]);
+    };
+    if (kAhead > 0) load(0);
     CUTE_UNROLL
-    for (int k = 0; k < kTokens / 16; ++k) {
-      uint32_t ki[4];
-      load_splat(half * Tiles::Products::kBytes, 0, k * 16, ki[0], ki[1], ki[2], ki[3]);
+    for (int g = 0; g < kAll; ++g) {
+      int const k = g / kGroups, m = g % kGroups * 2;
+      if (g + kAhead < kAll) load(g + kAhead);
+      uint32_t phi[2][4];
+      State::template wait<kRunning>();                // the products before these have read their phi
       CUTE_UNROLL
-      for (int m = 0; m < M; m += 2) {
-        uint32_t kj[2][2], phi[2][4];
-        typename Tiles::Pairs const load_j(pair_base[m / 2]);
-        load_j(stage * Tiles::K::kBytes, k * 16, 0, kj[0][0], kj[0][1], kj[1][0], kj[1][1]);
-        State::template wait<kRunning>();            // the products before these have read their phi
+      for (int i = 0; i < 2 && m + i < kCount; ++i) {
         CUTE_UNROLL
-        for (int i = 0; i < 2; ++i) {
-          CUTE_UNROLL
-          for (int r = 0; r < 4; ++r) phi[i][r] = multiply_bf16(ki[r], kj[i][r / 2]);
-        }
-        if (m + 1 < M) State::template mma_k<2>(acc.x, m, phi, load_v, stage * Tiles::V::kBytes, k);
-        else State::template mma_k<1>(acc.x, m, reinterpret_cast<uint32_t (&)[1][4]>(phi), load_v, stage * Tiles::V::kBytes, k);
+        for (int r = 0; r < 4; ++r) phi[i][r] = multiply_bf16(ki[k % (1 + kAhead)][r], kj[g % (1 + kAhead)][i * 2 + r / 2]);
       }
+      if (m + 1 < kCount) State::template mma_k<2>(acc.x, m, phi, load_v, stage * Tiles::V::kBytes, k);
+      else State::template mma_k<1>(acc.x, m, reinterpret_cast<uint32_t (&)[1][4]>(phi), load_v, stage * Tiles::V::kBytes, k);
     }
   };
   // And into 64 rows of Z: the A operand is k^T itself, discounted, the B operand the keys.
@@ -143,15 +157,24 @@ CUTE_DEVICE void power_scan_wgmma(Args const& p) {
     if (n + 1 == segment.chunks) break;
     if (Tiles::gated && n > segment.first) acc.scale(segment.decay(n));
     acc.fence();
-    CUTE_NO_UNROLL
-    for (int end = block + segment.blocks_per_chunk(); block < end; ++block) {
-      int const stage = ring.next(stream);
-      if (is_state) {
+    // NOTE: the branch stands around the whole loop: between products that run, it would keep ptxas from letting them run (C7513).
+    int const end = block + segment.blocks_per_chunk();
+    auto each_block = [&](auto update) {
+      CUTE_NO_UNROLL
+      for (; block < end; ++block) update(ring.next(stream));
+    };
+    auto update = [&](auto count) {
+      each_block([&](int stage) {
         make_products(ring.read, (block + 1) % 2);
-        update_state(stage, block % 2);
-      } else if (active) {
-        update_z(stage);
-      }
+        update_state(count, stage, block % 2);
+      });
+    };
+    if (!is_state) {
+      each_block([&](int stage) { if (active) update_z(stage); });
+    } else if (!Tiles::drops_last || stored(M - 1)) {
+      update(Tally<M>{});
+    } else if constexpr (Tiles::drops_last) {
+      update(Tally<M - 1>{});
     }
   }
   // What this segment adds to the states of the next ones (power_carry).
