@@ -161,7 +161,7 @@ def main() -> None:
     ]
     lines = ",\n".join(f"  {json.dumps(row)}" for row in kept)
     head = json.dumps({"command": command_line().replace(str(arguments.other), "FOLDER"), "date": date(), "summary": said}, indent=1)[:-2]
-    arguments.out.write_text(f'{head},\n "kernels": [\n{lines}\n ]\n}}\n')
+    arguments.out.write_text(f'{head},\n "kernels": [\n{lines}\n ]\n}}\n', encoding="utf-8")
     print(arguments.out)
 
 

@@ -14,12 +14,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from gemm import Paths, Problem, example, op
+from gemm import Paths, Problem, example, linear, op
 
 import vidrial as vd
-from vidrial.runtime.plan import CudaPlan
-from vidrial.spec.choices import describe
-from vidrial.tune.timing import CudaClock, measure
 
 # (m, n, k): square; rows that are aligned to 16 bytes but no multiples of a tile; skinny; tall; wide; rows aligned to 4 bytes, and to 2.
 SIZES = (
@@ -32,8 +29,8 @@ SIZES = (
     (4099, 4098, 4094),
     (4099, 4097, 4095),
 )
-# Configs that the sweep ranks first and that are timed in turn with cuBLAS; samples of each; configs of the sweep that are printed.
-LEADERS, ROUNDS, SHOWN = 3, 40, 12
+# Samples of each; writes over twice the L2 before one; configs of the sweep that are printed.
+ROUNDS, FLUSHES, SHOWN = 40, 3, 12
 # Relative to the norm: more than both results' rounding.
 WRONG = 2.0**-8
 
@@ -83,7 +80,7 @@ def main() -> None:
                 ranked = (candidate.config for candidate in op.ranked(problem, device, fixed))
                 asked["configs"] = [config for config in ranked if not arguments.tile or tile(config) in arguments.tile]
             result = vd.tune.sweep(op, problem, seconds=arguments.seconds, progress=False, **asked)
-            row = beside_cublas(problem, [ranked.config for ranked in result.ranked[:LEADERS]])
+            row = beside_cublas(problem, result.winner.config)
             row.ranked.extend((spelled(ranked.config), ranked.timing.median_ms) for ranked in result.ranked)
             rows.append(row)
             print(f"{row}\n{SHOWN} of {len(row.ranked)} configs of the sweep, ms, fastest first:")
@@ -102,52 +99,49 @@ def tile(config: Paths) -> str:
 
 def spelled(config: Paths) -> str:
     """The part of a config that counts."""
-    return f"{config.by}: {describe(config.tma if config.by == 'tma' else config.threads)}"
+    return str(config.tma if config.by == "tma" else config.threads)
 
 
-def beside_cublas(p: Problem, configs: list[Any]) -> Row:
-    """The fastest of the configs, in turn with A B^T alone by torch."""
-    import cupy
-
+def beside_cublas(p: Problem, config: Paths) -> Row:
+    """A call, which takes the config that the sweep found, in turn with A B^T alone by torch; the L2 is flushed before each."""
     torch: Any = importlib.import_module("torch")
-    torch.cuda.set_stream(torch.cuda.Stream())
-    stream = torch.cuda.current_stream().cuda_stream
-    clock = CudaClock(vd.Device.current().l2_bytes, cupy.cuda.ExternalStream(stream))
-    generator = torch.Generator("cuda").manual_seed(0)
-    shapes = {name: buffer.shape for name, buffer in {**op.inputs(p), **op.outputs(p)}.items()}
-    arrays = {
-        name: torch.randn(shape, device="cuda", generator=generator).to(getattr(torch, p.dtype.label)) for name, shape in shapes.items()
-    }
-    pointers, expected = {name: x.data_ptr() for name, x in arrays.items()}, torch.empty_like(arrays["c"])
-    plans = [CudaPlan(op, p, config, 0) for config in configs]
-    runs = [
-        functools.partial(torch.matmul, arrays["a"], arrays["b"].T, out=expected),
-        *(functools.partial(plan.run, pointers, 0, stream) for plan in plans),
-    ]
+    generator, dtype = torch.Generator("cuda").manual_seed(0), getattr(torch, p.dtype.label)
+    a, b, bias = (torch.randn(shape, device="cuda", generator=generator).to(dtype) for shape in ((p.m, p.k), (p.n, p.k), (p.n,)))
+    flushed = torch.empty(2 * vd.Device.current().l2_bytes, dtype=torch.uint8, device="cuda")
+    given = (a, b, bias) if p.biased else (a, b)
+    runs = (functools.partial(linear, *given, gelu=p.gelu), functools.partial(torch.matmul, a, b.T))
+    results = [run() for run in runs]
+    samples: list[list[Any]] = [[] for _ in runs]
+    for turn in range(ROUNDS):
+        for which in (0, 1) if turn % 2 else (1, 0):
+            # Longer than the host takes to queue what is timed.
+            for _ in range(FLUSHES):
+                flushed.zero_()
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            begin.record()
+            runs[which]()
+            end.record()
+            samples[which].append((begin, end))
     torch.cuda.synchronize()
-    for run in runs:
-        run()
-        clock.lead(run)
-    library, *ours = measure(runs, clock, rounds=ROUNDS)
+    ours, library = (vd.tune.Timing.of([begin.elapsed_time(end) for begin, end in taken]) for taken in samples)
     # Both round sums of float32, in different orders.
-    distance = float((arrays["c"].float() - expected.float()).norm() / expected.float().norm())
+    distance = float((results[0].float() - results[1].float()).norm() / results[1].float().norm())
     if not p.biased and not distance < WRONG:
-        raise SystemExit(f"{spelled(configs[-1])} is {distance:.2e} of the norm off cuBLAS' result")
-    best, timing = min(enumerate(ours), key=lambda item: item[1].median_ms)
+        raise SystemExit(f"{spelled(config)} is {distance:.2e} of the norm off cuBLAS' result")
     flops = 2e-9 * p.m * p.n * p.k
     return Row(
         m=p.m,
         n=p.n,
         k=p.k,
         dtype=p.dtype.label,
-        config=spelled(configs[best]),
-        ms=timing.median_ms,
-        iqr_ms=timing.iqr_ms,
-        tflops=flops / timing.median_ms,
+        config=spelled(config),
+        ms=ours.median_ms,
+        iqr_ms=ours.iqr_ms,
+        tflops=flops / ours.median_ms,
         cublas_ms=library.median_ms,
         cublas_iqr_ms=library.iqr_ms,
         cublas_tflops=flops / library.median_ms,
-        share=library.median_ms / timing.median_ms,
+        share=library.median_ms / ours.median_ms,
         ranked=[],
     )
 

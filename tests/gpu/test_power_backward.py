@@ -45,14 +45,19 @@ def run_guarded(p: Gradient, config: Config, inputs: Arrays) -> tuple[Arrays, bo
     cupy.cuda.get_current_stream().synchronize()
     intact = all((whole[n][:GUARD].get() == 0xFF).all() and (whole[n][GUARD + size :].get() == 0xFF).all() for n, size in sizes.items())
     intact &= all(inner[name].get().tobytes() == np.ascontiguousarray(array).tobytes() for name, array in inputs.items())
-    return {n: inner[n].get().view(p.dtype.round(np.zeros(1, np.float32)).dtype if n != "dlog_g" else np.float32).reshape(b.shape) for n, b in made.items()}, intact
+    return {
+        n: inner[n].get().view(p.dtype.round(np.zeros(1, np.float32)).dtype if n != "dlog_g" else np.float32).reshape(b.shape)
+        for n, b in made.items()
+    }, intact
 
 
 def faults(p: Gradient, config: Config, inputs: Arrays, exact: Arrays | None = None) -> list[str]:
     exact = reference(p, inputs) if exact is None else exact
     results, intact = run_guarded(p, config, inputs)
     found = check(p, inputs, results, exact)
-    return ([] if found.ok else [f"{describe(config)}: {found} {errors(p, results, exact)}"]) + ([] if intact else [f"{describe(config)}: guards"])
+    return ([] if found.ok else [f"{describe(config)}: {found} {errors(p, results, exact)}"]) + (
+        [] if intact else [f"{describe(config)}: guards"]
+    )
 
 
 @pytest.mark.parametrize("name", GRID)

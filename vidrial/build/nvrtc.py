@@ -25,8 +25,8 @@ PCH_OPTIONS = ("--pch", "--pch-messages=false", "-diag-suppress=20283")
 HEADER_STOP = "#pragma nv_hdrstop\n"
 _ERROR = re.compile(r"^(?P<file>[^\s(][^(\n]*)\((?P<line>\d+)\): (?:catastrophic )?error(?: #[\w-]+)?: (?P<text>.*)$", re.MULTILINE)
 # What ptxas says of wgmma that it cannot let run on: it serialises all of them, several times slower, adds instructions of its own, or gives
-# up. NOTE: not C7517, one wait that it adds where accumulators are read: the scans that were measured fastest have it behind their loops
-# (tests/power_retention/test_machine_code.py holds them to that).
+# up. NOTE: not C7517, one wait that it adds where accumulators are read: scans that were measured fastest have it, behind their loops
+# (a test of their machine code holds them to that).
 _WGMMA_NOTE = re.compile(r"\((?P<code>C75(?!17)\d\d|C7602)\) (?P<text>.*)")
 # Bytes per thread, stored and loaded, that a kernel may spill: of the measured configs none spills more than 8, and none of those that won any.
 SPILL_LIMIT = 64
