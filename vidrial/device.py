@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import re
+from collections.abc import Iterator
 from typing import Any
 
 from vidrial.errors import ArgumentError, ToolchainError
@@ -59,7 +60,17 @@ class Device:
     @property
     def capability(self) -> int:
         """Compute capability times ten: 90 for sm_90a."""
-        return int(re.sub(r"\D", "", self.arch))
+        return _capability(self.arch)
+
+    def smem_rules(self, least: int, ctas: int = 1) -> Iterator[tuple[bool, str]]:
+        """Rules of a kernel whose CTA takes `least` bytes of shared memory at least, with `ctas` of them on an SM.
+
+        Its tiles are asked for the exact number; where this many are too many they need not be made, which costs milliseconds.
+        """
+        if least > self.smem_per_block:
+            yield False, f"at least {least} bytes of shared memory: a CTA has {self.smem_per_block} on {self.name}"
+        if ctas * (least + RESERVED_SMEM) > self.smem_per_sm:
+            yield False, f"{ctas} CTAs of at least {least} bytes of shared memory: an SM has {self.smem_per_sm} on {self.name}"
 
     @property
     def key(self) -> str:
@@ -111,6 +122,11 @@ class Device:
             return cls.current()
         except ToolchainError:
             return cls.of(DEFAULT_GPU)
+
+
+@functools.cache
+def _capability(arch: str) -> int:
+    return int(re.sub(r"\D", "", arch))
 
 
 @functools.lru_cache

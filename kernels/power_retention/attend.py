@@ -189,6 +189,7 @@ def rules(p: Chunked, c: Config, device: Device) -> Iterator[tuple[bool, str]]:
         yield p.dtype == DType.bfloat16, f"wgmma takes V as it is stored, and weights need the range of bfloat16; got {p.dtype}"
         yield c.warps % 4 == 0, f"wgmma takes warpgroups of 4 warps; got warps={c.warps}"
         yield c.stages >= 3, f"stages={c.stages}: wgmma reads one stage while another is refilled and a third waited for"
+    yield from device.smem_rules(least_smem(p, c), c.blocks)
     yield p.chunk % c.rows == 0, f"the {c.rows} rows of a CTA must divide chunk={p.chunk}"
     yield c.rows % c.keys == 0, f"keys={c.keys} must divide the {c.rows} rows of a CTA"
     registers = min(255, device.registers_per_sm // (32 * c.warps * c.blocks) // 8 * 8)
@@ -234,10 +235,15 @@ def _work(p: Chunked, c: Config) -> Work:
     return Work(blocks, waited, rows - first if p.stateful else 0, rows, before)
 
 
-def ctas_per_sm(p: Chunked, c: Config, device: Device) -> int:
-    """CTAs that an SM holds at once, by an estimate of their registers and by their shared memory but for Z, which is no larger."""
+def least_smem(p: Chunked, c: Config) -> int:
+    """Bytes of shared memory, but for a larger Z."""
     key_bytes = c.keys * p.dtype.bytes * (p.d + p.e)
-    smem = c.rows * p.dtype.bytes * p.d + c.stages * (max(key_bytes, state_tiles(p, key_bytes) * 128 * p.e) + 8 * c.keys)
+    return c.rows * p.dtype.bytes * p.d + c.stages * (max(key_bytes, state_tiles(p, key_bytes) * 128 * p.e) + 8 * c.keys)
+
+
+def ctas_per_sm(p: Chunked, c: Config, device: Device) -> int:
+    """CTAs that an SM holds at once, by an estimate of their registers and by their shared memory."""
+    smem = least_smem(p, c)
     registers = min(255, accumulators(p, c) + (REGISTER_OVERHEAD_WGMMA if c.mma == "wgmma" else REGISTER_OVERHEAD[0]))
     return max(1, Occupancy.of(device, threads=32 * c.warps, smem=smem, registers=registers).ctas)
 

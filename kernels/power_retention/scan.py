@@ -105,7 +105,13 @@ def rules(p: Chunked, c: Config, device: Device) -> Iterator[tuple[bool, str]]:
     yield c.columns <= 64, f"columns={c.columns}: a warp has registers for 64"
     yield p.d % c.columns == 0 and p.e % c.columns == 0, f"columns={c.columns} must divide d={p.d} and e={p.e}"
     yield c.stages >= 3, f"stages={c.stages}: a block, the next one's factors and a fetch need 3"
+    yield from device.smem_rules(ring_bytes(p, c), 8 // c.warps)
     yield from common_rules(p, c)
+
+
+def ring_bytes(p: Chunked, c: Config) -> int:
+    """Bytes of shared memory of the keys, the values and their decay, which is nearly all."""
+    return c.stages * c.tokens * (p.dtype.bytes * (p.d + p.e) + 4)
 
 
 def common_rules(p: Chunked, c: Config) -> Iterator[tuple[bool, str]]:

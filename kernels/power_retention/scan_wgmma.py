@@ -113,13 +113,14 @@ def rules(p: Chunked, c: Config, device: Device) -> Iterator[tuple[bool, str]]:
     yield c.tiles <= p.d // 16 + 1, f"tiles={c.tiles}: a block of features meets {p.d // 16 + 1} at most"
     accumulators, allowed = c.tiles * c.columns // 2, 255 - REGISTER_OVERHEAD
     yield accumulators <= allowed, f"{accumulators} accumulators per thread: {REGISTER_OVERHEAD} other registers leave {allowed}"
+    yield from device.smem_rules(scan.ring_bytes(p, c), 8 // c.warps)
     yield from scan.common_rules(p, c)
 
 
 def ctas_per_sm(p: Chunked, c: Config, device: Device) -> int:
     """CTAs that an SM holds at once, by an estimate of their registers and of their ring, which is most of their shared memory."""
     registers = 32 * c.warps * -(-(c.tiles * c.columns // 2 + 76) // 8) * 8
-    ring = c.stages * c.tokens * (p.dtype.bytes * (p.d + p.e) + 4) + 4096
+    ring = scan.ring_bytes(p, c) + 4096
     resident: int = max(1, min(device.registers_per_sm // registers, device.smem_per_sm // ring))
     return resident
 

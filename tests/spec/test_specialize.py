@@ -91,7 +91,7 @@ def test_names_of_what_is_baked_in() -> None:
 
 def test_it_is_picked_for_its_own_length_alone(op: Op) -> None:
     times = {Config(fixed="n"): 1.0, Config(64, "n"): 1.1, Config(64): 1.2, Config(): 1.3}
-    for n in (4001, 10007, 20001, 40001):
+    for n in (4001, 10007, 20001, 40001, 80001):
         timings = {c: Timing(ms * true_ms(n, c.tile, 3), 1e-4, 20) for c, ms in times.items()}
         trials = [Trial("baked", example(n=n), c, Status.ok, timing=timing) for c, timing in timings.items()]
         found = Ranking.from_trials(op, H200, trials)

@@ -10,7 +10,7 @@ from fake_op import Config, example, op
 
 from vidrial.device import Device
 from vidrial.spec.cost import LAUNCH_SECONDS, Cost
-from vidrial.tune.model import PRIOR, Model, fit, terms, work
+from vidrial.tune.model import CALIBRATED, KNOWN_FROM, PRIOR, UNKNOWN, Model, Point, fit, terms, work
 
 H200 = Device.of("h200")
 
@@ -54,12 +54,54 @@ def test_fit_finds_the_coefficients_and_no_negative_one() -> None:
     assert min(noisy) >= 0 and noisy == pytest.approx(true, abs=0.25)
 
 
-def test_one_measurement_scales_the_prior() -> None:
-    x = (1.7, 0.003, 0.5, 0.6, 0.8)
-    model = Model.fit({"c": [(x, 4.0)]})
-    assert model.ms("c", x) == pytest.approx(4.0, rel=0.02)
-    assert model.ms("c", tuple(2 * v for v in x)) == pytest.approx(8.0, rel=0.02)
-    assert Model.fit({}).ms("never measured", x) == x[0]
+X = (1.7, 0.003, 0.5, 0.6, 0.8)
+
+
+def times(n: float) -> tuple[float, ...]:
+    return tuple(n * x for x in X)
+
+
+def test_one_measurement_scales_the_prediction() -> None:
+    model = Model.fit({"c": [Point((1000,), X, 4.0)]})
+    for n in (1, 2, 64):
+        assert model.ms("c", (1000 * n,), times(n)) == pytest.approx(4.0 * n)
+
+
+@pytest.mark.parametrize("lengths", range(1, CALIBRATED))
+def test_few_lengths_do_not_put_their_time_into_the_launches(lengths: int) -> None:
+    """All times alike, as of launches alone: a long problem is still predicted to take longer, by what its cost says."""
+    points = [Point((1000 * n,), times(n), 4.0) for n in range(1, lengths + 1)]
+    model = Model.fit({"c": points, "d": points[:1]})
+    for config in "cd":
+        assert model.ms(config, (64000,), times(64)) > 16 * model.ms(config, (4000,), times(4)) * 0.95
+
+
+def test_beyond_the_reach_of_what_was_measured_the_prediction_counts() -> None:
+    """Many lengths, which the constant alone explains: within reach it is believed, beyond it is not."""
+    lengths = (1000, 1100, 1300, 1700, 2000, 2300)
+    model = Model.fit({"c": [Point((t,), times(t / 1000), 4.0) for t in lengths]})
+    assert model.ms("c", (1500,), times(1.5)) == pytest.approx(4.0, rel=0.1)
+    assert model.ms("c", (64000,), times(64)) > 16 * 4.0
+
+
+def test_the_nearest_measurement_says_most() -> None:
+    model = Model.fit({"c": [Point((1000,), times(1), 2.0), Point((1900,), times(1.9), 1.9 * 4.0)]})
+    assert model.ms("c", (1000,), times(1)) == pytest.approx(2.0, rel=0.05)
+    assert model.ms("c", (1900,), times(1.9)) == pytest.approx(1.9 * 4.0, rel=0.05)
+
+
+def test_what_an_unmeasured_config_takes_at_least() -> None:
+    def least(factors: list[float]) -> float:
+        measured = {f"c{i}": [Point((1000,), X, X[0] * f)] for i, f in enumerate(factors)}
+        return Model.fit(measured).least_ms(X) / X[0]
+
+    assert least([]) == least([1.5, 1.2]) == UNKNOWN
+    assert least([0.5, 1.5]) == pytest.approx(0.5 * UNKNOWN), "a GPU that is faster than predicted may be so with every config"
+    # Many that agree say what others will be; many that do not say how far off others may be.
+    assert 0.8 < least([0.9 + 0.2 * i / KNOWN_FROM for i in range(KNOWN_FROM)]) < 0.9
+    rng = random.Random(0)
+    for _ in range(100):
+        assert least([rng.uniform(0.6, 1.6) for _ in range(KNOWN_FROM * 2)]) < 0.63
 
 
 @dataclass(frozen=True)
@@ -88,12 +130,14 @@ TILES = (Tile(64, 0.55, 2), Tile(128, 0.70, 1), Tile(192, 0.72, 1), Tile(256, 0.
 def test_the_model_picks_across_a_sawtooth_where_the_nearest_length_does_not() -> None:
     rng = random.Random(1)
     calibration = [t for octave in range(7, 15) for t in (2**octave + 1, round(1.37 * 2**octave))]
-    model = Model.fit({c: [(terms([c.cost(t)], H200), c.true_ms(t) * rng.uniform(0.99, 1.01)) for t in calibration] for c in TILES})
+    model = Model.fit(
+        {c: [Point((t,), terms([c.cost(t)], H200), c.true_ms(t) * rng.uniform(0.99, 1.01)) for t in calibration] for c in TILES}
+    )
     by_model, by_nearest, changes = [], [], 0
     for _ in range(200):
         t = round(math.exp(rng.uniform(math.log(65), math.log(20000))))
         best = min(c.true_ms(t) for c in TILES)
-        picked = min(TILES, key=lambda c: model.ms(c, terms([c.cost(t)], H200)))
+        picked = min(TILES, key=lambda c: model.ms(c, (t,), terms([c.cost(t)], H200)))
         nearest = min(calibration, key=lambda x: abs(math.log(x / t)))
         neighbour = min(TILES, key=lambda c: c.true_ms(nearest))
         by_model.append(picked.true_ms(t) / best)

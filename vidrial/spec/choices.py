@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
+import math
 from collections.abc import Hashable, Iterator, Mapping
 from operator import attrgetter
 from types import MappingProxyType
@@ -72,6 +73,11 @@ def unflatten(config_type: type, values: Mapping[str, Any]) -> Any:
 def combinations(config_type: type, choices: Axes) -> Iterator[Any]:
     """The config of every combination of some choices, the first values first; the other choices are made by default."""
     return (unflatten(config_type, dict(zip(choices, values, strict=True))) for values in itertools.product(*choices.values()))
+
+
+def count(config_type: type) -> int:
+    """How many configs of a type there are, legal or not."""
+    return math.prod(map(len, axes(config_type).values()))
 
 
 @functools.cache

@@ -145,7 +145,10 @@ class Kernel(Generic[P, C]):
     def broken_rule(self, problem: P, config: C, device: Device) -> str | None:
         """The reason of the first of the kernel's own rules that the config breaks, or None. It may still be illegal: tiles cost
         milliseconds, and are not asked."""
-        return next((reason for holds, reason in self.rules(problem, config, device) if not holds), None)
+        for holds, reason in self.rules(problem, config, device):
+            if not holds:
+                return reason
+        return None
 
     def check(self, problem: P, config: C, device: Device) -> None:
         """Refuse an illegal config.

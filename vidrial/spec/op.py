@@ -16,10 +16,10 @@ from numpy.typing import NDArray
 from vidrial.device import Device
 from vidrial.dtypes import DType
 from vidrial.errors import ArgumentError, ConfigError, LayoutError
-from vidrial.spec.choices import check_choices, combinations, configs, describe, own_axes, parts
+from vidrial.spec.choices import check_choices, combinations, configs, count, describe, own_axes, parts
 from vidrial.spec.fields import C, P, check_record
 from vidrial.spec.kernel import Kernel
-from vidrial.spec.space import Candidate, Rejected, Space, Stream
+from vidrial.spec.space import Candidate, Rejected, Space, Stream, Subset
 
 ALIGNMENT = 256  # bytes; of every workspace buffer
 GIB = 1 << 30
@@ -100,6 +100,17 @@ class Check:
         def __getattr__(self, name: str) -> object:
             new = {"worst": "max_error", "worst_bound": "max_error_bound"}.get(name)
             raise AttributeError(f"Check has no {name}" + (f", a name of version 1; instead: {new}" if new else ""))
+
+
+class _Walk:
+    """How far the configs of one combination of own choices were looked through, in `Op.ranked`."""
+
+    def __init__(self, shared: Candidate, among: Subset | None) -> None:
+        self.shared, self.among, self.least = shared, among, shared.seconds
+        self.estimates: dict[str, list[Candidate]] = {}
+        self.stream: Iterator[Candidate] | None = None
+        self.found: Candidate | None = None
+        self.following: Candidate | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -210,16 +221,26 @@ class Op(Generic[P, C]):
         )
 
     def estimate(self, problem: P, config: C, device: Device, part: str | None = None) -> float | None:
-        """`seconds` of a config that breaks no rule, else None. It may still be illegal: no tiles are made, only `reject` asks them."""
-        if not all(holds for holds, _ in self.rules(problem, config)):
-            return None
+        """`seconds` of a config that breaks no rule, else None. It may still be illegal: no tiles are made, only `reject` asks them.
+
+        With a `part`, that of its stages, by their rules alone.
+        """
+        # NOTE: loops, not generators: thousands of configs are asked. The op's own rules were asked before a part varies.
+        if not part:
+            for holds, _ in self.rules(problem, config):
+                if not holds:
+                    return None
         asked = self._stages_of(problem, config, part)
-        if any(stage.kernel.broken_rule(stage.problem, stage.config, device) is not None for stage in asked):
-            return None
+        for stage in asked:
+            if stage.kernel.broken_rule(stage.problem, stage.config, device) is not None:
+                return None
+        seconds = 0.0
         try:
-            return sum(stage.kernel.seconds(stage.problem, stage.config, device) for stage in asked)
+            for stage in asked:
+                seconds += stage.kernel.seconds(stage.problem, stage.config, device)
         except (LayoutError, ConfigError):
             return None  # a cost that looks at the tiles meets their refusal
+        return seconds
 
     def check_config(self, problem: P, config: C, device: Device) -> None:
         """Refuse an illegal config.
@@ -264,20 +285,29 @@ class Op(Generic[P, C]):
         """Names of the config's parts, one per stage or a few."""
         return tuple(parts(self.config))
 
+    def config_type(self, part: str) -> type:
+        """Type of the config of a part; "": of the op's own."""
+        return parts(self.config)[part] if part else self.config
+
     def shared(self, fixed: Mapping[str, object] | None = None) -> Iterator[C]:
         """Every combination of the config's own choices, its parts at their defaults; `fixed` choices take one value only."""
         return combinations(self.config, {**own_axes(self.config), **{name: (value,) for name, value in (fixed or {}).items()}})
 
+    def launches(self, problem: P, config: C, part: str) -> bool:
+        """Whether a part of a config launches anything for a problem."""
+        return any(stage.part == part for stage in self.stages(problem, config))
+
     def _part_variants(self, problem: P, shared: Any, part: str) -> Iterator[Any]:
         """`shared` with every config of a part; itself alone where the part launches nothing."""
-        if not self._stages_of(problem, shared, part):
+        if not self.launches(problem, shared, part):
             return iter((shared,))
         return (dataclasses.replace(shared, **{part: config}) for config in configs(parts(self.config)[part]))
 
-    def _estimates(self, problem: P, shared: Any, device: Device, part: str) -> list[Candidate]:
-        """What the rules leave of `shared` with the part's configs, by the part's own predicted time."""
-        variants = ((v, self.estimate(problem, v, device, part)) for v in self._part_variants(problem, shared, part))
-        return sorted((Candidate(v, seconds) for v, seconds in variants if seconds is not None), key=lambda c: c.seconds)
+    def estimates(self, problem: P, shared: Any, device: Device, part: str, variants: Iterable[Any] | None = None) -> list[Candidate]:
+        """What the rules leave of `shared` with the part's configs (or of `variants`, which are such), by the part's own predicted time."""
+        every = variants if variants is not None and self.launches(problem, shared, part) else self._part_variants(problem, shared, part)
+        found = ((v, self.estimate(problem, v, device, part)) for v in every)
+        return sorted((Candidate(v, seconds) for v, seconds in found if seconds is not None), key=lambda c: c.seconds)
 
     def _legal(self, problem: Any, device: Device, part: str, estimates: Iterable[Candidate]) -> Stream[Candidate]:
         """Of `estimates`, with the part's config alone, what its tiles allow: they take milliseconds, and are asked as they are read."""
@@ -289,31 +319,49 @@ class Op(Generic[P, C]):
 
         Stages run one after another, so parts rank on their own.
         """
-        return {part: self._legal(problem, device, part, self._estimates(problem, shared, device, part)) for part in self.parts}
+        return {part: self._legal(problem, device, part, self.estimates(problem, shared, device, part)) for part in self.parts}
 
-    def ranked(self, problem: P, device: Device, fixed: Mapping[str, object] | None = None) -> Iterator[Candidate[C]]:
+    def ranked(
+        self, problem: P, device: Device, fixed: Mapping[str, object] | None = None, among: Subset[C] | None = None
+    ) -> Iterator[Candidate[C]]:
         """The legal configs, fastest-predicted first, ties in order of declaration; tiles are asked of those that come first alone.
 
-        `fixed` holds choices of the op's own (not of its parts) at one value: name -> value.
+        `fixed` holds choices of the op's own (not of its parts) at one value: name -> value. `among`: those that are looked at, in place of all.
         """
-        # One stream per combination of own choices, by the time of its next config; before the first one, by what none can be below.
-        heap: list[tuple[float, int, Candidate | None, Iterator[Candidate]]] = []
-        for order, shared in enumerate(self.shared(fixed)):
+        # One entry per combination of own choices, by what none of its configs can be below: the parts that were estimated so far, then the
+        # time of its next config. A part of many configs is estimated last, and not at all where others are faster without it.
+        heap: list[tuple[float, int, _Walk]] = []
+        for order, shared in enumerate(self.shared(fixed) if among is None else among.shared):
             base = self.estimate(problem, shared, device, "")
-            estimates = {part: self._estimates(problem, shared, device, part) for part in self.parts} if base is not None else {}
-            if base is not None and all(estimates.values()):
-                least = sum((candidates[0].seconds for candidates in estimates.values()), base)
-                heap.append((least, order, None, self._combined(problem, device, Candidate(shared, base), estimates)))
+            if base is not None:
+                heap.append((base, order, _Walk(Candidate(shared, base), among)))
         heapq.heapify(heap)
         while heap:
-            _, order, candidate, stream = heap[0]
-            if candidate is not None:
-                yield candidate
-            following = next(stream, None)
-            if following is None:
+            _, order, walk = heap[0]
+            least = self._advance(problem, device, walk)
+            if walk.found is not None:
+                yield walk.found
+            if least is None:
                 heapq.heappop(heap)
             else:
-                heapq.heapreplace(heap, (following.seconds, order, following, stream))
+                heapq.heapreplace(heap, (least, order, walk))
+
+    def _advance(self, problem: Any, device: Device, walk: _Walk) -> float | None:
+        """One step of a walk, and what it cannot be below from then on; None: it is over. `found` is what the step passed, if anything."""
+        walk.found, waiting = walk.following, [part for part in self.parts if part not in walk.estimates]
+        if waiting:
+            shared = walk.shared.config
+            known = {} if walk.among is None else walk.among.variants.get(shared, {})
+            sizes = {part: len(known[part]) if part in known else count(parts(self.config)[part]) for part in waiting}
+            part = min(waiting, key=lambda p: sizes[p])
+            walk.estimates[part] = self.estimates(problem, shared, device, part, known.get(part))
+            walk.least += walk.estimates[part][0].seconds if walk.estimates[part] else 0.0
+            return walk.least if walk.estimates[part] else None
+        if walk.stream is None:
+            estimates = {part: walk.estimates[part] for part in self.parts}
+            walk.stream = self._combined(problem, device, walk.shared, estimates)
+        walk.following = next(walk.stream, None)
+        return None if walk.following is None else walk.following.seconds
 
     def _combined(
         self, problem: Any, device: Device, shared: Candidate, estimates: Mapping[str, Sequence[Candidate]]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
@@ -47,6 +47,17 @@ class Space(Generic[C]):
 
     def __iter__(self) -> Iterator[C]:
         return (c.config for c in self.legal)
+
+
+@dataclass(frozen=True)
+class Subset(Generic[C]):
+    """Configs to look at in place of all: combinations of an op's own choices, and with each of them, by part, the configs that vary it.
+
+    A part that is not named varies over all of its configs.
+    """
+
+    shared: tuple[C, ...]
+    variants: Mapping[C, Mapping[str, Sequence[C]]]
 
 
 class Stream(Generic[T]):

@@ -1,6 +1,6 @@
 """The calibrated tile-cost model: from the lengths that were measured to those that were not.
 
-A config's time is a sum of five terms that its `Cost` gives for any problem, with coefficients fitted to its own measurements:
+A config's time is a sum of five terms that its `Cost` gives for any problem:
 
     predicted     what its cost predicts
     launches      one constant a stage
@@ -10,13 +10,19 @@ A config's time is a sum of five terms that its `Cost` gives for any problem, wi
 
 Before anything is measured the prediction counts alone; the others are what it may miss. So the time is a sawtooth in the length, as it is
 on the GPU, and two configs change places where their teeth do.
+
+Few lengths do not tell the terms apart: all that they measured of a small one may be launches, and a fit would have it that a long one takes
+no longer. Until `CALIBRATED` problems were measured each config has a factor of its prediction and no more, and so it has beyond `REACH`
+times what was measured.
 """
 
 from __future__ import annotations
 
+import math
+import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -28,6 +34,14 @@ from vidrial.spec.op import Op
 PRIOR = (1.0, 0.0, 0.0, 0.0, 0.0)
 # Weight of the prior against one measurement, both relative: a few lengths outweigh it, one length only scales it.
 POOLED_WEIGHT, OWN_WEIGHT = 1e-3, 1e-2
+# From so many measured problems on the terms are told apart, of all configs together and of one.
+CALIBRATED = 5
+# Times the size of a measured problem: up to there its terms count.
+REACH = 4.0
+# Added to the distance of a measurement from where it is asked for: nearer ones are all the same.
+NEAR = 0.1
+# A config that was never measured may take this share of its prediction, as far as is known; and so many configs say which it really is.
+UNKNOWN, KNOWN_FROM = 0.6, 16
 
 
 def terms(costs: Sequence[Cost], device: Device) -> tuple[float, ...]:
@@ -81,25 +95,72 @@ def fit(rows: Sequence[Sequence[float]], times: Sequence[float], prior: Sequence
     return tuple(float(b) for b in np.maximum(found, 0.0))
 
 
+class Point(NamedTuple):
+    """One measurement: the `sizes` of its problem, its terms and its milliseconds."""
+
+    sizes: tuple[int, ...]
+    terms: tuple[float, ...]
+    ms: float
+
+
 @dataclass(frozen=True)
 class Model:
-    """Coefficients of every measured config, and of all together for the terms that one config's measurements do not tell apart."""
+    """`points`: what was measured of each config. `coefficients`: of its terms; `scale`: its times over their predictions, on average."""
 
+    points: Mapping[Any, Sequence[Point]]
     coefficients: Mapping[Any, tuple[float, ...]]
-    pooled: tuple[float, ...]
+    scale: Mapping[Any, float] = field(default_factory=dict)
 
     @classmethod
-    def fit(cls, measured: Mapping[Any, Sequence[tuple[Sequence[float], float]]]) -> Model:
-        """The model of `measured`: config -> (terms, milliseconds) of each problem that it was timed on."""
-        every = [point for points in measured.values() for point in points]
-        if not every:
-            return cls({}, PRIOR)
-        pooled = fit([x for x, _ in every], [t for _, t in every], PRIOR, POOLED_WEIGHT)
+    def fit(cls, measured: Mapping[Any, Sequence[Point]]) -> Model:
+        """The model of `measured`: config -> its measurements."""
+        scale = {config: _mean([p.ms / _predicted(p.terms) for p in points]) for config, points in measured.items()}
+        every = [(p.terms, p.ms / scale[config]) for config, points in measured.items() for p in points]
+        shape: tuple[float, ...] = PRIOR
+        if len({p.sizes for points in measured.values() for p in points}) >= CALIBRATED:
+            shape = fit([x for x, _ in every], [ms for _, ms in every], PRIOR, POOLED_WEIGHT)
         own = {}
         for config, points in measured.items():
-            own[config] = fit([x for x, _ in points], [t for _, t in points], pooled, OWN_WEIGHT)
-        return cls(own, pooled)
+            factor = _mean([p.ms / _sum(shape, p.terms) for p in points])
+            own[config] = tuple(factor * b for b in shape)
+            if len({p.sizes for p in points}) >= CALIBRATED:
+                own[config] = fit([p.terms for p in points], [p.ms for p in points], own[config], OWN_WEIGHT)
+        return cls(measured, own, scale)
 
-    def ms(self, config: Any, x: Sequence[float]) -> float:
-        """Predicted milliseconds of a config whose terms are `x`."""
-        return sum(b * term for b, term in zip(self.coefficients.get(config, self.pooled), x, strict=True))
+    def ms(self, config: Any, sizes: tuple[int, ...], x: Sequence[float]) -> float:
+        """Milliseconds of a measured config whose terms are `x`: what its coefficients give, or beyond `REACH` its prediction, by the factor
+        that its measurements are off, the nearest ones foremost."""
+        points = self.points[config]
+        distances = [distance(p.sizes, sizes) for p in points]
+        b = self.coefficients[config] if min(distances) <= math.log(REACH) else PRIOR
+        weights = [(d + NEAR) ** -2 for d in distances]
+        off = sum(w * math.log(p.ms / _sum(b, p.terms)) for w, p in zip(weights, points, strict=True)) / sum(weights)
+        return _sum(b, x) * math.exp(off)
+
+    def least_ms(self, x: Sequence[float]) -> float:
+        """What a config that was never measured takes at least, as far as is known, if its terms are `x`.
+
+        From `KNOWN_FROM` measured configs on it is as far off its prediction as they are, and a bit more; else by `UNKNOWN`.
+        """
+        ratios = sorted(self.scale.values())
+        if len(ratios) < KNOWN_FROM:
+            return _predicted(x) * UNKNOWN * min([1.0, *ratios])
+        return _predicted(x) * ratios[0] * math.pow(ratios[0] / ratios[-1], 6 / len(ratios))
+
+
+def distance(a: Sequence[int], b: Sequence[int]) -> float:
+    """How far sizes are apart: the sum of the logarithms of their ratios."""
+    return sum(abs(math.log(max(1, x) / max(1, y))) for x, y in zip(a, b, strict=True))
+
+
+def _predicted(x: Sequence[float]) -> float:
+    return x[0]
+
+
+def _sum(b: Sequence[float], x: Sequence[float]) -> float:
+    return sum(factor * term for factor, term in zip(b, x, strict=True))
+
+
+def _mean(ratios: Sequence[float]) -> float:
+    """The geometric mean."""
+    return math.exp(statistics.fmean(map(math.log, ratios)))

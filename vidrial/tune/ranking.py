@@ -35,6 +35,7 @@ from vidrial.spec.fields import C, P, fields, keyed_fields, least_values, size_c
 from vidrial.spec.op import Op
 from vidrial.spec.registry import reference_of
 from vidrial.tune.codec import UNREADABLE, decode, encode
+from vidrial.tune.shortlist import predicted
 from vidrial.tune.timing import Timing
 from vidrial.tune.trial import Trial, latest
 
@@ -74,12 +75,16 @@ class Ranking(Generic[P, C]):
 
     @classmethod
     def from_trials(cls, op: Op[P, C], device: Device, trials: Iterable[Trial[P, C]]) -> Ranking[P, C] | None:
-        """The ranking of one problem's trials; None if none is ok."""
+        """The ranking of one problem's trials, the cost model's own choice always among them; None if none is ok."""
         good = [t for t in latest(trials).values() if t.ok]
         if not good:
             return None
-        configs = rank([(t.config, t.timing) for t in good if t.timing is not None])
-        return cls(op.name, op.digest(), device.key, device.name, good[0].versions, (ProblemTimings(good[0].problem, configs[:KEPT]),))
+        problem, configs = good[0].problem, rank([(t.config, t.timing) for t in good if t.timing is not None])
+        kept = [c for i, c in enumerate(configs) if i < KEPT]
+        if len(configs) > KEPT:
+            own = predicted(op, problem, device)
+            kept += [c for c in configs[KEPT:] if c.config == own]
+        return cls(op.name, op.digest(), device.key, device.name, good[0].versions, (ProblemTimings(problem, tuple(kept)),))
 
     @classmethod
     def from_json(cls, op: Op[P, C], data: object) -> Ranking[P, C]:
@@ -128,10 +133,6 @@ class Ranking(Generic[P, C]):
         Store.shared().update_json("ranking", self.key, joined)
         forget()
 
-    def nearest(self, problem: P) -> ProblemTimings[P, C]:
-        """The measured problem that is nearest in size, by ratio."""
-        return min(self.measured, key=lambda m: distance(m.problem, problem))
-
 
 def rank(configs: Sequence[tuple[Any, Timing]]) -> tuple[RankedConfig, ...]:
     """Fastest first; those that tie with the fastest of their group in order of declaration, and marked."""
@@ -148,11 +149,6 @@ def rank(configs: Sequence[tuple[Any, Timing]]) -> tuple[RankedConfig, ...]:
 def sizes(problem: Any) -> tuple[int, ...]:
     """Values of the fields that make up the size class: problems that agree in them were measured alike."""
     return tuple(keyed_fields(problem).values())
-
-
-def distance(a: Any, b: Any) -> float:
-    """How far two problems are apart: the sum of the logarithms of their sizes' ratios."""
-    return sum(abs(math.log(max(1, x) / max(1, y))) for x, y in zip(sizes(a), sizes(b), strict=True))
 
 
 def top_configs(measured: Iterable[ProblemTimings[P, C]]) -> tuple[C, ...]:
