@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, wraps
 from typing import Any
 
 import numpy as np
@@ -107,8 +107,8 @@ def workspace(p: Gradient, c: Config) -> dict[str, Buffer]:
     return buffers
 
 
+@wraps(forward_example)  # whose keywords the command line asks for
 def example(**keywords: Any) -> Gradient:
-    """A problem with contiguous arrays; keywords are those of the forward op."""
     p = forward_example(**keywords)
     return Gradient(**vars(p), dy_stride=p.y_stride)
 
