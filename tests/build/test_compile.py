@@ -367,3 +367,25 @@ extern "C" __global__ void __launch_bounds__(128) k(float* x, uint32_t* y, uint3
 )
 def test_every_note_of_serialisation_is_known(note: str, refused: bool) -> None:
     assert bool(_SERIALISED.search(f"ptxas info    : {note}\n")) == refused
+
+
+def test_what_is_asked_for_next_compiles_beside(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("VIDRIAL_CACHE_DIR", str(tmp_path))
+    met, compiled, really = threading.Barrier(3, timeout=60), list[str](), build_module.compile_source
+
+    def compile_together(text: str, *arguments: Any, **options: Any) -> Cubin:
+        met.wait()  # each waits for the others: one after the other they would never come
+        compiled.append(text)
+        return really(text, *arguments, **options)
+
+    monkeypatch.setattr(build_module, "compile_source", compile_together)
+    sources = [Source(source(n), "tiny", "tiny.cu.j2", ()) for n in (1001, 1002, 1003)]
+    first = build_module.build(sources[0], "sm_90a", "", [(other, "") for other in sources[1:]])
+    assert first.resources.registers > 0
+    # Those beside are asked for in their turn, and are found or waited for: nothing compiles twice.
+    assert all(build_module.build(other, "sm_90a").image for other in sources[1:]) and len(compiled) == 3
+    # What is in the cache starts nothing.
+    assert (
+        build_module.build(sources[0], "sm_90a", "", [(Source(source(1004), "tiny", "tiny.cu.j2", ()), "")]).image == first.image
+        and len(compiled) == 3
+    )
