@@ -163,9 +163,9 @@ def state_tiles(p: Chunked, key_bytes: int) -> int:
 def overlapped(p: Chunked, c: Config) -> bool:
     """Whether the scores of a block are issued before the last product of the one before it: by wgmma, where ptxas has registers for the
     weights that then outlive their block. Those of 128 keys, or with three CTAs per SM, it does not have (C7512); with m=4, and at d = 128
-    with 64 keys in 3 stages filled by 4 warps, it spills 12 and 52 bytes."""
-    wide = c.keys * p.e >= 64 * 128
-    return c.mma == "wgmma" and c.m == 2 and c.keys < 128 and c.blocks < 3 and not (wide and c.warps == 4 and c.stages == 3)
+    with 64 keys, either in 3 stages filled by 4 warps or without gates, it spills 12 to 52 bytes."""
+    spills = c.keys * p.e >= 64 * 128 and (not p.gated or (c.warps == 4 and c.stages == 3))
+    return c.mma == "wgmma" and c.m == 2 and c.keys < 128 and c.blocks < 3 and not spills
 
 
 def halves(p: Chunked, c: Config) -> bool:
@@ -261,8 +261,8 @@ def cost(p: Chunked, c: Config, device: Device) -> Cost:
     # What a CTA takes for a block of keys, and for the state; it steps through so many blocks on average, and such a part has a state.
     multiply = partial(pace.products, warpgroups=warpgroups, mma=c.mma, alone=pace.ATTEND_PRODUCTS, device=device)
     waits = pace.FETCH if c.stages < (4 if c.mma == "wgmma" else 3) else 0.0
-    block = multiply(2 * bands * scores) * work.blocks / max(1, work.waited) + pace.ELEMENT * c.rows / warpgroups * c.keys
-    block += pace.KEYS_STEP * units + waits
+    block = multiply(2 * bands * scores) * work.blocks / max(1, work.waited) + waits
+    block += (pace.WEIGHT * c.rows / warpgroups * c.keys + pace.KEYS_STEP * units) * (pace.OVERLAPPED if overlapped(p, c) else 1.0)
     key_bytes, state_bytes = c.keys * p.dtype.bytes * (p.d + p.e), 2 * p.snapshot
     steps = state_bytes / (state_tiles(p, key_bytes) * 128 * p.e)
     state = multiply(2 * c.rows * p.snapshot) + pace.STATE_STEP * steps * units
