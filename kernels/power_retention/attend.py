@@ -31,8 +31,9 @@ from vidrial.layout import (
 )
 from vidrial.templates import TEMPLATES
 
-# Fragments, addresses and loop state, beside the accumulators, before and from sm_90 on; seen in ptxas's reports.
-REGISTER_OVERHEAD, REGISTER_OVERHEAD_WGMMA = (80, 64), 60
+# Fragments, addresses and loop state, beside the accumulators, before and from sm_90 on; by wgmma in the overlapped and in the serial order,
+# and where a thread has more than two parts of 64 rows: what ptxas makes do with, and spills no more than 8 bytes.
+REGISTER_OVERHEAD, REGISTER_OVERHEAD_OVERLAPPED, REGISTER_OVERHEAD_SERIAL, REGISTER_OVERHEAD_TALL = (80, 64), 60, 40, 100
 
 
 @dataclass(frozen=True)
@@ -161,10 +162,10 @@ def state_tiles(p: Chunked, key_bytes: int) -> int:
 
 def overlapped(p: Chunked, c: Config) -> bool:
     """Whether the scores of a block are issued before the last product of the one before it: by wgmma, where ptxas has registers for the
-    weights that then outlive their block. Those of 128 keys, or with three CTAs per SM, it does not have (C7512); at d = 128 with 64 keys
-    a ring of 3 stages filled by 4 warps spills 52 bytes."""
-    wide = c.keys * p.e >= 64 * 128
-    return c.mma == "wgmma" and c.keys < 128 and c.blocks < 3 and not (wide and c.warps == 4 and c.stages == 3)
+    weights that then outlive their block. Those of 128 keys, or with three CTAs per SM, it does not have (C7512); with m=4, and at d = 128
+    with 64 keys, either in 3 stages filled by 4 warps or without gates, it spills 12 to 52 bytes."""
+    spills = c.keys * p.e >= 64 * 128 and (not p.gated or (c.warps == 4 and c.stages == 3))
+    return c.mma == "wgmma" and c.m == 2 and c.keys < 128 and c.blocks < 3 and not spills
 
 
 def halves(p: Chunked, c: Config) -> bool:
@@ -183,6 +184,15 @@ def accumulators(p: Chunked, c: Config) -> int:
     return (c.m * (2 * p.e + c.keys) + 2 * c.keys) // 4 if c.mma == "wgmma" else c.m * (p.e + c.keys) // 2
 
 
+def register_overhead(p: Chunked, c: Config, sm_90: bool) -> int:
+    """Registers per thread beside the accumulators, at least."""
+    if c.mma == "sync":
+        return REGISTER_OVERHEAD[sm_90]
+    if c.m > 2:
+        return REGISTER_OVERHEAD_TALL
+    return REGISTER_OVERHEAD_OVERLAPPED if overlapped(p, c) else REGISTER_OVERHEAD_SERIAL
+
+
 def rules(p: Chunked, c: Config, device: Device) -> Iterator[tuple[bool, str]]:
     if c.mma == "wgmma":
         yield device.arch == "sm_90a", f"wgmma is an instruction of sm_90a; {device.name} is {device.arch}"
@@ -193,7 +203,7 @@ def rules(p: Chunked, c: Config, device: Device) -> Iterator[tuple[bool, str]]:
     yield p.chunk % c.rows == 0, f"the {c.rows} rows of a CTA must divide chunk={p.chunk}"
     yield c.rows % c.keys == 0, f"keys={c.keys} must divide the {c.rows} rows of a CTA"
     registers = min(255, device.registers_per_sm // (32 * c.warps * c.blocks) // 8 * 8)
-    beside = REGISTER_OVERHEAD_WGMMA if c.mma == "wgmma" else REGISTER_OVERHEAD[device.capability >= 90]
+    beside = register_overhead(p, c, device.capability >= 90)
     yield (
         accumulators(p, c) + beside <= registers,
         (
@@ -244,7 +254,7 @@ def least_smem(p: Chunked, c: Config) -> int:
 def ctas_per_sm(p: Chunked, c: Config, device: Device) -> int:
     """CTAs that an SM holds at once, by an estimate of their registers and by their shared memory."""
     smem = least_smem(p, c)
-    registers = min(255, accumulators(p, c) + (REGISTER_OVERHEAD_WGMMA if c.mma == "wgmma" else REGISTER_OVERHEAD[0]))
+    registers = min(255, accumulators(p, c) + register_overhead(p, c, False))
     return max(1, Occupancy.of(device, threads=32 * c.warps, smem=smem, registers=registers).ctas)
 
 
@@ -257,8 +267,8 @@ def cost(p: Chunked, c: Config, device: Device) -> Cost:
     # What a CTA takes for a block of keys, and for the state; it steps through so many blocks on average, and such a part has a state.
     multiply = partial(pace.products, warpgroups=warpgroups, mma=c.mma, alone=pace.ATTEND_PRODUCTS, device=device)
     waits = pace.FETCH if c.stages < (4 if c.mma == "wgmma" else 3) else 0.0
-    block = multiply(2 * bands * scores) * work.blocks / max(1, work.waited) + pace.ELEMENT * c.rows / warpgroups * c.keys
-    block += pace.KEYS_STEP * units + waits
+    block = multiply(2 * bands * scores) * work.blocks / max(1, work.waited) + waits
+    block += (pace.WEIGHT * c.rows / warpgroups * c.keys + pace.KEYS_STEP * units) * (pace.OVERLAPPED if overlapped(p, c) else 1.0)
     key_bytes, state_bytes = c.keys * p.dtype.bytes * (p.d + p.e), 2 * p.snapshot
     steps = state_bytes / (state_tiles(p, key_bytes) * 128 * p.e)
     state = multiply(2 * c.rows * p.snapshot) + pace.STATE_STEP * steps * units

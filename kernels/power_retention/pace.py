@@ -13,8 +13,10 @@ MMA_SYNC = 1.79
 ATTEND_PRODUCTS, SCAN_PRODUCTS = 1.04, 0.483
 # Of their time at the tensor rate, what the products of each further warpgroup of the CTA add.
 SHARED = 0.308
-# A weight, or an element of phi(k) that is made while no product runs.
-ELEMENT = 12.8e-12
+# A weight; an element of phi(k) of the scan.
+WEIGHT, FEATURE = 12.8e-12, 10.0e-12
+# What the overlapped order of a block of keys leaves of its weights' time, and of its step's.
+OVERLAPPED = 0.7
 # A step of the loop over blocks of keys and over the state, for each 128 rows of a CTA that meet in its barrier; over a scan's tokens, for
 # each warpgroup. NOTE: all rows that were measured are 32 a warp: that 64 take twice as long is prudence.
 KEYS_STEP, STATE_STEP, TOKENS_STEP = 0.274e-6, 0.0402e-6, 0.105e-6

@@ -144,14 +144,14 @@ def device_bytes(p: Chunked, c: Config) -> int:
     return p.b * p.h * (tokens + p.snapshot * (2 * (p.chunks - segments) + 4 * (segments - 1)))
 
 
-def timed(p: Chunked, c: Config, device: Device, flops: float, ctas: int, ctas_per_sm: int) -> Cost:
-    """The cost of a scan by either instruction, whose warpgroups scan all tokens of a segment."""
+def timed(p: Chunked, c: Config, device: Device, flops: float, ctas: int, ctas_per_sm: int, pair_tiles: float = 4) -> Cost:
+    """The cost of a scan by either instruction, whose warpgroups scan all tokens of a segment into so many tiles on average."""
     wgmma, warpgroups = c.mma == "wgmma", c.warps / 4
     # NOTE: by mma.sync 4 warps and blocks of 64 tokens alone were measured: that more save nothing is prudence.
-    pair_tiles, tokens, waits = (c.tiles, c.tokens, pace.FETCH * (c.stages == 4)) if wgmma else (4, min(c.tokens, 64), 0.0)
+    tokens, waits = (c.tokens, pace.FETCH * (c.stages == 4)) if wgmma else (min(c.tokens, 64), 0.0)
     token = (
         pace.products(2 * 64 * pair_tiles * c.columns * warpgroups, warpgroups, c.mma, pace.SCAN_PRODUCTS, device)
-        + pace.ELEMENT * 64 * pair_tiles
+        + pace.FEATURE * 64 * pair_tiles
         + (pace.TOKENS_STEP * warpgroups + waits) / tokens
         + pace.SNAPSHOT * pair_tiles * c.columns / 64 / p.chunk
     )

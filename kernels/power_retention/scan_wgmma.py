@@ -128,7 +128,8 @@ def ctas_per_sm(p: Chunked, c: Config, device: Device) -> int:
 def cost(p: Chunked, c: Config, device: Device) -> Cost:
     rows = multiplied_tiles(p, c) * c.columns + z_units(p, c) * z_columns(p, c)
     flops = 2 * p.b * p.h * scan.scanned_tokens(p) * 64 * rows
-    return scan.timed(p, c, device, flops, math.prod(grid(p, c)), ctas_per_sm(p, c, device))
+    mean = multiplied_tiles(p, c) / state_units(p, c)
+    return scan.timed(p, c, device, flops, math.prod(grid(p, c)), ctas_per_sm(p, c, device), mean)
 
 
 power_scan_wgmma = Kernel(

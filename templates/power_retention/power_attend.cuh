@@ -36,7 +36,7 @@ CUTE_DEVICE void power_attend(Args const& p) {
   typename Tiles::CopyQ const copy_q(tile.at_head(p.q, p.q_stride, tile.m0, blockIdx.z), p.q_stride[1], q, thread);
   PowerStream<Tiles, Args> stream(tile, stages, decay);
   typename Tiles::Ring ring;
-  copy_q(0, p.t - tile.m0);
+  copy_q(0, tile.sequence.length() - tile.m0);
   ring.first([&](int item, int stage) { stream.template fetch<Tiles::stateful>(item, stage); });
 
   Fragment<PV> o = {};
@@ -72,7 +72,7 @@ CUTE_DEVICE void power_attend(Args const& p) {
   weights.l.add_over_quad();
   // NOTE: from the indices once more: what was known before the loops would be spilled across them, at d = 128.
   int const own = opaque(threadIdx.x), first = opaque(blockIdx.x) * Tiles::rows + PV::row(own);
-  store_rows(o, tile.at_head(p.y, p.y_stride, first, opaque(blockIdx.z)) + PV::column(own), p.y_stride[1], p.t - first, [&](int m, int h) { return weights.finish(m, h); });
+  store_rows(o, tile.at_head(p.y, p.y_stride, first, opaque(blockIdx.z)) + PV::column(own), p.y_stride[1], tile.sequence.length() - first, [&](int m, int h) { return weights.finish(m, h); });
 }
 
 }  // namespace vidrial

@@ -22,13 +22,28 @@ CUTE_DEVICE float diff_split(float2 a, float2 b) { return (a.x - b.x) + (a.y - b
 // NOTE: no fmaxf, which takes NaN for the other operand: a gate that is none would count as closed.
 CUTE_DEVICE float clamp_log_gate(float x) { return x < kLowestLogGate ? kLowestLogGate : x > 0.f ? 0.f : x; }
 
+// The tokens of one sequence: `length()` of them, from token `start()` of entry `batch` of the arrays on. Fetches go by this alone: sequences that
+// lie packed behind one another are to be another Sequence, not another path.
+template <class Args>
+struct Sequence {
+  Args const& p;
+  int batch;
+  CUTE_DEVICE int start() const { return 0; }
+  CUTE_DEVICE int length() const { return p.t; }
+  template <class T, class Token>
+  CUTE_DEVICE T* at(T* x, int64_t const (&stride)[3], Token token, int head) const {
+    return x + batch * stride[0] + (start() + token) * stride[1] + head * stride[2];
+  }
+};
+
 template <class Tiles, class Args>
 CUTE_DEVICE void power_gates(Args const& p) {
   constexpr int kThreads = Tiles::threads, kWarps = kThreads / 32, kTokens = 4;
   __shared__ double sums[kWarps];
   int const thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
   int const first = blockIdx.x * p.chunk, head = blockIdx.y;
-  float const* log_g = p.log_g + int64_t(head / p.h) * p.log_g_stride[0] + (head % p.h) * p.log_g_stride[2];
+  Sequence<Args> const sequence{p, head / p.h};
+  float const* log_g = sequence.at(p.log_g, p.log_g_stride, 0, head % p.h);
   int64_t const row = int64_t(head) * gridDim.x * p.chunk + first;
 
   double carry = 0;
@@ -39,7 +54,7 @@ CUTE_DEVICE void power_gates(Args const& p) {
     CUTE_UNROLL
     for (int i = 0; i < kTokens; ++i) {
       int const t = first + own + i;
-      sum += own + i < p.chunk && t < p.t ? double(clamp_log_gate(log_g[t * p.log_g_stride[1]])) * kLog2E : 0.0;
+      sum += own + i < p.chunk && t < sequence.length() ? double(clamp_log_gate(log_g[t * p.log_g_stride[1]])) * kLog2E : 0.0;
       x[i] = sum;
     }
     double prefix = sum;                     // of the warp's threads up to this one, then of all tokens before its own

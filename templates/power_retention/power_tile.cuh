@@ -13,7 +13,8 @@ struct QueryTile {
   static constexpr int kRows = Tiles::rows, kKeys = Tiles::keys;
   static constexpr bool kGated = Tiles::gated;
   Args const& p;
-  int thread, lane, warp, head, batch, kv_head, m0, chunk, c0, first_diagonal_block, key_blocks;
+  Sequence<Args> sequence;
+  int thread, lane, warp, head, kv_head, m0, chunk, c0, first_diagonal_block, key_blocks;
   // NOTE: rows of the gates' tables fit an int, since the arrays have at most 2^31 elements; two pointers would be two registers more each.
   int gates;
   // r, the sum of the gates before the tile, and what the gates have forgotten by then: it is not read.
@@ -22,11 +23,11 @@ struct QueryTile {
   bool has_state;
   int forgotten = 0;
 
-  CUTE_DEVICE explicit QueryTile(Args const& args) : p(args) {
+  CUTE_DEVICE explicit QueryTile(Args const& args) : p(args), sequence{args, int(blockIdx.z) / args.h} {
     thread = threadIdx.x, lane = thread % 32, warp = __shfl_sync(~0u, thread / 32, 0);
-    head = blockIdx.z, batch = head / p.h, kv_head = head - batch * p.h;
+    head = blockIdx.z, kv_head = head - sequence.batch * p.h;
     m0 = blockIdx.x * kRows, chunk = m0 / p.chunk, c0 = chunk * p.chunk;
-    first_diagonal_block = (m0 - c0) / kKeys, key_blocks = (min(m0 + kRows, p.t) - c0 + kKeys - 1) / kKeys;
+    first_diagonal_block = (m0 - c0) / kKeys, key_blocks = (min(m0 + kRows, sequence.length()) - c0 + kKeys - 1) / kKeys;
     gates = head * p.chunks * p.chunk;
     // What the gates have forgotten altogether by the first query, the state or the first blocks of keys, weighs 0.
     r0 = kGated && m0 > c0 ? a(m0 - 1) : make_float2(0.f, 0.f);
@@ -44,8 +45,8 @@ struct QueryTile {
   // Row `first` of the query head of this CTA in an array of them; `z`: blockIdx.z, from which the head is worked out.
   template <class T>
   CUTE_DEVICE T* at_head(T* x, int64_t const (&stride)[3], int first, int z) const {
-    int const b = z / p.h;
-    return x + b * stride[0] + first * stride[1] + ((z - b * p.h) * gridDim.y + blockIdx.y) * stride[2];
+    int const batch = z / p.h;
+    return Sequence<Args>{p, batch}.at(x, stride, first, (z - batch * p.h) * gridDim.y + blockIdx.y);
   }
   // The band of rows that is multiplied together, by a warp or a warpgroup, ends before this.
   CUTE_DEVICE int band_end() const { return m0 + (warp / Tiles::warps_per_band + 1) * Tiles::rows_per_band; }
@@ -80,8 +81,8 @@ struct PowerStream {
       else { copy_s.full(at); copy_s.source += Tiles::s_tiles * 64 * Tiles::e; }
     } else if (int const j = tile.forgotten + item - state_stages; j < tile.key_blocks) {
       int const j0 = tile.c0 + j * kKeys;
-      copy_k(at, p.t - j0); copy_k.source += kKeys * p.k_stride[1];
-      copy_v(at, p.t - j0); copy_v.source += kKeys * p.v_stride[1];
+      copy_k(at, tile.sequence.length() - j0); copy_k.source += kKeys * p.k_stride[1];
+      copy_v(at, tile.sequence.length() - j0); copy_v.source += kKeys * p.v_stride[1];
       if (Tiles::gated) {
         bool const diagonal = j >= tile.first_diagonal_block;
         void const* source = diagonal ? static_cast<void const*>(p.a + tile.gates + j0) : static_cast<void const*>(p.to_block + tile.gates + j0);
@@ -93,7 +94,7 @@ struct PowerStream {
  private:
   template <class T>
   CUTE_DEVICE T const* first(T const* x, int64_t const (&stride)[3]) const {
-    return x + tile.batch * stride[0] + (tile.c0 + tile.forgotten * kKeys) * stride[1] + tile.kv_head * stride[2];
+    return tile.sequence.at(x, stride, tile.c0 + tile.forgotten * kKeys, tile.kv_head);
   }
   CUTE_DEVICE cutlass::bfloat16_t const* snapshot() const { return tile.p.snapshots + (int64_t(tile.head) * tile.p.chunks + tile.chunk) * Tiles::snapshot; }
 };

@@ -12,9 +12,10 @@ namespace vidrial {
 template <class Tiles, class Args>
 struct Segment {
   Args const& p;
+  Sequence<Args> sequence;
   int head, chunks, first, last, blocks;
-  CUTE_DEVICE explicit Segment(Args const& args) : p(args) {
-    head = blockIdx.z, chunks = (p.t + p.chunk - 1) / p.chunk;
+  CUTE_DEVICE explicit Segment(Args const& args) : p(args), sequence{args, int(blockIdx.z) / args.h} {
+    head = blockIdx.z, chunks = (sequence.length() + p.chunk - 1) / p.chunk;
     int const per_segment = (chunks + gridDim.y - 1) / gridDim.y;
     first = blockIdx.y * per_segment, last = min(first + per_segment, chunks);
     // The last chunk of all updates nothing: no state is asked for behind it. So every token read here exists.
@@ -59,8 +60,7 @@ struct TokenStream {
  private:
   template <class T>
   CUTE_DEVICE T const* first(T const* x, int64_t const (&stride)[3]) const {
-    int64_t const batch = segment.head / segment.p.h, kv_head = segment.head % segment.p.h, token = int64_t(segment.first) * segment.p.chunk;
-    return x + batch * stride[0] + token * stride[1] + kv_head * stride[2];
+    return segment.sequence.at(x, stride, int64_t(segment.first) * segment.p.chunk, segment.head % segment.p.h);
   }
 };
 

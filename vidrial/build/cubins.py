@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from typing import Any, TypeVar
 
 from vidrial.build.nvrtc import Cubin, Resources, compile_source, cubin_key
-from vidrial.build.once import once
+from vidrial.build.once import begin, once
 from vidrial.build.pool import TIMEOUT_SECONDS, CompilePool, Job
 from vidrial.build.store import Store
 from vidrial.build.toolchain import nvrtc
@@ -55,8 +56,15 @@ def _publish(key: str, cubin: Cubin, source: Source) -> Cubin:
     return cubin
 
 
-def build(source: Source, arch: str, config: str = "") -> Cubin:
+def _compile(key: str, source: Source, arch: str, config: str) -> Cubin:
+    return _publish(key, compile_source(source.text, source.entry, arch, config=config, includes=source.include_dirs), source)
+
+
+def build(source: Source, arch: str, config: str = "", beside: Sequence[tuple[Source, str]] = ()) -> Cubin:
     """The cubin of a source: out of the cache, else compiled and published there, once for all threads. `config` appears in errors.
+
+    `beside`: (source, config) of others that will be asked for next: where this one has to be compiled, they begin to compile in threads of
+    their own, which NVRTC lets run side by side.
 
     Raises:
         CompileError: the source does not compile, or not within `TIMEOUT_SECONDS`. ToolchainError: NVRTC or a header is missing.
@@ -69,11 +77,14 @@ def build(source: Source, arch: str, config: str = "") -> Cubin:
             "prepare it before freeze(), or freeze(False)"
         )
 
-    def make() -> Cubin:
-        return _publish(key, compile_source(source.text, source.entry, arch, config=config, includes=source.include_dirs), source)
-
+    if cubin is not None:
+        return cubin
+    for other, its_config in beside:
+        its_key, found = look_up(other, arch)
+        if found is None:
+            begin(its_key, partial(_compile, its_key, other, arch, its_config))
     try:
-        return cubin or once(key, make, TIMEOUT_SECONDS)
+        return once(key, partial(_compile, key, source, arch, config), TIMEOUT_SECONDS)
     except TimeoutError:
         raise CompileStopped(
             f"kernel {source.entry} for {arch} did not compile within {TIMEOUT_SECONDS:g} s: {config}; "

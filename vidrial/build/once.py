@@ -14,16 +14,13 @@ T = TypeVar("T")
 _making: dict[tuple[int, Hashable], Future[Any]] = {}
 
 
-def once(key: Hashable, make: Callable[[], T], seconds: float) -> T:
-    """What `make` returns or raises, from whichever thread asked for `key` first.
+def begin(key: Hashable, make: Callable[[], T]) -> Future[T]:
+    """What `make` will return or raise, from whichever thread asked for `key` first.
 
     It runs in a thread of its own, so that what hangs in a compiler does not take its caller along.
-
-    Raises:
-        TimeoutError: there is nothing after `seconds`.
     """
     mine: Future[T] = Future()
-    found = _making.setdefault((os.getpid(), key), mine)
+    found: Future[T] = _making.setdefault((os.getpid(), key), mine)
     if found is mine:
 
         def fail(_: object, error: BaseException | None, __: object) -> bool:
@@ -39,5 +36,13 @@ def once(key: Hashable, make: Callable[[], T], seconds: float) -> T:
                 mine.set_result(make())
 
         threading.Thread(target=run, daemon=True).start()
-    made: T = found.result(seconds)
-    return made
+    return found
+
+
+def once(key: Hashable, make: Callable[[], T], seconds: float) -> T:
+    """The result of `begin`.
+
+    Raises:
+        TimeoutError: there is nothing after `seconds`.
+    """
+    return begin(key, make).result(seconds)

@@ -1,4 +1,4 @@
-"""A pool of processes that compile, because NVRTC serialises the compiles of one process."""
+"""A pool of processes that compile: each keeps its precompiled headers, and one that crashes or hangs costs its job alone."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def worker_environment() -> dict[str, str]:
 
 
 class CompilePool(Closing):
-    """Compiles in `jobs` long-lived processes, because NVRTC serialises the compiles of one process.
+    """Compiles in `jobs` long-lived processes.
 
     Processes start when first needed and die with this one. A process that crashes or exceeds `timeout` seconds costs its
     job a `CompileStopped` and is replaced. A pool serves one `compile_many` at a time; use it as a context manager.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import dataclasses
 import struct
 import threading
 from collections.abc import Callable, Mapping
@@ -59,8 +60,10 @@ class CudaPlan:
         self.workspace = Workspace(op, problem, config)
         self._lock = threading.Lock()
         self._launches: list[_Launch] = []
-        for stage in op.stages(problem, config):
-            binary = _binary(stage.kernel.source(stage.problem, stage.config), device.arch, index, describe(stage.config))
+        stages = op.stages(problem, config)
+        wanted = [(stage.kernel.source(stage.problem, stage.config), describe(stage.config)) for stage in stages]
+        for i, stage in enumerate(stages):
+            binary = _binary(_Wanted(*wanted[i], tuple(wanted[i + 1 :])), device.arch, index)
             with binary.on_device():
                 self._launches.append(_Launch(binary, stage, self.workspace))
 
@@ -136,12 +139,22 @@ class _Launch(Launch):
         self.slots = tuple((struct.Struct(f"={len(names)}Q").pack_into, offset, tuple(names)) for offset, names in runs)
 
 
+@dataclasses.dataclass(frozen=True)
+class _Wanted:
+    """A source, its config in words, and those of the launches behind it, which compile beside it."""
+
+    source: Source
+    config: str
+    beside: tuple[tuple[Source, str], ...] = dataclasses.field(compare=False)
+
+
 @lru_cache(maxsize=1024)
-def _binary(source: Source, arch: str, index: int, config: str) -> Binary:
+def _binary(wanted: _Wanted, arch: str, index: int) -> Binary:
+    source = wanted.source
     if capturing():
         raise FrozenError(
             f"kernel {source.entry} is not loaded, and the current stream is being captured into a CUDA graph: "
             "call once before the capture, or vidrial.prepare(op, problem)"
         )
-    cubin: Cubin = build(source, arch, config)
+    cubin: Cubin = build(source, arch, wanted.config, wanted.beside)
     return Binary.load(cubin, source.entry, index)
