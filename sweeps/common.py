@@ -14,7 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, Required, TypedDict, TypeVar
 
@@ -131,7 +131,14 @@ class Program(Generic[P, C]):
         parser.add_argument("--jobs", type=int, default=JOBS, help="processes that compile")
         parser.add_argument("--trials", type=int, default=trials, help="configs for each problem at most")
         parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the rankings")
+        parser.add_argument("--only", default="", help=f"groups, separated by semicolons, of: {'; '.join(self.groups)}")
         options = parser.parse_args()
+        names = [name.strip() for name in options.only.split(";") if name.strip()] or list(self.groups)
+        if unknown := [name for name in names if name not in self.groups]:
+            parser.error(f"no group {unknown[0]!r}; there are: {'; '.join(self.groups)}")
+        replace(self, groups={name: self.groups[name] for name in names})._run(options)
+
+    def _run(self, options: argparse.Namespace) -> None:
         device = this_device()
         check_writable(options.results / device.key)
         kept = Kept(self, device, options.results)

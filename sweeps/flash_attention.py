@@ -1,6 +1,7 @@
 """Sweep flash attention on this machine's GPU and write the ranking that comes with Vidrial for it.
 
-    python -m vidrial.sweeps.flash_attention --seconds 200
+    python -m vidrial.sweeps.flash_attention --seconds 350
+    python -m vidrial.sweeps.flash_attention --only "d=64 full; d=96 causal" --seconds 60
 
 Writes results/<device key>/flash_attention.json with every result. With $OUT, copies it there, and the trials' journals, compressed:
 `gunzip` them, and `vidrial report` makes a page of them.
@@ -15,7 +16,7 @@ from vidrial.kernels.flash_attention.op import Config, example, op
 from vidrial.kernels.flash_attention.problem import Problem
 from vidrial.sweeps.common import Program
 
-SECONDS, TRIALS = 200.0, 64
+SECONDS, TRIALS = 350.0, 64
 
 
 LENGTHS, FEW_LENGTHS = (8192, 4096, 2048, 1021, 16384, 257), (8192, 1021, 16384)
@@ -31,7 +32,9 @@ GROUPS: dict[str, tuple[Sequence[Problem], float]] = {
     "d=128 causal": (at(LENGTHS, d=128, causal=True), 2.0),
     "d=128 full": (at(LENGTHS, d=128), 2.0),
     "d=64 causal": (at(LENGTHS, d=64, causal=True), 2.0),
-    "d=64 full": ([*at(LENGTHS, d=64), *at((197,), b=32, h=12, d=64)], 2.0),
+    "d=64 full": (at(LENGTHS, d=64), 2.0),
+    "d=64 full, many short": (at((197, 77, 257, 50, 511), b=32, h=12, d=64), 1.0),
+    "d=128 causal, one sequence": (at((1025, 257, 2049, 513), b=1, d=128, causal=True), 1.0),
     "d=128 causal, 4 queries per key": (at(FEW_LENGTHS, b=1, h=8, hq=32, d=128, causal=True), 1.0),
     "d=128 causal, 8 queries per key": (at(FEW_LENGTHS, b=1, h=4, hq=32, d=128, causal=True), 1.0),
     "d=256 causal": (at(FEW_LENGTHS, h=8, d=256, causal=True), 0.7),

@@ -248,3 +248,13 @@ def test_what_was_measured_is_found_by_calls_and_legal(tmp_path: Path, monkeypat
         assert op.reject(example(t=t), config, H200) is None
     monkeypatch.undo()
     forget()
+
+
+def test_some_groups_alone(results: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(power_retention, "GROUPS", {"d=64": ({"t": 1000},), "d=128": ({"t": 257},)})
+    command(monkeypatch, power_retention, "--only", " d=128 ;", "--seconds", "20", "--trials", "4", "--results", str(results))
+    said = capsys.readouterr().out
+    assert "1 problems, 0 left out" in said and "t=257" in said and "t=1000" not in said
+    with pytest.raises(SystemExit) as refused:
+        command(monkeypatch, power_retention, "--only", "d=64; d=96", "--results", str(results))
+    assert refused.value.code == 2 and "no group 'd=96'; there are: d=64; d=128" in capsys.readouterr().err

@@ -65,3 +65,17 @@ def refusal(p: Problem) -> str | None:
     if not MIN_SCALE <= p.scale <= MAX_SCALE or (p.capped and not MIN_SCALE <= p.softcap <= MAX_SCALE):
         return f"scale={p.scale:g} and softcap={p.softcap:g} are not served; accepted: {MIN_SCALE:g} to {MAX_SCALE:g}"
     return None
+
+
+# What the last CTAs of unlike ones add, of a CTA's time, where the heaviest come first.
+LAST = 0.25
+
+
+def heaviest_first(longest: float, shares: float) -> float:
+    """`Cost.longest` of CTAs that come heaviest first: they end together, unless one alone takes longer.
+
+    Args:
+        longest: the heaviest one's time, over the mean.
+        shares: CTAs over those that run at once.
+    """
+    return max(longest, shares + LAST) / max(1.0, shares)
