@@ -23,11 +23,14 @@ from vidrial.spec.fields import choice, dynamic, part, static
 from vidrial.spec.kernel import Kernel
 from vidrial.spec.op import Buffer, Check, Op, Stage
 from vidrial.spec.source import Arguments, Tiles
+from vidrial.tune.measure import block_difference
 from vidrial.tune.timing import Timing
 from vidrial.tune.workers import CheckResult, Job
 
 TEMPLATE = Path(__file__).parent / "fake_op.cu.j2"
 H200 = Device.of("h200")
+# Elements that are right whatever fault is planted: more than the small problem has.
+LARGE = 5000
 ARGS = Arguments(y="int*", n="int")
 
 
@@ -176,6 +179,19 @@ class FakeBench:
             raise LaunchError(f"{fault} error of {config}")
         wrong = fault == "wrong" or (fault == "wrong later" and seed == 1)
         return CheckResult(Check(1.0 if wrong else 1e-4, 0.0, 1e-3, 1e-3), "two runs differ" if fault == "unrepeatable" else "")
+
+    def compare(self, problem: Problem, configs: Sequence[Any], seed: int) -> float:
+        """Results of n elements; a config with the fault `wrong at size` loses one tile of what is beyond LARGE."""
+        results = []
+        for config in configs:
+            y = np.random.default_rng(seed).standard_normal(problem.n, np.float32)
+            widths = [config.first.width, config.second.width] if isinstance(config, PartsConfig) else [config.width]
+            if any(self.faults.get(width) == "wrong at size" for width in widths):
+                y[LARGE : LARGE + 96] = 0.0
+            if any(self.faults.get(width) == "crash at size" for width in widths):
+                raise LaunchError("out of memory")
+            results.append(y * np.float32(1 + 1e-4 * widths[0]))
+        return block_difference(np, *results, DType.float32)
 
     def measure(self, problem: Problem, configs: Sequence[Any], job: Job, begin: Callable[[int], None]) -> tuple[list[Timing], float]:
         timings = []

@@ -14,16 +14,19 @@ from pathlib import Path
 from typing import Any
 
 import fake_op
+import numpy as np
 import pytest
 from fake_op import H200, Config, PartsConfig, example, op, parts_ms, parts_op, picky_op, true_ms
 from killed_worker import Killer
 
 from vidrial.build.pool import CompilePool
 from vidrial.device import Device
+from vidrial.dtypes import DType
 from vidrial.errors import ArgumentError, ArgumentTypeError, ConfigError, NoValidConfig, SweepError
 from vidrial.spec.choices import configs, neighbours
 from vidrial.tune import options as sweep_options
 from vidrial.tune.candidates import check_configs
+from vidrial.tune.measure import block_difference
 from vidrial.tune.options import Options
 from vidrial.tune.pick import choose_config
 from vidrial.tune.ranking import local
@@ -97,7 +100,7 @@ def test_what_passes_costs_a_config_nothing(fault: str, monkeypatch: pytest.Monk
     assert again.winner.config == Config(64, 3) and not again.failures and not again.blocked
     assert choose_config(op, example(), H200).config == Config(64, 3)
     # The whole search gives it too, and a config that is right again is checked on other inputs before it wins.
-    assert [t.phase for t in again.trials if t.config == Config(64, 3)][-1] == "recheck"
+    assert [t.phase for t in again.trials if t.config == Config(64, 3)][-2:] == ["recheck", "compare"]
 
 
 def test_what_stays_wrong_gets_no_second_chance(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -141,6 +144,99 @@ def test_a_winner_that_fails_on_other_inputs_does_not_win(monkeypatch: pytest.Mo
     result = sweep(op, example(), FAKE)
     assert result.winner.config.width in (2, 4) and Status.wrong in result.failures
     assert any("did not pass on other inputs" in note for note in result.notes)
+
+
+def test_a_config_that_is_wrong_at_size_alone_does_not_win(monkeypatch: pytest.MonkeyPatch) -> None:
+    """At the small problem it is right, and it is the fastest."""
+    monkeypatch.setenv("FAKE_OP_FAULTS", "3=wrong at size")
+    result = sweep(op, example(), FAKE)
+    assert result.winner.config.width in (2, 4) and Status.wrong in result.failures
+    assert any("is wrong at the problem itself" in note for note in result.notes)
+    compared = [t for t in result.trials if t.phase == "compare"]
+    assert [t.config for t in compared if t.status is Status.ok] == [result.winner.config]
+    assert all(t.config.width == 3 for t in compared if t.status is Status.wrong) and len(compared) > 1
+    assert "at the problem itself it differs from tile=" in next(t.reason for t in compared if t.status is Status.wrong)
+    assert choose_config(op, example(), H200).config == result.winner.config
+    # Below that size nothing is wrong with it.
+    assert sweep(op, example(n=1009), FAKE).winner.config.width == 3
+
+
+def test_the_witness_that_is_wrong_at_size_is_found_out_by_a_third(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FAKE_OP_FAULTS", "1=wrong at size")
+    three = [Config(96, 3), Config(64, 1), Config(96, 2)]
+    result = sweep(op, example(), FAKE, configs=three)
+    assert result.winner.config == Config(96, 3) and result.failures == {Status.wrong: 1}
+    assert {t.config: t.status for t in result.trials if t.phase == "compare"} == {Config(96, 3): Status.ok, Config(64, 1): Status.wrong}
+    assert not any("was fastest" in note for note in result.notes)
+    again = sweep(op, example(), FAKE, configs=three, resume=True)
+    assert [t for t in again.trials if t.phase == "compare"] == [t for t in result.trials if t.phase == "compare"], "compared once"
+
+
+@pytest.mark.parametrize(("fault", "right"), [("3=wrong at size", False), ("1=wrong at size", True)])
+def test_a_sweep_of_one_config_compares_it_with_others_that_cannot_win(fault: str, right: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FAKE_OP_FAULTS", fault)
+    if right:
+        result = sweep(op, example(), FAKE, configs=[Config(64, 3)])
+        assert {t.config for t in result.trials if t.timing} == {Config(64, 3)} == {r.config for r in result.ranked}
+    else:
+        with pytest.raises(NoValidConfig, match="differs from tile="):
+            sweep(op, example(), FAKE, configs=[Config(64, 3)])
+
+
+def test_of_two_that_differ_neither_wins_where_nobody_else_can_say(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FAKE_OP_FAULTS", "1=wrong,2=wrong,3=wrong at size")
+    two = dataclasses.replace(FAKE, configs=[Config(32, 3), Config(32, 4)])
+    monkeypatch.setattr("vidrial.tune.sweeper.WITNESSES", 0)
+    with pytest.raises(NoValidConfig, match="2 wrong"):
+        sweep(op, example(), two)
+
+
+def test_what_cannot_be_compared_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FAKE_OP_FAULTS", "3=crash at size")
+    result = sweep(op, example(), FAKE)
+    assert result.winner.config.width == 3
+    assert any("was not compared at the problem itself: out of memory" in note for note in result.notes)
+    monkeypatch.setenv("FAKE_OP_FAULTS", "")
+    monkeypatch.setattr("vidrial.tune.sweeper.WITNESSES", 0)
+    alone = sweep(op, example(), FAKE, configs=[Config(64, 3)])
+    assert any("no other config is there to compare it with" in note for note in alone.notes)
+
+
+def test_blocks_that_differ() -> None:
+    rng = np.random.default_rng(0)
+    right = rng.standard_normal(3_000_001).astype(np.float32)
+    near = right * (1 + 1e-3 * rng.standard_normal(right.size).astype(np.float32))
+    assert 5e-4 < block_difference(np, right, near, DType.float32) < 2e-3
+    assert block_difference(np, right, right, DType.float32) == 0.0 == block_difference(np, right[:0], right[:0], DType.float32)
+
+    def spoiled(at: slice, value: float) -> float:
+        wrong = near.copy()
+        wrong[at] = value
+        return block_difference(np, right, wrong, DType.float32)
+
+    # A row of 64, the last one too; one element that is no number.
+    assert spoiled(slice(1_000_000, 1_000_064), 0.0) > 0.15 and spoiled(slice(right.size - 64, None), 5.0) > 0.15
+    assert spoiled(slice(77, 78), np.nan) == math.inf and spoiled(slice(77, 78), np.inf) == math.inf
+    both = right.copy()
+    both[5:9] = -np.inf
+    assert block_difference(np, both, both, DType.float32) == 0.0, "as the lse of a row without keys"
+    both[5] = np.nan
+    assert block_difference(np, both, both, DType.float32) == math.inf, "nobody has written it"
+    # A block that is nearly nothing beside the others is compared with what they are.
+    small = right.copy()
+    small[:1024] *= 1e-6
+    assert block_difference(np, small, np.where(np.arange(small.size) < 1024, 0.0, small).astype(np.float32), DType.float32) < 1e-3
+    bits = (right.view(np.uint32) >> 16).astype(np.uint16)
+    assert block_difference(np, bits, bits, DType.bfloat16) == 0.0
+    assert (
+        0.1
+        < block_difference(
+            np, bits, (bits.astype(np.uint32) * np.where(np.arange(bits.size) // 64 == 9, 0, 1)).astype(np.uint16), DType.bfloat16
+        )
+        < 0.4
+    )
+    whole = np.arange(5000, dtype=np.int32)
+    assert block_difference(np, whole, whole + (whole == 4999), DType.int32) > 0.0
 
 
 def test_ties_are_said() -> None:

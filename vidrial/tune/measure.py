@@ -71,6 +71,42 @@ POISON = 0xFF
 # A job takes about this long, so a slow config gets fewer samples, but never fewer than LEAST_ROUNDS.
 JOB_MS, LEAST_ROUNDS = 1000.0, 3
 Arrays = Mapping[str, np.ndarray[Any, Any]]
+# Elements of a block whose results are compared by their norms, and of what is compared at a time. Against FLOOR times the mean size of all
+# blocks the smallest ones count no more.
+BLOCK, AT_ONCE, FLOOR = 1024, 1 << 24, 1e-2
+
+
+def block_difference(xp: Any, a: Any, b: Any, dtype: DType) -> float:
+    """How far two results are apart: of blocks of neighbouring elements the most that one's difference has of its own norm.
+
+    A tile that is wrong among millions shows so. Elements that are no number are infinitely far apart.
+
+    Args:
+        xp: numpy or cupy. a, b: arrays of any shape; bfloat16 as its bits.
+    """
+    a, b, found = a.reshape(-1), b.reshape(-1), []
+    for at in range(0, a.size, AT_ONCE):
+        x, y = (_widened(xp, part[at : at + AT_ONCE], dtype) for part in (a, b))
+        difference = xp.where(x == y, 0.0, x - y)
+        size = xp.where(xp.isfinite(x), x, 0.0)
+        rows = -(-x.size // BLOCK)
+        padded = [xp.zeros(rows * BLOCK, xp.float64) for _ in range(2)]
+        for target, values in zip(padded, (difference, size), strict=True):
+            target[: x.size] = values
+        found.append([xp.sqrt(xp.square(values.reshape(rows, BLOCK)).sum(1)) for values in padded])
+    if not found:
+        return 0.0
+    differences, sizes = (xp.concatenate(parts) for parts in zip(*found, strict=True))
+    least = FLOOR * float(xp.sqrt(xp.square(sizes).mean()))
+    ratios = differences / xp.maximum(sizes, max(least, np.finfo(np.float64).tiny))
+    return float(xp.where(xp.isnan(ratios), xp.inf, ratios).max())
+
+
+def _widened(xp: Any, x: Any, dtype: DType) -> Any:
+    """As float64; bfloat16 is the upper half of a float32."""
+    if dtype is DType.bfloat16:
+        x = (x.astype(xp.uint32) << 16).view(xp.float32)
+    return x.astype(xp.float64)
 
 
 class Expected:
@@ -132,6 +168,24 @@ class CudaBench:
             runs = [self._run_guarded(plan, problem, arrays) for _ in range(2)]
         return self._expected.compare(problem, seed, [results for results, _ in runs], any(outside for _, outside in runs))
 
+    def compare(self, problem: Any, configs: Sequence[Any], seed: int) -> float:
+        """On the GPU, and on memory that held NaN before each run."""
+        plans = [CudaPlan(self._op, problem, config, self._index) for config in configs]
+        buffers = self._op.outputs(problem)
+        with _cuda_errors():
+            if self._inputs[0] != problem:
+                self._upload(problem, self._op.sample(problem, seed))
+            results = []
+            for plan in plans:
+                outputs = {name: self._poisoned(buffer.nbytes) for name, buffer in buffers.items()}
+                scratch = self._poisoned(max(1, plan.workspace.bytes))
+                self._cupy.cuda.runtime.deviceSynchronize()
+                pointers = {name: x.data.ptr for name, x in (self._inputs[1] | outputs).items()}
+                plan.run(pointers, scratch.data.ptr, self._stream.ptr)
+                self._stream.synchronize()
+                results.append({name: _typed(x, buffers[name]) for name, x in outputs.items()})
+            return max(block_difference(self._cupy, results[0][name], results[1][name], buffer.dtype) for name, buffer in buffers.items())
+
     def measure(self, problem: Any, configs: Sequence[Any], job: Job, begin: Callable[[int], None]) -> tuple[list[Timing], float]:
         """Configs in turn with the reference kernel, on the inputs of `prepare`."""
         plans = [CudaPlan(self._op, problem, config, self._index) for config in configs]
@@ -189,7 +243,10 @@ class CudaBench:
         return {name: _typed(x[GUARD:-GUARD].get(), buffers[name]) for name, x in outputs.items()}, outside
 
     def _guarded(self, size: int) -> Any:
-        x = self._cupy.empty(size + 2 * GUARD, self._cupy.uint8)
+        return self._poisoned(size + 2 * GUARD)
+
+    def _poisoned(self, size: int) -> Any:
+        x = self._cupy.empty(size, self._cupy.uint8)
         x.data.memset(POISON, x.nbytes)
         return x
 
@@ -215,6 +272,12 @@ class HostBench:
         results = [plan.results(inputs, schedule) for schedule in SCHEDULES[:2]]
         return self._expected.compare(problem, seed, results, outside=False)
 
+    def compare(self, problem: Any, configs: Sequence[Any], seed: int) -> float:
+        """Both on the CPU."""
+        inputs, buffers = self._op.sample(problem, seed), self._op.outputs(problem)
+        a, b = (HostPlan(self._op, problem, config).results(inputs) for config in configs)
+        return max(block_difference(np, a[name], b[name], buffer.dtype) for name, buffer in buffers.items())
+
     def measure(self, problem: Any, configs: Sequence[Any], job: Job, begin: Callable[[int], None]) -> tuple[list[Timing], float]:
         """Not served.
 
@@ -232,7 +295,7 @@ class HostBench:
         return []
 
 
-def _typed(data: np.ndarray[Any, Any], buffer: Buffer) -> np.ndarray[Any, Any]:
+def _typed(data: Any, buffer: Buffer) -> Any:
     """Bytes as an array of the buffer's shape and dtype, bfloat16 as uint16 bits."""
     return data.view("uint16" if buffer.dtype is DType.bfloat16 else buffer.dtype.label).reshape(buffer.shape)
 

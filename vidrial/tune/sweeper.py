@@ -11,6 +11,7 @@ import dataclasses
 import datetime
 import functools
 import hashlib
+import itertools
 import json
 import math
 import signal
@@ -29,7 +30,7 @@ from vidrial.build.toolchain import Toolchain
 from vidrial.device import Device
 from vidrial.errors import ArgumentError, CompileStopped, NoValidConfig, SweepError, ToolchainError
 from vidrial.progress import Progress, reporting
-from vidrial.spec.choices import describe
+from vidrial.spec.choices import describe, flatten
 from vidrial.spec.fields import C, P
 from vidrial.spec.op import Op
 from vidrial.spec.registry import resolve
@@ -49,6 +50,11 @@ TRIALS = 64
 SCREEN_ROUNDS, GIVE_UP = 7, 3.0
 # (phase, how far behind the best a leader may be, how many leaders, samples of each): timed in turn.
 CONFIRM = (("confirm", 1.15, 8, 20), ("final", 1.04, 4, 60))
+# The winner and another config may differ by so many times the bound of a result beside the reference, and by the least of all. A block of
+# results is smaller than all of them, and its error larger; what is wrong differs by its own size.
+DIFFERENCE, LEAST_DIFFERENCE = 16.0, 0.01
+# Configs that were not tried, to look for some that the winner may be compared with.
+WITNESSES = 64
 # Share of a time budget after which nothing new is tried.
 SEARCH_SHARE = 0.8
 # Of several problems: share of the time for their own sweeps; how many shares the first one gets, which compiles for all; a share's least.
@@ -261,15 +267,25 @@ class _Sweep:
         self.journal.append(Trial(self.op.name, self.problem, config, resources=resources, time=now, **self.of_all, **said, **fields))
 
     def _confirm(self) -> None:
-        """Time the leaders in turn, longer and longer; check the winner on other inputs."""
+        """Time the leaders in turn, longer and longer; check the winner on other inputs, and at the problem itself."""
         phases = ["screen", *(phase for phase, *_ in CONFIRM)]
         for phase, behind, count, rounds in CONFIRM:
             while (leaders := self._leaders(behind, count)) and not self._over():
                 if all(phases.index(t.phase) >= phases.index(phase) for t in leaders):
                     break
                 self._time([t.config for t in leaders], phase, rounds)
-        while (leaders := self._leaders(1.0, 1)) and not self._recheck(leaders[0].config):
-            self.notes.append(f"{describe(leaders[0].config)} was fastest, but did not pass on other inputs")
+        while (winner := self._winner()) is not None:
+            if not self._recheck(winner):
+                self.notes.append(f"{describe(winner)} was fastest, but did not pass on other inputs")
+            elif not self._compared(winner):
+                self.notes.append(f"{describe(winner)} was fastest, but is wrong at the problem itself")
+            else:
+                return
+
+    def _winner(self) -> Any:
+        """What the ranking would name first now."""
+        ranking = Ranking.from_trials(self.op, self.device, self.journal.trials)
+        return ranking.measured[0].configs[0].config if ranking is not None else None
 
     def _leaders(self, behind: float, count: int) -> list[Trial]:
         good = sorted((t for t in self.latest.values() if t.ok), key=lambda t: t.ms)
@@ -297,6 +313,63 @@ class _Sweep:
         for _, reply in self.workers.run([Job("check", self.problem, self.small, (config,), checked, self.options.seed + 1)]):
             self._add(config, reply, phase="recheck")
         return self.latest[config].ok
+
+    def _compared(self, config: Any) -> bool:
+        """Whether a config that passed at the small problem makes of the very one that is swept what another config makes of it.
+
+        Where two differ a third one says which of them is wrong. Nothing is said of what can be compared with no other.
+        """
+        if any(t.phase == "compare" and t.config == config and t.status is Status.ok for t in self.journal.trials):
+            return True
+        check = self.latest[config].check
+        bound = max(LEAST_DIFFERENCE, DIFFERENCE * check.relative_bound) if check is not None else LEAST_DIFFERENCE
+        doubted = None
+        for other in self._witnesses(config):
+            job = Job("compare", self.problem, self.small, (config, other), seed=self.options.seed, bound=bound)
+            reply = next(reply for _, reply in self.workers.run([job]))
+            if reply.status is Status.ok:
+                self._add(config, reply, phase="compare")
+                if doubted is not None:
+                    self._add(*doubted, phase="compare")
+                return True
+            if reply.status is not Status.wrong:
+                self.notes.append(f"{describe(config)} was not compared at the problem itself: {reply.reason}")
+                return True
+            if doubted is not None:
+                self._add(config, reply, phase="compare")
+                return False
+            doubted = (
+                other,
+                dataclasses.replace(reply, reason=f"at the problem itself it differs from {describe(config)}, which others confirm"),
+            )
+        if doubted is None:
+            self.notes.append(f"{describe(config)} was checked at {self.small} alone: no other config is there to compare it with")
+            return True
+        # Nobody says which one is wrong: neither wins.
+        self._add(
+            config, dataclasses.replace(doubted[1], reason=f"at the problem itself it differs from {describe(doubted[0])}"), phase="compare"
+        )
+        self._add(*doubted, phase="compare")
+        return False
+
+    def _witnesses(self, config: Any) -> Iterator[Any]:
+        """Configs to compare one with: of those that passed the most unlike ones first; then others that pass, which nobody has tried."""
+        made = flatten(config)
+        passed = [t for t in self.latest.values() if t.ok and t.config != config]
+        unlike = sorted(passed, key=lambda t: (-sum(v != made[name] for name, v in flatten(t.config).items()), t.ms))
+        yield from (t.config for t in unlike)
+        # What is tried here alone is no part of the sweep: it may not win.
+        tried = set(self.latest)
+        every = (c.config for c in itertools.islice(self.op.ranked(self.problem, self.device), WITNESSES))
+        yield from (other for other in every if other not in tried and self._passes(other))
+
+    def _passes(self, config: Any) -> bool:
+        """Whether a config that was not tried compiles and is right at the small problem."""
+        if self.needs_cubins and any(error for _, error in self.builds.ready([config])):
+            return False
+        checked = self.builds.check_configs(config)
+        job = Job("check", self.problem, self.small, (config,), checked, self.options.seed)
+        return bool(checked) and all(reply.status is Status.ok for _, reply in self.workers.run([job]))
 
     def _result(self) -> SweepResult:
         trials = tuple(self.journal.trials)

@@ -49,7 +49,8 @@ class KernelResources:
 class Trial(Generic[P, C]):
     """One config tried on one problem.
 
-    `phase`: `screen` for a few samples, `confirm` and `final` where leaders were timed in turn, `recheck` for a winner's second check.
+    `phase`: `screen` for a few samples, `confirm` and `final` where leaders were timed in turn, `recheck` for a winner's second check,
+    `compare` for the one at the problem itself.
     `device`: `Device.key`. `gpu`: which one measured, its CUDA index (`host:index` on a Ray cluster). `reason`: why, if the status is
     not ok. `versions`, `time`: of what, and when (UTC).
     """

@@ -17,6 +17,7 @@ from vidrial.build.cubins import Compiler
 from vidrial.build.files import Closing
 from vidrial.build.processes import Child, Ended, ready
 from vidrial.errors import CompileError, CompileStopped, ConfigError, SweepError, VidrialError
+from vidrial.spec.choices import describe
 from vidrial.spec.op import Check, Op
 from vidrial.spec.registry import resolve
 from vidrial.tune.codec import decode, encode
@@ -70,6 +71,9 @@ class Bench(Protocol):
     def check(self, problem: Any, config: Any, seed: int) -> CheckResult:
         """Run twice on poisoned memory and compare with the reference."""
 
+    def compare(self, problem: Any, configs: Sequence[Any], seed: int) -> float:
+        """How far two configs' results at the problem itself are apart: the most of any output, as `block_difference` says."""
+
     def measure(self, problem: Any, configs: Sequence[Any], job: Job, begin: Callable[[int], None]) -> tuple[list[Timing], float]:
         """The timings of configs in turn, and the reference kernel's ms; `begin(i)` goes before the first run of config i."""
 
@@ -84,7 +88,8 @@ class Bench(Protocol):
 class Job:
     """What a measuring process is asked.
 
-    `task`: `prepare`; `check` (`check_configs` at `small`); `time` (configs in turn); `trial` (`check`, then `time`); `state`.
+    `task`: `prepare`; `check` (`check_configs` at `small`); `compare` (two configs' results at `problem`: `bound` or less apart); `time` (configs
+    in turn); `trial` (`check`, then `time`); `state`.
     """
 
     task: str
@@ -95,6 +100,7 @@ class Job:
     seed: int = 0
     rounds: int = 0
     give_up_ms: float = math.inf
+    bound: float = 0.0
 
 
 def job_fields(op: Op) -> dict[str, Any]:
@@ -267,7 +273,14 @@ class _Server:
         self._op, self._make, self._index, self._send = op, bench, index, send
         self._bench: Bench | None = None
         self._checked: dict[tuple[Any, Any, int], CheckResult] = {}
-        self._tasks = {"prepare": self._prepare, "check": self._check, "trial": self._trial, "time": self._time, "state": self._state}
+        self._tasks = {
+            "prepare": self._prepare,
+            "check": self._check,
+            "compare": self._compare,
+            "trial": self._trial,
+            "time": self._time,
+            "state": self._state,
+        }
         self._fields = job_fields(op)
 
     def answer(self, message: Any) -> Reply:
@@ -299,6 +312,14 @@ class _Server:
             if result.reason:
                 return Reply(Status.wrong, result.reason, result.check)
         return Reply(Status.ok, "", worst)
+
+    def _compare(self, bench: Bench, job: Job) -> Reply:
+        found = bench.compare(job.problem, job.configs, job.seed)
+        if found <= job.bound:
+            return Reply(Status.ok)
+        return Reply(
+            Status.wrong, f"at the problem itself it differs from {describe(job.configs[1])} by {found:.2e} (bound {job.bound:.0e})"
+        )
 
     def _trial(self, bench: Bench, job: Job) -> Reply:
         checked = self._check(bench, job)
