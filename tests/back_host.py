@@ -33,7 +33,9 @@ def run(p: Gradient, config: Config, inputs: Arrays, schedule: Schedule = SCHEDU
     return results
 
 
-def wrong(p: Gradient, inputs: Arrays, results: Arrays, exact: Arrays | None = None, bounds: dict[str, float] = USUAL) -> dict[str, np.ndarray]:
+def wrong(
+    p: Gradient, inputs: Arrays, results: Arrays, exact: Arrays | None = None, bounds: dict[str, float] = USUAL
+) -> dict[str, np.ndarray]:
     """The gradients that are beyond their bounds, with the error of each head; and rows that are."""
     exact = reference(p, inputs) if exact is None else exact
     found = {name: error for name, error in errors(p, results, exact).items() if not (error <= bounds[name]).all()}

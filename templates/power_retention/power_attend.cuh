@@ -66,6 +66,8 @@ CUTE_DEVICE void power_attend(Args const& p) {
   }
   o.fence();
   weights.l.add_over_quad();
+  // What a backward pass asks for: norm [b hq, t].
+  if (Tiles::normalized && p.norm) weights.store_normaliser(p.norm + int64_t(tile.batch * p.h * gridDim.y + tile.q_head) * p.t);
   store_rows(o, at_head(p.y, p.y_stride, row) + PV::column(thread), p.y_stride[1], p.t - row, [&](int m, int h) { return weights.finish(m, h); });
 }
 

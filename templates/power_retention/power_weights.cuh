@@ -94,6 +94,18 @@ struct PowerWeights {
     float const scale = tile.p.weight_scale;
     return Tiles::normalized ? scale * reciprocal_approx(fmaxf(l.x[m][h] * scale, kLowestNormaliser)) : scale;
   }
+  // The rows' normalisers, to an array of all tokens.
+  CUTE_DEVICE void store_normaliser(float* norm) const {
+    if (tile.lane % 4 > 0) return;
+    CUTE_UNROLL
+    for (int m = 0; m < PV::M; ++m) {
+      CUTE_UNROLL
+      for (int h = 0; h < 2; ++h) {
+        int const i = row + PV::row_of(m, 2 * h);
+        if (i < tile.p.t) norm[i] = l.x[m][h] * tile.p.weight_scale;
+      }
+    }
+  }
 };
 
 }  // namespace vidrial

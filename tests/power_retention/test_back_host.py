@@ -154,7 +154,9 @@ def test_nothing_that_is_not_finite_leaves_its_head() -> None:
         dirty |= forward_pass(p, dirty)
         results = run(p, NARROW, dirty)
         # Query heads 0 and 1 belong to key head 0.
-        assert all((results[n][:, :, p.group if n == "dq" else 1 :] == x[:, :, p.group if n == "dq" else 1 :]).all() for n, x in clean.items())
+        assert all(
+            (results[n][:, :, p.group if n == "dq" else 1 :] == x[:, :, p.group if n == "dq" else 1 :]).all() for n, x in clean.items()
+        )
         assert np.isnan(p.dtype.widen(results["dk"])[0, :, 0]).any()
 
 

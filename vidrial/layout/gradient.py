@@ -38,7 +38,9 @@ class GradientTiles:
         return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
 
 
-def gradient_tiles(x: SmemLayout, w: SmemLayout, a: SmemLayout, b: SmemLayout, warps: int, *, weights: DType = DType.bfloat16) -> GradientTiles:
+def gradient_tiles(
+    x: SmemLayout, w: SmemLayout, a: SmemLayout, b: SmemLayout, warps: int, *, weights: DType = DType.bfloat16
+) -> GradientTiles:
     """The products and copies of a CTA of `warps` warps, each with a band of rows: tokens that stay, `x` rows x d and `w` rows x e, and those that
     come by, `a` block x d and `b` block x e.
 
@@ -48,7 +50,13 @@ def gradient_tiles(x: SmemLayout, w: SmemLayout, a: SmemLayout, b: SmemLayout, w
     Raises:
         LayoutError: the tiles do not fit each other, or the warps cannot share them.
     """
-    if w.rows != x.rows or b.rows != a.rows or a.columns != x.columns or b.columns != w.columns or len({x.dtype, w.dtype, a.dtype, b.dtype}) > 1:
+    if (
+        w.rows != x.rows
+        or b.rows != a.rows
+        or a.columns != x.columns
+        or b.columns != w.columns
+        or len({x.dtype, w.dtype, a.dtype, b.dtype}) > 1
+    ):
         raise LayoutError(
             f"a gradient takes x of rows x d, w of rows x e, a of block x d, b of block x e, of one dtype; got {x.rows} x {x.columns} {x.dtype}, "
             f"{w.rows} x {w.columns} {w.dtype}, {a.rows} x {a.columns} {a.dtype}, {b.rows} x {b.columns} {b.dtype}"

@@ -6,7 +6,6 @@ that behind it, and then the chunk's keys up to its own rows, or the queries fro
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -92,12 +91,8 @@ def tiles(p: ChunkedGradient, c: Config, values: bool) -> Tiles:
         CopyS=TiledCopy(copy, s, threads),
         CopyZ=TiledCopy(copy, z, threads),
         # Features of block I as the pairs of one row; those of block J as the accumulators have them.
-        RowsI=LoadVector(
-            x, threads, lambda t: (row_of(t) + t % 32 // 4, 0), tuple((8 * h, i) for h in range(2) for i in features)
-        ),
-        RowsJ=LoadMatrix(
-            x, ldmatrix(2), threads, lambda t: (row_of(t) + t % 16, 0), tuple((0, j) for j in features)
-        ),
+        RowsI=LoadVector(x, threads, lambda t: (row_of(t) + t % 32 // 4, 0), tuple((8 * h, i) for h in range(2) for i in features)),
+        RowsJ=LoadMatrix(x, ldmatrix(2), threads, lambda t: (row_of(t) + t % 16, 0), tuple((0, j) for j in features)),
     )
 
 
@@ -187,9 +182,9 @@ def _kernel(name: str, args: Arguments, values: bool) -> Kernel[ChunkedGradient,
     )
 
 
-_TOKENS = {name: "Elem const*" for name in ("q", "k", "v", "dy")}
+_TOKENS = dict.fromkeys(("q", "k", "v", "dy"), "Elem const*")
 _STRIDES = {f"{name}_stride": "int64_t[3]" for name in ("q", "k", "v", "dy")}
-_SIZES = {name: "int" for name in ("t", "h", "group", "chunk", "chunks", "padded")}
+_SIZES = dict.fromkeys(("t", "h", "group", "chunk", "chunks", "padded"), "int")
 
 power_back_query = _kernel(
     "power_back_query",
