@@ -320,7 +320,7 @@ def test_thousands_of_shapes_keep_memory_bounded(driver: Driver, monkeypatch: py
     assert 0 < choosing._pick.cache_parameters()["maxsize"] <= 4096
     config = power_op.predicted(power_example(t=2000, h=2, gated=False), H200, {"chunk": 128})
     monkeypatch.setattr(call, "choose_config", lambda *_: choosing.Choice(config, "predicted"))
-    for module, name in ((retention, "_request"), (call, "_cuda_plan"), (arrays, "contiguous_strides")):
+    for module, name in ((retention, "request_of"), (call, "_cuda_plan"), (arrays, "contiguous_strides")):
         cached = getattr(module, name)
         assert 0 < cached.cache_parameters()["maxsize"] <= 4096
         monkeypatch.setattr(module, name, functools.lru_cache(maxsize=20)(cached.__wrapped__))

@@ -6,41 +6,53 @@ y = power_retention(q, k, v, log_g)
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Mapping
-from dataclasses import dataclass
-from functools import lru_cache
-from numbers import Integral, Real
-from typing import Any, TypeVar, cast
+from collections.abc import Callable
+from typing import Any, Literal, TypeVar, overload
 
-import numpy as np
-from numpy.typing import NDArray
+from vidrial import current_target, run, signature_of
+from vidrial.kernels.power_retention import gradient
+from vidrial.kernels.power_retention.gradient import Gradients
+from vidrial.kernels.power_retention.op import DTYPES
+from vidrial.kernels.power_retention.request import NAMES, check_options, request_of
+from vidrial.kernels.power_retention.state import PowerState
 
-from vidrial import (
-    CPU,
-    ArgumentError,
-    ArgumentTypeError,
-    Array,
-    ArraySpec,
-    CachedPlan,
-    DType,
-    UnsupportedError,
-    apply,
-    as_array,
-    check_inputs,
-    contiguous,
-    current_target,
-    run,
-    signature_of,
-)
-from vidrial.kernels.power_retention.cpu import power_retention_cpu
-from vidrial.kernels.power_retention.op import CHUNKS, DEGREES, DIMS, DTYPES, MAX_ELEMENTS, MAX_HEADS, MAX_SCALE, NORMALIZE, op
-from vidrial.kernels.power_retention.problem import Problem
+__all__ = ["power_retention", "power_retention_vjp", "PowerState", "Gradients", "DTYPES"]
 
-__all__ = ["power_retention", "DTYPES"]
-
-NAMES = ("q", "k", "v", "log_g")
 A = TypeVar("A")  # an array of torch, CuPy, JAX or NumPy
+
+
+@overload
+def power_retention(
+    q: A,
+    k: A,
+    v: A,
+    log_g: A | None = ...,
+    *,
+    degree: int = ...,
+    scale: float | None = ...,
+    normalize: str = ...,
+    initial_state: PowerState[A] | None = ...,
+    output_final_state: Literal[False] = ...,
+    chunk: int | None = ...,
+    target: str | None = ...,
+) -> A: ...
+
+
+@overload
+def power_retention(
+    q: A,
+    k: A,
+    v: A,
+    log_g: A | None = ...,
+    *,
+    degree: int = ...,
+    scale: float | None = ...,
+    normalize: str = ...,
+    initial_state: PowerState[A] | None = ...,
+    output_final_state: Literal[True],
+    chunk: int | None = ...,
+    target: str | None = ...,
+) -> tuple[A, PowerState[A]]: ...
 
 
 def power_retention(
@@ -52,9 +64,11 @@ def power_retention(
     degree: int = 2,
     scale: float | None = None,
     normalize: str = "sum",
+    initial_state: PowerState[A] | None = None,
+    output_final_state: bool = False,
     chunk: int | None = None,
     target: str | None = None,
-) -> A:
+) -> Any:
     """Gated power retention, causal: y_i = sum_j w_ij v_j / sum_j w_ij, w_ij = (scale q_i . k_j)^degree exp(sum of log_g in (j, i]), j <= i.
 
     Args:
@@ -66,145 +80,81 @@ def power_retention(
         degree: 2, or 4 (quadratic in T).
         scale: multiplies q . k; 1 / sqrt(D) by default.
         normalize: "sum" divides by the sum of the weights (at least 1e-20), "none" does not.
+        initial_state: what lies before the first token; degree 2, NumPy arrays and CPU tensors only.
+        output_final_state: whether to return the state behind the last token, too; the same.
         chunk: tokens that share a state (0: none, the attention form). By default what was measured fastest, else what is predicted so;
             results differ by rounding only.
         target: "cuda", or "host" for the GPU kernels themselves on the CPU; see vidrial.use_target.
 
     Returns:
-        y [B, T, HQ, E], of q's library, dtype and device. Rows that are not contiguous or not aligned to 16 bytes are copied first.
+        y [B, T, HQ, E], of q's library, dtype and device; with output_final_state (y, PowerState), the state float32. Rows that are not
+        contiguous or not aligned to 16 bytes are copied first. torch's autograd records the call where a tensor requires a gradient.
 
     Raises:
         ArgumentError, ArgumentTypeError, UnsupportedError: before anything runs, naming the argument.
         CompileError, LaunchError, ToolchainError: the kernel could not be built or launched.
     """
     inputs = (q, k, v) if log_g is None else (q, k, v, log_g)
-    key, pointers = signature_of(inputs, NAMES)
     place = current_target(target)
+    if gradient.records(*inputs) or initial_state is not None or output_final_state:
+        return _with_state(inputs, gradient.Options(degree, scale, normalize, chunk, place), initial_state, output_final_state)
+    key, pointers = signature_of(inputs, NAMES)
     try:
-        asked = _request(key, degree, scale, normalize, chunk, place)
+        asked = request_of(key, degree, scale, normalize, chunk, place)
     except TypeError:
         # Something that cannot be looked up: it is refused by its name.
-        _check_options(degree, scale, normalize, chunk)
+        check_options(degree, scale, normalize, chunk)
         raise
     if asked.ready:
         return run(asked.planned.plan(), pointers, q, asked.library)["y"]
-    arrays = {name: as_array(x, name) for name, x in zip(NAMES, inputs, strict=False)}
-    if asked.on_cpu:
-        return cast(A, _on_cpu(arrays, asked.problem, normalize, asked.chunk))
-    arrays = {name: a if name == "log_g" or a.facts.vectorised else contiguous(a) for name, a in arrays.items()}
-    asked = _request(tuple(a.facts for a in arrays.values()), degree, scale, normalize, chunk, place)
-    return apply(op, asked.problem, arrays, place, **dict(asked.fixed))["y"]
+    return gradient.plain(inputs, gradient.Options(degree, scale, normalize, chunk, place))
 
 
-def _check_options(degree: Any, scale: Any, normalize: Any, chunk: Any) -> None:
-    # The exact types come first: to ask the abstract ones takes a tenth of a launch each.
-    if not (type(degree) is int or isinstance(degree, Integral)) or degree not in DEGREES:
-        odd = isinstance(degree, Integral) and degree % 2 == 1 and normalize == "sum"
-        why = "an odd power's weights change sign, so their sum is no normaliser" if odd else "no other degree has a kernel"
-        raise UnsupportedError(f"degree={degree!r}: {why}; accepted: {', '.join(map(str, DEGREES))}")
-    if not isinstance(normalize, str) or normalize not in NORMALIZE:
-        raise ArgumentError(f"normalize={normalize!r} is not known; accepted: {', '.join(map(repr, NORMALIZE))}")
-    if chunk is not None and (not (type(chunk) is int or isinstance(chunk, Integral)) or isinstance(chunk, bool) or chunk not in CHUNKS):
-        raise ArgumentError(f"chunk={chunk!r} is not served; accepted: None, {', '.join(map(str, sorted(CHUNKS)))} (0: no chunks)")
-    if chunk and degree != 2:
-        raise UnsupportedError(f"chunk={chunk} with degree={degree}: only degree 2 has a state small enough; use chunk=None or 0")
-    if scale is not None and not ((type(scale) is float or isinstance(scale, Real)) and abs(float(scale)) <= MAX_SCALE):
-        raise ArgumentError(f"scale={scale!r} is not served; accepted: None, or a number of at most {MAX_SCALE:g} in magnitude")
+def _with_state(inputs: tuple[Any, ...], o: gradient.Options, state: PowerState[Any] | None, output_final_state: bool) -> Any:
+    check_options(o.degree, o.scale, o.normalize, o.chunk)
+    tensors = inputs if state is None else (*inputs, getattr(state, "S", None), getattr(state, "Z", None))
+    if gradient.records(*tensors):
+        y, final = gradient.recorded(inputs, o, state, output_final_state)
+    else:
+        y, final, _ = gradient.forward(inputs, o, state, output_final_state)
+    return (y, final) if output_final_state else y
 
 
-@dataclass(frozen=True, slots=True)
-class Request:
-    """What a call asks for: its problem and chunk, whose arrays, whether NumPy serves it, and whether the GPU does with these arrays as
-    they lie, all rows copied 16 bytes at a time."""
+def power_retention_vjp(
+    q: A,
+    k: A,
+    v: A,
+    log_g: A | None = None,
+    *,
+    degree: int = 2,
+    scale: float | None = None,
+    normalize: str = "sum",
+    initial_state: PowerState[A] | None = None,
+    output_final_state: bool = False,
+    chunk: int | None = None,
+    target: str | None = None,
+) -> tuple[Any, Callable[..., Gradients[A]]]:
+    """`power_retention`, and the function that turns gradients of what it returns into gradients of its arguments.
 
-    problem: Problem
-    chunk: int | None
-    fixed: tuple[tuple[str, int], ...]
-    library: str
-    on_cpu: bool
-    ready: bool
-    planned: CachedPlan
+    y, vjp = power_retention_vjp(q, k, v, log_g)
+    dq, dk, dv, dlog_g, _ = vjp(dy)
 
+    Args:
+        Those of `power_retention`, of NumPy, CuPy, or torch without autograd (tensors that do not require a gradient).
 
-@lru_cache(maxsize=4096, typed=True)
-def _request(key: tuple[tuple[Any, ...], ...], degree: int, scale: float | None, normalize: str, chunk: int | None, target: str) -> Request:
-    """What arrays that were described ask for; refuses what is not served. This is the one look-up of the warm path."""
-    _check_options(degree, scale, normalize, chunk)
-    facts = {name: ArraySpec.of(seen, name) for name, seen in zip(NAMES, key, strict=False)}
-    shapes, strides = {name: f.shape for name, f in facts.items()}, {name: f.strides for name, f in facts.items()}
-    _check_shapes(shapes)
-    (b, t, hq, d), h, e = shapes["q"], shapes["k"][2], shapes["v"][3]
-    if chunk is not None and chunk >= t:
-        chunk = 0
-    problem = Problem(
-        facts["q"].dtype,
-        d,
-        e,
-        int(degree),
-        "log_g" in shapes,
-        normalize == "sum",
-        b,
-        t,
-        hq,
-        h,
-        float(d**-0.5 if scale is None else scale),
-        _three(strides["q"]),
-        _three(strides["k"]),
-        _three(strides["v"]),
-        (t * hq * e, hq * e, e),
-        _three(strides.get("log_g", (0, 0, 0))),
-    )
-    device, fixed = facts["q"].device, () if chunk is None else (("chunk", chunk),)
-    on_cpu = device == CPU and target == "cuda"
-    ready = not on_cpu and target == "cuda" and all(facts[name].vectorised for name in "qkv")
-    dtypes = (DType.bfloat16, DType.float16, DType.float32)[: 3 if on_cpu else 2]
-    if problem.dtype not in dtypes:
-        raise ArgumentTypeError(f"q is {problem.dtype}; accepted: {', '.join(map(str, dtypes))}")
-    check_inputs(op, problem, facts, layout=ready)
-    return Request(problem, chunk, fixed, facts["q"].library, on_cpu, ready, CachedPlan(op, problem, device, fixed))
+    Returns:
+        What `power_retention` returns, and vjp(dy, d_state=None) -> Gradients: `dy` of y's shape, dtype, library and device, any strides;
+        `d_state`, a PowerState, of the final state if that was asked for. Gradients have the shapes, dtypes and library of the arguments.
+        A row whose normaliser is at its floor has the gradient 0, and so has a log gate outside of (-60, 0].
 
+    Raises:
+        Those of `power_retention`; vjp: ArgumentError, ArgumentTypeError, naming dy or d_state.
+    """
+    check_options(degree, scale, normalize, chunk)
+    o, inputs = gradient.Options(degree, scale, normalize, chunk, current_target(target)), (q, k, v) if log_g is None else (q, k, v, log_g)
+    made = gradient.forward(inputs, o, initial_state, output_final_state)
 
-def _three(strides: tuple[int, ...]) -> tuple[int, int, int]:
-    """The strides of the first three axes."""
-    b, t, h = strides[:3]
-    return b, t, h
+    def vjp(dy: A, d_state: PowerState[A] | None = None) -> Gradients[A]:
+        return gradient.backward(inputs, made, dy, o, initial_state, d_state)
 
-
-def _check_shapes(shapes: Mapping[str, tuple[int, ...]]) -> None:
-    for name, axes in {"q": "[B, T, HQ, D]", "k": "[B, T, H, D]", "v": "[B, T, H, E]", "log_g": "[B, T, H]"}.items():
-        if name in shapes and len(shapes[name]) != axes.count(",") + 1:
-            raise ArgumentError(f"{name} has shape {list(shapes[name])}; accepted: {axes}")
-    (b, _, hq, d), h = shapes["q"], shapes["k"][2]
-    if h == 0 or hq % h:
-        raise ArgumentError(f"q has {hq} heads and k has {h}; accepted: a multiple of k's heads")
-    for name, size in (("D", d), ("E", shapes["v"][3])):
-        if size not in DIMS:
-            raise UnsupportedError(
-                f"{name}={size} is not served; accepted: {', '.join(map(str, DIMS))}. Pad with zeros, which changes nothing but `scale`'s default"
-            )
-    for name, shape in shapes.items():
-        if int(np.prod(shape, dtype=np.int64)) > MAX_ELEMENTS:
-            raise UnsupportedError(
-                f"{name} has {int(np.prod(shape, dtype=np.int64))} elements; accepted: at most 2^31. Split the batch or the heads"
-            )
-    if b * hq > MAX_HEADS:
-        raise UnsupportedError(f"q has B x HQ = {b * hq} heads; accepted: at most {MAX_HEADS}. Split the batch")
-
-
-def _on_cpu(arrays: dict[str, Array[Any]], problem: Problem, normalize: str, chunk: int | None) -> Any:
-    def float32(a: Array[Any]) -> NDArray[np.float32]:
-        x: NDArray[np.float32] = a.owner.detach().float().numpy() if a.library == "torch" else a.owner.astype(np.float32)
-        return x
-
-    q, k, v = (float32(arrays[n]) for n in "qkv")
-    log_g = float32(arrays["log_g"]) if "log_g" in arrays else None
-    y = power_retention_cpu(q, k, v, log_g, degree=problem.degree, scale=problem.scale, normalize=normalize, chunk=chunk)
-    source = arrays["q"]
-    if source.library == "torch":
-        torch = sys.modules["torch"]
-        return torch.from_numpy(y).to(source.owner.dtype)
-    if source.library == "jax":
-        import jax.numpy
-
-        return jax.numpy.asarray(y, dtype=source.owner.dtype)
-    return y.astype(source.owner.dtype)
+    return ((made.y, made.state) if output_final_state else made.y), vjp

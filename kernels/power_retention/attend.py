@@ -70,6 +70,7 @@ ARGS = Arguments(
     a="float2 const*",
     to_block="float const*",
     y="Elem*",
+    norm="float*",
     q_stride="int64_t[3]",
     k_stride="int64_t[3]",
     v_stride="int64_t[3]",

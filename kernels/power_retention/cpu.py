@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
 import numpy as np
 from numpy.typing import NDArray
 
-from vidrial.kernels.power_retention.reference import LOWEST_LOG_GATE, LOWEST_NORMALISER, causal_product
+from vidrial.kernels.power_retention.reference import LOWEST_LOG_GATE, LOWEST_NORMALISER, causal_product, pair_rows
+from vidrial.kernels.power_retention.state import PowerState
 
 Float32 = NDArray[np.float32]
 
@@ -18,44 +23,259 @@ def _phi_indices(d: int) -> tuple[NDArray[np.intp], NDArray[np.intp], Float32]:
     return i, j, np.where(i == j, 1.0, 2.0).astype(np.float32)
 
 
+class CpuGradients(NamedTuple):
+    """Of q, k, v, log_g and the initial state, float32."""
+
+    dq: Float32
+    dk: Float32
+    dv: Float32
+    dlog_g: Float32 | None
+    initial_state: PowerState[Float32] | None
+
+
+@dataclass(frozen=True)
+class _State:
+    """How this module keeps a state: [B, H, 1, P, E + 1], a row for each pair of features i <= j; the last column is the normaliser's."""
+
+    d: int
+
+    def pairs(self) -> tuple[NDArray[np.intp], NDArray[np.intp], Float32]:
+        """Of each row of PowerState.S its pair, of each element of Z its pair, and how many rows of S a pair has."""
+        i, j = np.triu_indices(self.d)
+        number = np.empty((self.d, self.d), np.intp)
+        number[i, j] = number[j, i] = np.arange(len(i))
+        first, second, _ = pair_rows(self.d)
+        rows = number[first, second]
+        return rows, number, np.bincount(rows, minlength=len(i)).astype(np.float32)
+
+    def gather(self, s: Float32, z: Float32, mean: bool) -> Float32:
+        """From S and Z: the sum of a pair's rows, or their mean, which are as many as its elements of Z but where blocks differ."""
+        rows, number, count = self.pairs()
+        i, j, twice = _phi_indices(self.d)
+        x = np.zeros((len(i), s.shape[-1] + 1, *s.shape[:2]), np.float32)  # pairs first, by which it is added up
+        np.add.at(x[:, :-1], rows, s.transpose(2, 3, 0, 1))
+        np.add.at(x[:, -1], number, z.transpose(2, 3, 0, 1))
+        x = np.ascontiguousarray(x.transpose(2, 3, 0, 1))[:, :, None]
+        if mean:
+            x[..., :-1] /= count[:, None]
+            x[..., -1] /= twice
+        return x
+
+    def scatter(self, x: Float32, mean: bool) -> PowerState[Float32]:
+        """To S and Z: to each row its pair's value, or its share of it."""
+        rows, number, count = self.pairs()
+        _, _, twice = _phi_indices(self.d)
+        s, z = x[:, :, 0, :, :-1], x[:, :, 0, :, -1]
+        if mean:
+            s, z = s / count[:, None], z / twice
+        return PowerState(np.ascontiguousarray(s[:, :, rows]), np.ascontiguousarray(z[:, :, number]))
+
+
+class _Tokens:
+    """The arrays of a call with heads first, [B, H, G, T, .], gates clamped, and their chunks."""
+
+    def __init__(self, q: Float32, k: Float32, v: Float32, log_g: Float32 | None, degree: int, chunk: int | None) -> None:
+        (self.b, self.t, hq, self.d), (self.h, self.e) = q.shape, v.shape[2:]
+        self.group, self.degree, self.size = hq // self.h, degree, chunk or CHUNK
+        # The queries of a group share keys, values and state.
+        self.q = self.of_queries(q)
+        self.k, self.v = (np.ascontiguousarray(x.transpose(0, 2, 1, 3))[:, :, None] for x in (k, v))
+        self.gates = (
+            np.zeros((self.b, self.h, self.t))
+            if log_g is None
+            else np.clip(log_g, LOWEST_LOG_GATE, 0).transpose(0, 2, 1).astype(np.float64)
+        )
+        self.i, self.j, self.multiplicity = _phi_indices(self.d)
+
+    def of_queries(self, x: Float32) -> Float32:
+        """[B, T, HQ, .] with heads first."""
+        return np.ascontiguousarray(x.reshape(self.b, self.t, self.h, self.group, x.shape[-1]).transpose(0, 2, 3, 1, 4))
+
+    def to_queries(self, x: Float32) -> Float32:
+        """And back."""
+        return np.ascontiguousarray(x.transpose(0, 3, 1, 2, 4)).reshape(self.b, self.t, self.h * self.group, x.shape[-1])
+
+    def phi(self, x: Float32) -> Float32:
+        """Products of pairs of features."""
+        return x[..., self.i] * x[..., self.j]
+
+    def phi_gradient(self, x: Float32, dphi: Float32) -> Float32:
+        """What the gradient of the products is worth to x."""
+        gradient, first = np.zeros_like(x), 0
+        for i in range(self.d):
+            row = dphi[..., first : first + self.d - i]  # of the products of feature i with those from i on
+            gradient[..., i] += (row * x[..., i:]).sum(-1)
+            gradient[..., i:] += row * x[..., i, None]
+            first += self.d - i
+        return gradient
+
+    def with_one(self, values: Float32) -> Float32:
+        """Values with a further column of ones, the normaliser's."""
+        return np.concatenate([values, np.ones((*values.shape[:-1], 1), np.float32)], -1)
+
+    def chunks(self) -> Iterator[_Chunk]:
+        """In their order. Degrees without a state take all earlier keys, too."""
+        for begin in range(0, self.t, self.size):
+            rows = slice(begin, min(begin + self.size, self.t))
+            keys = rows if self.degree == 2 else slice(0, rows.stop)
+            yield _Chunk(self, rows, keys)
+
+    def empty_state(self) -> Float32:
+        """That of no token."""
+        return np.zeros((self.b, self.h, 1, len(self.i), self.e + 1), np.float32)
+
+
+class _Chunk:
+    """Some queries and the keys that they see beside the state: a, the sum of the gates from the first key on, scores, and what weighs them."""
+
+    def __init__(self, tokens: _Tokens, rows: slice, keys: slice) -> None:
+        self.tokens, self.rows, self.keys = tokens, rows, keys
+        self.a = np.cumsum(tokens.gates[..., keys], -1)[:, :, None]
+        tail = self.a[..., keys.stop - keys.start - (rows.stop - rows.start) :]
+        gap = tail[..., :, None] - self.a[..., None, :]
+        self.causal = np.arange(rows.start, rows.stop)[:, None] >= np.arange(keys.start, keys.stop)
+        self.decay = np.exp(np.where(self.causal, gap, -np.inf)).astype(np.float32)
+        self.q, self.k, self.v = tokens.q[..., rows, :], tokens.k[..., keys, :], tokens.v[..., keys, :]
+        self.score = self.q @ self.k.swapaxes(-1, -2)
+        # Decays from the chunk's start, to its end, and over all of it; of use with a state, where rows are keys.
+        self.from_start = np.exp(self.a)[..., None].astype(np.float32)
+        self.to_end = np.exp(self.a[..., -1:] - self.a)[..., None].astype(np.float32)
+        self.total = np.exp(self.a[..., -1])[..., None, None].astype(np.float32)
+
+    def weigh(self, x: Float32) -> Float32:
+        """Times the decay; 0 above the diagonal, whatever stands there."""
+        return np.where(self.causal, x * self.decay, np.float32(0))
+
+    def sums(self, state: Float32 | None) -> tuple[Float32, Float32]:
+        """Numerator and normaliser of its rows, but for the scale."""
+        weight = self.weigh(self.score**self.tokens.degree)
+        num, norm = causal_product(weight, self.v, self.causal), weight.sum(-1)
+        if state is not None:
+            from_state: Float32 = np.matmul(self.tokens.phi(self.q) * self.tokens.multiplicity, state) * self.from_start
+            num, norm = num + from_state[..., :-1], norm + from_state[..., -1]
+        return num, norm
+
+    def after(self, state: Float32) -> Float32:
+        """The state behind it."""
+        values = self.tokens.with_one(self.v) * self.to_end
+        return state * self.total + self.tokens.phi(self.k).swapaxes(-1, -2) @ values
+
+
 def power_retention_cpu(
-    q: Float32, k: Float32, v: Float32, log_g: Float32 | None, *, degree: int, scale: float, normalize: str, chunk: int | None
-) -> Float32:
-    """q [B, T, HQ, D], k [B, T, H, D], v [B, T, H, E], log_g [B, T, H] or None, all float32 -> y [B, T, HQ, E] float32.
+    q: Float32,
+    k: Float32,
+    v: Float32,
+    log_g: Float32 | None,
+    *,
+    degree: int,
+    scale: float,
+    normalize: str,
+    chunk: int | None,
+    initial_state: PowerState[Float32] | None = None,
+    output_final_state: bool = False,
+) -> tuple[Float32, PowerState[Float32] | None]:
+    """q [B, T, HQ, D], k [B, T, H, D], v [B, T, H, E], log_g [B, T, H] or None, all float32 -> y [B, T, HQ, E] float32, and the state, if asked for.
 
     Degree 2 carries a state of D (D + 1) / 2 x E from chunk to chunk (linear in T); other degrees take every earlier key (quadratic).
     """
-    (b, t, hq, d), (h, e) = q.shape, v.shape[2:]
-    group, size = hq // h, chunk or CHUNK
-    # [B, H, G, T, .]: the queries of a group share keys, values and state.
-    qs = np.ascontiguousarray(q.reshape(b, t, h, group, d).transpose(0, 2, 3, 1, 4))
-    ks, vs = (np.ascontiguousarray(x.transpose(0, 2, 1, 3))[:, :, None] for x in (k, v))
-    gates = np.zeros((b, h, t)) if log_g is None else np.clip(log_g, LOWEST_LOG_GATE, 0).transpose(0, 2, 1).astype(np.float64)
-    y = np.empty((b, h, group, t, e), np.float32)
-    i, j, multiplicity = _phi_indices(d)
-    stateful = degree == 2 and t > size
-    state = np.zeros((b, h, 1, len(i) if stateful else 0, e + 1), np.float32)  # the last column is the normaliser's
-    for begin in range(0, t, size):
-        rows = slice(begin, min(begin + size, t))
-        keys = rows if degree == 2 else slice(0, rows.stop)
-        a = np.cumsum(gates[..., keys], -1)[:, :, None]
-        tail = a[..., keys.stop - keys.start - (rows.stop - rows.start) :]
-        gap = tail[..., :, None] - a[..., None, :]
-        causal = np.arange(rows.start, rows.stop)[:, None] >= np.arange(keys.start, keys.stop)
-        weight = (qs[..., rows, :] @ ks[..., keys, :].swapaxes(-1, -2)) ** degree
-        weight = np.where(causal, weight * np.exp(np.where(causal, gap, -np.inf)).astype(np.float32), np.float32(0))
-        num, norm = causal_product(weight, vs[..., keys, :], causal), weight.sum(-1)
-        if stateful and begin:
-            qc = qs[..., rows, :]
-            from_state = (qc[..., i] * qc[..., j] * multiplicity) @ state * np.exp(a)[..., None].astype(np.float32)
-            num, norm = num + from_state[..., :e], norm + from_state[..., e]
-        if stateful and rows.stop < t:
-            kc = ks[..., rows, :]
-            values = np.concatenate([vs[..., rows, :], np.ones((b, h, 1, rows.stop - rows.start, 1), np.float32)], -1)
-            values *= np.exp(a[..., -1:] - a)[..., None].astype(np.float32)
-            state = state * np.exp(a[..., -1])[..., None, None].astype(np.float32) + (kc[..., i] * kc[..., j]).swapaxes(-1, -2) @ values
-        factor = np.float32(scale**degree)
-        y[..., rows, :] = (
+    tokens = _Tokens(q, k, v, log_g, degree, chunk)
+    y = np.empty((*tokens.q.shape[:-1], tokens.e), np.float32)
+    state = None if initial_state is None else _State(tokens.d).gather(initial_state.S, initial_state.Z, mean=True)
+    factor = np.float32(scale**degree)
+    for part in tokens.chunks():
+        num, norm = part.sums(state)
+        y[..., part.rows, :] = (
             num * (factor / np.maximum(norm * factor, np.float32(LOWEST_NORMALISER)))[..., None] if normalize == "sum" else num * factor
         )
-    return np.ascontiguousarray(y.transpose(0, 3, 1, 2, 4)).reshape(b, t, hq, e)
+        if degree == 2 and (output_final_state or part.rows.stop < tokens.t):
+            state = part.after(tokens.empty_state() if state is None else state)
+    final = None
+    if output_final_state:
+        final = _State(tokens.d).scatter(tokens.empty_state() if state is None else state, mean=False)
+    return tokens.to_queries(y), final
+
+
+def power_retention_cpu_gradients(
+    q: Float32,
+    k: Float32,
+    v: Float32,
+    log_g: Float32 | None,
+    dy: Float32,
+    *,
+    degree: int,
+    scale: float,
+    normalize: str,
+    chunk: int | None,
+    initial_state: PowerState[Float32] | None = None,
+    d_final: PowerState[Float32] | None = None,
+) -> CpuGradients:
+    """Gradients of the sum of y * dy, and of the final state times its gradient `d_final`; the states are made again, chunk by chunk.
+
+    A row whose normaliser is at its floor has the gradient 0, and so has a log gate outside of (-60, 0].
+    """
+    tokens = _Tokens(q, k, v, log_g, degree, chunk)
+    factor, dys = np.float32(scale**degree), tokens.of_queries(dy)
+    dq, dk, dv = (np.zeros_like(x) for x in (tokens.q, tokens.k, tokens.v))
+    da = np.zeros((tokens.b, tokens.h, tokens.t))
+    parts = list(tokens.chunks())
+    # states[n]: before chunk n; the last one behind all of them. None where there is none.
+    states = [None if initial_state is None else _State(tokens.d).gather(initial_state.S, initial_state.Z, mean=True)]
+    for part in parts:
+        wanted = degree == 2 and (d_final is not None or part.rows.stop < tokens.t)
+        states.append(part.after(tokens.empty_state() if states[-1] is None else states[-1]) if wanted else None)
+    adjoint: Float32 | None = None if d_final is None else _State(tokens.d).gather(d_final.S, d_final.Z, mean=False)
+    for n, part in reversed(list(enumerate(parts))):
+        before, rows, keys = states[n], part.rows, part.keys
+        num, norm = part.sums(before)
+        r = np.full_like(norm, factor)
+        delta = np.zeros_like(norm)
+        if normalize == "sum":
+            seen = norm * factor > LOWEST_NORMALISER
+            r = np.where(seen, 1 / np.where(seen, norm, 1), 0).astype(np.float32)
+            delta = (dys[..., rows, :] * num).sum(-1) * r
+        # dy and what the normaliser gets, as columns beside each other, times r.
+        dnum = np.concatenate([dys[..., rows, :], -delta[..., None]], -1) * r[..., None]
+        dweight = dnum @ tokens.with_one(part.v).swapaxes(-1, -2)
+        weight, slope = part.weigh(part.score**degree), part.weigh(part.score ** (degree - 1))
+        dscore = degree * slope * dweight
+        dq[..., rows, :] += dscore @ part.k
+        dk[..., keys, :] += (dscore.swapaxes(-1, -2) @ part.q).sum(2, keepdims=True)
+        dv[..., keys, :] += (weight.swapaxes(-1, -2) @ dnum[..., :-1]).sum(2, keepdims=True)
+        moved = weight * dweight
+        da[..., rows] += moved.sum(-1).sum(2)
+        da[..., keys] -= moved.sum(-2).sum(2)
+        behind = states[n + 1]
+        if adjoint is not None and behind is not None:
+            values, products = tokens.with_one(part.v), tokens.phi(part.k)
+            dphi: Float32 = np.matmul(values * part.to_end, adjoint.swapaxes(-1, -2))
+            dk[..., keys, :] += tokens.phi_gradient(part.k, dphi)
+            dv[..., keys, :] += (products * part.to_end) @ adjoint[..., :-1]
+            da[..., keys] -= (dphi * products).sum(-1)[:, :, 0]
+            # What the gates of the whole chunk are worth to all that lies behind it: pairs of tokens on either side of its end.
+            da[..., rows.stop - 1] += (adjoint * behind).sum((-1, -2))[:, :, 0]
+        if before is not None:
+            products = tokens.phi(part.q)
+            dphi = np.matmul(dnum, before.swapaxes(-1, -2)) * part.from_start * tokens.multiplicity
+            dq[..., rows, :] += tokens.phi_gradient(part.q, dphi)
+            da[..., rows] += (dphi * products).sum(-1).sum(2)
+        if degree == 2 and (n > 0 or initial_state is not None):
+            update = ((tokens.phi(part.q) * tokens.multiplicity * part.from_start).swapaxes(-1, -2) @ dnum).sum(2, keepdims=True)
+            adjoint = update if adjoint is None else adjoint * part.total + update
+    dlog_g = None
+    if log_g is not None:
+        inside = (log_g > LOWEST_LOG_GATE) & (log_g <= 0) | np.isnan(log_g)
+        dlog_g = np.where(inside, _within_chunks(da, tokens).transpose(0, 2, 1), 0).astype(np.float32)
+    d_initial = None
+    if initial_state is not None:
+        d_initial = _State(tokens.d).scatter(adjoint if adjoint is not None else tokens.empty_state(), mean=True)
+    dk, dv = (np.ascontiguousarray(x[:, :, 0].transpose(0, 2, 1, 3)) for x in (dk, dv))
+    return CpuGradients(tokens.to_queries(dq), dk, dv, dlog_g, d_initial)
+
+
+def _within_chunks(da: NDArray[np.float64], tokens: _Tokens) -> NDArray[np.float64]:
+    """Reverse cumulative sums within each chunk; over all tokens where no state breaks them."""
+    size = tokens.size if tokens.degree == 2 else max(tokens.t, 1)
+    sums = np.empty_like(da)
+    for begin in range(0, tokens.t, size):
+        sums[..., begin : begin + size] = np.flip(np.cumsum(np.flip(da[..., begin : begin + size], -1), -1), -1)
+    return sums

@@ -71,8 +71,10 @@ CUTE_DEVICE void power_attend(Args const& p) {
   o.fence();
   weights.l.add_over_quad();
   // NOTE: from the indices once more: what was known before the loops would be spilled across them, at d = 128.
-  int const own = opaque(threadIdx.x), first = opaque(blockIdx.x) * Tiles::rows + PV::row(own);
-  store_rows(o, tile.at_head(p.y, p.y_stride, first, opaque(blockIdx.z)) + PV::column(own), p.y_stride[1], tile.sequence.length() - first, [&](int m, int h) { return weights.finish(m, h); });
+  int const own = opaque(threadIdx.x), z = opaque(blockIdx.z), first = opaque(blockIdx.x) * Tiles::rows + PV::row(own);
+  // What a backward pass asks for: norm [b hq, t].
+  if (Tiles::normalized && p.norm && own % 4 == 0) weights.store_normaliser(p.norm + (int64_t(z) * gridDim.y + blockIdx.y) * p.t, first);
+  store_rows(o, tile.at_head(p.y, p.y_stride, first, z) + PV::column(own), p.y_stride[1], tile.sequence.length() - first, [&](int m, int h) { return weights.finish(m, h); });
 }
 
 }  // namespace vidrial

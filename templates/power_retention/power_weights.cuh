@@ -94,6 +94,17 @@ struct PowerWeights {
     float const scale = tile.p.weight_scale;
     return Tiles::normalized ? scale * reciprocal_approx(fmaxf(l.x[m][h] * scale, kLowestNormaliser)) : scale;
   }
+  // The normalisers of the rows from `first` on, to an array of all tokens.
+  CUTE_DEVICE void store_normaliser(float* norm, int first) const {
+    CUTE_UNROLL
+    for (int m = 0; m < PV::M; ++m) {
+      CUTE_UNROLL
+      for (int h = 0; h < 2; ++h) {
+        int const i = first + PV::row_of(m, 2 * h);
+        if (i < tile.sequence.length()) norm[i] = l.x[m][h] * tile.p.weight_scale;
+      }
+    }
+  }
 };
 
 }  // namespace vidrial

@@ -10,6 +10,7 @@ import pytest
 from vidrial.build.cubins import build_many
 from vidrial.build.nvrtc import Cubin
 from vidrial.device import Device
+from vidrial.dtypes import DType
 from vidrial.kernels.power_retention.back.op import Config, check, errors, example, forward_pass, op, outputs, reference, sample
 from vidrial.kernels.power_retention.back.problem import Gradient
 from vidrial.runtime.plan import CudaPlan
@@ -45,10 +46,9 @@ def run_guarded(p: Gradient, config: Config, inputs: Arrays) -> tuple[Arrays, bo
     cupy.cuda.get_current_stream().synchronize()
     intact = all((whole[n][:GUARD].get() == 0xFF).all() and (whole[n][GUARD + size :].get() == 0xFF).all() for n, size in sizes.items())
     intact &= all(inner[name].get().tobytes() == np.ascontiguousarray(array).tobytes() for name, array in inputs.items())
-    return {
-        n: inner[n].get().view(p.dtype.round(np.zeros(1, np.float32)).dtype if n != "dlog_g" else np.float32).reshape(b.shape)
-        for n, b in made.items()
-    }, intact
+    bits = np.float16 if p.dtype is DType.float16 else np.uint16
+    gradients = {n: inner[n].get().view(np.float32 if n == "dlog_g" else bits).reshape(b.shape) for n, b in made.items()}
+    return gradients, intact
 
 
 def faults(p: Gradient, config: Config, inputs: Arrays, exact: Arrays | None = None) -> list[str]:

@@ -174,15 +174,6 @@ def test_torch_on_the_cpu(name: str) -> None:
     assert torch.equal(transposed, y)
 
 
-def test_torch_refuses_gradients() -> None:
-    torch = pytest.importorskip("torch")
-    q, k, v = (torch.ones(1, 3, 1, 32, requires_grad=name == "v") for name in "qkv")
-    with pytest.raises(UnsupportedError, match=r"v requires a gradient.*torch\.no_grad\(\).*v\.detach\(\)"):
-        power_retention(q, k, v)
-    with torch.no_grad():
-        assert power_retention(q, k, v).shape == (1, 3, 1, 32)
-
-
 def zeros(*shape: int, dtype: Any = np.float16) -> np.ndarray:
     """Of any size: all elements share one."""
     return np.broadcast_to(np.zeros((), dtype), shape)
@@ -256,7 +247,7 @@ def test_refused_before_anything_runs(case: str, monkeypatch: pytest.MonkeyPatch
         raise RuntimeError("it ran")
 
     arguments, options, error, message = BAD[case]
-    for runner in ("power_retention_cpu", "apply", "run", "CachedPlan.plan"):
+    for runner in ("gradient.power_retention_cpu", "gradient.apply", "run", "request.CachedPlan.plan"):
         monkeypatch.setattr(f"vidrial.kernels.power_retention.{runner}", ran)
     with pytest.raises(error, match=message):
         power_retention(*arguments, **options)
@@ -271,7 +262,7 @@ def test_mixed_libraries() -> None:
 
 
 def test_the_largest_sizes_are_accepted(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("vidrial.kernels.power_retention._on_cpu", lambda arrays, *_: arrays["q"].shape)
+    monkeypatch.setattr("vidrial.kernels.power_retention.gradient.plain", lambda inputs, _: inputs[0].shape)
     assert power_retention(*(zeros(1, LONG - 1, 1, 32),) * 3) == (1, 2**26, 1, 32)
     assert power_retention(*(zeros(65535, 1, 1, 32),) * 3, scale=np.float32(0.5), degree=np.int64(2)) == (65535, 1, 1, 32)
 

@@ -20,6 +20,7 @@ from vidrial.kernels.power_retention.back import gates, rows, tokens
 from vidrial.kernels.power_retention.back import scan as back_scan
 from vidrial.kernels.power_retention.back.problem import ChunkedGradient, Gradient
 from vidrial.kernels.power_retention.op import CHUNKS, DRAWN, SCANS, SMALLEST, whole_chunk
+from vidrial.kernels.power_retention.op import Config as forward_config
 from vidrial.kernels.power_retention.op import chunked as forward_chunked
 from vidrial.kernels.power_retention.op import example as forward_example
 from vidrial.kernels.power_retention.op import inputs as forward_inputs
@@ -72,7 +73,7 @@ def stages(p: Gradient, c: Config) -> list[Stage]:
 
 
 def rules(p: Gradient, c: Config) -> Iterator[tuple[bool, str]]:
-    yield from forward_rules(p, c)
+    yield from forward_rules(p, forward_config(c.chunk))
 
 
 def inputs(p: Gradient) -> dict[str, Buffer]:
