@@ -56,7 +56,16 @@ def test_what_the_driver_is_asked(encoder: Encoder) -> None:
     assert (kind.name, rank, address) == ("CU_TENSOR_MAP_DATA_TYPE_BFLOAT16", 5, X + 16)
     assert [int(n) for n in dims] == [64, t, 2, h, b] and [int(n) for n in strides] == [h * d * 2, 128, d * 2, t * h * d * 2]
     assert [int(n) for n in box] == [64, 64, 2, 1, 1] and [int(n) for n in steps] == [1] * 5
-    assert [x.name.rpartition("_")[2] for x in (interleave, swizzle, promotion, fill)] == ["NONE", "128B", "256B", "NONE"]
+    assert [x.name.rpartition("_")[2] for x in (interleave, swizzle, promotion, fill)] == ["NONE", "128B", "128B", "NONE"]
+
+
+@pytest.mark.parametrize(
+    ("row", "offset", "promotion"),
+    [(384, 0, "256B"), (192, 0, "256B"), (384, 64, "256B"), (384, 8, "128B"), (200, 0, "128B"), (4088, 0, "128B")],
+)
+def test_two_lines_of_the_l2_come_at_once_unless_rows_begin_inside_of_one(encoder: Encoder, row: int, offset: int, promotion: str) -> None:
+    encode(TensorMap(TmaTile(SmemLayout(DType.bfloat16, 64, 64)), "k", (99, 64), (row,), offset), X)
+    assert encoder.calls[0][9].name.endswith(f"L2_{promotion}")
 
 
 @pytest.mark.parametrize(
