@@ -39,7 +39,7 @@ REGISTER_OVERHEAD, REGISTER_OVERHEAD_OVERLAPPED, REGISTER_OVERHEAD_SERIAL, REGIS
 @dataclass(frozen=True)
 class Config:
     """`keys` a block; `m` times 16 rows per warp; `stages` of the ring; `blocks`: CTAs per SM that registers must allow; `mma`: by which
-    instruction."""
+    instruction; `order` of its products, where registers allow either."""
 
     keys: int = choice(64, 32, 128)
     m: int = choice(2, 4)
@@ -47,6 +47,7 @@ class Config:
     stages: int = choice(3, 2, 4)
     blocks: int = choice(2, 1, 3)
     mma: str = choice("sync", "wgmma")
+    order: str = choice("overlapped", "serial")
 
     @property
     def rows(self) -> int:
@@ -162,8 +163,12 @@ def state_tiles(p: Chunked, key_bytes: int) -> int:
 
 
 def overlapped(p: Chunked, c: Config) -> bool:
-    """Whether the scores of a block are issued before the last product of the one before it: by wgmma, where ptxas has registers for the
-    weights that then outlive their block. Those of 128 keys, or with three CTAs per SM, it does not have (C7512); with m=4, and at d = 128
+    """Whether the scores of a block are issued before the last product of the one before it."""
+    return c.order == "overlapped" and may_overlap(p, c)
+
+
+def may_overlap(p: Chunked, c: Config) -> bool:
+    """By wgmma, where ptxas has registers for the weights that then outlive their block. Those of 128 keys, or with three CTAs per SM, it does not have (C7512); with m=4, and at d = 128
     with 64 keys, either in 3 stages filled by 4 warps or without gates, it spills 12 to 52 bytes."""
     spills = c.keys * p.e >= 64 * 128 and (not p.gated or (c.warps == 4 and c.stages == 3))
     return c.mma == "wgmma" and c.m == 2 and c.keys < 128 and c.blocks < 3 and not spills
@@ -203,6 +208,7 @@ def rules(p: Chunked, c: Config, device: Device) -> Iterator[tuple[bool, str]]:
     yield from device.smem_rules(least_smem(p, c), c.blocks)
     yield p.chunk % c.rows == 0, f"the {c.rows} rows of a CTA must divide chunk={p.chunk}"
     yield c.rows % c.keys == 0, f"keys={c.keys} must divide the {c.rows} rows of a CTA"
+    yield c.order == "overlapped" or may_overlap(p, c), "the order is the serial one already"
     registers = min(255, device.registers_per_sm // (32 * c.warps * c.blocks) // 8 * 8)
     beside = register_overhead(p, c, device.capability >= 90)
     yield (
