@@ -51,9 +51,12 @@ def z_units(p: Chunked, c: Config) -> int:
 
 
 def drops_last(p: Chunked, c: Config) -> bool:
-    """Whether warpgroups without a last pair run a loop of one tile fewer, in code of their own. NOTE: with 192 accumulators that spills some
-    60 bytes, but for 8 warps and d = e."""
-    return c.tiles > 1 and (c.tiles * c.columns < 384 or (c.warps == 8 and p.d == p.e))
+    """Whether warpgroups without a last pair run a loop of one tile fewer, in code of their own. NOTE: where ptxas has few registers left that
+    spills 44 to 60 bytes: with 192 accumulators, but for 8 warps, d = e and gates; and without gates in blocks of 128 tokens with 160."""
+    accumulators = c.tiles * c.columns // 2
+    if accumulators >= 192:
+        return c.warps == 8 and p.d == p.e and p.gated
+    return c.tiles > 1 and (p.gated or c.tokens < 128 or accumulators < 160)
 
 
 def tiles(p: Chunked, c: Config) -> Tiles:
@@ -114,6 +117,8 @@ def rules(p: Chunked, c: Config, device: Device) -> Iterator[tuple[bool, str]]:
     accumulators, allowed = c.tiles * c.columns // 2, 255 - REGISTER_OVERHEAD
     yield accumulators <= allowed, f"{accumulators} accumulators per thread: {REGISTER_OVERHEAD} other registers leave {allowed}"
     yield from device.smem_rules(scan.ring_bytes(p, c), 8 // c.warps)
+    roomy = accumulators < 192 or c.tokens < 128 or p.d == p.e
+    yield roomy, f"tokens={c.tokens} with {accumulators} accumulators per thread and d={p.d}, e={p.e} spills 24 bytes"
     yield from scan.common_rules(p, c)
 
 

@@ -88,6 +88,15 @@ def test_a_model_that_has_not_seen_a_problem_predicts_it() -> None:
     assert found.favourite <= 1.01 and found.worst <= 1.06 and found.correlation >= 0.7 and found.error <= 0.07, str(found)
 
 
+def test_three_tiles_per_warpgroup_at_d_128() -> None:
+    """Two were picked there once, of 430 TFLOP/s: the model and the trials prefer three, of 580."""
+    for t in (16384, 65536):
+        (p,) = (p for p in TIMES if (p.d, p.t, p.hq) == (128, t, 16))
+        assert op.predicted(p, H200).scan.tiles == 3
+        best = {tiles: min(ms for c, ms in TIMES[p].items() if c.scan.tiles == tiles and c.scan.mma == "wgmma") for tiles in (2, 3)}
+        assert best[3] < best[2]
+
+
 def test_times_are_at_one_clock() -> None:
     """Of what was timed twice, the later phase is neither slower nor faster on the whole, and nothing beyond the clocks is changed."""
     for p, of_problem in trials().items():

@@ -23,6 +23,8 @@ from vidrial.kernels.power_retention import attend, scan, scan_wgmma
 from vidrial.kernels.power_retention.attend import Config as Attend
 from vidrial.kernels.power_retention.op import RELATIVE_BOUND, Config, check, example, op, reference, sample
 from vidrial.kernels.power_retention.scan import Config as Scan
+from vidrial.spec.source import Source
+from vidrial.tune.pick import choose_config
 
 H200 = Device.of("h200")
 SCAN = Scan(tokens=64, stages=4, warps=4, columns=64, segments=1, tiles=5, mma="wgmma")
@@ -336,3 +338,45 @@ def test_products_run_on(order: str, tmp_path: Path) -> None:
         for key, cubin in pool.compile_many([*jobs, Job("bad", text, last.entry, "sm_90a", includes=(*folders, *last.include_dirs))]):
             assert isinstance(cubin, CompileError if key == "bad" else Cubin), cubin
             assert key != "bad" or "ptxas serialises its wgmma: (C751" in str(cubin)
+
+
+FAMILIES: tuple[dict[str, Any], ...] = (
+    *({"d": d, "e": e} for d in (64, 128) for e in (64, 128)),
+    {"d": 64, "gated": False},
+    {"d": 128, "gated": False},
+    {"d": 128, "normalize": "none"},
+    {"d": 64, "e": 32},
+    {"d": 32},
+    {"d": 64, "dtype": "float16"},
+    {"d": 128, "dtype": "float16"},
+)
+
+
+def test_no_kernel_that_a_call_picks_spills() -> None:
+    """Of some lengths of every family: more than 8 bytes, stored and loaded, are found here and forbidden by a rule."""
+    sources: dict[str, tuple[Source, str]] = {}
+    for family, t in product(FAMILIES, (1000, 20011)):
+        problem = example(t=t, **family)
+        for config in {choose_config(op, problem, H200).config, op.predicted(problem, H200)}:
+            for stage in op.stages(problem, config):
+                source = stage.kernel.source(stage.problem, stage.config)
+                sources[source.text] = source, f"{family} t={t}: {stage.kernel.name} {stage.config}"
+    assert len(sources) > 30
+    with CompilePool() as pool:
+        for key, cubin in pool.compile_many(
+            Job(k, k, source.entry, "sm_90a", "", source.include_dirs) for k, (source, _) in sources.items()
+        ):
+            assert isinstance(cubin, Cubin), cubin
+            assert cubin.resources.spill_stores + cubin.resources.spill_loads <= 8, f"{sources[str(key)][1]}: {cubin.resources}"
+
+
+def test_rules_of_registers() -> None:
+    """Three CTAs per SM of 64 keys at d = 64 are legal, since 168 registers do for them; what spills is not."""
+    stage = op.stages(example(t=5000), dataclasses.replace(BOTH, chunk=256, attend=dataclasses.replace(ATTEND, blocks=3)))[-1]
+    assert attend.power_attend.reject(stage.problem, stage.config, H200) is None and not attend.overlapped(stage.problem, stage.config)
+    tall = dataclasses.replace(stage.config, m=4, keys=32, blocks=1)
+    assert "of 4 warps per SM leave 255" in str(attend.power_attend.reject(stage.problem, tall, H200))
+    wide = op.stages(example(t=5000, e=128), WIDE)[1]
+    assert wide.kernel.reject(wide.problem, wide.config, H200) is None
+    longer = dataclasses.replace(wide.config, tokens=128)
+    assert "tokens=128 with 192 accumulators" in str(wide.kernel.reject(wide.problem, longer, H200))

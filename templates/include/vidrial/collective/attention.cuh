@@ -109,8 +109,14 @@ struct Attention {
   }
 
   // NOTE: the waits are what ptxas asks for: from the issue of a wgmma to the wait that covers it, on no path, back edges and joins included,
-  // may another instruction touch its accumulators or its A registers (C7513 to C7515). Hence loops of their own for masked blocks and for
-  // those that only pass by, and the last product behind the loop. The ring has to spare the stage before the one handed out (Ring's Read = 2).
+  // may another instruction touch its accumulators or its A registers; it understands no condition, run-time flags least of all. Hence
+  //   - masked blocks, and those that only pass by, have loops of their own, and the last product of a loop stands behind it;
+  //   - a product may run on over the back edge, but the weights that it reads are packed again behind a wait for it only (C7513): the scores
+  //     go first, so that wait<1> means the product before them; the other way round no count tells the two apart (C7514);
+  //   - a wait on one side of a branch covers nothing behind the join (C7514, C7515), and a product inside a branch is no better;
+  //   - all this takes registers: one set of scores and of weights for each part. A second set of scores, or 168 registers, and ptxas gives
+  //     up on the pipeline (C7511, C7512).
+  // The ring has to spare the stage before the one handed out (Ring's Read = 2).
   template <int First, class Mask, class Next, class Weights>
   CUTE_DEVICE void overlapped(Fragment<PV>& o, Mask mask, Next& next, Weights& weights, int from, int mine, int to) const {
     float s[QK::N][4] = {};
