@@ -30,8 +30,9 @@ from vidrial.layout import (
 )
 from vidrial.templates import TEMPLATES
 
-# Fragments, addresses and loop state, beside the accumulators, without values' gradients and with them; seen in ptxas's reports.
-REGISTER_OVERHEAD = (72, 100)
+# Fragments, addresses and loop state, beside the accumulators, without values' gradients and with them; and what the fourth power adds to these.
+# Seen in ptxas's reports.
+REGISTER_OVERHEAD, FOURTH_POWER = (72, 100), 28
 # Rows of Z that pass through the ring at once.
 Z_ROWS = 32
 
@@ -102,14 +103,19 @@ def accumulators(p: ChunkedGradient, c: Config, values: bool) -> int:
     return (p.d + p.e * values + 2 * c.block) // 2
 
 
+def overhead(p: ChunkedGradient, values: bool) -> int:
+    """Registers beside the accumulators."""
+    return REGISTER_OVERHEAD[values] + FOURTH_POWER * (values and p.degree == 4)
+
+
 def rules(p: ChunkedGradient, c: Config, device: Device, values: bool) -> Iterator[tuple[bool, str]]:
     yield p.chunk % c.rows == 0, f"the {c.rows} rows of a CTA must divide chunk={p.chunk}"
     yield c.rows % c.block == 0, f"block={c.block} must divide the {c.rows} rows of a CTA"
     registers = min(255, device.registers_per_sm // (32 * c.warps * c.blocks) // 8 * 8)
     needed = accumulators(p, c, values)
     yield (
-        needed + REGISTER_OVERHEAD[values] <= registers,
-        f"{needed} accumulators and some {REGISTER_OVERHEAD[values]} other registers per thread: {c.blocks} CTAs of {c.warps} warps per SM leave {registers}",
+        needed + overhead(p, values) <= registers,
+        f"{needed} accumulators and some {overhead(p, values)} other registers per thread: {c.blocks} CTAs of {c.warps} warps per SM leave {registers}",
     )
 
 
@@ -149,7 +155,7 @@ def ctas_per_sm(p: ChunkedGradient, c: Config, device: Device, values: bool) -> 
     block_bytes = c.block * p.dtype.bytes * (p.d + p.e)
     ring = c.stages * (max(block_bytes, state_tiles(p, block_bytes) * 128 * p.e) + 16 * c.block)
     smem = c.rows * p.dtype.bytes * (p.d + p.e) + ring + 64 * c.warps * p.d * p.stateful
-    registers = min(255, accumulators(p, c, values) + REGISTER_OVERHEAD[values])
+    registers = min(255, accumulators(p, c, values) + overhead(p, values))
     return max(1, Occupancy.of(device, threads=32 * c.warps, smem=smem, registers=registers).ctas)
 
 
@@ -166,9 +172,9 @@ def cost(p: ChunkedGradient, c: Config, device: Device, values: bool) -> Cost:
     units, warpgroups, block_bytes = c.rows / 128, c.warps / 4, c.block * p.dtype.bytes * (p.d + p.e)
     multiply = partial(pace.products, warpgroups=warpgroups, mma="sync", alone=pace.ATTEND_PRODUCTS, device=device)
     steps = p.snapshot / (state_tiles(p, block_bytes) * 64 * p.e)
-    block = multiply(c.warps * per_block) + 2 * pace.ELEMENT * c.rows / warpgroups * c.block + pace.KEYS_STEP * units
+    block = multiply(c.warps * per_block) + 2 * pace.WEIGHT * c.rows / warpgroups * c.block + pace.KEYS_STEP * units
     state = multiply(2 * c.rows * p.snapshot * (2 if values else 1)) + pace.STATE_STEP * steps * units
-    state += pace.ELEMENT * c.rows / warpgroups * 64 * p.pair_tiles
+    state += pace.FEATURE * c.rows / warpgroups * 64 * p.pair_tiles
     waited, states = group * done.blocks / c.warps / (done.rows / c.rows), done.stateful_rows / done.rows
     longest = min(p.chunk, p.t) / c.block * group * block + p.stateful * state
     alone = pace.OUTPUT * units + waited * block + states * state
