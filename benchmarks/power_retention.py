@@ -3,6 +3,7 @@
     python benchmarks/power_retention.py                               # every case; the peer tunes itself for minutes
     python benchmarks/power_retention.py --cases P2,P7 --budget 200    # some of them
     python benchmarks/power_retention.py --no-peers --stages           # what each of our launches takes
+    python benchmarks/power_retention.py --backward --cases P2         # forward and backward together; prints, writes nothing
 
 GPU time by CUDA events on one stream, the L2 flushed before every sample, warm, implementations in turn, medians. Errors against
 float64 on some heads and rows. Writes results/power_retention_<gpu>.json after every case, and a plot; `--merge` keeps the rows of
@@ -127,6 +128,41 @@ class Bench:
         self.torch.cuda.synchronize()
         return (time.perf_counter() - begin) * 1e3 / count
 
+    def backward(self, case: Case, peers: bool) -> str:
+        """A table of forward and backward together, by torch's autograd: ours, and the peer with each of its chunks."""
+        x = inputs(case)
+        leaves = [x[name].requires_grad_() for name in ("q", "k", "v", "log_g")]
+        dy = self.torch.randn_like(x["q"])
+
+        def both(forward: Run) -> Run:
+            return lambda: self.torch.autograd.grad(forward(), leaves, dy)
+
+        runs = {OURS: both(lambda: power_retention(*leaves))}
+        if peers:
+            runs |= {f"{PEER} C={chunk}" if chunk else f"{PEER} attention": both(self._retention(x, chunk)) for chunk in case.peer_chunks}
+        lines: list[tuple[str, ...]] = []
+        peaks: dict[str, float] = {}
+        with self.torch.enable_grad():
+            for name in list(runs):
+                self.torch.cuda.reset_peak_memory_stats()
+                before = self.torch.cuda.memory_allocated()
+                try:
+                    with within(self.budget):
+                        runs[name]()
+                        self.torch.cuda.synchronize()
+                except peer_errors() as error:
+                    if name == OURS:
+                        raise
+                    lines.append((name, "-", "-", "-", short(str(error))))
+                    del runs[name]
+                    continue
+                peaks[name] = (self.torch.cuda.max_memory_allocated() - before) / 2**30
+            timings = self._time(list(runs.values()))
+        ours = timings[0].median_ms
+        for (name, peak), timing in zip(peaks.items(), timings, strict=True):
+            lines.append((name, f"{timing.median_ms:.3f} ({timing.iqr_ms:.3f})", f"{timing.median_ms / ours:.2f}", f"{peak:.2f}", ""))
+        return f"{case.name}\n" + table(("forward and backward", "ms (IQR)", "x ours", "peak GiB", ""), lines)
+
     def stages(self, case: Case) -> str:
         """A table of our launches: time, share, and what each reaches by its own account of its work."""
         x = inputs(case)
@@ -173,6 +209,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--peer-jobs", type=int, default=min(16, os.cpu_count() or 1), help="processes that compile the peer's kernels ahead; 0: none"
     )
+    parser.add_argument("--backward", action="store_true", help="forward and backward together instead; writes nothing")
     parser.add_argument("--stages", action="store_true", help="the time of each of our launches instead; writes nothing")
     return parser.parse_args()
 
@@ -187,6 +224,10 @@ def main() -> None:
         bench = Bench(options.rounds, options.budget)
         gpu = torch.cuda.get_device_name(0)
         print(f"{gpu}, torch {torch.__version__}, {len(cases)} cases", flush=True)
+        if options.backward:
+            for case in cases:
+                print(bench.backward(case, not options.no_peers), end="\n\n", flush=True)
+            return
         if options.stages:
             for case in cases:
                 print(bench.stages(case), end="\n\n", flush=True)

@@ -123,7 +123,7 @@ def test_another_projects_file_beside_the_package_is_not_its_own(tmp_path: Path,
     place = install(tmp_path)
     (place / "pyproject.toml").write_text(project)
     program = "from vidrial.installation import own_ops; print(*own_ops())"
-    assert run("-c", program, PYTHONPATH=str(place)).split() == ["flash_attention", "power_retention"]
+    assert run("-c", program, PYTHONPATH=str(place)).split() == ["flash_attention", "power_retention", "power_retention_backward"]
 
 
 def refused(*command: str, **environment: str) -> str:

@@ -67,7 +67,7 @@ def test_keywords_take_the_types_of_example(words: list[str], values: dict[str, 
 @pytest.mark.parametrize(
     ("words", "reason"),
     [
-        (["explain", "nonsense"], "op 'nonsense' is not known; accepted: flash_attention, power_retention"),
+        (["explain", "nonsense"], "op 'nonsense' is not known; accepted: flash_attention, power_retention, power_retention_backward"),
         (["explain", "my/rows.py"], "or path/to/file.py:attribute; my/rows.py:op, if op is what the file calls it"),
         (["explain", "no.such.module:op"], "No module named 'no'"),
         (["explain", "nowhere.py:op"], "nowhere.py"),

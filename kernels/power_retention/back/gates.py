@@ -40,7 +40,8 @@ power_back_cross = Kernel(
 
 
 def gates_cost(p: ChunkedGradient, c: Config, device: Device) -> Cost:
-    return Cost(flops=0, bytes=p.b * p.h * p.t * (12 + 4 * p.group), ctas=p.chunks * p.b * p.h, ctas_per_sm=4)
+    sectors = -(-p.t // 8)  # of a head's dots
+    return Cost(flops=0, bytes=p.b * p.h * (32 * sectors * (1 + p.group) + 8 * p.t), ctas=p.chunks * p.b * p.h, ctas_per_sm=4)
 
 
 power_back_gates = Kernel(

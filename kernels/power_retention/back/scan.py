@@ -103,11 +103,12 @@ def rules(p: ChunkedGradient, c: Config, device: Device) -> Iterator[tuple[bool,
 
 
 def cost(p: ChunkedGradient, c: Config, device: Device) -> Cost:
-    tokens = (p.t - p.chunk) * p.group
-    size = (p.chunks - 1) * p.snapshot * 2
+    last = p.t - (p.chunks - 1) * p.chunk
+    tokens, blocks = (p.t - p.chunk) * p.group, ((p.chunks - 2) * p.chunk + -(-last // c.tokens) * c.tokens) * p.group
+    tables = blocks * (8 if p.normalized else 4) + 32 * p.chunks * p.gated
     return Cost(
-        flops=2 * p.b * p.h * tokens * p.snapshot,
-        bytes=p.b * p.h * (tokens * (p.dtype.bytes * (p.d + p.e) + 8) + size),
+        flops=2 * p.b * p.h * blocks * p.snapshot,
+        bytes=p.b * p.h * (tokens * p.dtype.bytes * (p.d + p.e) + tables + (p.chunks - 1) * p.snapshot * 2),
         ctas=math.prod(grid(p, c)),
         ctas_per_sm=8 // c.warps,
         efficiency=pace.efficiency("sync"),

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from vidrial import Arguments, Cost, Device, DType, Kernel, Tiles, choice
@@ -29,8 +30,9 @@ from vidrial.layout import (
 )
 from vidrial.templates import TEMPLATES
 
-# Fragments, addresses and loop state, beside the accumulators, without values' gradients and with them; seen in ptxas's reports.
-REGISTER_OVERHEAD = (72, 100)
+# Fragments, addresses and loop state, beside the accumulators, without values' gradients and with them; and what the fourth power adds to these.
+# Seen in ptxas's reports.
+REGISTER_OVERHEAD, FOURTH_POWER = (72, 100), 28
 # Rows of Z that pass through the ring at once.
 Z_ROWS = 32
 
@@ -101,39 +103,51 @@ def accumulators(p: ChunkedGradient, c: Config, values: bool) -> int:
     return (p.d + p.e * values + 2 * c.block) // 2
 
 
+def overhead(p: ChunkedGradient, values: bool) -> int:
+    """Registers beside the accumulators."""
+    return REGISTER_OVERHEAD[values] + FOURTH_POWER * (values and p.degree == 4)
+
+
 def rules(p: ChunkedGradient, c: Config, device: Device, values: bool) -> Iterator[tuple[bool, str]]:
     yield p.chunk % c.rows == 0, f"the {c.rows} rows of a CTA must divide chunk={p.chunk}"
     yield c.rows % c.block == 0, f"block={c.block} must divide the {c.rows} rows of a CTA"
     registers = min(255, device.registers_per_sm // (32 * c.warps * c.blocks) // 8 * 8)
     needed = accumulators(p, c, values)
     yield (
-        needed + REGISTER_OVERHEAD[values] <= registers,
-        f"{needed} accumulators and some {REGISTER_OVERHEAD[values]} other registers per thread: {c.blocks} CTAs of {c.warps} warps per SM leave {registers}",
+        needed + overhead(p, values) <= registers,
+        f"{needed} accumulators and some {overhead(p, values)} other registers per thread: {c.blocks} CTAs of {c.warps} warps per SM leave {registers}",
     )
 
 
 @dataclass(frozen=True)
 class Work:
-    """Of one head: `blocks` of a warp's rows x block that are multiplied; `stateful_rows` that read a state; `rows` of all CTAs, tails filled up."""
+    """Of one head: `blocks` of a warp's rows x block that are multiplied, with one head of the group; `stateful_rows` that read a state; `rows` of
+    all CTAs, tails filled up; `tabulated` tokens that come by outside of a CTA's own rows."""
 
     blocks: int
     stateful_rows: int
     rows: int
+    tabulated: int
 
 
-def work(p: ChunkedGradient, c: Config) -> Work:
-    """What all CTAs of a head multiply, of one head of the group."""
-    across, blocks, rows = c.rows // c.block, 0, 0
-    for n in range(p.chunks):
-        tokens = min(p.chunk, p.t - n * p.chunk)
+def work(p: ChunkedGradient, c: Config, values: bool) -> Work:
+    """What all CTAs of a head multiply and read: blocks up to their rows, or with `values` from their rows on."""
+    blocks = stateful = rows = tabulated = 0
+    whole, rest = divmod(p.t, p.chunk)
+    for tokens, chunks in ((p.chunk, whole), (rest, 1 if rest else 0)):
         ctas = -(-tokens // c.rows)
-        last = -(-(tokens - (ctas - 1) * c.rows) // c.block)
-        diagonal = [c.warps - j * c.block // 16 for j in range(across)]
-        blocks += across * (ctas * (ctas - 1) // 2) * c.warps + (ctas - 1) * sum(diagonal) + sum(diagonal[:last])
-        rows += ctas * c.rows
-    first = -(-min(p.chunk, p.t) // c.rows) * c.rows
-    stateful = rows - first if p.stateful else 0
-    return Work(blocks, stateful, rows)
+        for i in range(ctas):
+            own = min(c.rows, tokens - i * c.rows)
+            outside = -(-(tokens - i * c.rows - own) // c.block) if values else i * (c.rows // c.block)
+            blocks += chunks * c.warps * outside
+            for j in range(-(-own // c.block)):
+                blocks += chunks * (min(c.warps, (j + 1) * c.block // 16) if values else max(0, c.warps - j * c.block // 16))
+        rows += chunks * ctas * c.rows
+        tabulated += chunks * max(0, tokens - c.rows if values else (ctas - 1) * c.rows)
+    if p.stateful:
+        last = -(-(p.t - (p.chunks - 1) * p.chunk) // c.rows) * c.rows
+        stateful = rows - (last if values else p.chunk)
+    return Work(blocks, stateful, rows, tabulated)
 
 
 def ctas_per_sm(p: ChunkedGradient, c: Config, device: Device, values: bool) -> int:
@@ -141,26 +155,39 @@ def ctas_per_sm(p: ChunkedGradient, c: Config, device: Device, values: bool) -> 
     block_bytes = c.block * p.dtype.bytes * (p.d + p.e)
     ring = c.stages * (max(block_bytes, state_tiles(p, block_bytes) * 128 * p.e) + 16 * c.block)
     smem = c.rows * p.dtype.bytes * (p.d + p.e) + ring + 64 * c.warps * p.d * p.stateful
-    registers = min(255, accumulators(p, c, values) + REGISTER_OVERHEAD[values])
+    registers = min(255, accumulators(p, c, values) + overhead(p, values))
     return max(1, Occupancy.of(device, threads=32 * c.warps, smem=smem, registers=registers).ctas)
 
 
 def cost(p: ChunkedGradient, c: Config, device: Device, values: bool) -> Cost:
-    done, heads, group = work(p, c), p.b * (p.h if values else p.hq), p.group if values else 1
+    done, heads, group = work(p, c, values), p.b * (p.h if values else p.hq), p.group if values else 1
     per_block = 2 * 16 * c.block * (2 * p.d + p.e + p.e * values)
     pairs = 64 * p.pair_tiles * p.e
     flops = heads * (group * done.blocks * per_block + 2 * done.stateful_rows * (pairs * (2 if values else 1) + p.d * p.d * p.normalized))
     ctas = done.rows // c.rows * heads
-    tokens = p.t * p.dtype.bytes * (p.d + p.e)
-    read = p.b * (tokens * (p.hq + p.h) + (p.chunks - 1) * p.h * p.snapshot * 2 + 8 * p.t * (p.h + 2 * p.hq))
-    written = p.b * p.t * p.dtype.bytes * (p.h * (p.d + p.e) if values else p.hq * p.d)
+    tokens = p.t * p.dtype.bytes * (p.d + p.e) * (p.hq + p.h) + (p.chunks - 1) * p.h * p.snapshot * 2
+    tables = 8 * p.hq * (done.rows + done.tabulated * values) + (8 * p.t + 4 * done.tabulated * (not values)) * p.h * p.gated
+    written = p.t * ((p.dtype.bytes * (p.d + p.e) + 4) * p.h if values else (p.dtype.bytes * p.d + 4) * p.hq)
+    # NOTE: by the forward kernels' paces; none of the backward pass's own has been fitted yet.
+    units, warpgroups, block_bytes = c.rows / 128, c.warps / 4, c.block * p.dtype.bytes * (p.d + p.e)
+    multiply = partial(pace.products, warpgroups=warpgroups, mma="sync", alone=pace.ATTEND_PRODUCTS, device=device)
+    steps = p.snapshot / (state_tiles(p, block_bytes) * 64 * p.e)
+    block = multiply(c.warps * per_block) + 2 * pace.WEIGHT * c.rows / warpgroups * c.block + pace.KEYS_STEP * units
+    state = multiply(2 * c.rows * p.snapshot * (2 if values else 1)) + pace.STATE_STEP * steps * units
+    state += pace.FEATURE * c.rows / warpgroups * 64 * p.pair_tiles
+    waited, states = group * done.blocks / c.warps / (done.rows / c.rows), done.stateful_rows / done.rows
+    longest = min(p.chunk, p.t) / c.block * group * block + p.stateful * state
+    alone = pace.OUTPUT * units + waited * block + states * state
     return Cost(
         flops=flops,
-        bytes=read + written,
+        bytes=p.b * (tokens + tables + written),
         ctas=ctas,
         ctas_per_sm=ctas_per_sm(p, c, device, values),
-        efficiency=pace.efficiency("sync") * 0.5,
+        efficiency=pace.efficiency("sync"),
+        alone=alone,
+        longest=(pace.OUTPUT * units + longest) / alone,
         uneven=True,
+        l2_bytes=ctas * (waited * block_bytes + states * 2 * p.snapshot),
     )
 
 

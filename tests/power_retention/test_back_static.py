@@ -1,0 +1,131 @@
+"""The backward pass without running it: machine code, lengths, rules, and costs beside what the host target counts."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from back_host import NARROW, Adjoint, Config, Tokens
+
+from vidrial.build.cubins import build_many
+from vidrial.build.nvrtc import Cubin
+from vidrial.device import Device
+from vidrial.dtypes import DType
+from vidrial.host.plan import HostPlan, poison
+from vidrial.host.target import HostStats
+from vidrial.kernels.power_retention.back.op import example, op, outputs, sample, stages
+from vidrial.kernels.power_retention.back.problem import Gradient
+from vidrial.layout.access import flops, tiled_objects
+from vidrial.layout.mma import TiledMma
+from vidrial.spec.choices import describe
+from vidrial.spec.op import Stage
+
+H200, A100, RTX4090 = (Device.of(name) for name in ("h200", "a100", "rtx4090"))
+PROBLEMS: dict[str, dict[str, Any]] = {
+    "short": {"t": 333, "d": 64},
+    "medium": {"t": 10_007, "d": 64},
+    "long, D = 128": {"t": 65_537, "h": 8, "d": 128},
+    "E > D": {"t": 10_007, "d": 64, "e": 128},
+    "E < D, fp16": {"t": 10_007, "d": 128, "e": 64, "dtype": "float16"},
+    "D = 32, no gates": {"t": 5_001, "d": 32, "gated": False, "normalize": "none"},
+    "degree 4": {"t": 2_001, "d": 64, "degree": 4},
+}
+# What the host target counts of global memory, by sectors of 32 bytes.
+BYTES_TOLERANCE = 0.02
+
+
+@pytest.mark.parametrize("device", [A100, H200], ids=lambda device: device.arch)
+def test_configs_compile_without_spills(device: Device) -> None:
+    """Those predicted best, and with every block and number of CTAs that the rules allow."""
+    sources = {}
+    for name, keywords in PROBLEMS.items():
+        p = example(**keywords)
+        best = op.predicted(p, device)
+        others = [Tokens(block, 4, 3, blocks) for block, blocks in ((16, 3), (32, 2), (32, 3), (64, 1))]
+        for config in (best, *(replace(best, query=c, keys=c) for c in others)):
+            for stage in stages(p, config):
+                if stage.kernel.reject(stage.problem, stage.config, device) is None:
+                    source = stage.kernel.source(stage.problem, stage.config)
+                    sources[source.text] = source, f"{name}: {stage.kernel.name} {describe(stage.config)}"
+    assert {source.entry for source, _ in sources.values()} >= {kernel.name for kernel in op.kernels if "back" in kernel.name}
+    wrong = []
+    for text, cubin in build_many(sources, device.arch, jobs=2):
+        if not isinstance(cubin, Cubin) or cubin.resources.spill_stores or cubin.resources.spill_loads:
+            wrong.append(f"{sources[text][1]}: {cubin.resources if isinstance(cubin, Cubin) else cubin}")
+    assert not wrong, "\n".join(wrong)
+
+
+@pytest.mark.parametrize("name", PROBLEMS)
+def test_another_length_compiles_nothing(name: str) -> None:
+    p = example(**PROBLEMS[name])
+    config = op.predicted(p, H200)
+    other = example(**PROBLEMS[name] | {"t": 7 * p.t + 13, "b": 3, "h": 5, "hq": 10, "scale": 0.3})
+    assert [s.binary for s in stages(p, config)] == [s.binary for s in stages(other, config)]
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("d", [32, 64, 128])
+@pytest.mark.parametrize("e", [32, 64, 128])
+def test_every_problem_has_a_config_on_every_card(d: int, e: int, dtype: str) -> None:
+    for device in (H200, A100, RTX4090):
+        for degree in (2, 4):
+            assert op.predicted(example(t=3000, d=d, e=e, dtype=dtype, degree=degree), device).chunk >= 0
+
+
+REJECTED: dict[str, tuple[dict[str, Any], Config, str]] = {
+    "registers": ({"t": 999, "d": 128}, NARROW, "accumulators and some 100 other registers per thread"),
+    "block and rows": ({"t": 999}, replace(NARROW, query=Tokens(64, 2, 3, 1)), "block=64 must divide the 32 rows"),
+    "chunk and length": ({"t": 99}, NARROW, "chunk=128 holds all 99 tokens"),
+    "degree 4 in chunks": ({"t": 999, "degree": 4}, NARROW, "degree 4 has the attention form only"),
+    "columns": ({"t": 999, "d": 32}, replace(NARROW, adjoint=Adjoint(columns=64)), "columns=64 must divide d=32"),
+    "dtype": ({"t": 999, "dtype": "float32"}, NARROW, "dtype float32 is not served"),
+}
+
+
+@pytest.mark.parametrize("case", REJECTED)
+def test_what_is_not_legal(case: str) -> None:
+    keywords, config, reason = REJECTED[case]
+    assert reason in str(op.reject(example(**keywords), config, H200))
+
+
+COSTED: dict[str, tuple[dict[str, Any], Config]] = {
+    "grouped": ({"t": 389, "h": 1, "hq": 2, "d": 32}, NARROW),
+    "E < D": ({"t": 515, "h": 1, "d": 64, "e": 32}, NARROW),
+    "small blocks": ({"t": 300, "h": 2, "d": 64}, replace(NARROW, query=Tokens(16, 2, 3, 1), keys=Tokens(16, 2, 3, 1))),
+    "one chunk": ({"t": 129, "h": 2, "d": 64, "e": 32}, replace(NARROW, chunk=0)),
+    "one chunk, no sum": ({"t": 300, "h": 1, "hq": 3, "d": 64, "normalize": "none"}, replace(NARROW, chunk=0, keys=Tokens(64, 4, 3, 1))),
+}
+
+
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("case", COSTED)
+def test_costs_are_what_is_counted(case: str, gated: bool) -> None:
+    keywords, config = COSTED[case]
+    p = example(**keywords, gated=gated)
+    launched = 0
+    for stage, stats in counted(p, config):
+        cost = stage.kernel.cost(stage.problem, stage.config, H200) if stage.kernel.cost else None
+        assert cost is not None and stats.read_bytes is not None and stats.written_bytes is not None
+        assert cost.flops == issued(stage, stats), stage.kernel.name
+        touched = stats.read_bytes + stats.written_bytes
+        assert abs(cost.bytes - touched) <= BYTES_TOLERANCE * touched, (stage.kernel.name, cost.bytes, touched)
+        launched += 1
+    assert launched == 3 + bool(config.chunk) + gated + (gated and bool(config.chunk))
+
+
+def counted(p: Gradient, config: Config) -> list[tuple[Stage, HostStats]]:
+    """The backward pass's own launches, and what each did."""
+    results = {name: poison(buffer.shape, buffer.dtype) for name, buffer in outputs(p).items()}
+    stats = HostPlan(op, p, config, "accesses").run({**sample(p, 1), **results})
+    return [(stage, stats[stage.kernel.name]) for stage in stages(p, config) if "back" in stage.kernel.name]
+
+
+def issued(stage: Stage, stats: HostStats) -> int:
+    """Operations of all MMAs."""
+    objects = tiled_objects(stage.kernel.resolve(stage.problem, stage.config).members)
+    return sum(flops(objects[names[0]], n) for names, n in stats.objects.items() if names and isinstance(objects[names[0]], TiledMma))
+
+
+def test_the_dtypes_are_those_of_the_forward_pass() -> None:
+    assert {buffer.dtype for buffer in op.inputs(example(t=9)).values()} == {DType.bfloat16, DType.float32}
