@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Literal
 
@@ -222,14 +223,22 @@ def rules(p: Problem, c: Config, device: Device) -> Iterator[tuple[bool, str]]:
 def key_blocks(p: Problem, c: Config, rows: int) -> int:
     """Blocks of keys that parts of `rows` rows of one column see, all parts together: as `KeyBlocks` of the device code."""
     packed = pack(p, c)
-    first = np.arange(0, row_blocks(p, c) * c.rows, rows) // packed
-    last = np.minimum((np.arange(0, row_blocks(p, c) * c.rows, rows) + rows - 1) // packed, p.tq - 1)
-    limits, offset = scalars(p, c), p.tk - p.tq
-    bounded = p.causal or p.windowed
-    end = np.minimum(p.tk, last + offset + 1 + (limits["right"] if p.windowed else 0)) if bounded else np.full_like(last, p.tk)
-    begin = np.maximum(first + offset - limits["left"], 0) if p.windowed else np.zeros_like(first)
-    blocks = np.where(first > last, 0, -(-np.maximum(end, 0) // c.keys))
-    return int((blocks - np.minimum(begin // c.keys, blocks)).sum())
+    left, right = p.left if p.windowed else -1, 0 if p.causal else p.right if p.windowed else -1
+    if p.windowed:
+        unlimited = p.tq + p.tk
+        left, right = (unlimited if side < 0 else side for side in (left, right))
+    return _key_blocks(p.tq, p.tk, packed, left, right, row_blocks(p, c) * c.rows, rows, c.keys)
+
+
+@lru_cache(maxsize=4096)
+def _key_blocks(tq: int, tk: int, packed: int, left: int, right: int, all_rows: int, rows: int, keys: int) -> int:
+    """`left`, `right`: of the window, below 0 for no limit."""
+    starts, offset = np.arange(0, all_rows, rows), tk - tq
+    first, last = starts // packed, np.minimum((starts + rows - 1) // packed, tq - 1)
+    end = np.minimum(tk, last + offset + 1 + right) if right >= 0 else np.full_like(last, tk)
+    begin = np.maximum(first + offset - left, 0) if left >= 0 else np.zeros_like(first)
+    blocks = np.where(first > last, 0, -(-np.maximum(end, 0) // keys))
+    return int((blocks - np.minimum(begin // keys, blocks)).sum())
 
 
 def cost(p: Problem, c: Config, device: Device) -> Cost:
