@@ -340,3 +340,15 @@ def test_many_threads_first_calls_compile_once(tmp_path: Path, own_tempdir: Path
         assert list(threads.map(lambda _: value(compile_host(CONSTANT % 7, "k", pch=False)), range(8))) == [7] * 8
     compiles = [line for line in log.read_text().splitlines() if " -o " in line]
     assert len(compiles) == 2, "the runtime and the kernel"
+
+
+def test_the_precompiled_header_is_made_again_when_any_of_its_headers_changes(tmp_path: Path) -> None:
+    """All of Vidrial's headers that it includes are among those whose digest names it: a stale one would be compiled in without a word."""
+    build = compiler.Build.find(None, "-O1", (), tmp_path)
+    include = compiler.Toolchain.find().vidrial_include
+    header = include / "vidrial" / "host" / "pch.h"
+    command = [*build.compiler.command, *build.flags, *compiler._include_flags(), "-x", "c++", "-M", str(header)]
+    seen = subprocess.run(command, capture_output=True, text=True, check=True).stdout.replace("\\\n", " ").split()[1:]
+    ours = {path.resolve().relative_to(include.resolve()) for path in map(Path, seen) if path.resolve().is_relative_to(include.resolve())}
+    assert Path("vidrial/tile/mma.cuh") in ours
+    assert not [path for path in ours if not any(path.is_relative_to(part) for part in compiler.PRECOMPILED)]

@@ -41,6 +41,8 @@ COMPILE_SECONDS, BUSY_SECONDS = 600, 10
 FULL = (b"No space left on device", b"Disk quota exceeded")
 # A precompiled header takes 100 MB.
 PRODUCTS_KEPT = 12
+# What Vidrial's precompiled header, and the runtime, are made of, below the folder of headers.
+PRECOMPILED = ("vidrial/host", "vidrial/prelude.cuh", "vidrial/arch", "vidrial/tile")
 TEXT = """#include <vidrial/host/pch.h>
 #line 1 "{name}.cu"
 {source}
@@ -135,7 +137,7 @@ class Build:
             ToolchainError: the compiler rejects it. NoRoom: no folder can take it.
         """
         original = Toolchain.find().vidrial_include / "vidrial/host" / header
-        named = "\0".join((*flags, self.compiler.version, _digest("vidrial/host", "vidrial/prelude.cuh")))
+        named = "\0".join((*flags, self.compiler.version, _digest(*PRECOMPILED)))
         key = hashlib.sha256(named.encode()).hexdigest()[:32]
         make = functools.partial(self._make_artifact, key, product, flags, original)
         return once(("artifact", self.artifact_dir, key), make, 3 * COMPILE_SECONDS)
