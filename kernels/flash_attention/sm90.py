@@ -227,12 +227,13 @@ def key_blocks(p: Problem, c: Config, rows: int) -> int:
     if p.windowed:
         unlimited = p.tq + p.tk
         left, right = (unlimited if side < 0 else side for side in (left, right))
-    return _key_blocks(p.tq, p.tk, packed, left, right, row_blocks(p, c) * c.rows, rows, c.keys)
+    return _key_blocks(p.tq, p.tk, packed, (left, right), row_blocks(p, c) * c.rows, rows, c.keys)
 
 
 @lru_cache(maxsize=4096)
-def _key_blocks(tq: int, tk: int, packed: int, left: int, right: int, all_rows: int, rows: int, keys: int) -> int:
-    """`left`, `right`: of the window, below 0 for no limit."""
+def _key_blocks(tq: int, tk: int, packed: int, window: tuple[int, int], all_rows: int, rows: int, keys: int) -> int:
+    """`window`: keys to the left and right, below 0 for no limit."""
+    left, right = window
     starts, offset = np.arange(0, all_rows, rows), tk - tq
     first, last = starts // packed, np.minimum((starts + rows - 1) // packed, tq - 1)
     end = np.minimum(tk, last + offset + 1 + right) if right >= 0 else np.full_like(last, tk)

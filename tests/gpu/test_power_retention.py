@@ -12,7 +12,7 @@ import pytest
 from power_gpu import Arrays, compile_all, errors, run_guarded
 
 from vidrial.device import Device
-from vidrial.errors import ArgumentTypeError, UnsupportedError
+from vidrial.errors import ArgumentTypeError
 from vidrial.kernels.power_retention import power_retention
 from vidrial.kernels.power_retention.op import RELATIVE_BOUND, chunked, example, op, reference, sample
 from vidrial.kernels.power_retention.problem import Problem
@@ -350,5 +350,18 @@ def test_refusals() -> None:
         power_retention(q.float(), k, v, log_g)
     with pytest.raises(ArgumentTypeError, match=r"the inputs are on CUDA device 0; the host target takes NumPy arrays and CPU tensors"):
         power_retention(q, k, v, log_g, target="host")
-    with pytest.raises(UnsupportedError, match=r"q requires a gradient"):
-        power_retention(q.requires_grad_(), k, v, log_g)
+
+
+def test_autograd_on_a_gpu_agrees_with_numpy() -> None:
+    torch = pytest.importorskip("torch")
+    from vidrial.kernels.power_retention import power_retention_vjp
+
+    _, tensors = torch_inputs(example(t=641, h=2, hq=4, d=64))
+    leaves = [x.detach().requires_grad_() for x in tensors]
+    y = power_retention(*leaves)
+    dy = torch.randn_like(y)
+    y.backward(dy)
+    _, vjp = power_retention_vjp(*(x.detach().float().cpu().numpy() for x in tensors))
+    for leaf, expected in zip(leaves, vjp(dy.float().cpu().numpy()), strict=True):
+        found = leaf.grad.float().cpu().numpy()
+        assert np.linalg.norm(found - expected) <= 1.5e-2 * np.linalg.norm(expected)
