@@ -144,6 +144,14 @@ def _refuse_gradients(inputs: tuple[Any, ...]) -> None:
             )
 
 
+def _is_number(value: Any) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool)
+
+
+def _whole(value: Any) -> bool:
+    return bool(value >= 0 and value == value // 1)
+
+
 def _check_options(causal: Any, window: Any, scale: Any, softcap: Any, return_lse: Any) -> None:
     for name, flag in (("causal", causal), ("return_lse", return_lse)):
         if not isinstance(flag, (bool, np.bool_)):
@@ -151,17 +159,15 @@ def _check_options(causal: Any, window: Any, scale: Any, softcap: Any, return_ls
     if window is not None:
         sides = window if isinstance(window, tuple) and len(window) == 2 else (-1, -1)
         # NOTE: 2.0 is the same window as 2 to the look-up, so that it is one here, too.
-        if not all(side is None or (isinstance(side, Real) and float(side).is_integer() and float(side) >= 0) for side in sides):
+        if not all(side is None or (isinstance(side, Real) and _whole(side)) for side in sides):
             raise ArgumentError(
                 f"window={window!r} is not served; accepted: None, or a tuple (left, right) of keys, each at least 0 or None for no limit"
             )
-    if scale is not None and not (isinstance(scale, Real) and not isinstance(scale, bool) and MIN_SCALE <= float(scale) <= MAX_SCALE):
+    if scale is not None and not (_is_number(scale) and MIN_SCALE <= scale <= MAX_SCALE):
         raise ArgumentError(
             f"scale={scale!r} is not served; accepted: None, or a number from {MIN_SCALE:g} to {MAX_SCALE:g}. Negate q for a negative one"
         )
-    if softcap is not None and not (
-        isinstance(softcap, Real) and not isinstance(softcap, bool) and MIN_SCALE <= float(softcap) <= MAX_SCALE
-    ):
+    if softcap is not None and not (_is_number(softcap) and MIN_SCALE <= softcap <= MAX_SCALE):
         raise ArgumentError(f"softcap={softcap!r} is not served; accepted: None (no cap), or a number from {MIN_SCALE:g} to {MAX_SCALE:g}")
 
 

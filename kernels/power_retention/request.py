@@ -17,6 +17,10 @@ from vidrial.kernels.power_retention.problem import Problem
 NAMES = ("q", "k", "v", "log_g")
 
 
+def _is_number(value: Any) -> bool:
+    return isinstance(value, Real)
+
+
 def check_options(degree: Any, scale: Any, normalize: Any, chunk: Any) -> None:
     # The exact types come first: to ask the abstract ones takes a tenth of a launch each.
     if not (type(degree) is int or isinstance(degree, Integral)) or degree not in DEGREES:
@@ -29,7 +33,7 @@ def check_options(degree: Any, scale: Any, normalize: Any, chunk: Any) -> None:
         raise ArgumentError(f"chunk={chunk!r} is not served; accepted: None, {', '.join(map(str, sorted(CHUNKS)))} (0: no chunks)")
     if chunk and degree != 2:
         raise UnsupportedError(f"chunk={chunk} with degree={degree}: only degree 2 has a state small enough; use chunk=None or 0")
-    if scale is not None and not ((type(scale) is float or isinstance(scale, Real)) and abs(float(scale)) <= MAX_SCALE):
+    if scale is not None and not ((type(scale) is float or _is_number(scale)) and abs(scale) <= MAX_SCALE):
         raise ArgumentError(f"scale={scale!r} is not served; accepted: None, or a number of at most {MAX_SCALE:g} in magnitude")
 
 

@@ -77,6 +77,23 @@ def test_keywords_take_the_types_of_example(words: list[str], values: dict[str, 
         (["explain", "power_retention", "--t", "9", "--normalize", "max"], "normalize='max' is not known; accepted: 'sum', 'none'"),
         (["compile", "power_retention", "--t", "9", "--arch", "h200", "--dtype", "int32"], "dtype int32 is not served; accepted: bfloat16"),
         (["source", "power_retention", "--t", "9", "--arch", "h200", "--d", "0"], "d=0 and e=0 are not served; accepted: 32, 64, 128"),
+        *(
+            (["explain", "power_retention", "--t", "100", "--arch", "h200", *words.split()], reason)
+            for words, reason in (
+                ("--hq 3 --h 2", "hq=3 query heads are no multiple of h=2"),
+                ("--hq 1 --h 2", "hq=1 query heads are no multiple of h=2"),
+                ("--degree 3", "degree=3 has no kernel"),
+                ("--d 65", "d=65 and e=65 are not served"),
+                ("--scale nan", "scale=nan; accepted"),
+                ("--scale 1e300", "scale=1e+300; accepted"),
+                ("--b 100000", "heads; accepted: at most 65535"),
+                ("--dtype float32", "dtype float32 is not served"),
+            )
+        ),
+        (["explain", "power_retention", "--t", "3000000000", "--arch", "h200"], "more than 2^31 elements"),
+        # Cut to what is quick to check these would be other problems, and right.
+        (["check", "power_retention", "--t", "40", "--hq", "3", "--h", "2"], "hq=3 query heads are no multiple of h=2"),
+        (["check", "power_retention", "--b", "100000"], "heads; accepted: at most 65535"),
         (["explain", "vidrial.errors:VidrialError"], "names a type, not an Op"),
         (["explain", "--t", "3"], "'--t' stands where OP should"),
         (["explain", "power_retention"], "power_retention needs --t"),

@@ -216,6 +216,7 @@ BAD: dict[str, tuple[tuple[Any, ...], dict[str, Any], type[VidrialError], str]] 
     "window of infinity": ((Q, KV, KV), {"window": (float("inf"), 1)}, ArgumentError, r"window=\(inf, 1\) is not served"),
     "scale is NaN": ((Q, KV, KV), {"scale": float("nan")}, ArgumentError, r"scale=nan is not served; accepted: None, or a number"),
     "scale is negative": ((Q, KV, KV), {"scale": -0.1}, ArgumentError, r"scale=-0.1 is not served.*Negate q"),
+    "scale is no float": ((Q, KV, KV), {"scale": 10**400}, ArgumentError, r"scale=10+ is not served"),
     "scale is an array": ((Q, KV, KV), {"scale": np.ones(3)}, ArgumentError, r"scale=array.* is not served"),
     "softcap is 0": ((Q, KV, KV), {"softcap": 0.0}, ArgumentError, r"softcap=0.0 is not served; accepted: None \(no cap\), or a number"),
     "softcap is infinite": ((Q, KV, KV), {"softcap": float("inf")}, ArgumentError, r"softcap=inf is not served"),

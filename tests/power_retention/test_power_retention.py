@@ -236,6 +236,7 @@ BAD: dict[str, tuple[tuple[Any, ...], dict[str, Any], type[VidrialError], str]] 
     "chunk with degree 4": ((Q, KV, KV), {"chunk": 128, "degree": 4}, UnsupportedError, r"chunk=128 with degree=4: .*use chunk=None or 0"),
     "scale is NaN": ((Q, KV, KV), {"scale": float("nan")}, ArgumentError, r"scale=nan is not served; accepted: None, or a number"),
     "scale is huge": ((Q, KV, KV), {"scale": 1e200}, ArgumentError, r"scale=1e\+200 is not served"),
+    "scale is no float": ((Q, KV, KV), {"scale": 10**400}, ArgumentError, r"scale=10+ is not served"),
     "scale is an array": ((Q, KV, KV), {"scale": np.ones(3)}, ArgumentError, r"scale=array.* is not served"),
     "target": ((Q, KV, KV), {"target": "tpu"}, ArgumentError, r"target 'tpu' is not known; accepted: cuda, host"),
 }

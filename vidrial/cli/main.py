@@ -141,7 +141,9 @@ def explain(reference: str, keywords: tuple[str, ...], arch: str | None, limit: 
     from vidrial.cli.tables import make_console, show_space
 
     op, problem = read_one(reference, keywords)
-    show_space(make_console(), op, problem, device_of(arch), limit)
+    device = device_of(arch)
+    op.check_problem(problem, device)
+    show_space(make_console(), op, problem, device, limit)
 
 
 @op_command("compile")

@@ -130,12 +130,16 @@ def odd_problems(op: Op[P, C], keywords: Mapping[str, Any] | None = None) -> lis
     """Problems of the op's `example` that are quick to check, odd in every length that the keywords leave open.
 
     Raises:
-        ArgumentError: `example` requires a keyword that is no length.
+        ArgumentError: `example` requires a keyword that is no length. ConfigError: the op serves no such problem.
     """
     given = dict(keywords or {})
     parameters = inspect.signature(op.example, eval_str=True).parameters.values()
     lengths = [p.name for p in parameters if p.default is p.empty and p.annotation is int and p.name not in given]
-    return list(dict.fromkeys(op.small(make_problem(op, given | dict.fromkeys(lengths, n))) for n in (LENGTHS if lengths else LENGTHS[:1])))
+    problems = [make_problem(op, given | dict.fromkeys(lengths, n)) for n in (LENGTHS if lengths else LENGTHS[:1])]
+    for problem in problems:
+        # What is cut to a small one may be another problem.
+        op.check_problem(problem, Device.of(DEFAULT_GPU))
+    return list(dict.fromkeys(map(op.small, problems)))
 
 
 def diverse_configs(op: Op[P, C], problem: P, count: int) -> list[C]:

@@ -153,10 +153,14 @@ class _Code:
         self.text = "".join((*pieces, self.whole[last:]))
 
     def _without_jinja(self, text: str) -> str:
+        lexed: list[tuple[int, str, str]] = []
         try:
-            lexed = list(jinja2.Environment(keep_trailing_newline=True).lex(text))
+            lexed.extend(jinja2.Environment(keep_trailing_newline=True).lex(text))
         except jinja2.TemplateSyntaxError as error:
-            raise TemplateError(f"{self.where}:{error.lineno}: {error.message}") from None
+            # What the lexer stumbles over may lie lines behind the tag that was left open.
+            tags = [(line, kind) for line, kind, _ in lexed if kind.endswith(("_begin", "_end"))]
+            line = tags[-1][0] if tags and tags[-1][1].endswith("_begin") else error.lineno
+            raise TemplateError(f"{self.where}:{line}: {error.message}") from None
         pieces: list[str] = []
         inside: list[str] = []
         length = begin = 0

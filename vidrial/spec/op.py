@@ -254,6 +254,17 @@ class Op(Generic[P, C]):
         if reason is not None:
             raise ConfigError(f"{self.name}: {describe(config)} is not legal for {problem}: {reason}")
 
+    def check_problem(self, problem: P, device: Device) -> None:
+        """Refuse a problem that the op's own rules refuse whatever its choices.
+
+        Raises:
+            ConfigError: with the first rule's reason.
+        """
+        reasons = (self.reject(problem, shared, device, "") for shared in self.shared())
+        first = next(reasons, None)
+        if first is not None and all(reason is not None for reason in reasons):
+            raise ConfigError(f"{self.name}: no legal config for {problem} on {device.name}: {first}")
+
     def _check_stages(self, problem: P, config: C) -> None:
         """Refuse stages whose kernels or parts the op does not declare: its rankings and its search would leave them out unnoticed."""
         kernels, declared = [kernel.name for kernel in self.kernels], parts(self.config)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 import struct
+import traceback
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,7 @@ from typing import Any
 
 import jinja2
 
-from vidrial.errors import ArgumentError, TemplateError
+from vidrial.errors import ArgumentError, TemplateError, VidrialError
 from vidrial.layout.atoms import MmaAtom
 from vidrial.layout.barriers import Barriers, NamedBarriers
 from vidrial.layout.mma import atoms_of
@@ -191,22 +192,59 @@ def render(template: Path, entry: str, names: Mapping[str, object]) -> Source:
     Raises:
         TemplateError: an undefined name, a value that may not render, or a syntax error, with the template's line.
     """
-    lines = template.read_text(encoding="utf-8").splitlines()
-    marked: list[str] = []
-    for number, line in enumerate(lines, 1):
-        marked.append(line)
-        if RESYNC.search(line):
-            marked.append(f'#line {number + 1} "{template.name}"')
     environment = jinja2.Environment(undefined=jinja2.StrictUndefined, finalize=cpp, keep_trailing_newline=True, autoescape=False)
     try:
-        body = environment.from_string("\n".join(marked) + "\n").render(**names)
+        marked, lines = _marked(environment, template)
+        body = environment.from_string(marked).render(**names)
     except jinja2.TemplateSyntaxError as error:
         raise TemplateError(f"{template.name}:{error.lineno}: {error.message}") from None
-    except jinja2.UndefinedError as error:
-        raise TemplateError(f"{template.name}: {error.message}; known names: {', '.join(sorted(names))}") from None
+    except (jinja2.TemplateError, TemplateError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        at = _line(error)
+        if at is None or (isinstance(error, VidrialError) and not isinstance(error, TemplateError)):
+            raise
+        known = f"; known names: {', '.join(sorted(names))}" if isinstance(error, jinja2.UndefinedError) else ""
+        what = "" if isinstance(error, jinja2.TemplateError | TemplateError) else f"{type(error).__name__}: "
+        raise TemplateError(f"{template.name}:{lines[at - 1]}: {what}{error}{known}") from None
     folders = include_folders(template)
     text = f'// includes sha256:{closure_digest(body, folders, template.name)}\n#line 1 "{template.name}"\n{body}'
     return Source(text, entry, template.name, tuple(str(f) for f in folders))
+
+
+def _marked(environment: jinja2.Environment, template: Path) -> tuple[str, list[int]]:
+    """A template that says again which line is which where the rendered text may have more or fewer; and for each of its lines the template's.
+
+    Raises:
+        jinja2.TemplateSyntaxError: it is none.
+    """
+    text = template.read_text(encoding="utf-8")
+    environment.parse(text)
+    marked, numbers, resync = list[str](), list[int](), _resyncs(environment, text)
+    for number, line in enumerate(text.splitlines(), 1):
+        marked.append(line)
+        numbers.append(number)
+        if (number in resync or RESYNC.search(line)) and not line.endswith("\\"):
+            marked.append(f'#line {number + 1} "{template.name}"')
+            numbers.append(number)
+    return "\n".join(marked) + "\n", numbers
+
+
+def _resyncs(environment: jinja2.Environment, text: str) -> set[int]:
+    """The lines on which a tag or a comment ends that began on an earlier one, or that takes line breaks around it away."""
+    found, begun, stripped = set[int](), 0, False
+    for line, kind, value in environment.lex(text):
+        if kind.endswith("_begin"):
+            begun, stripped = line, "-" in value
+        elif kind.endswith("_end"):
+            end = line + value.count("\n")
+            if end > begun or stripped:
+                found.add(end)
+    return found
+
+
+def _line(error: BaseException) -> int | None:
+    """The line of a rendered template that an exception passed last, as Jinja notes it; None if it passed none."""
+    frames = [line for frame, line in traceback.walk_tb(error.__traceback__) if frame.f_code.co_filename == "<template>"]
+    return frames[-1] if frames else None
 
 
 def include_folders(template: Path) -> tuple[Path, Path]:
