@@ -154,7 +154,9 @@ op = vd.Op(
     sample=sample,
     reference=reference,
     check=check,
-    small=lambda p: replace(p, b=min(p.b, 3), t=min(p.t, 4099)),
+    # Of the shortest blocks there are more than `offsets` has threads, so that its loop is entered again; and extents differ, so that a wrong
+    # stride shows.
+    small=lambda p: replace(p, b=min(p.b, 2), t=min(p.t, 70_001)),
 )
 
 
