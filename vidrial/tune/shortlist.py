@@ -29,9 +29,9 @@ LENGTHS, ALONE, LARGER, TIMES, OTHER = (65537, 8193, 1025, 193, 65, 524289), (65
 SIZES, LONG = 2, 64
 # At the first of them so many configs of a part are asked, evenly spread over all; the fastest ones, and the fastest one with each value of
 # each choice, are where the search at all of them begins. It changes one choice at a time, so many times.
-SAMPLE, FASTEST, STEPS = 640, 3, 2
+SAMPLE, FASTEST, STEPS = 320, 3, 2
 # Combinations of the op's own choices that are looked into at a new size.
-LOOKED_INTO = 2
+LOOKED_INTO = 4
 
 
 def predicted(op: Op, problem: Any, device: Device, fixed: tuple[tuple[str, object], ...] = ()) -> Any:
@@ -141,9 +141,11 @@ def _problems(op: Op, problem: Any, device: Device, shared: Sequence[Any]) -> It
         others = {name: n for name, n in sizes.items() if name not in long}
         alone, many = {name: least[name] for name in others}, {name: TIMES * n for name, n in others.items()}
         if found < SIZES and _usable(op, dataclasses.replace(problem, **alone, **dict.fromkeys(long, LENGTHS[0])), device, shared):
-            groups = ((OTHER, alone),) if found else ((LENGTHS, others), (ALONE, alone), (LARGER, many))
-            asked = [dataclasses.replace(problem, **beside, **dict.fromkeys(long, n)) for lengths, beside in groups for n in lengths]
-            yield asked if found else [*asked, problem]
+            # Each begins with a sample of its own: where rows are few other configs are legal.
+            for lengths, beside in tuple(((n,), alone) for n in OTHER) if found else ((ALONE, alone), (LENGTHS, others), (LARGER, many)):
+                yield [dataclasses.replace(problem, **beside, **dict.fromkeys(long, n)) for n in lengths]
+            if not found:
+                yield [problem]
             found += 1
         if found and value >= LONG:
             return
