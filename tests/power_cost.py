@@ -45,7 +45,7 @@ def constants(module: ModuleType) -> list[str]:
     return [name for name, value in vars(module).items() if name.isupper() and isinstance(value, float)]
 
 
-CONSTANTS: dict[str, ModuleType] = {name: module for module in (cost, pace) for name in constants(module)}
+CONSTANTS: dict[str, ModuleType] = {name: module for module in (cost, pace) for name in constants(module) if name != "CLEAR_SECONDS"}
 
 
 def values() -> dict[str, float]:

@@ -144,17 +144,20 @@ def device_bytes(p: Chunked, c: Config) -> int:
     return p.b * p.h * (tokens + p.snapshot * (2 * (p.chunks - segments) + 4 * (segments - 1)))
 
 
-def timed(p: Chunked, c: Config, device: Device, flops: float, ctas: int, ctas_per_sm: int, pair_tiles: float = 4) -> Cost:
-    """The cost of a scan by either instruction, whose warpgroups scan all tokens of a segment into so many tiles on average."""
+def timed(p: Chunked, c: Config, device: Device, flops: float, ctas: int, ctas_per_sm: int, pair_tiles: float = 4, most_tiles: float = 4) -> Cost:
+    """The cost of a scan by either instruction, whose warpgroups scan all tokens of a segment into so many tiles on average and at most."""
     wgmma, warpgroups = c.mma == "wgmma", c.warps / 4
     # NOTE: by mma.sync 4 warps and blocks of 64 tokens alone were measured: that more save nothing is prudence.
     tokens, waits = (c.tokens, pace.FETCH * (c.stages == 4)) if wgmma else (min(c.tokens, 64), 0.0)
-    token = (
-        pace.products(2 * 64 * pair_tiles * c.columns * warpgroups, warpgroups, c.mma, pace.SCAN_PRODUCTS, device)
-        + pace.FEATURE * 64 * pair_tiles
-        + (pace.TOKENS_STEP * warpgroups + waits) / tokens
-        + pace.SNAPSHOT * pair_tiles * c.columns / 64 / p.chunk
-    )
+
+    def token(tiles: float) -> float:
+        return (
+            pace.products(2 * 64 * tiles * c.columns * warpgroups, warpgroups, c.mma, pace.SCAN_PRODUCTS, device)
+            + pace.FEATURE * 64 * tiles
+            + (pace.TOKENS_STEP * warpgroups + waits) / tokens
+            + pace.SNAPSHOT * tiles * c.columns / 64 / p.chunk
+        )
+
     mean = scanned_tokens(p) / c.segments
     return Cost(
         flops=flops,
@@ -162,8 +165,8 @@ def timed(p: Chunked, c: Config, device: Device, flops: float, ctas: int, ctas_p
         ctas=ctas,
         ctas_per_sm=ctas_per_sm,
         efficiency=pace.efficiency(c.mma),
-        alone=mean * token,
-        longest=longest_segment(p, c) / mean,
+        alone=mean * token(pair_tiles),
+        longest=longest_segment(p, c) * token(most_tiles) / (mean * token(pair_tiles)),
         l2_bytes=ctas * mean * p.dtype.bytes * (p.d + p.e) * (1 if wgmma else warpgroups),
     )
 

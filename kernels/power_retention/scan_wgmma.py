@@ -124,7 +124,7 @@ def rules(p: Chunked, c: Config, device: Device) -> Iterator[tuple[bool, str]]:
 
 def ctas_per_sm(p: Chunked, c: Config, device: Device) -> int:
     """CTAs that an SM holds at once, by an estimate of their registers and of their ring, which is most of their shared memory."""
-    registers = 32 * c.warps * -(-(c.tiles * c.columns // 2 + 76) // 8) * 8
+    registers = 32 * c.warps * -(-(c.tiles * c.columns // 2 + 92) // 8) * 8
     ring = scan.ring_bytes(p, c) + 4096
     resident: int = max(1, min(device.registers_per_sm // registers, device.smem_per_sm // ring))
     return resident
@@ -134,7 +134,7 @@ def cost(p: Chunked, c: Config, device: Device) -> Cost:
     rows = multiplied_tiles(p, c) * c.columns + z_units(p, c) * z_columns(p, c)
     flops = 2 * p.b * p.h * scan.scanned_tokens(p) * 64 * rows
     mean = multiplied_tiles(p, c) / state_units(p, c)
-    return scan.timed(p, c, device, flops, math.prod(grid(p, c)), ctas_per_sm(p, c, device), mean)
+    return scan.timed(p, c, device, flops, math.prod(grid(p, c)), ctas_per_sm(p, c, device), mean, c.tiles)
 
 
 power_scan_wgmma = Kernel(
