@@ -283,13 +283,13 @@ def cost(p: Chunked, c: Config, device: Device) -> Cost:
     once = p.t * p.dtype.bytes * (p.hq + p.h) * (p.d + p.e) + (p.chunks - 1) * p.h * p.snapshot * 2
     read = p.b * (once + (8 * work.rows + 4 * work.rows_before) * p.h * p.gated)
     # What a CTA takes for a block of keys, and for the state; it steps through so many blocks on average, and such a part has a state.
-    multiply = partial(pace.products, warpgroups=warpgroups, mma=c.mma, alone=pace.ATTEND_PRODUCTS, device=device)
-    waits = pace.FETCH if c.stages < (4 if c.mma == "wgmma" else 3) else 0.0
-    block = multiply(2 * bands * scores) * work.blocks / max(1, work.waited) + waits
+    multiply = partial(pace.products, warpgroups=warpgroups, mma=c.mma, device=device)
+    waits = pace.FETCH if c.stages < 3 or (c.stages < 4 and overlapped(p, c)) else 0.0
+    block = multiply(2 * bands * scores, alone=pace.KEYS_PRODUCTS) * work.blocks / max(1, work.waited) + waits
     block += (pace.WEIGHT * c.rows / warpgroups * c.keys + pace.KEYS_STEP * units) * (pace.OVERLAPPED if overlapped(p, c) else 1.0)
     key_bytes, state_bytes = c.keys * p.dtype.bytes * (p.d + p.e), 2 * p.snapshot
     steps = state_bytes / (state_tiles(p, key_bytes) * 128 * p.e)
-    state = multiply(2 * c.rows * p.snapshot) + pace.STATE_STEP * steps * units
+    state = multiply(2 * c.rows * p.snapshot, alone=pace.STATE_PRODUCTS) + pace.STATE_STEP * steps * units
     ctas = max(1, row_blocks)
     blocks, states = work.waited / bands / ctas, work.stateful_rows / c.rows / ctas
     alone = pace.OUTPUT * units + blocks * block + states * state
