@@ -13,6 +13,7 @@ other cases that are there already.
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import time
 from collections.abc import Callable, Sequence

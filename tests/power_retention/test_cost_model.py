@@ -7,7 +7,23 @@ import json
 
 import numpy as np
 import pytest
-from power_cost import ARCHIVE, CONSTANTS, H200, Figures, Summary, Times, constants, fit, measured, predict, put, ranks, summary, trials, values
+from power_cost import (
+    ARCHIVE,
+    CONSTANTS,
+    H200,
+    Figures,
+    Summary,
+    Times,
+    constants,
+    fit,
+    measured,
+    predict,
+    put,
+    ranks,
+    summary,
+    trials,
+    values,
+)
 
 from vidrial.kernels.power_retention import pace
 from vidrial.kernels.power_retention.op import op
