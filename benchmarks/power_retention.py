@@ -13,6 +13,7 @@ other cases that are there already.
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import time
 from collections.abc import Callable, Sequence
@@ -178,9 +179,10 @@ class Bench:
         timings = self._time([launch(stage) for stage in (None, *range(plan.stages))])
         whole, lines = timings[0], []
         for stage, timing in zip(op.stages(problem, plan.config), timings[1:], strict=True):
+            ctas = stage.kernel.grid(stage.problem, stage.config)
             cost = stage.kernel.cost(stage.problem, stage.config, self.device) if stage.kernel.cost else None
             rates = (
-                (f"{cost.flops / timing.median_ms / 1e9:.0f}", f"{cost.bytes / timing.median_ms / 1e6:.0f}", str(cost.ctas))
+                (f"{cost.flops / timing.median_ms / 1e9:.0f}", f"{cost.bytes / timing.median_ms / 1e6:.0f}", str(math.prod(ctas)))
                 if cost
                 else ("-",) * 3
             )

@@ -34,8 +34,8 @@ from vidrial.templates import TEMPLATES
 # Fragments, addresses and loop state, beside the accumulators, before and from sm_90 on; by wgmma in the overlapped and in the serial order,
 # and where a thread has more than two parts of 64 rows: what ptxas makes do with, and spills no more than 8 bytes.
 REGISTER_OVERHEAD, REGISTER_OVERHEAD_OVERLAPPED, REGISTER_OVERHEAD_SERIAL, REGISTER_OVERHEAD_TALL = (80, 64), 60, 40, 100
-# And what it takes in the overlapped order, whatever it could make do with.
-REGISTERS_TAKEN_OVERLAPPED = 84
+# And what it takes where it is free to, by m=2.
+TAKEN_OVERLAPPED, TAKEN_SERIAL = 84, 70
 
 
 @dataclass(frozen=True)
@@ -192,6 +192,11 @@ def accumulators(p: Chunked, c: Config) -> int:
     return (c.m * (2 * p.e + c.keys) + 2 * c.keys) // 4 if c.mma == "wgmma" else c.m * (p.e + c.keys) // 2
 
 
+def register_limit(c: Config, device: Device) -> int:
+    """Registers per thread that ptxas may take."""
+    return min(255, device.registers_per_sm // (32 * c.warps * c.blocks) // 8 * 8)
+
+
 def register_overhead(p: Chunked, c: Config, sm_90: bool) -> int:
     """Registers per thread beside the accumulators, at least."""
     if c.mma == "sync":
@@ -211,7 +216,7 @@ def rules(p: Chunked, c: Config, device: Device) -> Iterator[tuple[bool, str]]:
     yield p.chunk % c.rows == 0, f"the {c.rows} rows of a CTA must divide chunk={p.chunk}"
     yield c.rows % c.keys == 0, f"keys={c.keys} must divide the {c.rows} rows of a CTA"
     yield c.order == "overlapped" or may_overlap(p, c), "the order is the serial one already"
-    registers = min(255, device.registers_per_sm // (32 * c.warps * c.blocks) // 8 * 8)
+    registers = register_limit(c, device)
     beside = register_overhead(p, c, device.capability >= 90)
     yield (
         accumulators(p, c) + beside <= registers,
@@ -263,8 +268,11 @@ def least_smem(p: Chunked, c: Config) -> int:
 def ctas_per_sm(p: Chunked, c: Config, device: Device) -> int:
     """CTAs that an SM holds at once, by an estimate of their registers and by their shared memory."""
     smem = least_smem(p, c)
-    beside = REGISTERS_TAKEN_OVERLAPPED if overlapped(p, c) else register_overhead(p, c, False)
-    registers = min(255, accumulators(p, c) + beside)
+    if c.mma == "wgmma" and c.m == 2:
+        beside = TAKEN_OVERLAPPED if overlapped(p, c) else TAKEN_SERIAL
+    else:
+        beside = register_overhead(p, c, False)
+    registers = min(register_limit(c, device), accumulators(p, c) + beside)
     return max(1, Occupancy.of(device, threads=32 * c.warps, smem=smem, registers=registers).ctas)
 
 
@@ -275,13 +283,13 @@ def cost(p: Chunked, c: Config, device: Device) -> Cost:
     once = p.t * p.dtype.bytes * (p.hq + p.h) * (p.d + p.e) + (p.chunks - 1) * p.h * p.snapshot * 2
     read = p.b * (once + (8 * work.rows + 4 * work.rows_before) * p.h * p.gated)
     # What a CTA takes for a block of keys, and for the state; it steps through so many blocks on average, and such a part has a state.
-    multiply = partial(pace.products, warpgroups=warpgroups, mma=c.mma, alone=pace.ATTEND_PRODUCTS, device=device)
-    waits = pace.FETCH if c.stages < (4 if c.mma == "wgmma" else 3) else 0.0
-    block = multiply(2 * bands * scores) * work.blocks / max(1, work.waited) + waits
+    multiply = partial(pace.products, warpgroups=warpgroups, mma=c.mma, device=device)
+    waits = pace.FETCH if c.stages < 3 or (c.stages < 4 and overlapped(p, c)) else 0.0
+    block = multiply(2 * bands * scores, alone=pace.KEYS_PRODUCTS) * work.blocks / max(1, work.waited) + waits
     block += (pace.WEIGHT * c.rows / warpgroups * c.keys + pace.KEYS_STEP * units) * (pace.OVERLAPPED if overlapped(p, c) else 1.0)
     key_bytes, state_bytes = c.keys * p.dtype.bytes * (p.d + p.e), 2 * p.snapshot
     steps = state_bytes / (state_tiles(p, key_bytes) * 128 * p.e)
-    state = multiply(2 * c.rows * p.snapshot) + pace.STATE_STEP * steps * units
+    state = multiply(2 * c.rows * p.snapshot, alone=pace.STATE_PRODUCTS) + pace.STATE_STEP * steps * units
     ctas = max(1, row_blocks)
     blocks, states = work.waited / bands / ctas, work.stateful_rows / c.rows / ctas
     alone = pace.OUTPUT * units + blocks * block + states * state

@@ -7,35 +7,37 @@ from __future__ import annotations
 
 from vidrial import Device
 
-# Times that mma.sync takes what wgmma takes.
-MMA_SYNC = 1.79
-# Products of a warpgroup that has the tensor cores to itself, in times of what they take at the tensor rate: of the output, of the scan.
-ATTEND_PRODUCTS, SCAN_PRODUCTS = 1.04, 0.483
-# Of their time at the tensor rate, what the products of each further warpgroup of the CTA add.
-SHARED = 0.308
+# Share of the tensor rate that wgmma reaches; times that mma.sync takes what wgmma takes.
+REACHED, MMA_SYNC = 0.89, 1.37
+# Products of a warpgroup that has the tensor cores to itself, in times of what they take at the rate reached: with keys and values, with the
+# state, whose elements of phi(q) are made meanwhile. Those of the scan are hidden by its elements of phi(k).
+KEYS_PRODUCTS, STATE_PRODUCTS = 0.978, 0.59
+# Of their time at that rate, what the products of each further warpgroup of the CTA add.
+SHARED = 0.333
 # A weight; an element of phi(k) of the scan.
-WEIGHT, FEATURE = 12.8e-12, 10.0e-12
+WEIGHT, FEATURE = 14.0e-12, 29.1e-12
 # What the overlapped order of a block of keys leaves of its weights' time, and of its step's.
-OVERLAPPED = 0.7
+OVERLAPPED = 0.591
 # A step of the loop over blocks of keys and over the state, for each 128 rows of a CTA that meet in its barrier; over a scan's tokens, for
 # each warpgroup. NOTE: all rows that were measured are 32 a warp: that 64 take twice as long is prudence.
-KEYS_STEP, STATE_STEP, TOKENS_STEP = 0.274e-6, 0.0402e-6, 0.105e-6
-# What a ring that is one stage short waits for, a step.
-FETCH = 0.0719e-6
+KEYS_STEP, STATE_STEP, TOKENS_STEP = 0.261e-6, 0.194e-6, 0.0731e-6
+# What a step of attend waits for if the ring is one stage short: of 2, or of 3 in the overlapped order, which reads two of them. The serial one
+# and the scan lose nothing by it.
+FETCH = 0.0547e-6
 # The output's first loads and its last stores, for each 128 rows.
-OUTPUT = 1.87e-6
+OUTPUT = 1.97e-6
 # A snapshot's 64 x 64 elements.
-SNAPSHOT = 0.106e-6
+SNAPSHOT = 0.126e-6
 # A pass of the gates' CTA over its threads' tokens.
-GATES_PASS = 2.63e-6
+GATES_PASS = 2.7e-6
 
 
 def efficiency(mma: str) -> float:
     """Share of the tensor rate that the instruction reaches."""
-    return 1.0 if mma == "wgmma" else 1 / MMA_SYNC
+    return REACHED if mma == "wgmma" else REACHED / MMA_SYNC
 
 
 def products(flops: float, warpgroups: float, mma: str, alone: float, device: Device) -> float:
-    """Seconds of a CTA's products, shared by its warpgroups; `alone`: ATTEND_PRODUCTS or SCAN_PRODUCTS."""
+    """Seconds of a CTA's products, shared by its warpgroups; `alone`: KEYS_PRODUCTS or STATE_PRODUCTS, 0 if hidden."""
     rate = device.tensor_tflops * 1e12 / device.sms * efficiency(mma)
     return flops / warpgroups / rate * (alone + SHARED * (warpgroups - 1))

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from vidrial import Arguments, Cost, Device, DType, Kernel, Tiles, choice
@@ -144,17 +145,18 @@ def device_bytes(p: Chunked, c: Config) -> int:
     return p.b * p.h * (tokens + p.snapshot * (2 * (p.chunks - segments) + 4 * (segments - 1)))
 
 
-def timed(p: Chunked, c: Config, device: Device, flops: float, ctas: int, ctas_per_sm: int, pair_tiles: float = 4) -> Cost:
-    """The cost of a scan by either instruction, whose warpgroups scan all tokens of a segment into so many tiles on average."""
+def timed(p: Chunked, c: Config, device: Device, flops: float, ctas: int, ctas_per_sm: int, pair_tiles: int = 4) -> Cost:
+    """The cost of a scan by either instruction, of so many CTAs whose warpgroups scan all tokens of a segment into `pair_tiles`."""
     wgmma, warpgroups = c.mma == "wgmma", c.warps / 4
     # NOTE: by mma.sync 4 warps and blocks of 64 tokens alone were measured: that more save nothing is prudence.
-    tokens, waits = (c.tokens, pace.FETCH * (c.stages == 4)) if wgmma else (min(c.tokens, 64), 0.0)
-    token = (
-        pace.products(2 * 64 * pair_tiles * c.columns * warpgroups, warpgroups, c.mma, pace.SCAN_PRODUCTS, device)
-        + pace.FEATURE * 64 * pair_tiles
-        + (pace.TOKENS_STEP * warpgroups + waits) / tokens
-        + pace.SNAPSHOT * pair_tiles * c.columns / 64 / p.chunk
-    )
+    tokens = c.tokens if wgmma else min(c.tokens, 64)
+    factors = pace.FEATURE * 64 * pair_tiles
+    # By wgmma, products run on while the next ones' factors are made. NOTE: by mma.sync, that the longer of both counts is prudence as well.
+    multiply = partial(pace.products, 2 * 64 * pair_tiles * c.columns * warpgroups, warpgroups, c.mma, device=device)
+    update = factors + multiply(alone=0.0) if wgmma else max(factors, multiply(alone=1.0))
+    # All that an SM holds write their snapshots at once.
+    written = min(ctas_per_sm, -(-ctas // device.sms)) * warpgroups * pair_tiles * c.columns / 64
+    token = update + pace.TOKENS_STEP * warpgroups / tokens + pace.SNAPSHOT * written / p.chunk
     mean = scanned_tokens(p) / c.segments
     return Cost(
         flops=flops,

@@ -30,13 +30,18 @@ def state_units(p: Chunked, c: Config) -> int:
     return units
 
 
-def multiplied_tiles(p: Chunked, c: Config) -> int:
-    """Tiles that the units of state of a head multiply, those without a pair included."""
-    n, units = p.d // 8, state_units(p, c) // (p.e // c.columns)
-    full = sum(d < n // 2 or (d == n // 2 and i % n < n // 2) for i in range(units) for d in (i // n * c.tiles + c.tiles - 1,))
-    shorter = units - full if drops_last(p, c) else 0
-    found: int = (units * c.tiles - shorter) * (p.e // c.columns)
-    return found
+def tiles_of_units(p: Chunked, c: Config) -> list[int]:
+    """Tiles that each unit of state of a head multiplies, those without a pair included."""
+    n, parts = p.d // 8, p.e // c.columns
+    last = ((i // n * c.tiles + c.tiles - 1, i % n) for i in range(state_units(p, c) // parts))
+    full = (not drops_last(p, c) or d < n // 2 or (d == n // 2 and i < n // 2) for d, i in last)
+    return [c.tiles - (not whole) for whole in full for _ in range(parts)]
+
+
+def tiles_of_ctas(p: Chunked, c: Config) -> list[int]:
+    """Tiles of the warpgroup of each CTA of a head that has most. A part of Z is one."""
+    each, warpgroups = tiles_of_units(p, c) + [1] * z_units(p, c), c.warps // 4
+    return [max(each[i : i + warpgroups]) for i in range(0, len(each), warpgroups)]
 
 
 def z_columns(p: Chunked, c: Config) -> int:
@@ -124,17 +129,19 @@ def rules(p: Chunked, c: Config, device: Device) -> Iterator[tuple[bool, str]]:
 
 def ctas_per_sm(p: Chunked, c: Config, device: Device) -> int:
     """CTAs that an SM holds at once, by an estimate of their registers and of their ring, which is most of their shared memory."""
-    registers = 32 * c.warps * -(-(c.tiles * c.columns // 2 + 76) // 8) * 8
+    registers = 32 * c.warps * -(-(c.tiles * c.columns // 2 + 92) // 8) * 8
     ring = scan.ring_bytes(p, c) + 4096
     resident: int = max(1, min(device.registers_per_sm // registers, device.smem_per_sm // ring))
     return resident
 
 
 def cost(p: Chunked, c: Config, device: Device) -> Cost:
-    rows = multiplied_tiles(p, c) * c.columns + z_units(p, c) * z_columns(p, c)
+    rows = sum(tiles_of_units(p, c)) * c.columns + z_units(p, c) * z_columns(p, c)
     flops = 2 * p.b * p.h * scan.scanned_tokens(p) * 64 * rows
-    mean = multiplied_tiles(p, c) / state_units(p, c)
-    return scan.timed(p, c, device, flops, math.prod(grid(p, c)), ctas_per_sm(p, c, device), mean)
+    most = tiles_of_ctas(p, c)
+    # A shorter CTA gives its place to the next one: so many of the longest take as long as all.
+    ctas = math.ceil(sum(most) / max(most) * c.segments * p.b * p.h)
+    return scan.timed(p, c, device, flops, ctas, ctas_per_sm(p, c, device), max(most))
 
 
 power_scan_wgmma = Kernel(

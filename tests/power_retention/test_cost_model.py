@@ -7,14 +7,32 @@ import json
 
 import numpy as np
 import pytest
-from power_cost import ARCHIVE, CONSTANTS, H200, Figures, Summary, Times, fit, measured, predict, put, ranks, summary, trials, values
+from power_cost import (
+    ARCHIVE,
+    CONSTANTS,
+    H200,
+    Figures,
+    Summary,
+    Times,
+    constants,
+    fit,
+    measured,
+    predict,
+    put,
+    ranks,
+    summary,
+    trials,
+    values,
+)
 
+from vidrial.kernels.power_retention import pace
 from vidrial.kernels.power_retention.op import op
 from vidrial.kernels.power_retention.problem import Problem
+from vidrial.spec import cost
 from vidrial.tune.codec import decode
 
 # Typical error: what the model reaches, so that no constant may drift unseen.
-ERROR = 0.045
+ERROR = 0.035
 TIMES: Times = measured()
 
 
@@ -34,7 +52,12 @@ def test_the_archive_holds_the_trials_of_every_shipped_ranking() -> None:
     shipped = json.loads((ARCHIVE.parent / "power_retention.json").read_text())
     problems = [decode(Problem, m["problem"]) for ranking in shipped["rankings"] for m in ranking["measured"]]
     assert len(problems) == len(TIMES) == 28 and set(problems) == TIMES.keys()
-    assert sum(len(times) for times in TIMES.values()) > 850 and min(map(len, TIMES.values())) > 10
+    # A sweep looks at a config once and times its leaders again, so that most lines are of configs that were timed before: 849 trials in 179.6 s,
+    # 471 configs. A problem whose leaders soon tie is left after few of them.
+    run = json.loads((ARCHIVE.parent / "power_retention_run.json").read_text())
+    found = trials(every=True)
+    assert sum(map(len, found.values())) == run["trials"] == 849
+    assert sum(len(times) for times in TIMES.values()) == 471 and min(map(len, TIMES.values())) >= 7
 
 
 def test_the_model_holds_over_every_shipped_problem() -> None:
@@ -54,8 +77,11 @@ def test_a_constant_halved_or_doubled_is_found(name: str, factor: float) -> None
 
 
 def test_the_constants_are_those_of_the_model() -> None:
-    """None is left out of the changes above, and each is read: there is no dead one."""
-    assert len(CONSTANTS) == 19 and {"LAUNCH_SECONDS", "CROWD", "MMA_SYNC", "GATES_PASS"} <= CONSTANTS.keys()
+    """None that matters is left out of the changes above, and each is read: there is no dead one."""
+    assert len(CONSTANTS) == 20 and {"LAUNCH_SECONDS", "CROWD", "MMA_SYNC", "GATES_PASS"} <= CONSTANTS.keys()
+    # A zeroed buffer's time is flash attention's: no trial here has one, so that none would tell a wrong value.
+    assert {*constants(cost), *constants(pace)} - CONSTANTS.keys() == {"CLEAR_SECONDS"}
+    assert not any(b.zeroed for p, times in TIMES.items() for c in times for b in op.workspace(p, c).values())
     before = values()
     here = [predict(p, c) for p, times in TIMES.items() for c in times]
     for name in CONSTANTS:

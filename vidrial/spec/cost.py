@@ -32,7 +32,7 @@ class Cost:
             them. Of a kernel without MMAs, those of its inner loop.
         bytes: bytes that must cross device memory: those of the 32-byte sectors that the launch reads before it writes them, and of those
             that it writes, each once, as the host target counts them (`accesses`). A kernel that reads again what L2 has lost adds that.
-        ctas: CTAs launched.
+        ctas: CTAs launched; where some are shorter and leave room for others, as many of the longest as take the same time.
         ctas_per_sm: how many of them an SM holds at once.
         efficiency: share of the device's tensor rate that the inner loop reaches when every SM is full.
         alone: seconds that a CTA takes on average with an SM to itself, waiting included. 0: its arithmetic alone, at that rate.

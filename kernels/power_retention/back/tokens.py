@@ -170,7 +170,7 @@ def cost(p: ChunkedGradient, c: Config, device: Device, values: bool) -> Cost:
     written = p.t * ((p.dtype.bytes * (p.d + p.e) + 4) * p.h if values else (p.dtype.bytes * p.d + 4) * p.hq)
     # NOTE: by the forward kernels' paces; none of the backward pass's own has been fitted yet.
     units, warpgroups, block_bytes = c.rows / 128, c.warps / 4, c.block * p.dtype.bytes * (p.d + p.e)
-    multiply = partial(pace.products, warpgroups=warpgroups, mma="sync", alone=pace.ATTEND_PRODUCTS, device=device)
+    multiply = partial(pace.products, warpgroups=warpgroups, mma="sync", alone=pace.KEYS_PRODUCTS, device=device)
     steps = p.snapshot / (state_tiles(p, block_bytes) * 64 * p.e)
     block = multiply(c.warps * per_block) + 2 * pace.WEIGHT * c.rows / warpgroups * c.block + pace.KEYS_STEP * units
     state = multiply(2 * c.rows * p.snapshot * (2 if values else 1)) + pace.STATE_STEP * steps * units
