@@ -170,16 +170,18 @@ def overlapped(p: Chunked, c: Config) -> bool:
 
 
 def may_overlap(p: Chunked, c: Config) -> bool:
-    """By wgmma, where ptxas has registers for the weights that then outlive their block. Those of 128 keys, or with three CTAs per SM, it does
-    not have (C7512); with m=4, and at d = 128 with 64 keys, either in 3 stages filled by 4 warps or without gates, it spills 12 to 52 bytes."""
+    """By wgmma, where ptxas has registers for the weights that then outlive their block. Those of 128 keys it does not have (C7512); in 168
+    registers, three CTAs per SM, it has those of 32 keys. With m=4, and at d = 128 with 64 keys, either in 3 stages filled by 4 warps or
+    without gates, it spills 12 to 52 bytes."""
     spills = c.keys * p.e >= 64 * 128 and (not p.gated or (c.warps == 4 and c.stages == 3))
-    return c.mma == "wgmma" and c.m == 2 and c.keys < 128 and c.blocks < 3 and not spills
+    return c.mma == "wgmma" and c.m == 2 and c.keys < 128 and (c.blocks < 3 or c.keys == 32) and not spills
 
 
 def halves(p: Chunked, c: Config) -> bool:
     """Whether the blocks on the diagonal are overlapped, too, and the last ones of a band, of which the upper half of its rows sees nothing,
-    multiplied by the lower half alone. NOTE: at d = 128 with 64 keys either spills; there the diagonal keeps to the serial order."""
-    return overlapped(p, c) and c.rows_per_band // 2 % c.keys == 0 and c.keys * p.e < 64 * 128
+    multiplied by the lower half alone. NOTE: at d = 128 with 64 keys, and in 168 registers, that spills 8 to 24 bytes; there the diagonal
+    keeps to the serial order."""
+    return overlapped(p, c) and c.blocks < 3 and c.rows_per_band // 2 % c.keys == 0 and c.keys * p.e < 64 * 128
 
 
 def grid(p: Chunked, c: Config) -> tuple[int, int, int]:
@@ -190,6 +192,11 @@ def grid(p: Chunked, c: Config) -> tuple[int, int, int]:
 def accumulators(p: Chunked, c: Config) -> int:
     """Accumulators per thread; wgmma has one buffer of 64 rows of scores, and all weights in bf16."""
     return (c.m * (2 * p.e + c.keys) + 2 * c.keys) // 4 if c.mma == "wgmma" else c.m * (p.e + c.keys) // 2
+
+
+def register_limit(c: Config, device: Device) -> int:
+    """Registers per thread that ptxas may take."""
+    return min(255, device.registers_per_sm // (32 * c.warps * c.blocks) // 8 * 8)
 
 
 def register_overhead(p: Chunked, c: Config, sm_90: bool) -> int:
@@ -210,8 +217,8 @@ def rules(p: Chunked, c: Config, device: Device) -> Iterator[tuple[bool, str]]:
     yield from device.smem_rules(least_smem(p, c), c.blocks)
     yield p.chunk % c.rows == 0, f"the {c.rows} rows of a CTA must divide chunk={p.chunk}"
     yield c.rows % c.keys == 0, f"keys={c.keys} must divide the {c.rows} rows of a CTA"
-    yield c.order == "overlapped" or may_overlap(p, c), "the order is the serial one already"
-    registers = min(255, device.registers_per_sm // (32 * c.warps * c.blocks) // 8 * 8)
+    yield c.order == "overlapped" or may_overlap(p, c), f"order={c.order}: no other has registers; it is taken by order=overlapped as well"
+    registers = register_limit(c, device)
     beside = register_overhead(p, c, device.capability >= 90)
     yield (
         accumulators(p, c) + beside <= registers,
@@ -264,7 +271,7 @@ def ctas_per_sm(p: Chunked, c: Config, device: Device) -> int:
     """CTAs that an SM holds at once, by an estimate of their registers and by their shared memory."""
     smem = least_smem(p, c)
     beside = REGISTERS_TAKEN_OVERLAPPED if overlapped(p, c) else register_overhead(p, c, False)
-    registers = min(255, accumulators(p, c) + beside)
+    registers = min(register_limit(c, device), accumulators(p, c) + beside)
     return max(1, Occupancy.of(device, threads=32 * c.warps, smem=smem, registers=registers).ctas)
 
 
