@@ -34,8 +34,8 @@ from vidrial.templates import TEMPLATES
 # Fragments, addresses and loop state, beside the accumulators, before and from sm_90 on; by wgmma in the overlapped and in the serial order,
 # and where a thread has more than two parts of 64 rows: what ptxas makes do with, and spills no more than 8 bytes.
 REGISTER_OVERHEAD, REGISTER_OVERHEAD_OVERLAPPED, REGISTER_OVERHEAD_SERIAL, REGISTER_OVERHEAD_TALL = (80, 64), 60, 40, 100
-# And what it takes in the overlapped order, whatever it could make do with.
-REGISTERS_TAKEN_OVERLAPPED = 84
+# And what it takes where it is free to, by m=2.
+TAKEN_OVERLAPPED, TAKEN_SERIAL = 84, 70
 
 
 @dataclass(frozen=True)
@@ -270,7 +270,10 @@ def least_smem(p: Chunked, c: Config) -> int:
 def ctas_per_sm(p: Chunked, c: Config, device: Device) -> int:
     """CTAs that an SM holds at once, by an estimate of their registers and by their shared memory."""
     smem = least_smem(p, c)
-    beside = REGISTERS_TAKEN_OVERLAPPED if overlapped(p, c) else register_overhead(p, c, False)
+    if c.mma == "wgmma" and c.m == 2:
+        beside = TAKEN_OVERLAPPED if overlapped(p, c) else TAKEN_SERIAL
+    else:
+        beside = register_overhead(p, c, False)
     registers = min(register_limit(c, device), accumulators(p, c) + beside)
     return max(1, Occupancy.of(device, threads=32 * c.warps, smem=smem, registers=registers).ctas)
 

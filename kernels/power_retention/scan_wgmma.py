@@ -124,7 +124,7 @@ def rules(p: Chunked, c: Config, device: Device) -> Iterator[tuple[bool, str]]:
 
 def ctas_per_sm(p: Chunked, c: Config, device: Device) -> int:
     """CTAs that an SM holds at once, by an estimate of their registers and of their ring, which is most of their shared memory."""
-    registers = 32 * c.warps * -(-(c.tiles * c.columns // 2 + 76) // 8) * 8
+    registers = 32 * c.warps * -(-(c.tiles * c.columns // 2 + 92) // 8) * 8
     ring = scan.ring_bytes(p, c) + 4096
     resident: int = max(1, min(device.registers_per_sm // registers, device.smem_per_sm // ring))
     return resident

@@ -23,6 +23,7 @@ from vidrial.kernels.power_retention import attend, scan, scan_wgmma
 from vidrial.kernels.power_retention.attend import Config as Attend
 from vidrial.kernels.power_retention.op import RELATIVE_BOUND, Config, check, example, op, reference, sample
 from vidrial.kernels.power_retention.scan import Config as Scan
+from vidrial.spec.choices import configs
 from vidrial.spec.source import Source
 from vidrial.tune.pick import choose_config
 
@@ -369,6 +370,24 @@ def test_no_kernel_that_a_call_picks_spills() -> None:
         ):
             assert isinstance(cubin, Cubin), cubin
             assert cubin.resources.spill_stores + cubin.resources.spill_loads <= 8, f"{sources[str(key)][1]}: {cubin.resources}"
+
+
+def test_attend_is_as_many_ctas_per_sm_as_its_cost_takes_it_for() -> None:
+    """A third of the configs at d = 64 and 128: their CTAs per SM, by the registers that ptxas takes, are those of the cost; none spills more
+    than 8 bytes."""
+    stages = {}
+    for d, chunk in ((64, 0), (64, 1024), (128, 0), (128, 1024)):
+        problem = op.stages(example(t=9001, h=1, d=d), Config(chunk))[-1].problem
+        legal = [c for c in configs(Attend) if c.mma == "wgmma" and attend.power_attend.reject(problem, c, H200) is None]
+        stages |= {(d, chunk, c): (problem, attend.power_attend.source(problem, c)) for c in legal[chunk > 0 :: 3]}
+    assert len(stages) > 30
+    with CompilePool() as pool:
+        jobs = [Job(k, source.text, source.entry, "sm_90a", "", source.include_dirs) for k, (_, source) in stages.items()]
+        for key, cubin in pool.compile_many(jobs):
+            problem, config = stages[key][0], key[2]  # type: ignore[index]
+            assert isinstance(cubin, Cubin) and cubin.resources.spill_stores + cubin.resources.spill_loads <= 8, (key, cubin)
+            found = attend.power_attend.occupancy(problem, config, H200, cubin.resources.registers).ctas
+            assert found == attend.ctas_per_sm(problem, config, H200), (key, cubin.resources.registers)
 
 
 def test_rules_of_registers() -> None:
