@@ -396,7 +396,7 @@ def test_rules_of_registers() -> None:
     stage = op.stages(example(t=5000), dataclasses.replace(BOTH, chunk=256, attend=dataclasses.replace(ATTEND, blocks=3)))[-1]
     assert attend.power_attend.reject(stage.problem, stage.config, H200) is None and not attend.overlapped(stage.problem, stage.config)
     again = dataclasses.replace(stage.config, order="serial")
-    assert "no other has registers" in str(attend.power_attend.reject(stage.problem, again, H200))
+    assert "the order is the serial one already" in str(attend.power_attend.reject(stage.problem, again, H200))
     for order in ("overlapped", "serial"):
         short = dataclasses.replace(stage.config, keys=32, order=order)
         assert attend.power_attend.reject(stage.problem, short, H200) is None
