@@ -277,9 +277,10 @@ def disassemble(image: bytes) -> list[tuple[int, str]]:
     return [(int(address, 16), line.strip()) for address, line in re.findall(r"^\s+/\*([0-9a-f]{4,})\*/\s+(.*?);", text, re.MULTILINE)]
 
 
-def faults(cubin: Cubin, *, wgmma: bool, tma: bool, added_wait: bool = False) -> list[str]:
+def faults(cubin: Cubin, *, wgmma: bool, tma: bool, added_wait: bool = False, spilled: int = 0) -> list[str]:
     """What a kernel's machine code has that it should not have, or lacks: instructions of wgmma and TMA exactly where it claims them, no trap,
-    nothing spilled, nothing that ptxas says of its wgmma. `added_wait`: ptxas may add one wait (C7517), in no loop that multiplies."""
+    no more than `spilled` bytes spilled, nothing that ptxas says of its wgmma. `added_wait`: ptxas may add one wait (C7517), in no loop that
+    multiplies."""
     code, used = disassemble(cubin.image), cubin.resources
     said = [note for note in re.findall(r"\((C7[56]\d\d)\)", cubin.log) if not (added_wait and note == "C7517")]
     found = [f"ptxas says {', '.join(said)}"] if said else []
@@ -289,7 +290,7 @@ def faults(cubin: Cubin, *, wgmma: bool, tma: bool, added_wait: bool = False) ->
             found.append(f"{count} {opcode}")
     if any("BPT" in text for _, text in code):
         found.append("a trap")
-    if used.spill_stores or used.spill_loads:
+    if used.spill_stores + used.spill_loads > spilled:
         found.append(f"{used.spill_stores + used.spill_loads} bytes spilled")
     if added_wait and (drains := drains_in_loops(code)):
         found.append(f"{drains} waits for all products in loops that multiply")

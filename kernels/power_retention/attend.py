@@ -170,16 +170,18 @@ def overlapped(p: Chunked, c: Config) -> bool:
 
 
 def may_overlap(p: Chunked, c: Config) -> bool:
-    """By wgmma, where ptxas has registers for the weights that then outlive their block. Those of 128 keys, or with three CTAs per SM, it does
-    not have (C7512); with m=4, and at d = 128 with 64 keys, either in 3 stages filled by 4 warps or without gates, it spills 12 to 52 bytes."""
+    """By wgmma, where ptxas has registers for the weights that then outlive their block. Those of 128 keys it does not have (C7512); in 168
+    registers, three CTAs per SM, it has those of 32 keys. With m=4, and at d = 128 with 64 keys, either in 3 stages filled by 4 warps or
+    without gates, it spills 12 to 52 bytes."""
     spills = c.keys * p.e >= 64 * 128 and (not p.gated or (c.warps == 4 and c.stages == 3))
-    return c.mma == "wgmma" and c.m == 2 and c.keys < 128 and c.blocks < 3 and not spills
+    return c.mma == "wgmma" and c.m == 2 and c.keys < 128 and (c.blocks < 3 or c.keys == 32) and not spills
 
 
 def halves(p: Chunked, c: Config) -> bool:
     """Whether the blocks on the diagonal are overlapped, too, and the last ones of a band, of which the upper half of its rows sees nothing,
-    multiplied by the lower half alone. NOTE: at d = 128 with 64 keys either spills; there the diagonal keeps to the serial order."""
-    return overlapped(p, c) and c.rows_per_band // 2 % c.keys == 0 and c.keys * p.e < 64 * 128
+    multiplied by the lower half alone. NOTE: at d = 128 with 64 keys, and in 168 registers, that spills 8 to 24 bytes; there the diagonal
+    keeps to the serial order."""
+    return overlapped(p, c) and c.blocks < 3 and c.rows_per_band // 2 % c.keys == 0 and c.keys * p.e < 64 * 128
 
 
 def grid(p: Chunked, c: Config) -> tuple[int, int, int]:

@@ -54,15 +54,17 @@ def compiled(monkeypatch: pytest.MonkeyPatch, entry: Entry, edited: Rendered) ->
 
 # ptxas adds a wait to these (C7517): behind their loops, where the accumulators are stored on a path that may have waited already or not.
 WITH_ADDED_WAIT = {"power_scan_wgmma"}
+# Bytes that a kernel may spill, stored and loaded: attend at d = 128 by 64 keys in 3 stages does, and is 7 % faster than in the order that does not.
+SPILLED = 8
 
 
 def test_kernels_that_calls_may_pick_have_the_machine_code_of_the_table(table: Table) -> None:
-    """And it holds what it should: wgmma where the config says so, no trap, no spill, and no word of ptxas on its wgmma but that of the scans."""
+    """And it holds what it should: wgmma where the config says so, no trap, next to no spill, and no word of ptxas on its wgmma but that of the scans."""
     entries, wrong = chosen(table, False), list[str]()
 
     def seen(index: int, cubin: Cubin) -> None:
         entry = entries[index]
-        mine = faults(cubin, wgmma="mma=wgmma" in entry.config, tma=False, added_wait=entry.kernel in WITH_ADDED_WAIT)
+        mine = faults(cubin, wgmma="mma=wgmma" in entry.config, tma=False, added_wait=entry.kernel in WITH_ADDED_WAIT, spilled=SPILLED)
         wrong.extend(f"{entry.kernel} {entry.facts} {entry.config}: {fault}" for fault in mine)
 
     found = check(table, every=False, jobs=None, seen=seen)
@@ -84,7 +86,8 @@ def test_faults_of_machine_code_are_found(monkeypatch: pytest.MonkeyPatch) -> No
     trap = compile_source(LOOP.replace("/* HERE */", "if (x[0] > 1.f) __trap();"), "k", "sm_90a")
     assert faults(trap, wgmma=False, tma=False) == ["a trap"]
     spilled = dataclasses.replace(plain, resources=dataclasses.replace(plain.resources, spill_stores=4, spill_loads=8))
-    assert faults(spilled, wgmma=False, tma=False) == ["12 bytes spilled"]
+    assert faults(spilled, wgmma=False, tma=False) == faults(spilled, wgmma=False, tma=False, spilled=11) == ["12 bytes spilled"]
+    assert faults(spilled, wgmma=False, tma=False, spilled=12) == []
     said = dataclasses.replace(plain, log="ptxas info : (C7517) warpgroup.wait is injected\nptxas info : (C7602) Insufficient registers")
     assert faults(said, wgmma=False, tma=False) == ["ptxas says C7517, C7602"]
     assert faults(said, wgmma=False, tma=False, added_wait=True) == ["ptxas says C7602"]

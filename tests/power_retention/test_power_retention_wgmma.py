@@ -23,6 +23,7 @@ from vidrial.kernels.power_retention import attend, scan, scan_wgmma
 from vidrial.kernels.power_retention.attend import Config as Attend
 from vidrial.kernels.power_retention.op import RELATIVE_BOUND, Config, check, example, op, reference, sample
 from vidrial.kernels.power_retention.scan import Config as Scan
+from vidrial.spec.choices import configs
 from vidrial.spec.source import Source
 from vidrial.tune.pick import choose_config
 
@@ -64,6 +65,8 @@ CASES: dict[str, tuple[dict[str, Any], Config]] = {
     "E = 128 > D = 64": ({"t": 521, "h": 1, "d": 64, "e": 128}, WIDE),
     "E = 32 < D = 64": ({"t": 263, "h": 1, "d": 64, "e": 32}, scanned(BOTH, columns=32, tiles=3)),
     "E = 64 < D = 128": ({"t": 263, "h": 1, "d": 128, "e": 64}, scanned(BOTH, tiles=3)),
+    "three CTAs per SM, 32 keys": ({"t": 391, "h": 1, "d": 64}, Config(256, SCAN, Attend(32, 2, 4, 4, 3, "wgmma"))),
+    "three CTAs per SM, 64 keys": ({"t": 391, "h": 1, "d": 64}, Config(256, SCAN, Attend(64, 2, 4, 3, 3, "wgmma"))),
     "scan alone": ({"t": 391, "h": 1, "d": 64}, dataclasses.replace(BOTH, attend=Attend())),
     "attend alone": ({"t": 391, "h": 1, "d": 64}, dataclasses.replace(BOTH, scan=Scan())),
 }
@@ -224,7 +227,7 @@ def test_the_serial_order(case: str, request: pytest.FixtureRequest) -> None:
     halved = p.t > 64 and attend.halves(op.stages(p, config)[-1].problem, config.attend)
     changed: list[str] = request.getfixturevalue("serially")
     results, stats = run(p, config, inputs)
-    assert len(changed) == (config.attend.mma == "wgmma" and config.attend.keys < 128)
+    assert len(changed) == attend.overlapped(op.stages(p, config)[-1].problem, config.attend)
     assert_right(p, config, inputs, results)
     more = stats["power_attend"].wgmma - overlapped["power_attend"].wgmma
     assert more > 0 if halved else more == 0
@@ -255,12 +258,11 @@ def test_the_serial_order_under_sanitizers(sanitizer: str, serially: list[str]) 
 # As EARLY, of the overlapped order: what stands there, what stands there instead, the host target's reason.
 EARLY_OVERLAPPED: dict[str, tuple[str, str, str | None]] = {
     "no wait for the first scores": ("else QK::template wait<0>();\n      CUTE_UNROLL", "CUTE_UNROLL", "was written before the wait"),
-    # Of a block without masks the weights of scores that are not there yet are the same NaN: nothing is seen to be written.
-    "no wait for the scores behind a product": ("v, before); QK::template wait<1>(); }", "v, before); }", None),
+    "no wait for the scores behind a product": ("v, before); QK::template wait<1>(); }", "v, before); }", "was written before the wait"),
     "no wait for the other scores": (
         "PV::gemm(o.x[m], fp[m], v, at);\n          QK::template wait<1>();",
         "PV::gemm(o.x[m], fp[m], v, at);",
-        None,
+        "was written before the wait",
     ),
     "the last product of another block": ("v, before); QK::template wait<1>(); }", "v, at); QK::template wait<1>(); }", None),
     "the keys of the upper half": ("QK::gemm(s, q, First, 0, k, at);\n        CUTE", "QK::gemm(s, q, 0, 0, k, at);\n        CUTE", None),
@@ -370,10 +372,35 @@ def test_no_kernel_that_a_call_picks_spills() -> None:
             assert cubin.resources.spill_stores + cubin.resources.spill_loads <= 8, f"{sources[str(key)][1]}: {cubin.resources}"
 
 
+def test_attend_is_as_many_ctas_per_sm_as_its_cost_takes_it_for() -> None:
+    """A third of the configs at d = 64 and 128: their CTAs per SM, by the registers that ptxas takes, are those of the cost; none spills more
+    than 8 bytes."""
+    stages = {}
+    for d, chunk in ((64, 0), (64, 1024), (128, 0), (128, 1024)):
+        problem = op.stages(example(t=9001, h=1, d=d), Config(chunk))[-1].problem
+        legal = [c for c in configs(Attend) if c.mma == "wgmma" and attend.power_attend.reject(problem, c, H200) is None]
+        stages |= {(d, chunk, c): (problem, attend.power_attend.source(problem, c)) for c in legal[chunk > 0 :: 3]}
+    assert len(stages) > 30
+    with CompilePool() as pool:
+        jobs = [Job(k, source.text, source.entry, "sm_90a", "", source.include_dirs) for k, (_, source) in stages.items()]
+        for key, cubin in pool.compile_many(jobs):
+            problem, config = stages[key][0], key[2]  # type: ignore[index]
+            assert isinstance(cubin, Cubin) and cubin.resources.spill_stores + cubin.resources.spill_loads <= 8, (key, cubin)
+            found = attend.power_attend.occupancy(problem, config, H200, cubin.resources.registers).ctas
+            assert found == attend.ctas_per_sm(problem, config, H200), (key, cubin.resources.registers)
+
+
 def test_rules_of_registers() -> None:
-    """Three CTAs per SM of 64 keys at d = 64 are legal, since 168 registers do for them; what spills is not."""
+    """Three CTAs per SM of 64 keys at d = 64 are legal, since 168 registers do for them in the serial order, and for 32 keys in the other one;
+    what spills is not."""
     stage = op.stages(example(t=5000), dataclasses.replace(BOTH, chunk=256, attend=dataclasses.replace(ATTEND, blocks=3)))[-1]
     assert attend.power_attend.reject(stage.problem, stage.config, H200) is None and not attend.overlapped(stage.problem, stage.config)
+    again = dataclasses.replace(stage.config, order="serial")
+    assert "the order is the serial one already" in str(attend.power_attend.reject(stage.problem, again, H200))
+    for order in ("overlapped", "serial"):
+        short = dataclasses.replace(stage.config, keys=32, order=order)
+        assert attend.power_attend.reject(stage.problem, short, H200) is None
+        assert attend.overlapped(stage.problem, short) == (order == "overlapped") and not attend.halves(stage.problem, short)
     tall = dataclasses.replace(stage.config, m=4, keys=32, blocks=1)
     assert "of 4 warps per SM leave 255" in str(attend.power_attend.reject(stage.problem, tall, H200))
     wide = op.stages(example(t=5000, e=128), WIDE)[1]
