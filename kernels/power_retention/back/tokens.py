@@ -32,7 +32,7 @@ from vidrial.templates import TEMPLATES
 
 # Fragments, addresses and loop state, beside the accumulators, without values' gradients and with them; and what the fourth power adds to these.
 # Seen in ptxas's reports.
-REGISTER_OVERHEAD, FOURTH_POWER = (72, 100), 28
+REGISTER_OVERHEAD, FOURTH_POWER = (76, 100), 28
 # Rows of Z that pass through the ring at once.
 Z_ROWS = 32
 
