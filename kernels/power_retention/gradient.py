@@ -187,7 +187,8 @@ def _like(x: NDArray[np.float32], owner: Any, rounded: bool = True) -> Any:
         import jax.numpy
 
         return jax.numpy.asarray(x, dtype=owner.dtype if rounded else None)
-    return x.astype(owner.dtype) if rounded else x
+    # NOTE: results are in this machine's byte order, whatever the arguments are in.
+    return x.astype(owner.dtype.newbyteorder("=")) if rounded else x
 
 
 def _check_dy(dy: Any, y: Any) -> None:

@@ -33,8 +33,9 @@ def test_a_first_call_with_a_warm_cache(tmp_path: Path, monkeypatch: pytest.Monk
     assert warm["compiled"] == [] and not warm["nvrtc"], "NVRTC, 100 MB, is not loaded to learn its version"
     # But a codec, which Jinja's lexer asks for at the first string in a template.
     assert set(warm["imported"]) <= {"encodings.unicode_escape"}, "what a call imports, importing power_retention has imported"
-    # Nothing was measured for D = 32: the cost model chooses among thousands of configs, and makes the tiles of few.
-    assert warm["tiles"] <= warm["launches"] + 4
+    # Nothing was measured for D = 32: the cost model chooses among thousands of configs, and makes the tiles of few: of
+    # the launches, and of those that lead at some size.
+    assert warm["tiles"] <= warm["launches"] + 8
     # Once each, 5 templates and 24 headers for the digest, then the digest itself by name and by descriptor, 2 rankings, 2 headers with
     # the toolchain's versions, the codec and, if rankings are outdated, the project's file for the op's name in the command to measure;
     # a launch: its template, the entry's folder, and 3 files in it by name and by descriptor.

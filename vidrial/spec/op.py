@@ -314,7 +314,7 @@ class Op(Generic[P, C]):
             return iter((shared,))
         return (dataclasses.replace(shared, **{part: config}) for config in configs(parts(self.config)[part]))
 
-    def estimates(self, problem: P, shared: Any, device: Device, part: str, variants: Iterable[Any] | None = None) -> list[Candidate]:
+    def estimates(self, problem: P, shared: C, device: Device, part: str, variants: Iterable[C] | None = None) -> list[Candidate[C]]:
         """What the rules leave of `shared` with the part's configs (or of `variants`, which are such), by the part's own predicted time."""
         every = variants if variants is not None and self.launches(problem, shared, part) else self._part_variants(problem, shared, part)
         found = ((v, self.estimate(problem, v, device, part)) for v in every)

@@ -157,12 +157,13 @@ class _Known:
         return min(every, key=lambda entry: _apart(entry[0], problem))
 
     def searched(self, op: Op, device: Device, measured: ProblemTimings) -> bool:
-        """Whether a search chose what was measured: it begins with what is predicted fastest, so that nothing measured is predicted slower than
-        the cost model's own choice alone."""
+        """Whether a search chose what was measured: it begins with what is predicted fastest, so that the cost model's own choice, or what is
+        predicted faster, was measured."""
         at = sizes(measured.problem)
         if at not in self._searched:
-            own = op.seconds(measured.problem, predicted(op, measured.problem, device), device)
-            self._searched[at] = any(op.seconds(measured.problem, r.config, device) <= own for r in measured.configs)
+            own, configs = predicted(op, measured.problem, device), {r.config for r in measured.configs}
+            seconds = op.seconds(measured.problem, own, device)
+            self._searched[at] = own in configs or any(op.seconds(measured.problem, c, device) < seconds for c in configs)
         return self._searched[at]
 
 
