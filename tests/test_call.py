@@ -254,6 +254,7 @@ def test_out_of_memory_takes_the_next_config_that_fits(
     driver: Driver, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     from vidrial.kernels.power_retention import power_retention
+    from vidrial.tune.pick import choose_config
 
     class OutOfMemory(RuntimeError):
         pass
@@ -262,7 +263,7 @@ def test_out_of_memory_takes_the_next_config_that_fits(
     monkeypatch.setitem(sys.modules, "torch", Torch)
     monkeypatch.setattr(Torch, "OutOfMemoryError", OutOfMemory, raising=False)
     asked = power_example(t=20000, h=2, gated=False)
-    first = power_op.predicted(asked, H200)
+    first = choose_config(power_op, asked, H200).config
     wanted, left = power_op.workspace_bytes(asked, first), [0]
 
     def alloc(size: int, stream: int) -> int:
