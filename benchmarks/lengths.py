@@ -235,7 +235,7 @@ def show(found: Sequence[Found], count: int) -> str:
         lines.append((
             one.name, f"{len(seen)}/{count}", f"{one.warm.first_s:.2f}" if one.warm else "-",
             _sum([call.compiled for call in one.calls]), _sum([call.tried for call in one.calls]),
-            f"{statistics.median(seen):.4f}" if seen else "-", f"{max(seen):.3f}" if seen else "-", f"{one.total:.2f}" if seen else "-",
+            f"{statistics.median(seen):.4f}" if seen else "-", f"{one.worst:.3f}" if one.worst else "-", f"{one.total:.2f}" if seen else "-",
             f"{statistics.median(call.median_ms for call in one.calls):.3f}" if seen else "-", one.note,
         ))  # fmt: skip
     return table(head, lines)

@@ -177,9 +177,14 @@ def _on_cpu(inputs: tuple[Any, ...]) -> tuple[NDArray[np.float32], NDArray[np.fl
     return q, k, v, log_g[0] if log_g else None
 
 
+def _detached(x: Any, name: str) -> Array[Any]:
+    """An array as it is, whether autograd records it or not."""
+    return as_array(x.detach() if hasattr(x, "detach") else x, name)
+
+
 def _like(x: NDArray[np.float32], owner: Any, rounded: bool = True) -> Any:
     """x as an array of the owner's library, and of its dtype if it shall be rounded."""
-    array = as_array(owner.detach() if hasattr(owner, "detach") else owner, "q")
+    array = _detached(owner, "q")
     if array.library == "torch":
         tensor = sys.modules["torch"].from_numpy(x)
         return tensor.to(owner.dtype) if rounded else tensor
@@ -192,7 +197,7 @@ def _like(x: NDArray[np.float32], owner: Any, rounded: bool = True) -> Any:
 
 
 def _check_dy(dy: Any, y: Any) -> None:
-    got, made = as_array(dy, "dy"), as_array(y.detach() if hasattr(y, "detach") else y, "y")
+    got, made = as_array(dy, "dy"), _detached(y, "y")
     if got.library != made.library or got.device != made.device or got.dtype != made.dtype:
         raise ArgumentTypeError(
             f"dy is {got.dtype} of {got.library} on device {got.device}; accepted: what y is, {made.dtype} of {made.library} on device {made.device}"
@@ -211,11 +216,10 @@ def _check_state(name: str, state: Any, p: Problem, q: Any) -> None:
         raise ArgumentTypeError(f"{name} is a {type(state).__name__}; accepted: a PowerState")
     if p.degree != 2:
         raise UnsupportedError(f"{name} with degree={p.degree}: only degree 2 has a state small enough")
-    like = as_array(q.detach() if hasattr(q, "detach") else q, "q")
+    like = _detached(q, "q")
     shapes = {"S": (p.b, p.h, p.d * (p.d + 8) // 2, p.e), "Z": (p.b, p.h, p.d, p.d)}
     for field, shape in shapes.items():
-        x = getattr(state, field)
-        found = as_array(x.detach() if hasattr(x, "detach") else x, f"{name}.{field}")
+        found = _detached(getattr(state, field), f"{name}.{field}")
         if tuple(found.shape) != shape:
             raise ArgumentError(f"{name}.{field} has shape {list(found.shape)}; accepted: {list(shape)}, for q, k and v as they are")
         if found.dtype is not DType.float32 or found.library != like.library or found.device != like.device:

@@ -132,6 +132,25 @@ def pair_rows(d: int) -> tuple[NDArray[np.intp], NDArray[np.intp], Float64]:
     return first.repeat(8, 1).ravel(), np.tile(second, 8).ravel(), multiplicity
 
 
+def _through_features(x: Float64, dphi: Float64) -> Float64:
+    """Gradient of x [T, D] by that of its products of two, [T, P] in the order of `pair_rows`."""
+    ia, ib, _ = pair_rows(x.shape[-1])
+    dx = np.zeros_like(x)
+    np.add.at(dx.T, ia, (dphi * x[:, ib]).T)
+    np.add.at(dx.T, ib, (dphi * x[:, ia]).T)
+    return dx
+
+
+def _through_final_state(keys: Float64, values: Float64, a: Float64, ds: Float64, dz: Float64) -> tuple[Float64, Float64, Float64]:
+    """Gradients of a head's keys [T, D], values [T, E] and sums of gates a [T], T > 0, by that of the state after the last token."""
+    ia, ib, _ = pair_rows(keys.shape[-1])
+    to_end = np.exp(a[-1] - a)[:, None]
+    dk = to_end * (keys @ (dz + dz.T)) + _through_features(keys, to_end * (values @ ds.T))
+    da = -(dk * keys).sum(1) / 2
+    da[-1] -= da.sum()
+    return dk, to_end * ((keys[:, ia] * keys[:, ib]) @ ds), da
+
+
 def gradients(
     q: Float64,
     k: Float64,
@@ -190,30 +209,23 @@ def gradients(
             da[b, rows, h] += (weight * dweight).sum(1)
             da[b, seen, h] -= (weight * dweight).sum(0)
             if initial is not None and d_s is not None and d_z is not None:
-                dphi = from_start[:, None] * count * (dnum @ s0.T)
                 dx = from_start[:, None] * dnorm[:, None] * (x[rows] @ (z0 + z0.T))
-                np.add.at(dx.T, ia, (dphi * x[rows][:, ib]).T)
-                np.add.at(dx.T, ib, (dphi * x[rows][:, ia]).T)
+                dx += _through_features(x[rows], from_start[:, None] * count * (dnum @ s0.T))
                 dq[b, rows, hq] += dx
                 da[b, rows, h] += (dx * x[rows]).sum(1) / 2
                 d_s[b, h] += (from_start[:, None] * phi).T @ dnum
                 d_z[b, h] += (x[rows] * (from_start * dnorm)[:, None]).T @ x[rows]
         if d_final is None or hq % group or d_s is None or d_z is None:
             continue
-        ds, dz, to_end = d_final[0][b, h], d_final[1][b, h], np.exp(a[-1] - a) if length else a
-        dphi = to_end[:, None] * (values @ ds.T)
-        dx = to_end[:, None] * (keys @ (dz + dz.T))
-        np.add.at(dx.T, ia, (dphi * keys[:, ib]).T)
-        np.add.at(dx.T, ib, (dphi * keys[:, ia]).T)
-        dk[b, :, h] += dx
-        dv[b, :, h] += to_end[:, None] * ((keys[:, ia] * keys[:, ib]) @ ds)
-        da[b, :, h] -= (dx * keys).sum(1) / 2
-        left = np.exp(a[-1]) if length else 1.0
-        if length:
-            da[b, -1, h] += (dx * keys).sum() / 2
-            if initial is not None:
-                da[b, -1, h] += left * ((initial[0][b, h] * ds).sum() + (initial[1][b, h] * dz).sum())
+        ds, dz, left = d_final[0][b, h], d_final[1][b, h], np.exp(a[-1]) if length else 1.0
         d_s[b, h] += left * ds
         d_z[b, h] += left * dz
+        if length:
+            from_keys, from_values, from_gates = _through_final_state(keys, values, a, ds, dz)
+            dk[b, :, h] += from_keys
+            dv[b, :, h] += from_values
+            da[b, :, h] += from_gates
+            if initial is not None:
+                da[b, -1, h] += left * ((initial[0][b, h] * ds).sum() + (initial[1][b, h] * dz).sum())
     dlog_g = None if log_g is None else np.flip(np.cumsum(np.flip(da, 1), 1), 1) * ((log_g > LOWEST_LOG_GATE) & (log_g <= 0))
     return Gradients(dq, dk, dv, dlog_g, q_terms, np.sqrt(k_terms), np.sqrt(g_terms) / degree, d_s, d_z)
