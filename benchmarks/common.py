@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import importlib.metadata
+import json
 import math
 import re
 import shlex
@@ -112,6 +113,21 @@ class Work:
         chunked = max((intra + 2.0 * rows * d * columns) / (FLOOR_TFLOPS * 1e9), (inputs + snapshots) / (FLOOR_GBS * 1e6))
         quadratic = max(q_heads * 4.0 * d * (case.t * (case.t + 1) // 2) / (FLOOR_TFLOPS * 1e9), inputs / (FLOOR_GBS * 1e6))
         return cls(intra, 2.0 * (d * (d + 1) // 2) * d * columns, min(chunked, quadratic))
+
+
+def read_results(path: Path, *names: str) -> dict[str, Any]:
+    """A results file that has these entries.
+
+    Raises:
+        SystemExit: there is no such file, or it is another one.
+    """
+    try:
+        data: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise SystemExit(f"{path} cannot be read as a results file: {error}") from None
+    if not isinstance(data, dict) or any(name not in data for name in names):
+        raise SystemExit(f"{path} is no results file of this benchmark; it lacks {', '.join(n for n in names if n not in data) or 'all'}")
+    return data
 
 
 def geometric_mean(values: Sequence[float]) -> float:

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -24,7 +23,7 @@ from typing import Any
 
 from benchmarks.accuracy import Exact, softmax
 from benchmarks.clock import SleepClock, per_call, repeated, shuffled
-from benchmarks.common import RESULTS, bus_id, run_facts, select, short, slug
+from benchmarks.common import RESULTS, bus_id, read_results, run_facts, select, short, slug
 from benchmarks.flash_record import CASES, FA4, PEERS, Case, Row, line, plot, show
 from benchmarks.peers import OverBudget, flash_attention_4, peer_errors, sdpa, within
 from benchmarks.record import CUBLAS, OURS, SDPA, Book, Entry
@@ -226,7 +225,7 @@ def main() -> None:
     """The command."""
     begun, options = time.monotonic(), parse()
     if options.show:
-        book = Book.load(options.show, json.loads(options.show.read_text(encoding="utf-8"))["gpu"], Row.from_json)
+        book = Book.load(options.show, read_results(options.show, "gpu", "rows")["gpu"], Row.from_json)
         draw(book.rows, book.gpu, options.show)
         return
     cases = select(options.cases, CASES)

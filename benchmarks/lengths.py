@@ -27,7 +27,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common import CHUNK, RESULTS, Case, run_facts, short, slug, table
+from benchmarks.common import CHUNK, RESULTS, Case, read_results, run_facts, short, slug, table
 from benchmarks.peers import ROOT, flash_attention_4, inputs, retention, sdpa
 
 SEED, COUNT, SECONDS, WARM_LENGTH, CALLS = 7, 100, 60.0, 1024, 7
@@ -299,7 +299,7 @@ def main() -> None:
         run(SYSTEMS[options.one], [int(t) for t in options.lengths.split(",")], lambda call: print(json.dumps(asdict(call)), flush=True))
         return
     if options.show:
-        data = json.loads(options.show.read_text(encoding="utf-8"))
+        data = read_results(options.show, "systems", "gpu", "count")
         found, gpu, count, path = [Found.from_json(one) for one in data["systems"]], data["gpu"], data["count"], options.show
     else:
         import torch

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import sys
 from dataclasses import asdict
@@ -104,3 +105,14 @@ def test_an_unknown_system_is_refused(monkeypatch: pytest.MonkeyPatch, capsys: p
     with pytest.raises(SystemExit) as stopped:
         bench.main()
     assert stopped.value.code == 2 and "no system 'nobody'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("text", [None, "{", '{"a": 1}', "[]"])
+@pytest.mark.parametrize("script", ["lengths", "flash_attention"])
+def test_what_is_no_results_file_is_said(script: str, text: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "other.json"
+    if text is not None:
+        path.write_text(text)
+    monkeypatch.setattr(sys, "argv", [f"{script}.py", "--show", str(path)])
+    with pytest.raises(SystemExit, match="other.json (cannot be read as a|is no) results file"):
+        importlib.import_module(f"benchmarks.{script}").main()

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, Literal, TypeVar, overload
 
-from vidrial import current_target, run, signature_of
+from vidrial import ArgumentError, current_target, run, signature_of
 from vidrial.kernels.power_retention import gradient
 from vidrial.kernels.power_retention.gradient import Gradients
 from vidrial.kernels.power_retention.op import DTYPES
@@ -96,7 +96,7 @@ def power_retention(
     """
     inputs = (q, k, v) if log_g is None else (q, k, v, log_g)
     place = current_target(target)
-    if gradient.records(*inputs) or initial_state is not None or output_final_state:
+    if gradient.records(*inputs) or initial_state is not None or output_final_state is not False:
         return _with_state(inputs, gradient.Options(degree, scale, normalize, chunk, place), initial_state, output_final_state)
     key, pointers = signature_of(inputs, NAMES)
     try:
@@ -112,7 +112,8 @@ def power_retention(
 
 def _with_state(inputs: tuple[Any, ...], o: gradient.Options, state: PowerState[Any] | None, output_final_state: bool) -> Any:
     check_options(o.degree, o.scale, o.normalize, o.chunk)
-    tensors = inputs if state is None else (*inputs, getattr(state, "S", None), getattr(state, "Z", None))
+    gradient.check_states(o, state, output_final_state)
+    tensors = inputs if state is None else (*inputs, state.S, state.Z)
     if gradient.records(*tensors):
         y, final = gradient.recorded(inputs, o, state, output_final_state)
     else:
@@ -145,7 +146,8 @@ def power_retention_vjp(
     Returns:
         What `power_retention` returns, and vjp(dy, d_state=None) -> Gradients: `dy` of y's shape, dtype, library and device, any strides;
         `d_state`, a PowerState, of the final state if that was asked for. Gradients have the shapes, dtypes and library of the arguments.
-        A row whose normaliser is at its floor has the gradient 0, and so has a log gate outside of (-60, 0].
+        A row whose normaliser is at its floor has the gradient 0, and so has a log gate outside of (-60, 0]. It reads the arguments again:
+        do not write to them before.
 
     Raises:
         Those of `power_retention`; vjp: ArgumentError, ArgumentTypeError, naming dy or d_state.
@@ -155,6 +157,8 @@ def power_retention_vjp(
     made = gradient.forward(inputs, o, initial_state, output_final_state)
 
     def vjp(dy: A, d_state: PowerState[A] | None = None) -> Gradients[A]:
+        if d_state is not None and made.state is None:
+            raise ArgumentError("d_state: the final state was not asked for; give power_retention_vjp output_final_state=True")
         return gradient.backward(inputs, made, dy, o, initial_state, d_state)
 
     return ((made.y, made.state) if output_final_state else made.y), vjp

@@ -10,7 +10,7 @@ from typing import Any, Generic, NamedTuple, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from vidrial import ArgumentError, ArgumentTypeError, Array, Buffer, DType, UnsupportedError, apply, as_array, contiguous, signature_of
+from vidrial import CPU, ArgumentError, ArgumentTypeError, Array, Buffer, DType, UnsupportedError, apply, as_array, contiguous, signature_of
 from vidrial.kernels.power_retention.back.op import op as backward_op
 from vidrial.kernels.power_retention.back.problem import Gradient
 from vidrial.kernels.power_retention.cpu import power_retention_cpu, power_retention_cpu_gradients
@@ -71,6 +71,7 @@ def forward(inputs: tuple[Any, ...], o: Options, state: PowerState[Any] | None =
         ArgumentError, ArgumentTypeError, UnsupportedError: naming the argument.
     """
     asked = o.request(inputs)
+    check_states(o, state, output_final_state)
     if state is not None:
         _check_state("initial_state", state, asked.problem, inputs[0])
     if asked.on_cpu:
@@ -124,7 +125,7 @@ def backward(
     asked = o.request(inputs)
     _check_dy(dy, made.y)
     if d_final is not None:
-        _check_state("the final state's gradient", d_final, asked.problem, inputs[0])
+        _check_state("d_state", d_final, asked.problem, inputs[0])
     if asked.on_cpu:
         q, k, v, log_g = _on_cpu(inputs)
         p, chunk = asked.problem, asked.chunk
@@ -177,14 +178,9 @@ def _on_cpu(inputs: tuple[Any, ...]) -> tuple[NDArray[np.float32], NDArray[np.fl
     return q, k, v, log_g[0] if log_g else None
 
 
-def _detached(x: Any, name: str) -> Array[Any]:
-    """An array as it is, whether autograd records it or not."""
-    return as_array(x.detach() if hasattr(x, "detach") else x, name)
-
-
 def _like(x: NDArray[np.float32], owner: Any, rounded: bool = True) -> Any:
     """x as an array of the owner's library, and of its dtype if it shall be rounded."""
-    array = _detached(owner, "q")
+    array = as_array(owner, "q")
     if array.library == "torch":
         tensor = sys.modules["torch"].from_numpy(x)
         return tensor.to(owner.dtype) if rounded else tensor
@@ -197,13 +193,37 @@ def _like(x: NDArray[np.float32], owner: Any, rounded: bool = True) -> Any:
 
 
 def _check_dy(dy: Any, y: Any) -> None:
-    got, made = as_array(dy, "dy"), _detached(y, "y")
+    got, made = as_array(dy, "dy"), as_array(y, "y")
     if got.library != made.library or got.device != made.device or got.dtype != made.dtype:
         raise ArgumentTypeError(
-            f"dy is {got.dtype} of {got.library} on device {got.device}; accepted: what y is, {made.dtype} of {made.library} on device {made.device}"
+            f"dy is {got.dtype} of {got.library} on {_place(got.device)}; accepted: what y is, {made.dtype} of {made.library} on {_place(made.device)}"
         )
     if tuple(got.shape) != tuple(made.shape):
         raise ArgumentError(f"dy has shape {list(got.shape)}; accepted: that of y, {list(made.shape)}")
+
+
+def check_states(o: Options, state: Any, output_final_state: Any) -> None:
+    """Whether a call may be given such a state, and asked for one.
+
+    Raises:
+        ArgumentError, ArgumentTypeError, UnsupportedError: it may not.
+    """
+    if not isinstance(output_final_state, bool | np.bool_):
+        raise ArgumentError(f"output_final_state={output_final_state!r} is not served; accepted: True, False")
+    if state is not None:
+        _check_kind("initial_state", state)
+    for name, asked in (("initial_state", state is not None), ("output_final_state", output_final_state)):
+        if asked and o.degree != 2:
+            raise UnsupportedError(f"{name} with degree={o.degree}: only degree 2 has a state small enough")
+
+
+def _check_kind(name: str, state: Any) -> None:
+    if not isinstance(state, PowerState):
+        raise ArgumentTypeError(f"{name} is a {type(state).__name__}; accepted: a PowerState")
+
+
+def _place(device: int) -> str:
+    return "the CPU" if device == CPU else f"CUDA device {device}"
 
 
 def _check_state(name: str, state: Any, p: Problem, q: Any) -> None:
@@ -212,19 +232,16 @@ def _check_state(name: str, state: Any, p: Problem, q: Any) -> None:
     Raises:
         ArgumentError, ArgumentTypeError, UnsupportedError: it does not.
     """
-    if not isinstance(state, PowerState):
-        raise ArgumentTypeError(f"{name} is a {type(state).__name__}; accepted: a PowerState")
-    if p.degree != 2:
-        raise UnsupportedError(f"{name} with degree={p.degree}: only degree 2 has a state small enough")
-    like = _detached(q, "q")
+    _check_kind(name, state)
+    like = as_array(q, "q")
     shapes = {"S": (p.b, p.h, p.d * (p.d + 8) // 2, p.e), "Z": (p.b, p.h, p.d, p.d)}
     for field, shape in shapes.items():
-        found = _detached(getattr(state, field), f"{name}.{field}")
+        found = as_array(getattr(state, field), f"{name}.{field}")
         if tuple(found.shape) != shape:
             raise ArgumentError(f"{name}.{field} has shape {list(found.shape)}; accepted: {list(shape)}, for q, k and v as they are")
         if found.dtype is not DType.float32 or found.library != like.library or found.device != like.device:
             raise ArgumentTypeError(
-                f"{name}.{field} is {found.dtype} of {found.library} on device {found.device}; accepted: float32 of {like.library} on device {like.device}"
+                f"{name}.{field} is {found.dtype} of {found.library} on {_place(found.device)}; accepted: float32 of {like.library} on {_place(like.device)}"
             )
 
 
@@ -273,7 +290,7 @@ def _function() -> Any:
             o, output_final_state = ctx.options
             q, k, v, log_g, s, z, y, norm = ctx.saved_tensors
             inputs = (q, k, v) if log_g is None else (q, k, v, log_g)
-            d_final = PowerState(*(x.contiguous() for x in d_state)) if output_final_state else None
+            d_final = PowerState(*(x.resolve_neg().contiguous() for x in d_state)) if output_final_state else None
             state = None if s is None else PowerState(s, z)
             found = backward(inputs, Result(y, None, norm), dy.resolve_neg(), o, state, d_final)
             initial = (None, None) if found.initial_state is None else (found.initial_state.S, found.initial_state.Z)

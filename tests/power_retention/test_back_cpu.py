@@ -318,3 +318,66 @@ def test_gradients_of_gradients_and_of_forward_mode_are_refused() -> None:
             power_retention(dual, x["k"].detach(), x["v"].detach())
     with pytest.raises(UnsupportedError, match=r"torch\.func"):
         torch.func.grad(lambda q: power_retention(q, x["k"].detach(), x["v"].detach()).sum())(x["q"].detach())
+
+
+def _small() -> tuple[Any, ...]:
+    torch = pytest.importorskip("torch")
+    generator = torch.Generator().manual_seed(3)
+    q, k, v = (torch.randn((1, 70, h, d), generator=generator) for h, d in ((2, 32), (1, 32), (1, 64)))
+    return q, k, v, torch.nn.functional.logsigmoid(torch.randn((1, 70, 1), generator=generator))
+
+
+def test_a_states_tangent_is_refused_by_name() -> None:
+    torch = pytest.importorskip("torch")
+    inputs = _small()
+    _, state = power_retention(*inputs, output_final_state=True)
+    with torch.autograd.forward_ad.dual_level(), pytest.raises(UnsupportedError, match=r"initial_state\.S carries a tangent"):
+        dual = torch.autograd.forward_ad.make_dual(state.S, torch.ones_like(state.S))
+        power_retention(*inputs, initial_state=PowerState(dual, state.Z))
+
+
+def test_batched_gradients_are_refused_by_name() -> None:
+    torch = pytest.importorskip("torch")
+    q, *others = _small()
+    y = power_retention(q.requires_grad_(), *others)
+    with pytest.raises(UnsupportedError, match=r"dy has no memory of its own"):
+        torch.autograd.grad(y, q, torch.stack([torch.ones_like(y)] * 2), is_grads_batched=True)
+
+
+@pytest.mark.parametrize("recorded", [False, True])
+def test_states_that_no_call_takes_are_refused_alike(recorded: bool) -> None:
+    torch = pytest.importorskip("torch")
+    q, *others = _small()
+    inputs = (q.requires_grad_(recorded), *others)
+    state = torch.zeros(1, 1, 640, 64), torch.zeros(1, 1, 32, 32)
+    with pytest.raises(ArgumentTypeError, match=r"initial_state is a tuple; accepted: a PowerState"):
+        power_retention(*inputs, initial_state=state)
+    with pytest.raises(UnsupportedError, match=r"initial_state with degree=4"):
+        power_retention(*inputs, degree=4, initial_state=PowerState(*state))
+    with pytest.raises(UnsupportedError, match=r"output_final_state with degree=4"):
+        power_retention(*inputs, degree=4, output_final_state=True)
+    for flag in ("no", np.array([1, 1]), 1, None):
+        with pytest.raises(ArgumentError, match=r"output_final_state=.* is not served; accepted: True, False"):
+            power_retention(*inputs, output_final_state=flag)
+
+
+def test_what_a_vjp_is_not_asked_for_is_refused() -> None:
+    torch = pytest.importorskip("torch")
+    inputs = _small()
+    state = PowerState(torch.zeros(1, 1, 640, 64), torch.zeros(1, 1, 32, 32))
+    y, vjp = power_retention_vjp(*inputs)
+    with pytest.raises(ArgumentError, match=r"d_state: the final state was not asked for"):
+        vjp(torch.ones_like(y), state)
+    with pytest.raises(UnsupportedError, match=r"initial_state\.S requires a gradient"):
+        power_retention_vjp(*inputs, initial_state=PowerState(state.S.requires_grad_(), state.Z))
+    with pytest.raises(ArgumentTypeError, match=r"dy is .* of numpy on the CPU; accepted: what y is, float32 of torch on the CPU"):
+        vjp(np.ones(y.shape, np.float32))
+
+
+def test_a_states_gradient_may_have_its_negative_bit_set() -> None:
+    torch = pytest.importorskip("torch")
+    q, k, v, log_g = _small()
+    _, state = power_retention(q, k.requires_grad_(), v, log_g, output_final_state=True)
+    (found,) = torch.autograd.grad(state.S, k, torch._neg_view(torch.ones_like(state.S)), retain_graph=True)
+    (expected,) = torch.autograd.grad(state.S, k, -torch.ones_like(state.S))
+    assert torch.equal(found, expected)

@@ -124,14 +124,22 @@ def _refuse_tensor(x: Any, name: str) -> None:
     elif x.is_neg():
         reason = _NEGATIVE.format(name=name)
     elif torch.is_grad_enabled() and x.requires_grad:
-        reason = f"requires a gradient, which no op computes yet; call it under torch.no_grad(), or pass {name}.detach()"
+        reason = f"requires a gradient, which this call does not record; call it under torch.no_grad(), or pass {name}.detach()"
     elif torch.autograd.forward_ad._current_level >= 0 and torch.autograd.forward_ad.unpack_dual(x).tangent is not None:
         reason = "carries a tangent of forward-mode AD, which no op computes; pass torch.autograd.forward_ad.unpack_dual(x).primal"
-    elif not x.data_ptr() and x.numel():
-        reason = f"has no memory (device {x.device}); accepted: tensors that hold values"
+    elif x.numel() and not _has_memory(x):
+        reason = f"has no memory of its own (device {x.device}; batched by torch, perhaps); accepted: tensors that hold values"
     else:
         return
     raise UnsupportedError(f"{name} {reason}")
+
+
+def _has_memory(x: Any) -> bool:
+    """NOTE: torch has no question for it: what it batches (`is_grads_batched`) raises."""
+    try:
+        return bool(x.data_ptr())
+    except RuntimeError:
+        return False
 
 
 def library_of(x: object) -> str:
