@@ -250,7 +250,11 @@ def records(*arrays: Any) -> bool:
     torch = sys.modules.get("torch")
     if torch is None or not torch.is_grad_enabled():
         return False
-    if not any(getattr(x, "requires_grad", False) for x in arrays):
+    # NOTE: a loop, not `any` of a generator, which takes as long again: this is on the path of every call.
+    for x in arrays:
+        if getattr(x, "requires_grad", False):
+            break
+    else:
         return False
     wrapped = torch._C._functorch.is_functorch_wrapped_tensor
     return not any(isinstance(x, torch.Tensor) and wrapped(x) for x in arrays)
