@@ -14,6 +14,7 @@ NAMESPACES = {
     "vidrial.layout": "CuTe's objects as values ([device_api.md](device_api.md) has their device side)",
     "vidrial.tune": "sweeps and rankings ([sweeping.md](sweeping.md))",
     "vidrial.testing": "kernels on the CPU ([host_target.md](host_target.md))",
+    "vidrial.traced": "ops inside JAX's transformations ([jax.md](jax.md))",
     "vidrial.kernels.flash_attention": "flash attention ([flash_attention.md](flash_attention.md))",
     "vidrial.kernels.power_retention": "power retention ([power_retention.md](power_retention.md))",
 }

@@ -1,6 +1,6 @@
 """Vidrial: GPU kernels as two dataclasses and one template, tuned by measurement.
 
-Public names are those of `__all__`, here and in `vidrial.layout`, `vidrial.tune` and `vidrial.testing`; the ops that come along lie in
+Public names are those of `__all__`, here and in `vidrial.layout`, `vidrial.tune`, `vidrial.traced` and `vidrial.testing`; the ops that come along lie in
 `vidrial.kernels`. Names are resolved on first use: importing Vidrial touches no GPU, no file and no other package.
 """
 
@@ -11,7 +11,7 @@ import sys
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from vidrial import layout, testing, tune
+    from vidrial import layout, testing, traced, tune
     from vidrial.call import CachedPlan, apply, call_op, current_target, prepare, run, use_target
     from vidrial.device import Device
     from vidrial.dtypes import DType
@@ -95,6 +95,7 @@ __all__ = [
     "static",
     "testing",
     "to_library",
+    "traced",
     "tune",
     "use_target",
 ]

@@ -10,10 +10,10 @@ from typing import Any, NamedTuple, TypeAlias, cast, overload
 
 import numpy as np
 
-from vidrial.device import DEFAULT_GPU, Device
+from vidrial.device import Device
 from vidrial.dtypes import DType
-from vidrial.errors import ArgumentError, ArgumentTypeError, ConfigError, OutOfMemoryError
-from vidrial.host.plan import HostPlan
+from vidrial.errors import ArgumentError, ArgumentTypeError, ConfigError, OutOfMemoryError, TracedError
+from vidrial.host.plan import HostPlan, predicted_plan
 from vidrial.runtime.arrays import (
     CPU,
     A,
@@ -35,6 +35,8 @@ from vidrial.settings import Settings, prepare_cupy
 from vidrial.spec.choices import describe, own_axes
 from vidrial.spec.fields import C, P
 from vidrial.spec.op import Op
+from vidrial.spec.registry import reference_of
+from vidrial.traced import traced
 from vidrial.tune.pick import choose_config
 from vidrial.tune.ranking import generation, log
 
@@ -172,16 +174,6 @@ def _check_own(op: Op[P, C], fixed: Mapping[str, object]) -> None:
         raise ArgumentError(f"{op.name} has no choice of its own named {', '.join(unknown)}; accepted: {', '.join(own) or 'none'}")
 
 
-def host_plan(op: Op[P, C], problem: P, fixed: tuple[tuple[str, object], ...] = ()) -> HostPlan[P, C]:
-    """The same for the host target: the cost model's choice for the H200."""
-    return _host_plan(op, cast(Hashable, problem), fixed)
-
-
-@lru_cache(maxsize=64)
-def _host_plan(op: Op, problem: Any, fixed: tuple[tuple[str, object], ...]) -> HostPlan:
-    return HostPlan(op, problem, op.predicted(problem, Device.of(DEFAULT_GPU), dict(fixed)))
-
-
 def run(plan: CudaPlan, pointers: dict[str, int], like: A, library: str) -> dict[str, A]:
     """Run an op on its library's current stream; its outputs, newly made, as the library's own arrays.
 
@@ -279,7 +271,10 @@ def call_op(op: Op[P, C], inputs: Mapping[str, A | None], target: str | None = N
     Returns, raises: as `apply`.
     """
     given = _without_none(inputs)
-    key, pointers = signature_of(given.values(), given)
+    try:
+        key, pointers = signature_of(given.values(), given)
+    except TracedError:
+        return traced(reference_of(op), given, **options)
     place, asked_options = current_target(target), tuple(options.items())
     try:
         asked = _request_of(op, tuple(given), key, place, asked_options)
@@ -313,7 +308,7 @@ class _Request(NamedTuple):
 def _run(op: Op, given: dict[str, Any], pointers: dict[str, int], asked: _Request) -> dict[str, Any]:
     if asked.planned is None:
         arrays = {name: x if type(x) is Array else as_array(x, name) for name, x in given.items()}
-        return run_on_host(op, asked.problem, arrays, host_plan(op, asked.problem, asked.fixed))
+        return run_on_host(op, asked.problem, arrays, predicted_plan(op, asked.problem, asked.fixed))
     like = next(iter(given.values()))
     return run(asked.planned.plan(), pointers, like.owner if type(like) is Array else like, asked.library)
 
