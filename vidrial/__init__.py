@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from vidrial import layout, testing, traced, tune
-    from vidrial.call import CachedPlan, apply, call_op, current_target, prepare, run, use_target
+    from vidrial.call import CachedPlan, apply, call_op, current_target, prepare, prepare_many, run, use_target
     from vidrial.device import Device
     from vidrial.dtypes import DType
     from vidrial.errors import (
@@ -89,6 +89,7 @@ __all__ = [
     "library_of",
     "part",
     "prepare",
+    "prepare_many",
     "run",
     "signature_of",
     "specialize",
@@ -102,7 +103,7 @@ __all__ = [
 
 # Module -> the public names that it has.
 _HOMES = {
-    "call": "CachedPlan apply call_op current_target prepare run use_target",
+    "call": "CachedPlan apply call_op current_target prepare prepare_many run use_target",
     "device": "Device",
     "dtypes": "DType",
     "errors": "ArgumentError ArgumentTypeError CheckError CompileError ConfigError FrozenError LaunchError LayoutError NoValidConfig OutOfMemoryError "

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Iterable, Mapping
 from dataclasses import replace
 from functools import cache, lru_cache, partial
 from typing import Any, NamedTuple, TypeAlias, cast, overload
 
 import numpy as np
 
+from vidrial.build.cubins import build_many
 from vidrial.device import Device
 from vidrial.dtypes import DType
-from vidrial.errors import ArgumentError, ArgumentTypeError, ConfigError, OutOfMemoryError, TracedError
+from vidrial.errors import ArgumentError, ArgumentTypeError, CompileError, ConfigError, OutOfMemoryError, TracedError
 from vidrial.host.plan import HostPlan, predicted_plan
 from vidrial.runtime.arrays import (
     CPU,
@@ -164,6 +165,27 @@ def prepare(op: Op[P, C], problem: P, index: int | None = None, **fixed: object)
 
         index = int(runtime.getDevice())
     return cast(C, cuda_plan(op, problem, index, tuple(fixed.items())).config)
+
+
+def prepare_many(op: Op[P, C], problems: Iterable[P], index: int | None = None, **fixed: object) -> list[C]:
+    """`prepare` for several problems, the lengths that a service will meet, say: what they need compiles side by side, in processes.
+
+    Returns:
+        The config of each.
+
+    Raises:
+        Those of `prepare`.
+    """
+    _check_own(op, fixed)
+    asked, device, choices = list(problems), Device.current(index), tuple(fixed.items())
+    sources = {}
+    for problem in asked:
+        for stage in op.stages(problem, choose_config(op, problem, device, choices).config):
+            sources[stage.binary] = stage.kernel.source(stage.problem, stage.config), describe(stage.config)
+    for _, built in build_many(sources, device.arch):
+        if isinstance(built, CompileError):
+            raise built
+    return [prepare(op, problem, index, **fixed) for problem in asked]
 
 
 def _check_own(op: Op[P, C], fixed: Mapping[str, object]) -> None:
