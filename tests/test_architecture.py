@@ -105,6 +105,8 @@ def test_kernels_import_what_exists(path: Path) -> None:
 
 PUBLIC_PACKAGES = (
     "vidrial",
+    "vidrial.flops",
+    "vidrial.icl",
     "vidrial.layout",
     "vidrial.tune",
     "vidrial.testing",
