@@ -346,7 +346,7 @@ def not_annotated(x) -> fake_op.Problem:  # type: ignore[no-untyped-def]
         (of_many, r"odd: x of problem_of is of ArraySpec"),
         (not_annotated, r"odd: x of problem_of is not annotated"),
     ],
-    ids=str,
+    ids=["none", "an option's type", "not one by one", "not annotated"],
 )
 def test_a_problem_that_cannot_be_made_of_tensors(problem_of: Any, said: str) -> None:
     with pytest.raises(vd.ArgumentError, match=said):
