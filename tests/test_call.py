@@ -227,6 +227,8 @@ class Torch:
 
     class _C:
         _cuda_getCurrentRawStream = staticmethod(lambda index: 77)  # noqa: N815
+        _is_any_autocast_enabled = staticmethod(lambda: False)
+        _len_torch_dispatch_stack = staticmethod(lambda: 0)
 
         @staticmethod
         def _cuda_cudaCachingAllocator_raw_alloc(size: int, stream: int) -> int:  # noqa: N802
@@ -236,6 +238,9 @@ class Torch:
         @staticmethod
         def _cuda_cudaCachingAllocator_raw_delete(pointer: int) -> None:  # noqa: N802
             Torch.given.append(pointer)
+
+    class compiler:  # noqa: N801
+        is_dynamo_compiling = staticmethod(lambda: False)
 
     class autograd:  # noqa: N801
         class forward_ad:  # noqa: N801

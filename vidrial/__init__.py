@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from vidrial import layout, testing, traced, tune
-    from vidrial.call import CachedPlan, apply, call_op, current_target, prepare, prepare_many, run, use_target
+    from vidrial.call import CachedPlan, apply, call_op, current_target, prepare, prepare_many, run, torch_op, use_target
     from vidrial.device import Device
     from vidrial.dtypes import DType
     from vidrial.errors import (
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     )
     from vidrial.runtime.arrays import CPU, Array, ArraySpec, as_array, contiguous, library_of, signature_of, to_library
     from vidrial.runtime.inputs import check_inputs
+    from vidrial.runtime.torch_ops import call_torch_op, dispatched, dispatching
     from vidrial.spec.choices import describe
     from vidrial.spec.cost import Cost
     from vidrial.spec.fields import choice, dynamic, part, specialize, static
@@ -78,11 +79,14 @@ __all__ = [
     "apply",
     "as_array",
     "call_op",
+    "call_torch_op",
     "check_inputs",
     "choice",
     "contiguous",
     "current_target",
     "describe",
+    "dispatched",
+    "dispatching",
     "dynamic",
     "freeze",
     "layout",
@@ -96,6 +100,7 @@ __all__ = [
     "static",
     "testing",
     "to_library",
+    "torch_op",
     "traced",
     "tune",
     "use_target",
@@ -103,13 +108,14 @@ __all__ = [
 
 # Module -> the public names that it has.
 _HOMES = {
-    "call": "CachedPlan apply call_op current_target prepare prepare_many run use_target",
+    "call": "CachedPlan apply call_op current_target prepare prepare_many run torch_op use_target",
     "device": "Device",
     "dtypes": "DType",
     "errors": "ArgumentError ArgumentTypeError CheckError CompileError ConfigError FrozenError LaunchError LayoutError NoValidConfig OutOfMemoryError "
     "StoreError SweepError TemplateError ToolchainError UnsupportedError VidrialError",
     "runtime.arrays": "CPU Array ArraySpec as_array contiguous library_of signature_of to_library",
     "runtime.inputs": "check_inputs",
+    "runtime.torch_ops": "call_torch_op dispatched dispatching",
     "spec.choices": "describe",
     "spec.cost": "Cost",
     "spec.fields": "choice dynamic part specialize static",

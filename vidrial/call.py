@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import sys
 from collections.abc import Hashable, Iterable, Mapping
 from dataclasses import replace
 from functools import cache, lru_cache, partial
@@ -13,7 +14,7 @@ import numpy as np
 from vidrial.build.cubins import build_many
 from vidrial.device import Device
 from vidrial.dtypes import DType
-from vidrial.errors import ArgumentError, ArgumentTypeError, CompileError, ConfigError, OutOfMemoryError, TracedError
+from vidrial.errors import ArgumentError, ArgumentTypeError, CompileError, ConfigError, OutOfMemoryError, TracedError, UnsupportedError
 from vidrial.host.plan import HostPlan, predicted_plan
 from vidrial.runtime.arrays import (
     CPU,
@@ -32,10 +33,11 @@ from vidrial.runtime.arrays import (
 )
 from vidrial.runtime.inputs import check_inputs, layout_fault
 from vidrial.runtime.plan import CudaPlan
+from vidrial.runtime.torch_ops import Run, bind, call_torch_op, called_when_traced, declare, dispatched, dispatching
 from vidrial.settings import Settings, prepare_cupy
 from vidrial.spec.choices import describe, own_axes
 from vidrial.spec.fields import C, P
-from vidrial.spec.op import Op
+from vidrial.spec.op import Op, op_of
 from vidrial.spec.registry import reference_of
 from vidrial.traced import traced
 from vidrial.tune.pick import choose_config
@@ -288,15 +290,60 @@ def apply(op: Op[P, C], problem: P, inputs: Mapping[str, Any], target: str | Non
 def call_op(op: Op[P, C], inputs: Mapping[str, A | None], target: str | None = None, **options: Hashable) -> dict[str, A]:
     """`apply` for the problem that `op.problem_of` makes of the inputs' facts and `options`; inputs that lie otherwise are copied first.
 
-    A wrapper in one line, `call_op(op, {"x": x})["y"]`: what a call asks is worked out once per call signature.
+    A wrapper in one line, `call_op(op, {"x": x})["y"]`: what a call asks is worked out once per call signature. In torch it may be compiled,
+    exported, mapped and cast by autocast, and has gradients where the op has a `backward` (docs/torch.md).
 
     Returns, raises: as `apply`.
     """
     given = _without_none(inputs)
+    if given and (dispatching(next(iter(given.values()))) or (op.backward is not None and _records(given))):
+        return call_torch_op(_in_torch(op.key), given, target, options)
     try:
-        key, pointers = signature_of(given.values(), given)
+        return _call_op(op, given, target, **options)
     except TracedError:
         return traced(reference_of(op), given, **options)
+    except UnsupportedError:
+        if not dispatched(given.values()):
+            raise
+    return call_torch_op(_in_torch(op.key), given, target, options)
+
+
+def _records(given: Mapping[str, Any]) -> bool:
+    """Whether torch's autograd shall record a call with these arrays."""
+    torch = sys.modules.get("torch")
+    return torch is not None and torch.is_grad_enabled() and any(getattr(x, "requires_grad", False) for x in given.values())
+
+
+@called_when_traced
+def _in_torch(key: str) -> str:
+    return declare(op_of(key), _compute)
+
+
+def torch_op(op: Op[P, C], run: Run | None = None) -> str:
+    """Tell torch of an op, now or as soon as it is imported: `torch.ops.vidrial.<name>`. Exported programs that call it load from then on.
+
+    `call_op` tells it at the first call that needs it.
+
+    Args:
+        run: (op, tensors as `problem_of` orders them, options likewise, target) -> outputs by name, on tensors that hold values, for the op, its
+            `backward` and its `saving`; by default what `call_op` does.
+
+    Returns:
+        What `call_torch_op` knows it by.
+
+    Raises:
+        ArgumentError: the op does not say how its problem is made of tensors (`problem_of`), or an option is of a type that torch has none for.
+    """
+    return declare(op, run or _compute)
+
+
+def _compute(op: Op, *args: Any) -> dict[str, Any]:
+    inputs, options = bind(op, args)
+    return _call_op(op, inputs, **options)
+
+
+def _call_op(op: Op[P, C], given: dict[str, Any], target: str | None = None, **options: Hashable) -> dict[str, Any]:
+    key, pointers = signature_of(given.values(), given)
     place, asked_options = current_target(target), tuple(options.items())
     try:
         asked = _request_of(op, tuple(given), key, place, asked_options)

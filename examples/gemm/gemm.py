@@ -266,6 +266,20 @@ def check(p: Problem, inputs: Arrays, outputs: Arrays, expected: Arrays) -> vd.C
     return vd.Check(float(np.linalg.norm(error) / np.linalg.norm(exact)), float((error / (1 + np.abs(exact))).max()), bound, bound)
 
 
+def problem_of(a: vd.ArraySpec, b: vd.ArraySpec, bias: vd.ArraySpec | None = None, *, gelu: bool = False) -> Problem:
+    arrays = [x for x in (a, b, bias) if x is not None]
+    shapes = [list(x.shape) for x in arrays]
+    if [len(s) for s in shapes] != [2, 2, 1][: len(shapes)] or shapes[0][1] != shapes[1][1] or shapes[2:] not in ([], [shapes[1][:1]]):
+        raise vd.ArgumentError(f"shapes {', '.join(map(str, shapes))}; accepted: a [m, k], b [n, k] and, if given, bias [n]")
+    dtypes = {x.dtype for x in arrays}
+    if len(dtypes) > 1 or not dtypes <= {vd.DType.bfloat16, vd.DType.float16}:
+        raise vd.ArgumentError(f"dtypes {', '.join(str(x.dtype) for x in arrays)}; accepted: bfloat16 or float16, the same for all")
+    (m, k), n = a.shape, b.shape[0]
+    if 0 in (m, n, k):
+        raise vd.ArgumentError(f"m={m}, n={n}, k={k}; accepted: at least one of each")
+    return Problem(a.dtype, bias is not None, gelu, m, n, k)
+
+
 op = vd.Op(
     name="gemm",
     kernels=(kernel, tma_kernel),
@@ -280,6 +294,7 @@ op = vd.Op(
     outputs=lambda p: {"c": vd.Buffer((p.m, p.n), p.dtype)},
     # Rows as aligned as those asked for.
     small=lambda p: replace(p, m=min(p.m, 197), n=min(p.n, 136 + p.n % 8), k=min(p.k, 200 + p.k % 8)),
+    problem_of=problem_of,
 )
 
 
@@ -289,19 +304,4 @@ def linear(a: A, b: A, bias: A | None = None, *, gelu: bool = False) -> A:
     Raises:
         ArgumentError: shapes or dtypes do not fit each other, or are not served.
     """
-    arrays = {name: vd.as_array(x, name) for name, x in (("a", a), ("b", b), ("bias", bias)) if x is not None}
-    shapes = [list(x.shape) for x in arrays.values()]
-    if [len(s) for s in shapes] != [2, 2, 1][: len(shapes)] or shapes[0][1] != shapes[1][1] or shapes[2:] not in ([], [shapes[1][:1]]):
-        raise vd.ArgumentError(f"shapes {', '.join(map(str, shapes))}; accepted: a [m, k], b [n, k] and, if given, bias [n]")
-    dtypes = {x.dtype for x in arrays.values()}
-    if len(dtypes) > 1 or not dtypes <= {vd.DType.bfloat16, vd.DType.float16}:
-        raise vd.ArgumentError(
-            f"dtypes {', '.join(str(x.dtype) for x in arrays.values())}; accepted: bfloat16 or float16, the same for all"
-        )
-    (m, k), n = shapes[0], shapes[1][0]
-    if 0 in (m, n, k):
-        raise vd.ArgumentError(f"m={m}, n={n}, k={k}; accepted: at least one of each")
-    for name, x in arrays.items():
-        if x.strides != ((x.shape[1], 1) if len(x.shape) == 2 else (1,)) or x.pointer % 16:
-            arrays[name] = vd.contiguous(x)
-    return vd.apply(op, Problem(arrays["a"].dtype, bias is not None, gelu, m, n, k), arrays)["c"]
+    return vd.call_op(op, {"a": a, "b": b, "bias": bias}, gelu=gelu)["c"]

@@ -141,6 +141,12 @@ def check(p: Problem, inputs: Arrays, outputs: Arrays, expected: Arrays) -> vd.C
     return vd.Check(float(np.linalg.norm(error) / np.linalg.norm(terms)), float((error / terms).max()), bound, bound)
 
 
+def problem_of(x: vd.ArraySpec) -> Problem:
+    if len(x.shape) != 2:
+        raise vd.ArgumentError(f"x has shape {list(x.shape)}; accepted: a matrix [b, t]")
+    return Problem(*x.shape)
+
+
 op = vd.Op(
     name="scan",
     kernels=(sums, offsets, add),
@@ -157,6 +163,8 @@ op = vd.Op(
     # Of the shortest blocks there are more than `offsets` has threads, so that its loop is entered again; and extents differ, so that a wrong
     # stride shows.
     small=lambda p: replace(p, b=min(p.b, 2), t=min(p.t, 70_001)),
+    problem_of=problem_of,
+    batched=True,
 )
 
 
@@ -166,14 +174,4 @@ def scan(x: A) -> A:
     Raises:
         vd.ArgumentError: x is no matrix. vd.ArgumentTypeError: it is not an array, or not float32.
     """
-    array = vd.as_array(x, "x")
-    if len(array.shape) != 2:
-        raise vd.ArgumentError(f"x has shape {list(array.shape)}; accepted: a matrix [b, t]")
-    if array.dtype is not vd.DType.float32:
-        raise vd.ArgumentTypeError(f"x is {array.dtype}; accepted: float32")
-    b, t = array.shape
-    if 0 in (b, t):
-        return vd.to_library(array)
-    if array.strides != (t, 1):
-        array = vd.contiguous(array)
-    return vd.apply(op, Problem(b, t), {"x": array})["y"]
+    return vd.call_op(op, {"x": x})["y"]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from numbers import Real
 from typing import Any, Literal, TypeVar, overload
@@ -24,14 +24,18 @@ from vidrial import (
     ArraySpec,
     CachedPlan,
     DType,
+    Op,
     UnsupportedError,
     apply,
     as_array,
+    call_torch_op,
     contiguous,
     current_target,
-    library_of,
+    dispatched,
+    dispatching,
     run,
     signature_of,
+    torch_op,
 )
 from vidrial.kernels.flash_attention.cpu import flash_attention_cpu
 from vidrial.kernels.flash_attention.op import op
@@ -113,10 +117,17 @@ def flash_attention(
         CompileError, LaunchError, ToolchainError: the kernel could not be built or launched.
     """
     inputs = (q, k, v)
+    if dispatching(q):
+        found = _in_torch(inputs, causal, window, scale, softcap, target)
+        return (found["y"], found["lse"]) if return_lse else found["y"]
     place = current_target(target)
     try:
         key, pointers = signature_of(inputs, NAMES)
     except UnsupportedError:
+        _refuse_gradients(inputs)
+        if dispatched(inputs):
+            found = _in_torch(inputs, causal, window, scale, softcap, target)
+            return (found["y"], found["lse"]) if return_lse else found["y"]
         if not is_traced(inputs):
             raise
         _check_options(causal, window, scale, softcap, return_lse)
@@ -125,7 +136,6 @@ def flash_attention(
         options = {"causal": bool(causal), "window": sides, **factors, "target": place}
         outputs = traced(f"{__name__}:TRACEABLE", dict(zip(NAMES, inputs, strict=True)), **options)
         return (outputs["y"], outputs["lse"]) if return_lse else outputs["y"]
-    _refuse_gradients(inputs)
     try:
         asked = _request(key, causal, window, scale, softcap, return_lse, place)
     except TypeError:
@@ -135,14 +145,18 @@ def flash_attention(
     if asked.ready:
         outputs = run(asked.planned.plan(), pointers, q, asked.library)
     else:
-        arrays = {name: as_array(x, name) for name, x in zip(NAMES, inputs, strict=True)}
-        if asked.on_cpu:
-            outputs = _on_cpu(arrays, asked.problem)
-        else:
-            arrays = {name: a if a.facts.vectorised else contiguous(a) for name, a in arrays.items()}
-            asked = _request(tuple(a.facts for a in arrays.values()), causal, window, scale, softcap, return_lse, place)
-            outputs = apply(op, asked.problem, arrays, place)
+        outputs = _otherwise(inputs, asked, (causal, window, scale, softcap, return_lse, place))
     return (outputs["y"], outputs["lse"]) if return_lse else outputs["y"]
+
+
+def _otherwise(inputs: tuple[Any, ...], asked: Request, options: tuple[Any, ...]) -> dict[str, Any]:
+    """On the CPU, or from copies that are read 16 bytes at a time."""
+    arrays = {name: as_array(x, name) for name, x in zip(NAMES, inputs, strict=True)}
+    if asked.on_cpu:
+        return _on_cpu(arrays, asked.problem)
+    arrays = {name: a if a.facts.vectorised else contiguous(a) for name, a in arrays.items()}
+    asked = _request(tuple(a.facts for a in arrays.values()), *options)
+    return apply(op, asked.problem, arrays, options[-1])
 
 
 def _refuse_gradients(inputs: tuple[Any, ...]) -> None:
@@ -150,7 +164,7 @@ def _refuse_gradients(inputs: tuple[Any, ...]) -> None:
     if torch is None or not torch.is_grad_enabled():
         return
     for name, x in zip(NAMES, inputs, strict=True):
-        if library_of(x) == "torch" and x.requires_grad:
+        if type(x) is torch.Tensor and x.requires_grad and not torch._C._functorch.is_functorch_wrapped_tensor(x):
             raise UnsupportedError(
                 f"{name} requires a gradient, which flash_attention does not compute yet; call it under torch.no_grad(), or pass {name}.detach()"
             )
@@ -208,38 +222,83 @@ def _request(
     """What arrays that were described ask for; refuses what is not served. This is the one look-up of the warm path."""
     _check_options(causal, window, scale, softcap, return_lse)
     facts = {name: ArraySpec.of(seen, name) for name, seen in zip(NAMES, key, strict=True)}
-    shapes, strides = {name: f.shape for name, f in facts.items()}, {name: f.strides for name, f in facts.items()}
-    _check_shapes(shapes)
+    left, right = window or (None, None)
+    problem = _problem_of(**facts, causal=causal, left=left, right=right, scale=scale, softcap=softcap)
     _check_places(facts, target)
-    (b, tq, hq, d), (tk, h, e) = shapes["q"], shapes["v"][1:]
-    # Beyond all keys there is no limit; a side of 0 keys to the right is the causal mask.
-    left, right = (UNLIMITED if side is None or side >= tq + tk else int(side) for side in window or (None, None))
-    causal = bool(causal) or right == 0
-    right = UNLIMITED if causal else right
-    problem = Problem(
-        dtype=facts["q"].dtype,
+    _check_sizes(facts)
+    # Beyond all keys there is no limit.
+    left, right = (UNLIMITED if side >= problem.tq + problem.tk else side for side in (problem.left, problem.right))
+    problem = replace(problem, left=left, right=right, windowed=max(left, right) >= 0)
+    device = facts["q"].device
+    ready = device != CPU and target == "cuda" and all(f.vectorised for f in facts.values())
+    return Request(problem, facts["q"].library, device == CPU and target == "cuda", ready, CachedPlan(op, problem, device))
+
+
+def _problem_of(
+    q: ArraySpec,
+    k: ArraySpec,
+    v: ArraySpec,
+    *,
+    causal: bool = False,
+    left: int | None = None,
+    right: int | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+) -> Problem:
+    """The problem of such arrays; sizes may be torch's symbols, of which no more is asked than has to be.
+
+    Raises:
+        ArgumentError, ArgumentTypeError, UnsupportedError: naming the argument.
+    """
+    _check_options(causal, (left, right), scale, softcap, False)
+    _check_shapes({"q": q.shape, "k": k.shape, "v": v.shape})
+    (b, tq, hq, d), (tk, h, e) = q.shape, v.shape[1:]
+    before, after = (UNLIMITED if side is None else int(side) for side in (left, right))
+    # A side of 0 keys to the right is the causal mask.
+    causal = bool(causal) or after == 0
+    after = UNLIMITED if causal else after
+    return Problem(
+        dtype=q.dtype,
         d=d,
         e=e,
         causal=causal,
-        windowed=max(left, right) >= 0,
+        windowed=max(before, after) >= 0,
         capped=softcap is not None,
         group=hq // h,
         b=b,
         tq=tq,
         tk=tk,
         h=h,
-        left=left,
-        right=right,
-        scale=float(d**-0.5 if scale is None else scale),
+        left=before,
+        right=after,
+        scale=float(int(d) ** -0.5 if scale is None else scale),
         softcap=float(softcap or 0.0),
-        q_stride=_three(strides["q"]),
-        k_stride=_three(strides["k"]),
-        v_stride=_three(strides["v"]),
+        q_stride=_three(q.strides),
+        k_stride=_three(k.strides),
+        v_stride=_three(v.strides),
         y_stride=(tq * hq * e, hq * e, e),
     )
-    device = facts["q"].device
-    ready = device != CPU and target == "cuda" and all(f.vectorised for f in facts.values())
-    return Request(problem, facts["q"].library, device == CPU and target == "cuda", ready, CachedPlan(op, problem, device))
+
+
+def _run(asked: Op[Any, Any], q: Any, k: Any, v: Any, *given: Any) -> Mapping[str, Any]:
+    """The op on tensors that hold values, for torch's dispatcher."""
+    causal, left, right, scale, softcap, target = given
+    inputs, options = (q, k, v), (causal, (left, right), scale, softcap, True, current_target(target))
+    key, pointers = signature_of(inputs, NAMES)
+    request = _request(key, *options)
+    return run(request.planned.plan(), pointers, q, request.library) if request.ready else _otherwise(inputs, request, options)
+
+
+_known = torch_op(replace(op, problem_of=_problem_of, batched=True), _run)
+
+
+def _in_torch(
+    inputs: tuple[Any, ...], causal: bool, window: Window | None, scale: float | None, softcap: float | None, target: str | None
+) -> dict[str, Any]:
+    """By way of torch's dispatcher."""
+    left, right = (None, None) if window is None else window
+    options = {"causal": causal, "left": left, "right": right, "scale": scale, "softcap": softcap}
+    return call_torch_op(_known, dict(zip(NAMES, inputs, strict=True)), target, options)
 
 
 def _three(strides: tuple[int, ...]) -> tuple[int, int, int]:
@@ -267,7 +326,10 @@ def _check_shapes(shapes: dict[str, tuple[int, ...]]) -> None:
             raise UnsupportedError(
                 f"{name}={size} is not served; accepted: {', '.join(map(str, DIMS))}. Pad with zeros, which changes nothing but `scale`'s default"
             )
-    for name, shape in shapes.items():
+
+
+def _check_sizes(facts: dict[str, ArraySpec]) -> None:
+    for name, shape in ((name, f.shape) for name, f in facts.items()):
         if int(np.prod(shape, dtype=np.int64)) > MAX_ELEMENTS:
             raise UnsupportedError(
                 f"{name} has {int(np.prod(shape, dtype=np.int64))} elements; accepted: at most 2^31. Split the batch or the heads"

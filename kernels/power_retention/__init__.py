@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, Literal, TypeVar, overload
 
-from vidrial import ArgumentError, UnsupportedError, current_target, run, signature_of
-from vidrial.kernels.power_retention import gradient
+from vidrial import ArgumentError, UnsupportedError, current_target, dispatched, dispatching, run, signature_of
+from vidrial.kernels.power_retention import gradient, in_torch
 from vidrial.kernels.power_retention.gradient import Gradients
 from vidrial.kernels.power_retention.op import DTYPES
 from vidrial.kernels.power_retention.request import NAMES, check_options, request_of
@@ -97,12 +97,18 @@ def power_retention(
         CompileError, LaunchError, ToolchainError: the kernel could not be built or launched.
     """
     inputs = (q, k, v) if log_g is None else (q, k, v, log_g)
+    if dispatching(q):
+        if initial_state is None and output_final_state is False:
+            return in_torch.call(inputs, target, degree=degree, scale=scale, normalize=normalize, chunk=chunk)
+        in_torch.refuse_states()
     place = current_target(target)
     if gradient.records(*inputs) or initial_state is not None or output_final_state is not False:
         return _with_state(inputs, gradient.Options(degree, scale, normalize, chunk, place), initial_state, output_final_state)
     try:
         key, pointers = signature_of(inputs, NAMES)
     except UnsupportedError:
+        if dispatched(inputs):
+            return in_torch.call(inputs, target, degree=degree, scale=scale, normalize=normalize, chunk=chunk)
         if not is_traced(inputs):
             raise
         return power_retention_traced(inputs, gradient.Options(degree, scale, normalize, chunk, place))

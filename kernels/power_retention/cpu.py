@@ -173,17 +173,19 @@ def power_retention_cpu(
     chunk: int | None,
     initial_state: PowerState[Float32] | None = None,
     output_final_state: bool = False,
-) -> tuple[Float32, PowerState[Float32] | None]:
-    """q [B, T, HQ, D], k [B, T, H, D], v [B, T, H, E], log_g [B, T, H] or None, all float32 -> y [B, T, HQ, E] float32, and the state, if asked for.
+) -> tuple[Float32, PowerState[Float32] | None, Float32]:
+    """q [B, T, HQ, D], k [B, T, H, D], v [B, T, H, E], log_g [B, T, H] or None, all float32 -> y [B, T, HQ, E] float32, the state, if asked for,
+    and the sum of the weights [B, HQ, T].
 
     Degree 2 carries a state of D (D + 1) / 2 x E from chunk to chunk (linear in T); other degrees take every earlier key (quadratic).
     """
     tokens = _Tokens(q, k, v, log_g, degree, chunk)
-    y = np.empty((*tokens.q.shape[:-1], tokens.e), np.float32)
+    y, norms = np.empty((*tokens.q.shape[:-1], tokens.e), np.float32), np.empty(tokens.q.shape[:-1], np.float32)
     state = None if initial_state is None else _State(tokens.d).gather(initial_state.S, initial_state.Z, mean=True)
     factor = np.float32(scale**degree)
     for part in tokens.chunks():
         num, norm = part.sums(state)
+        norms[..., part.rows] = norm * factor
         y[..., part.rows, :] = (
             num * (factor / np.maximum(norm * factor, np.float32(LOWEST_NORMALISER)))[..., None] if normalize == "sum" else num * factor
         )
@@ -192,7 +194,7 @@ def power_retention_cpu(
     final = None
     if output_final_state:
         final = _State(tokens.d).scatter(tokens.empty_state() if state is None else state, mean=False)
-    return tokens.to_queries(y), final
+    return tokens.to_queries(y), final, norms.reshape(tokens.b, tokens.h * tokens.group, tokens.t)
 
 
 def power_retention_cpu_gradients(

@@ -57,7 +57,7 @@ class Gradients(NamedTuple, Generic[A]):
 
 
 class Result(NamedTuple):
-    """y, the final state if it was asked for, and the normaliser [B, HQ, T] float32 where kernels made it."""
+    """y, the final state if it was asked for, and, normalised, the normaliser [B, HQ, T] float32."""
 
     y: Any
     state: PowerState[Any] | None
@@ -78,7 +78,7 @@ def forward(inputs: tuple[Any, ...], o: Options, state: PowerState[Any] | None =
         q, k, v, log_g = _on_cpu(inputs)
         given = None if state is None else PowerState(_float32(state.S), _float32(state.Z))
         p, chunk = asked.problem, asked.chunk
-        made, final = power_retention_cpu(
+        made, final, norm = power_retention_cpu(
             q,
             k,
             v,
@@ -91,7 +91,7 @@ def forward(inputs: tuple[Any, ...], o: Options, state: PowerState[Any] | None =
             output_final_state=output_final_state,
         )
         final = None if final is None else PowerState(_like(final.S, inputs[0], False), _like(final.Z, inputs[0], False))
-        return Result(_like(made, inputs[0]), final, None)
+        return Result(_like(made, inputs[0]), final, _like(norm, inputs[0], False) if p.normalized else None)
     if state is not None or output_final_state:
         raise UnsupportedError(
             "initial_state and output_final_state: kernels have none yet; accepted: NumPy arrays and CPU tensors, without a target"
@@ -123,7 +123,7 @@ def backward(
         ArgumentError, ArgumentTypeError: dy is not of y's shape, dtype, library or device; d_final not of the state's.
     """
     asked = o.request(inputs)
-    _check_dy(dy, made.y)
+    _check_dy(dy, dy if made.y is None else made.y)
     if d_final is not None:
         _check_state("d_state", d_final, asked.problem, inputs[0])
     if asked.on_cpu:

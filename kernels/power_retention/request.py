@@ -56,39 +56,63 @@ def request_of(
     key: tuple[tuple[Any, ...], ...], degree: int, scale: float | None, normalize: str, chunk: int | None, target: str
 ) -> Request:
     """What arrays that were described ask for; refuses what is not served. This is the one look-up of the warm path."""
-    check_options(degree, scale, normalize, chunk)
     facts = {name: ArraySpec.of(seen, name) for name, seen in zip(NAMES, key, strict=False)}
-    shapes, strides = {name: f.shape for name, f in facts.items()}, {name: f.strides for name, f in facts.items()}
-    _check_shapes(shapes)
-    (b, t, hq, d), h, e = shapes["q"], shapes["k"][2], shapes["v"][3]
-    if chunk is not None and chunk >= t:
+    problem = problem_of(**facts, degree=degree, scale=scale, normalize=normalize, chunk=chunk)
+    _check_sizes({name: f.shape for name, f in facts.items()})
+    if chunk is not None and chunk >= problem.t:
         chunk = 0
-    problem = Problem(
-        facts["q"].dtype,
-        d,
-        e,
-        int(degree),
-        "log_g" in shapes,
-        normalize == "sum",
-        b,
-        t,
-        hq,
-        h,
-        float(d**-0.5 if scale is None else scale),
-        _three(strides["q"]),
-        _three(strides["k"]),
-        _three(strides["v"]),
-        (t * hq * e, hq * e, e),
-        _three(strides.get("log_g", (0, 0, 0))),
-    )
     device, fixed = facts["q"].device, () if chunk is None else (("chunk", chunk),)
     on_cpu = device == CPU and target == "cuda"
     ready = not on_cpu and target == "cuda" and all(facts[name].vectorised for name in "qkv")
-    dtypes = (DType.bfloat16, DType.float16, DType.float32)[: 3 if on_cpu else 2]
-    if problem.dtype not in dtypes:
-        raise ArgumentTypeError(f"q is {problem.dtype}; accepted: {', '.join(map(str, dtypes))}")
+    _check_dtype(problem.dtype, on_cpu)
     check_inputs(op, problem, facts, layout=ready)
     return Request(problem, chunk, fixed, facts["q"].library, on_cpu, ready, CachedPlan(op, problem, device, fixed))
+
+
+def problem_of(
+    q: ArraySpec,
+    k: ArraySpec,
+    v: ArraySpec,
+    log_g: ArraySpec | None = None,
+    *,
+    degree: int = 2,
+    scale: float | None = None,
+    normalize: str = "sum",
+    chunk: int | None = None,
+) -> Problem:
+    """The problem of such arrays; sizes may be torch's symbols, of which no more is asked than has to be.
+
+    Raises:
+        ArgumentError, ArgumentTypeError, UnsupportedError: naming the argument.
+    """
+    check_options(degree, scale, normalize, chunk)
+    _check_shapes({name: f.shape for name, f in zip(NAMES, (q, k, v, log_g), strict=True) if f is not None})
+    _check_dtype(q.dtype, q.device == CPU)
+    (b, t, hq, d), h, e = q.shape, k.shape[2], v.shape[3]
+    return Problem(
+        dtype=q.dtype,
+        d=d,
+        e=e,
+        degree=int(degree),
+        gated=log_g is not None,
+        normalized=normalize == "sum",
+        b=b,
+        t=t,
+        hq=hq,
+        h=h,
+        scale=float(int(d) ** -0.5 if scale is None else scale),
+        q_stride=_three(q.strides),
+        k_stride=_three(k.strides),
+        v_stride=_three(v.strides),
+        y_stride=(t * hq * e, hq * e, e),
+        log_g_stride=(0, 0, 0) if log_g is None else _three(log_g.strides),
+    )
+
+
+def _check_dtype(dtype: DType, on_cpu: bool) -> None:
+    accepted = (DType.bfloat16, DType.float16, DType.float32)[: 3 if on_cpu else 2]
+    if dtype not in accepted:
+        raise ArgumentTypeError(f"q is {dtype}; accepted: {', '.join(map(str, accepted))}")
 
 
 def _three(strides: tuple[int, ...]) -> tuple[int, int, int]:
@@ -101,7 +125,7 @@ def _check_shapes(shapes: Mapping[str, tuple[int, ...]]) -> None:
     for name, axes in {"q": "[B, T, HQ, D]", "k": "[B, T, H, D]", "v": "[B, T, H, E]", "log_g": "[B, T, H]"}.items():
         if name in shapes and len(shapes[name]) != axes.count(",") + 1:
             raise ArgumentError(f"{name} has shape {list(shapes[name])}; accepted: {axes}")
-    (b, _, hq, d), h = shapes["q"], shapes["k"][2]
+    (_, _, hq, d), h = shapes["q"], shapes["k"][2]
     if h == 0 or hq % h:
         raise ArgumentError(f"q has {hq} heads and k has {h}; accepted: a multiple of k's heads")
     for name, size in (("D", d), ("E", shapes["v"][3])):
@@ -109,6 +133,10 @@ def _check_shapes(shapes: Mapping[str, tuple[int, ...]]) -> None:
             raise UnsupportedError(
                 f"{name}={size} is not served; accepted: {', '.join(map(str, DIMS))}. Pad with zeros, which changes nothing but `scale`'s default"
             )
+
+
+def _check_sizes(shapes: Mapping[str, tuple[int, ...]]) -> None:
+    (b, _, hq, _) = shapes["q"]
     for name, shape in shapes.items():
         if int(np.prod(shape, dtype=np.int64)) > MAX_ELEMENTS:
             raise UnsupportedError(

@@ -79,7 +79,9 @@ def test_what_is_more_than_its_memory_is_refused_by_name(kind: str, softmax: Cal
     make, said = REFUSED[kind]
     with torch.autograd.forward_ad.dual_level():
         x = make(torch.from_numpy(RNG.standard_normal((5, 9)).astype(np.float32)))
-        for call in (lambda: as_array(x, "x"), lambda: softmax(x), lambda: ArraySpec.of(signature_of((x,), ("x",))[0][0], "x")):
+        # Of meta and fake tensors a call has shapes (test_torch_ops.py).
+        calls = [lambda: as_array(x, "x"), lambda: ArraySpec.of(signature_of((x,), ("x",))[0][0], "x")]
+        for call in calls if kind in ("meta", "fake") else [*calls, lambda: softmax(x)]:
             with pytest.raises((vd.UnsupportedError, vd.ArgumentTypeError), match=f"^{said}"):
                 call()
         # Power retention has gradients.
@@ -95,13 +97,12 @@ def test_what_is_more_than_its_memory_is_refused_by_name(kind: str, softmax: Cal
                 power_retention(q, odd, v, target=target)
 
 
-@pytest.mark.parametrize("name", ["grad", "jvp", "vmap"])
+@pytest.mark.parametrize("name", ["grad", "jvp"])
 def test_transformations_of_torch_func_are_refused_by_name(name: str, softmax: Callable[[Any], Any]) -> None:
     x = torch.randn(3, 4)
     calls = {
         "grad": lambda: torch.func.grad(lambda x: softmax(x).sum())(x),
         "jvp": lambda: torch.func.jvp(softmax, (x,), (torch.ones_like(x),)),
-        "vmap": lambda: torch.func.vmap(softmax)(torch.stack([x, x])),
     }
     with pytest.raises(vd.UnsupportedError, match=r"^x is a tensor of torch\.func \(grad, jvp, vmap\)"):
         calls[name]()

@@ -127,7 +127,7 @@ def _refuse_tensor(x: Any, name: str) -> None:
         reason = f"requires a gradient, which this call does not record; call it under torch.no_grad(), or pass {name}.detach()"
     elif torch.autograd.forward_ad._current_level >= 0 and torch.autograd.forward_ad.unpack_dual(x).tangent is not None:
         reason = "carries a tangent of forward-mode AD, which no op computes; pass torch.autograd.forward_ad.unpack_dual(x).primal"
-    elif x.numel() and not _has_memory(x):
+    elif (x.numel() or x.is_meta) and not _has_memory(x):
         reason = f"has no memory of its own (device {x.device}; batched by torch, perhaps); accepted: tensors that hold values"
     else:
         return
@@ -242,11 +242,11 @@ def _read_jax(x: Any, name: str) -> Array:
 
 @lru_cache(maxsize=4096)
 def contiguous_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Strides, in elements, of a contiguous array."""
+    """Strides, in elements, of a contiguous array, as every library has them: an axis of no element counts as one of one."""
     strides, count = [], 1
     for n in reversed(shape):
         strides.append(count)
-        count *= n
+        count *= max(n, 1)
     return tuple(reversed(strides))
 
 

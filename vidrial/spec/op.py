@@ -7,8 +7,9 @@ import hashlib
 import heapq
 import itertools
 import math
+import weakref
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Generic, TypeAlias
 
 from numpy.typing import NDArray
@@ -24,6 +25,15 @@ from vidrial.spec.space import Candidate, Rejected, Space, Stream, Subset
 ALIGNMENT = 256  # bytes; of every workspace buffer
 GIB = 1 << 30
 Arrays: TypeAlias = Mapping[str, NDArray[Any]]  # by name; bfloat16 as uint16 bits
+
+
+_NUMBERS = itertools.count(1)
+_OPS: weakref.WeakValueDictionary[str, Op] = weakref.WeakValueDictionary()
+
+
+def op_of(key: str) -> Op:
+    """The op of that `Op.key`: of several of one name in a process each has its own."""
+    return _OPS[key]
 
 
 def _no_buffers(problem: object, config: object) -> Mapping[str, Buffer]:
@@ -131,7 +141,12 @@ class Op(Generic[P, C]):
         check: (problem, inputs, outputs, reference) -> Check.
         small: problem -> a problem of the same static fields, at an odd length, small enough to check quickly.
         rules: (problem, config) -> (holds, reason) about the config's own choices, beyond what the stages demand.
-        problem_of: (each input's ArraySpec and options, by name) -> the problem of a call (`vidrial.call_op`).
+        problem_of: (each input's ArraySpec and options, by name) -> the problem of a call (`vidrial.call_op`). Its annotations tell torch's
+            dispatcher which are arrays and of what types the options are (docs/torch.md).
+        backward: the op that makes the gradients: of its inputs `x` is one of this op's inputs or outputs, `dy` the gradient of the output
+            y; its output `dx` is the gradient of the input x. Its `problem_of` takes the same options. None: no gradients.
+        saving: this op with further outputs that `backward` reads; it runs in place of this one where gradients are wanted.
+        batched: axis 0 of every input and output is a batch, whose entries know nothing of each other: what is mapped over joins it.
         example: keywords (`t=10007, d=64`) -> a problem, with defaults for the rest: what the command line's options become.
     """
 
@@ -150,6 +165,10 @@ class Op(Generic[P, C]):
     workspace: Callable[[P, C], Mapping[str, Buffer]] = _no_buffers
     rules: Callable[[P, C], Iterable[tuple[bool, str]]] = _no_rules
     problem_of: Callable[..., P] | None = None
+    backward: Op | None = None
+    saving: Op | None = None
+    batched: bool = False
+    key: str = field(init=False, default="")
 
     @classmethod
     def of(
@@ -164,6 +183,8 @@ class Op(Generic[P, C]):
         small: Callable[[P], P],
         example: Callable[..., P],
         problem_of: Callable[..., P] | None = None,
+        backward: Op | None = None,
+        batched: bool = False,
     ) -> Op[P, C]:
         """The op that is one launch of one kernel, with its name, problem and config."""
         return cls(
@@ -180,6 +201,8 @@ class Op(Generic[P, C]):
             small=small,
             example=example,
             problem_of=problem_of,
+            backward=backward,
+            batched=batched,
         )
 
     def _stages_of(self, problem: P, config: C, part: str | None) -> Sequence[Stage]:
@@ -286,6 +309,8 @@ class Op(Generic[P, C]):
     def __post_init__(self) -> None:
         check_record(f"op {self.name}: problem", self.problem)
         check_record(f"op {self.name}: config", self.config)
+        object.__setattr__(self, "key", f"{self.name}#{next(_NUMBERS)}")
+        _OPS[self.key] = self
 
     def seconds(self, problem: P, config: C, device: Device) -> float:
         """Predicted time: the sum over the stages."""

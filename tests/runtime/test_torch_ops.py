@@ -1,0 +1,405 @@
+"""Ops in torch's dispatcher: compiled, exported, mapped, cast, without values; what is refused names op and argument (docs/torch.md)."""
+
+from __future__ import annotations
+
+import os
+import runpy
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import fake_op
+import numpy as np
+import pytest
+
+import vidrial as vd
+from vidrial.build import nvrtc
+from vidrial.kernels import power_retention as package
+from vidrial.kernels.flash_attention import flash_attention
+from vidrial.kernels.power_retention import gradient, in_torch, power_retention, power_retention_vjp, request
+from vidrial.kernels.power_retention.reference import attention_form
+from vidrial.runtime import torch_ops
+
+torch: Any = pytest.importorskip("torch")
+ROOT = Path(__file__).parents[2]
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+def draw(t: int, b: int = 1, grad: bool = False, hq: int = 4, dtype: Any = torch.float32) -> list[Any]:
+    """q, k, v and log_g; the heads differ from every other size, so that torch does not take a length for one."""
+    generator = torch.Generator().manual_seed(t)
+    shapes = ((b, t, hq, 32), (b, t, 1, 32), (b, t, 1, 64), (b, t, 1))
+    q, k, v, g = (torch.randn(shape, generator=generator) for shape in shapes)
+    return [x.requires_grad_(grad) for x in (q.to(dtype), k.to(dtype), v.to(dtype), torch.nn.functional.logsigmoid(g + 3))]
+
+
+def compiled(function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
+    """Forgets all graphs before."""
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    made: Callable[..., Any] = torch.compile(function, fullgraph=True, **({"backend": "aot_eager"} | options))
+    return made
+
+
+def graphs() -> int:
+    return int(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+
+
+# ------------------------------------------------------------------------------------------------------------- opcheck
+
+
+def saved(*x: Any, **options: Any) -> Any:
+    return torch.ops.vidrial.power_retention_saving(*x, **options)
+
+
+@pytest.mark.parametrize("t", [0, 1, 5])
+def test_opcheck_of_power_retention(t: int) -> None:
+    ops, x = torch.ops.vidrial, draw(t, b=2, grad=True)
+    y, norm = saved(*draw(t, b=2))
+    calls = [(ops.power_retention.default, tuple(x), {}), (ops.power_retention_saving.default, tuple(draw(t, b=2)), {})]
+    calls.append((ops.power_retention_backward.default, (*draw(t, b=2)[:3], torch.ones_like(y), draw(t, b=2)[3], y, norm), {}))
+    if t == 5:
+        calls.append((ops.power_retention.default, tuple(x[:3]), {"normalize": "none", "scale": 0.2}))
+    for op, args, options in calls:
+        found = torch.library.opcheck(op, args, options)
+        assert len(found) == 4 and set(found.values()) == {"SUCCESS"}, (op, found)
+
+
+@pytest.mark.parametrize("t", [0, 1, 6])
+def test_opcheck_of_flash_attention(t: int) -> None:
+    found = torch.library.opcheck(torch.ops.vidrial.flash_attention.default, tuple(draw(t, b=2)[:3]), {"causal": True, "left": 3})
+    assert len(found) == 4 and set(found.values()) == {"SUCCESS"}
+
+
+@pytest.mark.parametrize("t", [0, 1, 9])
+def test_results_are_contiguous_and_share_no_memory_with_an_input(t: int) -> None:
+    q, k, v, g = (x.transpose(1, 2).contiguous().transpose(1, 2) if x.dim() == 4 else x for x in draw(t, b=2))
+    y, lse = torch.ops.vidrial.flash_attention(q, k, v)
+    made = [torch.ops.vidrial.power_retention(q, k, v, g), *saved(q, k, v, g), y, lse]
+    for x in made:
+        assert x.stride() == torch.empty(x.shape).stride()
+        assert t == 0 or not {x.data_ptr()} & {a.data_ptr() for a in (q, k, v, g)}
+    assert saved(q, k, v, g, normalize="none")[1].numel() == 0
+
+
+def test_the_saved_normaliser_is_the_sum_of_the_weights() -> None:
+    x = draw(300, hq=2)
+    exact = attention_form(*(a.numpy() for a in x)).norm.transpose(0, 2, 1)
+    assert np.allclose(saved(*x)[1].numpy(), exact, rtol=1e-4, atol=1e-6) and exact.max() > 1
+
+
+# ------------------------------------------------------------------------------------------------------------- compile
+
+
+def test_one_graph_serves_every_length_and_its_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(nvrtc, "compile_source", None)  # nothing is compiled for a GPU
+    function = compiled(lambda *x: power_retention(*x) * 2, dynamic=True)
+    for t in range(2, 22):
+        x = draw(t, grad=True)
+        y, plain = function(*x), power_retention(*x) * 2
+        assert torch.equal(y, plain), t
+        found, exact = (torch.autograd.grad(made.square().sum(), x) for made in (y, plain))
+        assert all(torch.equal(a, b) for a, b in zip(found, exact, strict=True)), t
+    assert graphs() == 1
+    with torch.no_grad():
+        for t in range(2, 22):
+            assert torch.equal(function(*draw(t)), power_retention(*draw(t)) * 2)
+    assert graphs() == 2
+    assert function(*draw(1)).shape == (1, 1, 4, 64) and function(*draw(0)).shape == (1, 0, 4, 64)
+
+
+def test_one_graph_of_flash_attention() -> None:
+    function = compiled(
+        lambda q, k, v: flash_attention(q, k, v, causal=True, window=(7, None), return_lse=True), dynamic=True, backend="eager"
+    )
+    for t in range(2, 22):
+        found, plain = function(*draw(t)[:3]), flash_attention(*draw(t)[:3], causal=True, window=(7, None), return_lse=True)
+        assert all(torch.equal(a, b) for a, b in zip(found, plain, strict=True)), t
+    assert graphs() == 1
+
+
+def test_inductor_and_the_target_that_is_named() -> None:
+    function = compiled(lambda *x: power_retention(*x, target="cuda", chunk=128, normalize="none", degree=2, scale=0.5), backend="inductor")
+    x = draw(150, b=2, grad=True)
+    y, plain = function(*x), power_retention(*x, chunk=128, normalize="none", scale=0.5)
+    assert torch.equal(y, plain)
+    found, exact = (torch.autograd.grad(made.sum(), x) for made in (y, plain))
+    assert all(torch.equal(a, b) for a, b in zip(found, exact, strict=True))
+
+
+WRITES = """
+import torch
+from vidrial.kernels.power_retention import power_retention
+x = [torch.ones(1, 9, h, 32) for h in (4, 1, 1)]
+program = torch.compile(lambda *x: power_retention(*x), fullgraph=True, dynamic=True, backend="eager")
+assert torch.equal(program(*x), torch.ones(1, 9, 4, 32)), "the first call is the compiled one"
+class Model(torch.nn.Module):
+    def forward(self, q, k, v):
+        return power_retention(q, k, v, scale=0.25)
+length = torch.export.Dim("length", min=2)
+torch.export.save(torch.export.export(Model(), tuple(x), dynamic_shapes=({1: length},) * 3), sys.argv[1])
+"""
+READS = """
+from vidrial.kernels.power_retention import power_retention
+assert "torch" not in sys.modules
+import torch
+program = torch.export.load(sys.argv[1]).module()
+assert any("vidrial.power_retention" in str(node.target) for node in program.graph.nodes)
+x = [torch.arange(1 * 13 * h * 32.).sin().reshape(1, 13, h, 32) for h in (4, 1, 1)]
+compiled = torch.compile(lambda *x: power_retention(*x, scale=0.25), fullgraph=True, backend="eager")(*x)
+assert torch.equal(program(*x), compiled) and torch.equal(power_retention(*x, scale=0.25), compiled)
+"""
+
+
+def run_program(text: str, *arguments: str) -> None:
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    ended = subprocess.run(
+        [sys.executable, "-c", f"import sys\n{text}", *arguments], capture_output=True, text=True, check=False, env=environment
+    )
+    assert ended.returncode == 0, ended.stderr
+
+
+def test_a_first_call_that_is_compiled_and_an_export_that_a_fresh_process_loads(tmp_path: Path) -> None:
+    run_program(WRITES, str(tmp_path / "program.pt2"))  # torch is imported before vidrial
+    run_program(READS, str(tmp_path / "program.pt2"))  # and after it
+
+
+# ------------------------------------------------------------------------------------- no values, autocast, vmap
+
+
+def test_meta_and_fake_tensors_have_shapes() -> None:
+    from torch._subclasses import FakeTensorMode
+
+    for t in (0, 7):
+        y, lse = flash_attention(*(x.to("meta") for x in draw(t, b=2, dtype=torch.bfloat16)[:3]), return_lse=True)
+        assert (y.shape, y.dtype, y.device.type, lse.shape, lse.dtype) == ((2, t, 4, 64), torch.bfloat16, "meta", (2, 4, t), torch.float32)
+        assert power_retention(*(x.to("meta") for x in draw(t))).shape == (1, t, 4, 64)
+    mode = FakeTensorMode()
+    fakes = [mode.from_tensor(x) for x in draw(7, b=2)]
+    with mode:
+        assert power_retention(*fakes).shape == (2, 7, 4, 64)
+    assert type(power_retention(*fakes)) is type(fakes[0])
+
+
+def test_autocast_makes_q_k_and_v_meet() -> None:
+    q, k, v, g = draw(40, grad=True)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = power_retention(q, k.bfloat16(), v.half(), g.bfloat16())
+        mapped = compiled(power_retention)(q, k.bfloat16(), v.half(), g.bfloat16())
+        found = torch.autograd.grad(power_retention(q, k, v, g).float().sum(), (q, k, v, g))
+    exact = power_retention(q.bfloat16(), k.bfloat16(), v.half().bfloat16(), g.bfloat16().float())
+    assert y.dtype == torch.bfloat16 and torch.equal(y, exact) and torch.equal(mapped, exact)
+    plain = torch.autograd.grad(power_retention(q.bfloat16(), k.bfloat16(), v.bfloat16(), g).float().sum(), (q, k, v, g))
+    assert [x.dtype for x in found] == [torch.float32] * 4 and all(torch.equal(a, b) for a, b in zip(found, plain, strict=True))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert flash_attention(q.detach(), k.detach().half(), v.detach()).dtype == torch.bfloat16
+        assert power_retention(*(x.detach().numpy() for x in (q, k, v, g))).dtype == np.float32  # NumPy's arrays are not torch's affair
+
+
+def test_vmap_joins_the_batch() -> None:
+    x = draw(30, b=2, grad=True)
+    both = [torch.stack([a, a * 2], dim=1 if a.dim() == 4 else 0) for a in x]
+    calls: list[Any] = []
+
+    def counted(inputs: Any, o: Any) -> Any:
+        calls.append(tuple(inputs[0].shape))
+        return plain(inputs, o)
+
+    plain = gradient.plain
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gradient, "plain", counted)
+        with torch.no_grad():
+            y = torch.vmap(power_retention, in_dims=(1, 1, 1, 0))(*both)
+    assert calls == [(4, 30, 4, 32)]
+    each = torch.stack([power_retention(*x), power_retention(*(a * 2 for a in x))])
+    assert torch.allclose(y, each, atol=1e-6)
+    over_q = torch.vmap(flash_attention, in_dims=(1, None, None))(*(a.detach() for a in (both[0], x[1], x[2])))
+    assert torch.allclose(over_q[1], flash_attention((2 * x[0]).detach(), x[1].detach(), x[2].detach()), atol=1e-6)
+    found = torch.autograd.grad(torch.vmap(power_retention, in_dims=(1, 1, 1, 0))(*both).square().sum(), x)
+    exact = torch.autograd.grad(each.square().sum(), x)
+    assert all(torch.allclose(a, b, atol=1e-4) for a, b in zip(found, exact, strict=True))
+
+
+# ------------------------------------------------------------------------------------------------------------ refused
+
+
+def test_what_is_not_served_is_refused_by_name() -> None:
+    x, plain = draw(5, grad=True), draw(5)
+    only_q = lambda q: power_retention(q, *plain[1:]).sum()  # noqa: E731
+    refused: list[tuple[Callable[[], Any], str]] = [
+        (lambda: torch.func.grad(only_q)(plain[0]), "q is a tensor of torch.func"),
+        (lambda: torch.func.grad(lambda q: torch.vmap(only_q)(q).sum())(plain[0][None]), "power_retention: q is a tensor of torch.func"),
+        (lambda: torch.func.jvp(only_q, (plain[0],), (plain[0],)), "q is a tensor of torch.func"),
+        (lambda: torch.autograd.grad(torch.ops.vidrial.power_retention(*x).sum(), x[0], create_graph=True), "a gradient of its gradient"),
+        (lambda: flash_attention(*x[:3]), "q requires a gradient, which flash_attention does not compute"),
+        (lambda: torch.ops.vidrial.flash_attention(*x[:3]), "q requires a gradient, which flash_attention does not compute"),
+        (lambda: power_retention(plain[0].to("meta"), *plain[1:]), "q has no memory of its own"),
+        (lambda: power_retention_vjp(*(a.to("meta") for a in plain)), "q has no memory of its own"),
+    ]
+    for call, said in refused:
+        with pytest.raises(vd.UnsupportedError, match=said):
+            call()
+    with torch.autograd.forward_ad.dual_level():
+        for q in (plain[0], x[0]):
+            with pytest.raises(vd.UnsupportedError, match="forward-mode"):
+                torch.ops.vidrial.power_retention(torch.autograd.forward_ad.make_dual(q, plain[0]), *plain[1:])
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        with pytest.raises(vd.ArgumentTypeError, match=r"^power_retention: q: dtype 'float64' is not known; accepted: bfloat16"):
+            power_retention(plain[0].double(), *plain[1:])
+        with pytest.raises(vd.ArgumentTypeError, match="^q is int32; accepted: bfloat16, float16, float32"):
+            power_retention(plain[0].int(), *plain[1:])
+
+
+@pytest.mark.parametrize(
+    ("call", "said"),
+    [
+        (
+            lambda q, k, v, g: power_retention(q, k[:, 1:], v, g),
+            r"vidrial\.power_retention.*k has shape \[1, 4, 1, 32\]; accepted: \[1, 5, 1, 32\]",
+        ),
+        (
+            lambda q, k, v, g: power_retention(q, k.half(), v, g),
+            r"k is float16; accepted: float32, as the other inputs of power_retention ask",
+        ),
+        (lambda q, k, v, g: power_retention(q, k, v, g, degree=3), r"degree=3: an odd power"),
+        (lambda q, k, v, g: flash_attention(q.requires_grad_(), k, v), r"q requires a gradient, which flash_attention does not compute"),
+        (
+            lambda q, k, v, g: power_retention(q, k, v, g, output_final_state=True)[0],
+            r"initial_state and output_final_state are not compiled",
+        ),
+    ],
+    ids=["shape", "dtype", "degree", "no backward", "state"],
+)
+def test_what_a_graph_cannot_hold_is_refused_while_it_is_made(call: Callable[..., Any], said: str) -> None:
+    with pytest.raises(Exception, match=f"(?s){said}") as raised:
+        compiled(call)(*draw(5))
+    assert type(raised.value).__module__.startswith("torch._dynamo")
+
+
+# -------------------------------------------------------------------------------------------------------- users' ops
+
+
+def tripled_of(x: vd.ArraySpec, factor: float = 3.0) -> fake_op.Problem:
+    if len(x.shape) != 1:
+        raise vd.ArgumentError(f"x has shape {list(x.shape)}; accepted: a vector")
+    return fake_op.Problem(vd.DType.float32, x.shape[0], factor)
+
+
+def gradient_of(dy: vd.ArraySpec, factor: float = 3.0) -> fake_op.Problem:
+    return tripled_of(dy, factor)
+
+
+def own_op(name: str, **fields: Any) -> vd.Op[Any, Any]:
+    """Of one input and one output, that no kernel has: `run` computes it."""
+    vector = lambda name: lambda p: {name: vd.Buffer((p.n,), vd.DType.float32)}  # noqa: E731
+    return replace(fake_op.op, name=name, inputs=vector("x"), outputs=vector("y"), **fields)
+
+
+def run_tripled(op: vd.Op[Any, Any], x: Any, factor: float, target: str | None) -> dict[str, Any]:
+    return {("dx" if op.name.endswith("backward") else "y"): x * factor}
+
+
+def test_an_op_of_a_user() -> None:
+    backward = own_op("tripled_backward", problem_of=gradient_of)
+    vector = lambda name: lambda p: {name: vd.Buffer((p.n,), vd.DType.float32)}  # noqa: E731
+    backward = replace(backward, inputs=vector("dy"), outputs=vector("dx"))
+    op = own_op("tripled", problem_of=tripled_of, backward=backward)
+    known = vd.torch_op(op, run_tripled)
+    assert known == "tripled y" and vd.torch_op(op) == known
+    x = torch.randn(7, requires_grad=True)
+    function = lambda x: vd.call_op(op, {"x": x}, factor=2.5)["y"]  # noqa: E731
+    for call in (function, compiled(function, dynamic=True)):
+        for n in (7, 8, 9):
+            x = torch.randn(n, requires_grad=True)
+            y = call(x)
+            assert torch.equal(y, x * 2.5) and torch.equal(torch.autograd.grad(y.sum(), x)[0], torch.full((n,), 2.5))
+    assert graphs() == 1
+    assert set(torch.library.opcheck(torch.ops.vidrial.tripled.default, (x,), {"factor": 2.0}).values()) == {"SUCCESS"}
+    # It has no batch: what is mapped over is called one after another.
+    assert torch.equal(torch.vmap(function)(torch.ones(3, 4)), torch.full((3, 4), 2.5))
+    # Another op of this name has a name of its own.
+    assert vd.torch_op(own_op("tripled", problem_of=tripled_of), run_tripled) == "tripled_2 y"
+
+
+def of_shape(x: vd.ArraySpec, shape: tuple[int, ...]) -> fake_op.Problem:
+    return tripled_of(x)
+
+
+def of_many(*x: vd.ArraySpec) -> fake_op.Problem:
+    return tripled_of(*x)
+
+
+def not_annotated(x) -> fake_op.Problem:  # type: ignore[no-untyped-def]
+    return tripled_of(x)
+
+
+@pytest.mark.parametrize(
+    ("problem_of", "said"),
+    [
+        (None, r"odd does not say which problem its inputs ask.*Op\(problem_of=\.\.\.\)"),
+        (of_shape, r"odd: shape of problem_of is of tuple.*accepted: ArraySpec, int, float, bool, str"),
+        (of_many, r"odd: x of problem_of is of ArraySpec"),
+        (not_annotated, r"odd: x of problem_of is not annotated"),
+    ],
+    ids=["none", "an option's type", "not one by one", "not annotated"],
+)
+def test_a_problem_that_cannot_be_made_of_tensors(problem_of: Any, said: str) -> None:
+    with pytest.raises(vd.ArgumentError, match=said):
+        vd.torch_op(own_op("odd", problem_of=problem_of))
+
+
+# ------------------------------------------------------------------------------------------------------ host time
+
+
+def least(call: Callable[[], Any]) -> float:
+    """Microseconds a call: the least of many short rounds."""
+    best = 1e9
+    for _ in range(60):
+        begin = time.perf_counter()
+        for _ in range(50):
+            call()
+        best = min(best, (time.perf_counter() - begin) / 50 * 1e6)
+    return best
+
+
+def test_host_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As for arrays that the GPU reads as they lie; the launches and what they need are left out of both."""
+    x, y = draw(8), torch.empty(1, 8, 4, 64)
+    real = request.request_of(vd.signature_of(x, request.NAMES)[0], 2, None, "sum", None, "cuda")
+    asked = replace(real, ready=True, on_cpu=False, planned=type("Planned", (), {"plan": lambda self: None})())  # type: ignore[arg-type]
+    found, launched = lru_cache(lambda *_: asked), lambda *_: {"y": y.new_empty_strided(y.shape, y.stride())}
+    for module in (package, in_torch):
+        monkeypatch.setattr(module, "run", launched)
+    monkeypatch.setattr(package, "request_of", found)
+    monkeypatch.setattr(request, "request_of", found)
+    monkeypatch.setattr(torch_ops, "_contiguous", lambda x: x)  # which is asked of CPU tensors alone
+    op = torch.ops.vidrial.power_retention.default
+    with torch.no_grad():
+        eager, dispatched, asking = least(lambda: power_retention(*x)), least(lambda: op(*x)), least(lambda: vd.dispatching(x[0]))
+    print(f"host time a call: {eager:.1f} us, by way of the dispatcher {dispatched:.1f} us; asking whether to go there {asking:.2f} us")
+    # 3 us are what it may take; a machine that does other things takes longer for both.
+    assert dispatched < 2 * eager and asking < eager / 10
+
+
+# ------------------------------------------------------------------------------------------------- several processes
+
+
+def test_two_processes_train_a_layer_by_ddp_and_fsdp(tmp_path: Path) -> None:
+    script = Path(__file__).with_name("distributed.py")
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    ranks = [subprocess.Popen([sys.executable, str(script), str(rank), str(tmp_path)], env=environment) for rank in (0, 1)]
+    assert [rank.wait() for rank in ranks] == [0, 0]
+    namespace = runpy.run_path(str(script))
+    exact = namespace["gradients"](namespace["layer"](), namespace["batch"]())  # of both sequences at once: the mean of the two processes'
+    for rank in (0, 1):
+        found = np.load(tmp_path / f"{rank}.npz")
+        assert len(found.files) == 2 * len(exact) == 12
+        for name, gradient_of_all in exact.items():
+            for kind in ("ddp", "fsdp"):
+                assert np.allclose(found[f"{kind} {name}"], gradient_of_all, rtol=1e-3, atol=1e-6), (rank, kind, name)
+    assert np.abs(exact["gate.weight"]).max() > 1e-5
