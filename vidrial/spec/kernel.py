@@ -7,6 +7,7 @@ softmax.source(problem, config)      # the rendered C++
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Hashable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,7 +21,7 @@ from vidrial.layout.tma import TensorMap
 from vidrial.spec.choices import check_choices
 from vidrial.spec.cost import Cost
 from vidrial.spec.digest import closure_digest, code_digest, state_of, tiles_asked_for
-from vidrial.spec.fields import ByReads, C, P, Static, check_record, fields
+from vidrial.spec.fields import REMEMBERED, ByReads, C, P, Static, check_record, fields
 from vidrial.spec.geometry import Geometry
 from vidrial.spec.source import Arguments, Source, Tiles, include_folders, render
 
@@ -126,21 +127,7 @@ class Kernel(Generic[P, C]):
             tiles = self.resolve(problem, config)
         except (LayoutError, ConfigError) as error:
             return str(error)
-        for name, member in tiles.members.items():
-            if (arch := getattr(type(member), "ARCH", device.arch)) != device.arch:
-                return f"{name} is a {type(member).__name__}, which {arch} alone has; {device.name} is {device.arch}"
-        if tiles.threads % WARP or not WARP <= tiles.threads <= CTA_THREADS:
-            return f"{tiles.threads} threads per CTA: must be a multiple of {WARP}, at most {CTA_THREADS}"
-        for name, member in tiles.members.items():
-            if (reason := never_completed(name, member, tiles.threads)) is not None:
-                return reason
-        if tiles.smem_bytes > device.smem_per_block:
-            return f"{tiles.smem_bytes} bytes of shared memory: a CTA has {device.smem_per_block} on {device.name}"
-        if tiles.min_blocks * (tiles.smem_bytes + RESERVED_SMEM) > device.smem_per_sm:
-            return f"{tiles.min_blocks} CTAs of {tiles.smem_bytes} bytes of shared memory: an SM has {device.smem_per_sm} on {device.name}"
-        if tiles.min_blocks * tiles.threads > device.threads_per_sm:
-            return f"{tiles.min_blocks} CTAs of {tiles.threads} threads: an SM holds {device.threads_per_sm} on {device.name}"
-        return None
+        return _refusal(tiles, device)
 
     def broken_rule(self, problem: P, config: C, device: Device) -> str | None:
         """The reason of the first of the kernel's own rules that the config breaks, or None. It may still be illegal: tiles cost
@@ -222,3 +209,23 @@ class Kernel(Generic[P, C]):
 
 def _has(record: type, name: str) -> bool:
     return name in {f.name for f in dataclasses.fields(record)} or isinstance(getattr(record, name, None), property)
+
+
+@functools.lru_cache(maxsize=REMEMBERED)
+def _refusal(tiles: Tiles, device: Device) -> str | None:
+    """Why a device cannot launch a CTA of these tiles, or None."""
+    for name, member in tiles.members.items():
+        if (arch := getattr(type(member), "ARCH", device.arch)) != device.arch:
+            return f"{name} is a {type(member).__name__}, which {arch} alone has; {device.name} is {device.arch}"
+    if tiles.threads % WARP or not WARP <= tiles.threads <= CTA_THREADS:
+        return f"{tiles.threads} threads per CTA: must be a multiple of {WARP}, at most {CTA_THREADS}"
+    for name, member in tiles.members.items():
+        if (reason := never_completed(name, member, tiles.threads)) is not None:
+            return reason
+    if tiles.smem_bytes > device.smem_per_block:
+        return f"{tiles.smem_bytes} bytes of shared memory: a CTA has {device.smem_per_block} on {device.name}"
+    if tiles.min_blocks * (tiles.smem_bytes + RESERVED_SMEM) > device.smem_per_sm:
+        return f"{tiles.min_blocks} CTAs of {tiles.smem_bytes} bytes of shared memory: an SM has {device.smem_per_sm} on {device.name}"
+    if tiles.min_blocks * tiles.threads > device.threads_per_sm:
+        return f"{tiles.min_blocks} CTAs of {tiles.threads} threads: an SM holds {device.threads_per_sm} on {device.name}"
+    return None
