@@ -96,16 +96,18 @@ def read(reference: str, keywords: tuple[str, ...]) -> tuple[Op, list[Any]]:
     return op, [make_problem(op, dict(zip(values, combination, strict=True))) for combination in itertools.product(*values.values())]
 
 
-def read_one(reference: str, keywords: tuple[str, ...]) -> tuple[Op, Any]:
-    """The op and its one problem.
+def read_one(reference: str, keywords: tuple[str, ...], arch: str | None) -> tuple[Op, Any, Device]:
+    """The op, its one problem, and the GPU that `--arch` names, or this machine's, or the H200 of the table.
 
     Raises:
-        ArgumentError: a keyword came twice.
+        ArgumentError: a keyword came twice, or a size is too large for a kernel. ConfigError: the op serves no such problem.
     """
     op, problems = read(reference, keywords)
     if len(problems) > 1:
-        raise ArgumentError("a keyword came twice; only sweep takes several problems")
-    return op, problems[0]
+        raise ArgumentError("a keyword came twice; only sweep and check take several problems")
+    device = Device.of(arch) if arch else Device.default()
+    op.check_problem(problems[0], device)
+    return op, problems[0], device
 
 
 def first_op() -> str:
@@ -118,11 +120,6 @@ def first_op() -> str:
     if name is None:
         raise ArgumentError("no installed package names an op; give module:attribute or path/to/file.py:attribute")
     return name
-
-
-def device_of(arch: str | None) -> Device:
-    """The GPU that `--arch` names, else this machine's, else the H200 of the table."""
-    return Device.of(arch) if arch else Device.default()
 
 
 @vidrial.command()
@@ -140,10 +137,9 @@ def explain(reference: str, keywords: tuple[str, ...], arch: str | None, limit: 
     """List the legal configs with their predicted times, and the others grouped by the rule that they break."""
     from vidrial.cli.tables import make_console, show_space
 
-    op, problem = read_one(reference, keywords)
-    device = device_of(arch)
-    op.check_problem(problem, device)
-    show_space(make_console(), op, problem, device, limit)
+    op, problem, device = read_one(reference, keywords, arch)
+    if not show_space(make_console(), op, problem, device, limit).legal:
+        op.predicted(problem, device)  # refuses, with the rules' reasons
 
 
 @op_command("compile")
@@ -155,8 +151,8 @@ def compile_(reference: str, keywords: tuple[str, ...], arch: str | None, top: i
     from vidrial.build.nvrtc import Cubin
     from vidrial.cli.tables import compile_best, make_console, show_built
 
-    op, problem = read_one(reference, keywords)
-    console, device = make_console(), device_of(arch)
+    op, problem, device = read_one(reference, keywords, arch)
+    console = make_console()
     built = compile_best(op, problem, device, top, jobs)
     if not built:
         op.predicted(problem, device)  # refuses, with the rules' reasons
@@ -198,6 +194,8 @@ def sweep_(reference: str, keywords: tuple[str, ...], out: Path | None, gpus: st
     from vidrial.tune.sweeper import sweep, sweep_lengths
 
     op, problems = read(reference, keywords)
+    for problem in problems:
+        op.check_problem(problem, Device.default())
     if out is not None:
         check_writable(out)
     chosen = Options(gpus=None if gpus is None else gpus_of(gpus), **options)
@@ -256,8 +254,8 @@ def report(journals: tuple[Path, ...], out: Path, png: Path | None) -> None:
 @click.option("--stage", help="Only the kernel of this name.")
 def source(reference: str, keywords: tuple[str, ...], arch: str | None, stage: str | None) -> None:
     """Print the C++ of the config predicted fastest."""
-    op, problem = read_one(reference, keywords)
-    stages = [s for s in op.stages(problem, op.predicted(problem, device_of(arch))) if stage in (None, s.kernel.name)]
+    op, problem, device = read_one(reference, keywords, arch)
+    stages = [s for s in op.stages(problem, op.predicted(problem, device)) if stage in (None, s.kernel.name)]
     if not stages:
         raise ArgumentError(f"--stage {stage!r} is not launched for this problem; its kernels: {', '.join(k.name for k in op.kernels)}")
     for s in stages:
@@ -272,8 +270,8 @@ def analyse(reference: str, keywords: tuple[str, ...], arch: str | None) -> None
     from vidrial.cli.analysis import show_analysis
     from vidrial.cli.tables import make_console
 
-    op, problem = read_one(reference, keywords)
-    show_analysis(make_console(), op, problem, device_of(arch))
+    op, problem, device = read_one(reference, keywords, arch)
+    show_analysis(make_console(), op, problem, device)
 
 
 @op_command("check")
@@ -314,8 +312,8 @@ def draw(reference: str, keywords: tuple[str, ...], arch: str | None, out: Path)
     from vidrial.layout.wgmma import WarpgroupMma
     from vidrial.spec.choices import describe
 
-    op, problem = read_one(reference, keywords)
-    config = op.predicted(problem, device_of(arch))
+    op, problem, device = read_one(reference, keywords, arch)
+    config = op.predicted(problem, device)
     click.echo(f"{op.name}: {describe(config)}")
     pictures: dict[str, str] = {}
     for stage in op.stages(problem, config):

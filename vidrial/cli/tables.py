@@ -102,11 +102,17 @@ def show_space(console: Console, op: Op, problem: Any, device: Device, limit: in
     ranked = enumerate(zip(space.legal, sizes, own, strict=True), 1)
     title = total + (f"; all have {common}" if common else "")
     shown = ((i, duration(c.seconds), *(byte_size(n) for _ in beside), text) for i, (c, n, text) in ranked)
-    show_table(console, title, (">", ">predicted", *beside, "config"), shown)
+    if space.legal:
+        show_table(console, title, (">", ">predicted", *beside, "config"), shown)
     reasons = space.reasons()
     rows = [(len(configs), reason, describe(configs[0])) for reason, configs in itertools.islice(reasons.items(), limit)]
     if rows:
-        show_table(console, f"{len(space.rejected)} rejected, for {len(reasons)} reasons", (">configs", "because", "for instance"), rows)
+        show_table(
+            console,
+            f"{len(space.rejected)} rejected, for {len(reasons)} {'reason' if len(reasons) == 1 else 'reasons'}",
+            (">configs", "because", "for instance"),
+            rows,
+        )
     return space
 
 

@@ -406,15 +406,28 @@ class Op(Generic[P, C]):
             raise ConfigError(f"{self.name}: {describe(config)} is not legal for {problem}: {reason}")
 
     def check_problem(self, problem: P, device: Device) -> None:
-        """Refuse a problem that the op's own rules refuse whatever its choices.
+        """Refuse a problem that the op's own rules refuse whatever its choices, or whose sizes no kernel's arguments hold.
 
         Raises:
-            ConfigError: with the first rule's reason.
+            ConfigError: with the rules' reason. ArgumentError: with the argument and its type.
         """
         reasons = (self.reject(problem, shared, device, "") for shared in self.shared())
-        first = next(reasons, None)
-        if first is not None and all(reason is not None for reason in reasons):
-            raise ConfigError(f"{self.name}: no legal config for {problem} on {device.name}: {first}")
+        refused = list(itertools.takewhile(lambda reason: reason is not None, reasons))
+        if len(refused) == math.prod(map(len, self.own_axes().values())):
+            raise self._none_legal(problem, device, refused)
+        config = next(shared for shared in self.shared() if self.reject(problem, shared, device, "") is None)
+        for stage in self.stages(problem, config):
+            stage.kernel.pack(stage.problem, stage.config)
+
+    def _none_legal(self, problem: P, device: Device, reasons: Iterable[str | None]) -> ConfigError:
+        """What is wrong with a problem that no config serves: the reason, if it is one."""
+        named = {kernel.name for kernel in self.kernels}
+        said = dict.fromkeys(
+            rest if (split := str(reason).partition(": "))[0] in named and (rest := split[2]) else str(reason) for reason in reasons
+        )
+        if len(said) == 1:
+            return ConfigError(next(iter(said)))
+        return ConfigError(f"{self.name}: no legal config for {problem} on {device.name}: {'; '.join(itertools.islice(said, 3))}")
 
     def _check_stages(self, problem: P, config: C) -> None:
         """Refuse stages whose kernels or parts the op does not declare: its rankings and its search would leave them out unnoticed."""
@@ -566,8 +579,7 @@ class Op(Generic[P, C]):
         """
         first = next(self.ranked(problem, device, fixed), None)
         if first is None:
-            reasons = "; ".join(itertools.islice(self.space(problem, device, 0, fixed).reasons(), 3))
-            raise ConfigError(f"{self.name}: no legal config for {problem} on {device.name}: {reasons}")
+            raise self._none_legal(problem, device, self.space(problem, device, 0, fixed).reasons())
         return first.config
 
     def digest(self) -> str:
