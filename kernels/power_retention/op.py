@@ -89,7 +89,8 @@ def degree_refusal(degree: Any, normalize: Any) -> UnsupportedError | None:
 
 def scale_refusal(scale: Any) -> ArgumentError | None:
     """Why scores are not scaled so, or None."""
-    if isinstance(scale, (int, float, Real)) and bool(abs(scale) <= MAX_SCALE):
+    number = type(scale) is float or isinstance(scale, Real)
+    if number and abs(scale) <= MAX_SCALE:
         return None
     return ArgumentError(f"scale={scale!r} is not served; accepted: None, or a number of at most {MAX_SCALE:g} in magnitude")
 

@@ -63,7 +63,7 @@ def _printable(stream: TextIO | None) -> TextIO:
 def vidrial() -> None:
     """GPU kernels described in Python, tuned by measurement.
 
-    OP is a known name (`vidrial env` lists them), module:attribute, or path/to/file.py:attribute. What it is asked comes as the
+    OP is a known name (`vidrial env` lists them), module:attribute, path/to/file.py:attribute, or path/to/file.py if it has one op. What it is asked comes as the
     keywords of its `example`: --t 10007 --d 64. All commands but the timing of `sweep` work without a GPU.
     """
 
@@ -226,7 +226,7 @@ def gpus_of(text: str) -> int | tuple[int, ...] | str:
 
 @vidrial.command()
 @click.argument("journals", nargs=-1, metavar="[JOURNAL]...", type=click.Path(path_type=Path))
-@click.option("--out", required=True, type=click.Path(dir_okay=False, path_type=Path), help="The page.")
+@click.option("--out", default="report.html", show_default=True, type=click.Path(dir_okay=False, path_type=Path), help="The page.")
 @click.option("--png", type=click.Path(dir_okay=False, path_type=Path), help="Also draw the times as a PNG; needs matplotlib.")
 def report(journals: tuple[Path, ...], out: Path, png: Path | None) -> None:
     """Write one HTML page, which needs no network, from the journals of sweeps: files, or folders of them; by default the cache's."""
@@ -299,8 +299,8 @@ def check_(reference: str, keywords: tuple[str, ...], configs: int, quick: bool)
 
 @op_command("draw")
 @target_option
-@click.option("--out", required=True, type=click.Path(file_okay=False, path_type=Path), help="Folder for the SVG files.")
-def draw(reference: str, keywords: tuple[str, ...], arch: str | None, out: Path) -> None:
+@click.option("--out", type=click.Path(file_okay=False, path_type=Path), help="Folder for the SVG files.  [default: <op>_pictures, here]")
+def draw(reference: str, keywords: tuple[str, ...], arch: str | None, out: Path | None) -> None:
     """Draw the layouts, tiles, copies, MMAs, rings and epilogues of the config predicted fastest, as SVG."""
     from vidrial.build.files import writing
     from vidrial.layout.copies import TiledCopy
@@ -323,6 +323,7 @@ def draw(reference: str, keywords: tuple[str, ...], arch: str | None, out: Path)
                 pictures.update({f"{stage.kernel.name}.{name}.{part}.svg": svg(member, part) for part in parts})
             elif isinstance(member, (SmemLayout, TiledCopy, Epilogue, Pipeline)):
                 pictures[f"{stage.kernel.name}.{name}.svg"] = svg(member)
+    out = out or Path(f"{op.name}_pictures")
     if not pictures:
         click.echo("its tiles are plain numbers: nothing to draw")
     for name, text in pictures.items():

@@ -11,7 +11,7 @@ from operator import attrgetter
 from types import MappingProxyType
 from typing import Any, cast, overload
 
-from vidrial.errors import ConfigError
+from vidrial.errors import ConfigError, DescriptionError
 from vidrial.spec.fields import CHOICES, KIND
 
 Axes = Mapping[str, tuple[Any, ...]]
@@ -138,6 +138,21 @@ def check_choices(config: Any) -> None:
         accepted = axes_of(config)[name]
         if value not in accepted:
             raise ConfigError(f"{type(config).__name__}.{name}={value!r} is not a choice; accepted: {', '.join(map(repr, accepted))}")
+
+
+def check_config_fields(owner: str, config_type: type) -> None:
+    """Refuse a config whose fields are no choices.
+
+    Raises:
+        DescriptionError: a choice has values of several types, or one twice.
+    """
+    for name, values in axes(config_type).items():
+        kinds = {type(value).__name__ for value in values if value is not None}
+        if len(kinds) > 1 or len(set(values)) < len(values):
+            why = f"of several types, {' and '.join(sorted(kinds))}" if len(kinds) > 1 else "twice"
+            raise DescriptionError(
+                f"{owner}: {config_type.__qualname__}.{name} has a value {why}: {', '.join(map(repr, values))}; give unlike ones of one type"
+            )
 
 
 def describe(config: object) -> str:

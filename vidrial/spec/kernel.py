@@ -14,11 +14,12 @@ from pathlib import Path
 from typing import Any, Generic, cast
 
 from vidrial.device import CTA_THREADS, RESERVED_SMEM, WARP, Device
-from vidrial.errors import ArgumentError, ConfigError, LayoutError, TemplateError
+from vidrial.errors import ArgumentError, ConfigError, DescriptionError, LayoutError, TemplateError
 from vidrial.layout.barriers import never_completed
 from vidrial.layout.occupancy import Occupancy
 from vidrial.layout.tma import TensorMap
-from vidrial.spec.choices import check_choices
+from vidrial.spec.authored import grid_fault, guarded, guarded_rules, mapping_fault, of_type
+from vidrial.spec.choices import check_choices, check_config_fields
 from vidrial.spec.cost import Cost
 from vidrial.spec.digest import closure_digest, code_digest, state_of, tiles_asked_for
 from vidrial.spec.fields import REMEMBERED, ByReads, C, P, Static, check_record, fields
@@ -198,10 +199,27 @@ class Kernel(Generic[P, C]):
         return closure_digest(f'#include "{self.template.name}"', include_folders(self.template))
 
     def __post_init__(self) -> None:
-        if not self.template.is_file():
-            raise ArgumentError(f"kernel {self.name}: template {self.template} does not exist")
-        check_record(f"kernel {self.name}: problem", self.problem)
-        check_record(f"kernel {self.name}: config", self.config)
+        owner = f"kernel {self.name}"
+        if not isinstance(self.name, str) or not (self.name.isidentifier() and self.name.isascii()):
+            raise ArgumentError(f"kernel {self.name!r}: the name is that of a C++ function; accepted: letters, digits and underscores")
+        if not isinstance(self.template, Path) or not self.template.is_file():
+            raise ArgumentError(
+                f"{owner}: template {self.template} does not exist; give a Path, Path(__file__).with_name('{self.name}.cu.j2')"
+            )
+        if not isinstance(self.args, Arguments):
+            raise DescriptionError(f'{owner}: args is {self.args!r}; give Arguments(x="float const*", n="int")')
+        check_record(f"{owner}: problem", self.problem)
+        check_record(f"{owner}: config", self.config)
+        check_config_fields(owner, self.config)
+        faults = {
+            "tiles": of_type(Tiles, call="Tiles(threads=...)"),
+            "grid": grid_fault,
+            "scalars": of_type(Mapping, call="a dictionary of name -> number"),
+            "maps": mapping_fault("TensorMap", TensorMap),
+        } | ({"cost": of_type(Cost, call="Cost(flops=..., bytes=..., ctas=...)")} if self.cost is not None else {})
+        for name, fault in faults.items():
+            object.__setattr__(self, name, guarded(getattr(self, name), owner, name, fault))
+        object.__setattr__(self, "rules", guarded_rules(self.rules, owner, "rules"))
         object.__setattr__(self, "_tiles", ByReads(lambda static: self.tiles(cast(P, static.problem), cast(C, static.config))))
         # The text itself, kilobytes of it, is not kept.
         object.__setattr__(self, "_reads", ByReads(lambda static: self._render(static).entry))

@@ -10,14 +10,17 @@ import itertools
 import math
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from typing import TYPE_CHECKING, Any, Generic, TypeAlias
 
+import numpy as np
 from numpy.typing import NDArray
 
 from vidrial.device import Device
 from vidrial.dtypes import DType
-from vidrial.errors import ArgumentError, ConfigError, LayoutError
-from vidrial.spec.choices import Axes, axes, check_choices, combinations, configs, count, describe, own_axes, parts
+from vidrial.errors import ArgumentError, ConfigError, DescriptionError, LayoutError
+from vidrial.spec.authored import guarded, guarded_rules, mapping_fault, of_type, sequence_fault
+from vidrial.spec.choices import Axes, axes, check_choices, check_config_fields, combinations, configs, count, describe, own_axes, parts
 from vidrial.spec.fields import C, P, check_record
 from vidrial.spec.kernel import Kernel
 from vidrial.spec.outcomes import Cell, Outcomes
@@ -36,6 +39,23 @@ def _no_rules(problem: object, config: object) -> Iterable[tuple[bool, str]]:
     return ()
 
 
+DECLARED = "__vidrial_declared__"
+
+
+def _declared(function: Callable[..., Any], fault: Callable[[Any, Any], str | None]) -> Callable[..., Any]:
+    """An op's `sample` or `reference`, which gives what the op's buffers declare."""
+
+    @functools.wraps(function)
+    def call(problem: Any, argument: Any) -> Any:
+        found = function(problem, argument)
+        if (said := fault(problem, found)) is not None:
+            raise DescriptionError(said)
+        return found
+
+    setattr(call, DECLARED, True)
+    return call
+
+
 @dataclass(frozen=True)
 class Buffer:
     """An array of an op: an input, an output, or workspace between its stages. `zeroed` is of workspace, what follows it of inputs.
@@ -51,6 +71,14 @@ class Buffer:
     aligned: bool = True
     optional: bool = False
     zeroed: bool = False
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.dtype, DType):
+            raise DescriptionError(
+                f"Buffer of dtype {self.dtype!r}; give a DType: {', '.join(f'DType.{name}' for name in DType.__members__)}"
+            )
+        if not isinstance(self.shape, tuple) or not all(isinstance(n, Integral) for n in self.shape):
+            raise DescriptionError(f"Buffer of shape {self.shape!r}; give a tuple of integers, (n,) for one axis")
 
     @property
     def nbytes(self) -> int:
@@ -416,8 +444,25 @@ class Op(Generic[P, C]):
         if len(refused) == math.prod(map(len, self.own_axes().values())):
             raise self._none_legal(problem, device, refused)
         config = next(shared for shared in self.shared() if self.reject(problem, shared, device, "") is None)
+        self._check_stages(problem, config)
+        self._check_arrays(problem, config)
         for stage in self.stages(problem, config):
+            stage.kernel.grid(stage.problem, stage.config)
             stage.kernel.pack(stage.problem, stage.config)
+
+    def _check_arrays(self, problem: P, config: C) -> None:
+        """Refuse arrays that two declare, and outputs that no launch writes."""
+        groups = {"inputs": self.inputs(problem), "outputs": self.outputs(problem), "workspace": self.workspace(problem, config)}
+        for (first, one), (second, other) in itertools.combinations(groups.items(), 2):
+            if both := sorted(one.keys() & other.keys()):
+                raise DescriptionError(f"op {self.name}: {', '.join(both)} is among its {first} and its {second}; give each array one name")
+        stages = self.stages(problem, config)
+        taken = {name for stage in stages for name in (*stage.kernel.args.pointers, *stage.kernel.args.maps)}
+        if stages and (lost := sorted(groups["outputs"].keys() - taken)):
+            raise DescriptionError(
+                f"op {self.name}: outputs gives {', '.join(lost)}, which no kernel takes: their pointers are {', '.join(sorted(taken))}; "
+                "an array and its pointer have one name"
+            )
 
     def _none_legal(self, problem: P, device: Device, reasons: Iterable[str | None]) -> ConfigError:
         """What is wrong with a problem that no config serves: the reason, if it is one."""
@@ -448,8 +493,56 @@ class Op(Generic[P, C]):
                 raise ArgumentError(f"{where} takes its config from part {owners[0]} and has part={stage.part!r}; give part={owners[0]!r}")
 
     def __post_init__(self) -> None:
-        check_record(f"op {self.name}: problem", self.problem)
-        check_record(f"op {self.name}: config", self.config)
+        owner = f"op {self.name}"
+        check_record(f"{owner}: problem", self.problem)
+        check_record(f"{owner}: config", self.config)
+        check_config_fields(owner, self.config)
+        if not isinstance(self.kernels, tuple) or not all(isinstance(kernel, Kernel) for kernel in self.kernels) or not self.kernels:
+            raise DescriptionError(f"{owner}: kernels is {self.kernels!r}; give a tuple of Kernels, (kernel,) if it is one")
+        names = [kernel.name for kernel in self.kernels]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise DescriptionError(f"{owner}: two kernels are named {', '.join(twice)}; give each a name of its own")
+        buffers, arrays = mapping_fault("Buffer", Buffer), mapping_fault("NumPy array", np.ndarray)
+        faults = {
+            "stages": sequence_fault(Stage),
+            "inputs": buffers,
+            "outputs": buffers,
+            "workspace": buffers,
+            "sample": arrays,
+            "reference": arrays,
+            "check": of_type(Check, call="Check(relative, max_error, relative_bound, max_error_bound)"),
+            "small": of_type(self.problem),
+            "example": of_type(self.problem),
+        }
+        for name, fault in faults.items():
+            object.__setattr__(self, name, guarded(getattr(self, name), owner, name, fault))
+        object.__setattr__(self, "rules", guarded_rules(self.rules, owner, "rules"))
+        if not getattr(self.sample, DECLARED, False):
+            object.__setattr__(self, "sample", _declared(self.sample, self._sample_fault))
+        if not getattr(self.reference, DECLARED, False):
+            object.__setattr__(self, "reference", _declared(self.reference, self._reference_fault))
+
+    def _sample_fault(self, problem: P, found: Mapping[str, NDArray[Any]]) -> str | None:
+        declared = self.inputs(problem)
+        unlike = sorted({name for name, buffer in declared.items() if not buffer.optional} - found.keys()) + sorted(found.keys() - declared)
+        if unlike:
+            return f"op {self.name}: sample() gives {', '.join(found) or 'nothing'}; inputs declares {', '.join(declared) or 'nothing'}"
+        for name, array in found.items():
+            buffer = declared[name]
+            label = "uint16" if buffer.dtype is DType.bfloat16 else buffer.dtype.label
+            # What no call takes at all is refused by whoever runs it.
+            if array.dtype.name != label and array.dtype.name in (*DType.__members__, "uint16"):
+                return f"op {self.name}: sample() gives {name} as {array.dtype}; inputs declares {buffer.dtype}, so give {label}: DType.round makes it"
+            if array.shape != buffer.shape:
+                return f"op {self.name}: sample() gives {name} of shape {list(array.shape)}; inputs declares {list(buffer.shape)}"
+        return None
+
+    def _reference_fault(self, problem: P, found: Mapping[str, NDArray[Any]]) -> str | None:
+        missing = sorted(self.outputs(problem).keys() - found.keys())
+        return (
+            f"op {self.name}: reference() gives {', '.join(found) or 'nothing'}; its outputs have {', '.join(missing)}" if missing else None
+        )
 
     def seconds(self, problem: P, config: C, device: Device) -> float:
         """Predicted time: the sum over the stages."""
