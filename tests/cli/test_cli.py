@@ -133,6 +133,20 @@ def test_a_report_before_any_sweep_says_so(run, tmp_path: Path, monkeypatch: pyt
     assert "no sweep has left a journal in" in err and "sweep first (vidrial sweep OP), or name journals" in err
 
 
+def test_a_report_of_rankings_says_what_they_are(run, tmp_path: Path) -> None:
+    (tmp_path / "softmax.json").write_text("{}")
+    code, _, err = run("report", str(tmp_path), "--out", str(tmp_path / "page.html"))
+    assert code == 2 and "it has rankings (softmax.json), which keep the fastest alone; a report is of a sweep's journal" in err
+    (tmp_path / "empty").mkdir()
+    assert "it has no journal (*.jsonl); a report is of a sweep's journal: vidrial sweep OP" in run("report", str(tmp_path / "empty"))[2]
+
+
+def test_draw_writes_beside_by_itself(run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert run("draw", "flash_attention", "--t", "65", "--d", "32", "--arch", "sm_80")[0] == 0
+    assert (tmp_path / "flash_attention_pictures" / "flash_sm80.Q.svg").is_file()
+
+
 def test_debug_lets_the_error_through() -> None:
     with pytest.raises(ArgumentError, match="needs --t"):
         cli.main(["explain", "power_retention", "--debug"])
@@ -263,7 +277,7 @@ def test_env_says_that_rankings_of_another_gpu_do_not_count(run, monkeypatch: py
     said = " ".join(run("env")[1].split())
     assert f"power_retention, NVIDIA H100 80GB HBM3 nothing that counts was measured on this kind of GPU ({h100.key})" in said
     assert (
-        f"the cost model's choice until you run vidrial sweep power_retention; rankings shipped for h200 ({known[0].key}) are of another kind and do not"
+        f"the cost model's choice until you run vidrial sweep power_retention --t T; rankings shipped for h200 ({known[0].key}) are of another kind and do not"
         in said
     )
     assert choose_config(power_retention, power_retention.example(t=10007), h100).origin == "predicted"

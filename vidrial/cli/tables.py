@@ -32,7 +32,7 @@ from vidrial.spec.op import Check, Op, Stage
 from vidrial.spec.registry import find_op
 from vidrial.spec.source import Source
 from vidrial.spec.space import Space
-from vidrial.tune.ranking import Standing, shipped_devices, until_swept
+from vidrial.tune.ranking import Standing, shipped_devices, sweep_command, until_swept
 from vidrial.tune.result import SweepResult
 
 WIDTH_WITHOUT_TERMINAL = 160
@@ -223,7 +223,7 @@ def _applies(op: Op, device: Device) -> str:
     counted = [(standing.local, "from this machine"), (standing.shipped, "shipped")]
     if any(count for count, _ in counted):
         measured = " and ".join(f"{count} rankings {where}" for count, where in counted if count)
-        said = f"{measured}: measured sizes take their winner, others the calibrated model's choice; other static facts the cost model's"
+        said = f"{measured}: measured sizes take their winner, others the calibrated model's choice; other static facts the cost model's; measure more: {sweep_command(op)}"
     else:
         said = f"nothing that counts was measured on this kind of GPU ({device.key}): {until_swept(op)}"
     names = {known.key: f"{known.name} ({known.key})" for known in TABLE}
