@@ -115,11 +115,11 @@ def refusal(p: Problem, dtypes: tuple[DType, ...] = DTYPES) -> VidrialError | No
             return UnsupportedError(
                 f"{name}={size} is not served; accepted: {', '.join(map(str, DIMS))}. Pad with zeros, which changes nothing but `scale`'s default"
             )
+    if p.b * p.hq > MAX_HEADS:
+        return UnsupportedError(f"q has B x HQ = {p.b * p.hq} heads; accepted: at most {MAX_HEADS}. Split the batch")
     for name, elements in (("q", p.hq * p.d), ("k", p.h * p.d), ("v", p.h * p.e), ("y", p.hq * p.e)):
         if p.b * p.t * elements > MAX_ELEMENTS:
             return UnsupportedError(f"{name} has {p.b * p.t * elements} elements; accepted: at most 2^31. Split the batch or the heads")
-    if p.b * p.hq > MAX_HEADS:
-        return UnsupportedError(f"q has B x HQ = {p.b * p.hq} heads; accepted: at most {MAX_HEADS}. Split the batch")
     return scale_refusal(p.scale)
 
 

@@ -63,7 +63,8 @@ def _printable(stream: TextIO | None) -> TextIO:
 def vidrial() -> None:
     """GPU kernels described in Python, tuned by measurement.
 
-    OP is a known name (`vidrial env` lists them), module:attribute, path/to/file.py:attribute, or path/to/file.py if it has one op. What it is asked comes as the
+    OP is a known name (`vidrial env` lists them), module:attribute, path/to/file.py:attribute, or path/to/file.py
+    if it has one op. What it is asked comes as the
     keywords of its `example`: --t 10007 --d 64. All commands but the timing of `sweep` work without a GPU.
     """
 

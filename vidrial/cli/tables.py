@@ -223,7 +223,8 @@ def _applies(op: Op, device: Device) -> str:
     counted = [(standing.local, "from this machine"), (standing.shipped, "shipped")]
     if any(count for count, _ in counted):
         measured = " and ".join(f"{count} rankings {where}" for count, where in counted if count)
-        said = f"{measured}: measured sizes take their winner, others the calibrated model's choice; other static facts the cost model's; measure more: {sweep_command(op)}"
+        said = f"{measured}: measured sizes take their winner, others the calibrated model's choice; other static facts the cost model's"
+        said += f"; measure more: {sweep_command(op)}"
     else:
         said = f"nothing that counts was measured on this kind of GPU ({device.key}): {until_swept(op)}"
     names = {known.key: f"{known.name} ({known.key})" for known in TABLE}
