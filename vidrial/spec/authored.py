@@ -49,8 +49,8 @@ def guarded_rules(function: F, owner: str, name: str) -> F:
     )
 
     @functools.wraps(function)
-    def call(*arguments: Any) -> Iterator[tuple[bool, str]]:
-        rules = iter(made(*arguments))
+    def call(*arguments: Any, **keywords: Any) -> Iterator[tuple[bool, str]]:
+        rules = iter(made(*arguments, **keywords))
         while True:
             try:
                 rule = next(rules)

@@ -46,8 +46,8 @@ def _declared(function: Callable[..., Any], fault: Callable[[Any, Any], str | No
     """An op's `sample` or `reference`, which gives what the op's buffers declare."""
 
     @functools.wraps(function)
-    def call(problem: Any, argument: Any) -> Any:
-        found = function(problem, argument)
+    def call(problem: Any, *arguments: Any, **keywords: Any) -> Any:
+        found = function(problem, *arguments, **keywords)
         if (said := fault(problem, found)) is not None:
             raise DescriptionError(said)
         return found
