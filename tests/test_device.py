@@ -4,8 +4,10 @@ import dataclasses
 
 import pytest
 
-from vidrial.device import TABLE, Device, arch_name
+from vidrial.device import TABLE, Device, arch_name, table_arch
 from vidrial.errors import ArgumentError, ToolchainError
+
+ARCHS = {"sm_100": "b200", "sm_103": "b300", "sm_110": "thor", "sm_120": "rtx5090", "sm_121": "gb10"}
 
 
 class FakeRuntime:
@@ -45,7 +47,7 @@ def attributes(device: Device, bus_bits: int) -> dict[int, int]:
 
 
 def test_memory_is_a_fact_of_a_device_and_no_part_of_its_key() -> None:
-    assert all(23 << 30 <= device.memory_bytes < 192 << 30 for device in TABLE)
+    assert all(23 << 30 <= device.memory_bytes < 288 << 30 for device in TABLE)
     h200 = Device.of("h200")
     assert dataclasses.replace(h200, memory_bytes=70 << 30).key == h200.key
 
@@ -63,10 +65,30 @@ def test_of(name: str, found: str) -> None:
     assert Device.of(name).name == found
 
 
-@pytest.mark.parametrize("name", ["h300", "sm_70", ""])
+@pytest.mark.parametrize("name", ["h300", "sm_70", "", "sm_80a", "sm_90f", "sm_100b", "sm_101a", "h200a"])
 def test_unknown_device_lists_the_known(name: str) -> None:
-    with pytest.raises(ArgumentError, match="h200.*rtx4090.*sm_80"):
+    with pytest.raises(ArgumentError, match="h200.*rtx4090.*sm_80.*sm_121, from sm_100 on also with a or f behind it"):
         Device.of(name)
+
+
+@pytest.mark.parametrize(
+    ("name", "row", "arch"),
+    [
+        ("sm_87", "orin", "sm_87"),
+        ("sm_103", "b300", "sm_103"),
+        ("sm_110", "thor", "sm_110"),
+        ("sm_121", "gb10", "sm_121"),
+        *((f"{arch}{suffix}", row, f"{arch}{suffix}") for arch, row in ARCHS.items() for suffix in "af"),
+        ("SM_100A", "b200", "sm_100a"),
+        ("Thor", "thor", "sm_110"),
+    ],
+)
+def test_every_architecture_and_its_suffixes(name: str, row: str, arch: str) -> None:
+    """With a suffix it is the same GPU, compiled for with more features: its rankings are the GPU's."""
+    device, plain = Device.of(name), Device.of(row)
+    assert device == dataclasses.replace(plain, arch=arch)
+    assert (device.key, device.capability) == (plain.key, plain.capability)
+    assert device.capability == int(arch.strip("sm_af"))
 
 
 def test_names_and_keys_are_unique_and_plausible() -> None:
@@ -74,7 +96,7 @@ def test_names_and_keys_are_unique_and_plausible() -> None:
     for device in TABLE:
         assert 0 < device.smem_per_sm - device.smem_per_block <= 1024
         assert device.smem_per_block > 48 << 10 and device.threads_per_sm % 32 == 0
-        assert arch_name(device.arch) == device.arch != "sm_90"
+        assert arch_name(device.arch) == table_arch(device.arch) == device.arch != "sm_90"
 
 
 @pytest.mark.parametrize("field", ["sms", "l2_bytes", "smem_per_sm", "memory_clock_khz"])

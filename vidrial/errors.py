@@ -35,6 +35,11 @@ class NoValidConfig(VidrialError, RuntimeError):
     """No config is left: all were rejected, or all failed."""
 
 
+class DescriptionError(VidrialError, TypeError):
+    """A kernel or op whose description is not what it should be: a function of its author raises, or gives something else. Names the op or
+    kernel, the field, and the line."""
+
+
 class TemplateError(VidrialError, ValueError):
     """A template that does not render, or a value that may not reach a source."""
 

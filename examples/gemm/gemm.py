@@ -195,6 +195,7 @@ def rules(p: Problem, c: Config, device: vd.Device) -> Iterator[tuple[bool, str]
 def tma_rules(p: Problem, c: Config, device: vd.Device) -> Iterator[tuple[bool, str]]:
     yield device.arch == "sm_90a", f"TMA and wgmma are instructions of sm_90a; {device.name} is {device.arch}"
     yield c.rows % (16 * c.warps) == 0, f"rows={c.rows}: each of {c.warps // 4} warpgroups makes multiples of 64"
+    yield from device.smem_rules(c.stages * c.depth * (c.rows + c.columns) * p.dtype.bytes, c.blocks)
     # Beside the accumulators: addresses and the loop; and what ptxas needs for itself beside those of one instruction (C7602).
     accumulators, registers, launched = c.rows * c.columns // (32 * c.warps), roles(c).reallocated[1], roles(c).launched
     yield accumulators + 32 <= registers, f"{accumulators} accumulators and 32 other registers per thread; there are {registers}"
@@ -272,8 +273,8 @@ def problem_of(a: vd.ArraySpec, b: vd.ArraySpec, bias: vd.ArraySpec | None = Non
     if [len(s) for s in shapes] != [2, 2, 1][: len(shapes)] or shapes[0][1] != shapes[1][1] or shapes[2:] not in ([], [shapes[1][:1]]):
         raise vd.ArgumentError(f"shapes {', '.join(map(str, shapes))}; accepted: a [m, k], b [n, k] and, if given, bias [n]")
     dtypes = {x.dtype for x in arrays}
-    if len(dtypes) > 1 or not dtypes <= {vd.DType.bfloat16, vd.DType.float16}:
-        raise vd.ArgumentError(f"dtypes {', '.join(str(x.dtype) for x in arrays)}; accepted: bfloat16 or float16, the same for all")
+    if len(dtypes) > 1:
+        raise vd.ArgumentError(f"dtypes {', '.join(str(x.dtype) for x in arrays)}; accepted: one for all")
     (m, k), n = a.shape, b.shape[0]
     if 0 in (m, n, k):
         raise vd.ArgumentError(f"m={m}, n={n}, k={k}; accepted: at least one of each")
@@ -302,6 +303,6 @@ def linear(a: A, b: A, bias: A | None = None, *, gelu: bool = False) -> A:
     """a [m, k], b [n, k], bias [n] -> a b^T + bias [m, n], bfloat16 or float16, of torch, CuPy, JAX or NumPy; then GELU, by tanh, if asked for.
 
     Raises:
-        ArgumentError: shapes or dtypes do not fit each other, or are not served.
+        ArgumentError: shapes or dtypes do not fit each other. ConfigError: the dtype is not served.
     """
     return vd.call_op(op, {"a": a, "b": b, "bias": bias}, gelu=gelu)["c"]

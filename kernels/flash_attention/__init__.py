@@ -39,13 +39,12 @@ from vidrial import (
 )
 from vidrial.kernels.flash_attention.cpu import flash_attention_cpu
 from vidrial.kernels.flash_attention.op import op
-from vidrial.kernels.flash_attention.problem import DIMS, DTYPES, MAX_GROUP, MAX_SCALE, MIN_SCALE, UNLIMITED, Problem
+from vidrial.kernels.flash_attention.problem import DTYPES, UNLIMITED, Problem, refusal, scale_refusal, shape_refusal, softcap_refusal
 from vidrial.traced import Asked, Traceable, is_traced, traced
 
 __all__ = ["flash_attention"]
 
 NAMES = ("q", "k", "v")
-MAX_ELEMENTS = 2**31
 A = TypeVar("A")  # an array of torch, CuPy, JAX or NumPy
 Window = tuple[int | None, int | None]
 
@@ -170,10 +169,6 @@ def _refuse_gradients(inputs: tuple[Any, ...]) -> None:
             )
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, Real) and not isinstance(value, bool)
-
-
 def _whole(value: Any) -> bool:
     return bool(value >= 0 and value == value // 1)
 
@@ -189,12 +184,9 @@ def _check_options(causal: Any, window: Any, scale: Any, softcap: Any, return_ls
             raise ArgumentError(
                 f"window={window!r} is not served; accepted: None, or a tuple (left, right) of keys, each at least 0 or None for no limit"
             )
-    if scale is not None and not (_is_number(scale) and MIN_SCALE <= scale <= MAX_SCALE):
-        raise ArgumentError(
-            f"scale={scale!r} is not served; accepted: None, or a number from {MIN_SCALE:g} to {MAX_SCALE:g}. Negate q for a negative one"
-        )
-    if softcap is not None and not (_is_number(softcap) and MIN_SCALE <= softcap <= MAX_SCALE):
-        raise ArgumentError(f"softcap={softcap!r} is not served; accepted: None (no cap), or a number from {MIN_SCALE:g} to {MAX_SCALE:g}")
+    refused = (None if scale is None else scale_refusal(scale)) or (None if softcap is None else softcap_refusal(softcap))
+    if refused is not None:
+        raise refused
 
 
 @dataclass(frozen=True, slots=True)
@@ -224,14 +216,20 @@ def _request(
     facts = {name: ArraySpec.of(seen, name) for name, seen in zip(NAMES, key, strict=True)}
     left, right = window or (None, None)
     problem = _problem_of(**facts, causal=causal, left=left, right=right, scale=scale, softcap=softcap)
-    _check_places(facts, target)
-    _check_sizes(facts)
+    _check_places(facts)
+    on_cpu = facts["q"].device == CPU and target == "cuda"
+    if (refused := refusal(problem, _served(on_cpu))) is not None:
+        raise refused
     # Beyond all keys there is no limit.
     left, right = (UNLIMITED if side >= problem.tq + problem.tk else side for side in (problem.left, problem.right))
     problem = replace(problem, left=left, right=right, windowed=max(left, right) >= 0)
     device = facts["q"].device
     ready = device != CPU and target == "cuda" and all(f.vectorised for f in facts.values())
     return Request(problem, facts["q"].library, device == CPU and target == "cuda", ready, CachedPlan(op, problem, device))
+
+
+def _served(on_cpu: bool) -> tuple[DType, ...]:
+    return (*DTYPES, DType.float32) if on_cpu else DTYPES
 
 
 def _problem_of(
@@ -253,6 +251,8 @@ def _problem_of(
     _check_options(causal, (left, right), scale, softcap, False)
     _check_shapes({"q": q.shape, "k": k.shape, "v": v.shape})
     (b, tq, hq, d), (tk, h, e) = q.shape, v.shape[1:]
+    if (refused := shape_refusal(q.dtype, d, e, hq, h, _served(q.device == CPU))) is not None:
+        raise refused
     before, after = (UNLIMITED if side is None else int(side) for side in (left, right))
     # A side of 0 keys to the right is the causal mask.
     causal = bool(causal) or after == 0
@@ -311,32 +311,15 @@ def _check_shapes(shapes: dict[str, tuple[int, ...]]) -> None:
     for name, axes in {"q": "[B, Tq, HQ, D]", "k": "[B, Tk, H, D]", "v": "[B, Tk, H, E]"}.items():
         if len(shapes[name]) != 4:
             raise ArgumentError(f"{name} has shape {list(shapes[name])}; accepted: {axes}")
-    (b, _, hq, d), (tk, h) = shapes["q"], shapes["k"][1:3]
+    (b, *_, d), (tk, h) = shapes["q"], shapes["k"][1:3]
     for name, wanted in {"k": (b, tk, h, d), "v": (b, tk, h, shapes["v"][3])}.items():
         if shapes[name] != wanted:
             raise ArgumentError(
                 f"{name} has shape {list(shapes[name])}, which does not go with q {list(shapes['q'])} and k {list(shapes['k'])}; accepted: {list(wanted)}"
             )
-    if h == 0 or hq % h or hq == 0:
-        raise ArgumentError(f"q has {hq} heads and k has {h}; accepted: a multiple of k's heads")
-    if hq // h > MAX_GROUP:
-        raise UnsupportedError(f"q has {hq // h} heads for each of k's; accepted: at most {MAX_GROUP}. Repeat k and v, or split the heads")
-    for name, size in (("D", d), ("E", shapes["v"][3])):
-        if size not in DIMS:
-            raise UnsupportedError(
-                f"{name}={size} is not served; accepted: {', '.join(map(str, DIMS))}. Pad with zeros, which changes nothing but `scale`'s default"
-            )
 
 
-def _check_sizes(facts: dict[str, ArraySpec]) -> None:
-    for name, shape in ((name, f.shape) for name, f in facts.items()):
-        if int(np.prod(shape, dtype=np.int64)) > MAX_ELEMENTS:
-            raise UnsupportedError(
-                f"{name} has {int(np.prod(shape, dtype=np.int64))} elements; accepted: at most 2^31. Split the batch or the heads"
-            )
-
-
-def _check_places(facts: dict[str, ArraySpec], target: str) -> None:
+def _check_places(facts: dict[str, ArraySpec]) -> None:
     _, _, dtype, device, library, _ = facts["q"]
     for name, (_, _, other, place, owner, _) in facts.items():
         if (place, owner) != (device, library):
@@ -345,10 +328,6 @@ def _check_places(facts: dict[str, ArraySpec], target: str) -> None:
                 f"{name} is a {owner} array on {where.get(place, f'CUDA device {place}')}, q a {library} array on "
                 f"{where.get(device, f'CUDA device {device}')}; accepted: one library and one device for all"
             )
-        on_gpu = place != CPU or target == "host"
-        wanted = DTYPES if on_gpu else (*DTYPES, DType.float32)
-        if other not in wanted:
-            raise ArgumentTypeError(f"{name} is {other}; accepted: {', '.join(map(str, wanted))}")
         if other is not dtype:
             raise ArgumentTypeError(f"{name} is {other} and q is {dtype}; accepted: one dtype for q, k and v")
 

@@ -10,9 +10,9 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from vidrial import ArgumentError, Buffer, Check, DType, Op, Stage, choice, part
+from vidrial import Buffer, Check, DType, Op, Stage, choice, part
 from vidrial.kernels.flash_attention import combine, sm80, sm90
-from vidrial.kernels.flash_attention.problem import UNLIMITED, Problem, refusal
+from vidrial.kernels.flash_attention.problem import UNLIMITED, Problem, heads_refusal, refusal
 from vidrial.kernels.flash_attention.reference import attention
 
 # Elements of an input that are drawn.
@@ -50,7 +50,7 @@ def inputs(p: Problem) -> dict[str, Buffer]:
 def rules(p: Problem, c: Config) -> Iterator[tuple[bool, str]]:
     # Asked of every config: a reason is written when it is needed.
     if (refused := refusal(p)) is not None:
-        yield False, refused
+        yield False, str(refused)
 
 
 def outputs(p: Problem) -> dict[str, Buffer]:
@@ -85,11 +85,11 @@ def example(
     """A problem with contiguous arrays: `t` keys, `tq` queries (as many), `h` heads of keys, `hq` of queries; `left` and `right` limit the window.
 
     Raises:
-        ArgumentError: `hq` is no multiple of `h`.
+        VidrialError: so many heads of queries and of keys do not go together.
     """
     tq, hq, e = t if tq is None else tq, h if hq is None else hq, d if e is None else e
-    if h < 1 or hq % h:
-        raise ArgumentError(f"hq={hq} query heads and h={h} key heads; accepted: a multiple of the key heads")
+    if (refused := heads_refusal(hq, h)) is not None:
+        raise refused
     causal = causal or right == 0
     left, right = UNLIMITED if left is None else left, UNLIMITED if causal or right is None else right
     return Problem(
@@ -106,8 +106,8 @@ def example(
         h=h,
         left=left,
         right=right,
-        scale=d**-0.5 if scale is None else scale,
-        softcap=softcap or 0.0,
+        scale=max(d, 1) ** -0.5 if scale is None else scale,
+        softcap=0.0 if softcap is None else softcap,
         q_stride=strides(tq, hq, d),
         k_stride=strides(t, h, d),
         v_stride=strides(t, h, e),

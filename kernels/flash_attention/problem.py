@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from numbers import Real
+from typing import Any
 
-from vidrial import DType, dynamic, static
+from vidrial import ArgumentError, ArgumentTypeError, DType, UnsupportedError, VidrialError, dynamic, static
 
 # A window without a limit on that side.
 UNLIMITED = -1
 DTYPES = (DType.bfloat16, DType.float16)
 DIMS = (32, 64, 96, 128, 192, 256)
 MAX_GROUP = 1024  # query heads of a key head
+MAX_ELEMENTS = 2**31  # of q, of k, of v
 # Of scale and softcap: a score's logarithms to base 2 stay float32, and largest scores are largest logarithms.
 MIN_SCALE, MAX_SCALE = 1e-9, 1e9
 
@@ -54,17 +57,57 @@ class Problem:
         return self.tq * self.group
 
 
-def refusal(p: Problem) -> str | None:
-    """Why no kernel serves the problem, or None."""
-    if p.dtype not in DTYPES:
-        return f"dtype {p.dtype} is not served; accepted: {', '.join(map(str, DTYPES))}"
-    if p.d not in DIMS or p.e not in DIMS:
-        return f"d={p.d} and e={p.e} are not served; accepted: {', '.join(map(str, DIMS))}"
-    if not 1 <= p.group <= MAX_GROUP:
-        return f"{p.group} query heads of a key head are not served; accepted: 1 to {MAX_GROUP}"
-    if not MIN_SCALE <= p.scale <= MAX_SCALE or (p.capped and not MIN_SCALE <= p.softcap <= MAX_SCALE):
-        return f"scale={p.scale:g} and softcap={p.softcap:g} are not served; accepted: {MIN_SCALE:g} to {MAX_SCALE:g}"
+def scale_refusal(scale: Any) -> ArgumentError | None:
+    """Why scores are not scaled so, or None."""
+    if _is_number(scale) and MIN_SCALE <= scale <= MAX_SCALE:
+        return None
+    return ArgumentError(
+        f"scale={scale!r} is not served; accepted: None, or a number from {MIN_SCALE:g} to {MAX_SCALE:g}. Negate q for a negative one"
+    )
+
+
+def softcap_refusal(softcap: Any) -> ArgumentError | None:
+    """Why scores are not capped so, or None."""
+    if _is_number(softcap) and MIN_SCALE <= softcap <= MAX_SCALE:
+        return None
+    return ArgumentError(f"softcap={softcap!r} is not served; accepted: None (no cap), or a number from {MIN_SCALE:g} to {MAX_SCALE:g}")
+
+
+def heads_refusal(hq: int, h: int) -> VidrialError | None:
+    """Why so many heads of queries and of keys do not go together, or None."""
+    if h < 1 or hq < 1 or hq % h:
+        return ArgumentError(f"q has {hq} heads and k has {h}; accepted: a multiple of k's heads")
+    if hq // h > MAX_GROUP:
+        return UnsupportedError(f"q has {hq // h} heads for each of k's; accepted: at most {MAX_GROUP}. Repeat k and v, or split the heads")
     return None
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool)
+
+
+def shape_refusal(dtype: DType, d: int, e: int, hq: int, h: int, dtypes: tuple[DType, ...] = DTYPES) -> VidrialError | None:
+    """Why no kernel serves such elements, head sizes and heads, or None."""
+    if dtype not in dtypes:
+        return ArgumentTypeError(f"dtype {dtype} is not served; accepted: {', '.join(map(str, dtypes))}")
+    if (refused := heads_refusal(hq, h)) is not None:
+        return refused
+    for name, size in (("D", d), ("E", e)):
+        if size not in DIMS:
+            return UnsupportedError(
+                f"{name}={size} is not served; accepted: {', '.join(map(str, DIMS))}. Pad with zeros, which changes nothing but `scale`'s default"
+            )
+    return None
+
+
+def refusal(p: Problem, dtypes: tuple[DType, ...] = DTYPES) -> VidrialError | None:
+    """Why no kernel serves a problem, or None: what calls raise, and the first rule."""
+    if (refused := shape_refusal(p.dtype, p.d, p.e, p.hq, p.h, dtypes)) is not None:
+        return refused
+    for name, elements in (("q", p.tq * p.hq * p.d), ("k", p.tk * p.h * p.d), ("v", p.tk * p.h * p.e)):
+        if p.b * elements > MAX_ELEMENTS:
+            return UnsupportedError(f"{name} has {p.b * elements} elements; accepted: at most 2^31. Split the batch or the heads")
+    return scale_refusal(p.scale) or (softcap_refusal(p.softcap) if p.capped else None)
 
 
 # What the last CTAs of unlike ones add, of a CTA's time, where the heaviest come first.

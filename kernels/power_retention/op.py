@@ -8,10 +8,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
+from numbers import Integral, Real
+from typing import Any
 
 import numpy as np
 
-from vidrial import ArgumentError, Buffer, Check, DType, Op, Stage, choice, part
+from vidrial import ArgumentError, ArgumentTypeError, Buffer, Check, DType, Op, Stage, UnsupportedError, VidrialError, choice, part
 from vidrial.kernels.power_retention import attend, gates, scan, scan_wgmma
 from vidrial.kernels.power_retention.problem import Chunked, Problem
 from vidrial.kernels.power_retention.reference import attention_form
@@ -74,29 +76,63 @@ def stages(p: Problem, c: Config) -> list[Stage]:
     return [*launches, Stage(attend.power_attend, asked, c.attend, "attend")]
 
 
-def refusal(p: Problem) -> str | None:
-    """Why no config serves a problem, or None. Calls are refused before they make one, by the argument."""
-    if p.dtype not in DTYPES:
-        return f"dtype {p.dtype} is not served; accepted: {', '.join(map(str, DTYPES))}"
-    if p.d not in DIMS or p.e not in DIMS:
-        return f"d={p.d} and e={p.e} are not served; accepted: {', '.join(map(str, DIMS))}"
-    if p.degree not in DEGREES:
-        return f"degree={p.degree} has no kernel; accepted: {', '.join(map(str, DEGREES))}"
-    if p.hq % p.h:
-        return f"hq={p.hq} query heads are no multiple of h={p.h} key heads"
-    if p.b * p.hq > MAX_HEADS:
-        return f"b={p.b} times hq={p.hq} heads; accepted: at most {MAX_HEADS}"
-    if p.b * p.t * max(p.hq * p.d, p.h * p.e) > MAX_ELEMENTS:
-        return f"b={p.b} times t={p.t} tokens have more than 2^31 elements of q or v"
-    if not abs(p.scale) <= MAX_SCALE:
-        return f"scale={p.scale}; accepted: at most {MAX_SCALE:g} in magnitude"
+def degree_refusal(degree: Any, normalize: Any) -> UnsupportedError | None:
+    """Why weights are no power of that degree, or None."""
+    # The exact type comes first: to ask the abstract one takes a tenth of a launch.
+    if (type(degree) is int or isinstance(degree, Integral)) and degree in DEGREES:
+        return None
+    odd = isinstance(degree, Integral) and degree % 2 == 1 and normalize == "sum"
+    why = "an odd power's weights change sign, so their sum is no normaliser" if odd else "no other degree has a kernel"
+    why = why if isinstance(degree, Integral) else "it is no integer"
+    return UnsupportedError(f"degree={degree!r}: {why}; accepted: {', '.join(map(str, DEGREES))}")
+
+
+def scale_refusal(scale: Any) -> ArgumentError | None:
+    """Why scores are not scaled so, or None."""
+    number = type(scale) is float or isinstance(scale, Real)
+    if number and abs(scale) <= MAX_SCALE:
+        return None
+    return ArgumentError(f"scale={scale!r} is not served; accepted: None, or a number of at most {MAX_SCALE:g} in magnitude")
+
+
+def normalize_refusal(normalize: Any) -> ArgumentError | None:
+    """Why rows are not normalised so, or None."""
+    if isinstance(normalize, str) and normalize in NORMALIZE:
+        return None
+    return ArgumentError(f"normalize={normalize!r} is not known; accepted: {', '.join(map(repr, NORMALIZE))}")
+
+
+def shape_refusal(dtype: DType, d: int, e: int, hq: int, h: int, dtypes: tuple[DType, ...] = DTYPES) -> VidrialError | None:
+    """Why no kernel serves such elements, head sizes and heads, or None."""
+    if dtype not in dtypes:
+        return ArgumentTypeError(f"dtype {dtype} is not served; accepted: {', '.join(map(str, dtypes))}")
+    if h < 1 or hq % h:
+        return ArgumentError(f"q has {hq} heads and k has {h}; accepted: a multiple of k's heads")
+    for name, size in (("D", d), ("E", e)):
+        if size not in DIMS:
+            return UnsupportedError(
+                f"{name}={size} is not served; accepted: {', '.join(map(str, DIMS))}. Pad with zeros, which changes nothing but `scale`'s default"
+            )
     return None
+
+
+def refusal(p: Problem, dtypes: tuple[DType, ...] = DTYPES) -> VidrialError | None:
+    """Why no config serves a problem, or None: what calls raise, and the first rule."""
+    refused = shape_refusal(p.dtype, p.d, p.e, p.hq, p.h, dtypes) or degree_refusal(p.degree, "sum" if p.normalized else "none")
+    if refused is not None:
+        return refused
+    if p.b * p.hq > MAX_HEADS:
+        return UnsupportedError(f"q has B x HQ = {p.b * p.hq} heads; accepted: at most {MAX_HEADS}. Split the batch")
+    for name, elements in (("q", p.hq * p.d), ("k", p.h * p.d), ("v", p.h * p.e), ("y", p.hq * p.e)):
+        if p.b * p.t * elements > MAX_ELEMENTS:
+            return UnsupportedError(f"{name} has {p.b * p.t * elements} elements; accepted: at most 2^31. Split the batch or the heads")
+    return scale_refusal(p.scale)
 
 
 def rules(p: Problem, c: Config) -> Iterator[tuple[bool, str]]:
     # Asked of every config: a reason is written when it is needed.
     if (refused := refusal(p)) is not None:
-        yield False, refused
+        yield False, str(refused)
     if c.chunk and p.degree != 2:
         yield False, f"degree {p.degree} has the attention form only: chunk=0"
     if c.chunk and c.chunk >= p.t:
@@ -148,8 +184,8 @@ def example(
     Raises:
         ArgumentError: `normalize` is not known.
     """
-    if normalize not in NORMALIZE:
-        raise ArgumentError(f"normalize={normalize!r} is not known; accepted: {', '.join(map(repr, NORMALIZE))}")
+    if (refused := normalize_refusal(normalize)) is not None:
+        raise refused
     hq, e = h if hq is None else hq, d if e is None else e
     return Problem(
         DType.of(dtype),

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from functools import lru_cache
 from pathlib import Path
+from typing import NamedTuple
 
 from vidrial import Cost, Device, DType, Kernel, Tiles
 from vidrial.kernels.power_retention import scan
@@ -30,18 +32,30 @@ def state_units(p: Chunked, c: Config) -> int:
     return units
 
 
-def tiles_of_units(p: Chunked, c: Config) -> list[int]:
-    """Tiles that each unit of state of a head multiplies, those without a pair included."""
-    n, parts = p.d // 8, p.e // c.columns
-    last = ((i // n * c.tiles + c.tiles - 1, i % n) for i in range(state_units(p, c) // parts))
-    full = (not drops_last(p, c) or d < n // 2 or (d == n // 2 and i < n // 2) for d, i in last)
-    return [c.tiles - (not whole) for whole in full for _ in range(parts)]
+class Multiplied(NamedTuple):
+    """Tiles of one head: all that are multiplied, those without a pair included; of the warpgroup of each CTA that has most, the most and the
+    sum over CTAs. A part of Z is one."""
+
+    units: int
+    most: int
+    ctas: int
 
 
-def tiles_of_ctas(p: Chunked, c: Config) -> list[int]:
-    """Tiles of the warpgroup of each CTA of a head that has most. A part of Z is one."""
-    each, warpgroups = tiles_of_units(p, c) + [1] * z_units(p, c), c.warps // 4
-    return [max(each[i : i + warpgroups]) for i in range(0, len(each), warpgroups)]
+def multiplied(p: Chunked, c: Config) -> Multiplied:
+    """What the warpgroups of a head multiply."""
+    return _multiplied(state_units(p, c), p.d // 8, p.e // c.columns, z_units(p, c), (c.tiles, c.warps // 4, drops_last(p, c)))
+
+
+@lru_cache(maxsize=1024)
+def _multiplied(units: int, n: int, parts: int, z: int, config: tuple[int, int, bool]) -> Multiplied:
+    """Of `units` with pair tiles, in `parts` of the columns, and `z` with a part of Z; `config`: its tiles, warpgroups, and whether it drops the last."""
+    tiles, warpgroups, drops = config
+    last = ((i // n * tiles + tiles - 1, i % n) for i in range(units // parts))
+    full = (not drops or d < n // 2 or (d == n // 2 and i < n // 2) for d, i in last)
+    each = [tiles - (not whole) for whole in full for _ in range(parts)]
+    whole = each + [1] * z
+    most = [max(whole[i : i + warpgroups]) for i in range(0, len(whole), warpgroups)]
+    return Multiplied(sum(each), max(most), sum(most))
 
 
 def z_columns(p: Chunked, c: Config) -> int:
@@ -136,12 +150,12 @@ def ctas_per_sm(p: Chunked, c: Config, device: Device) -> int:
 
 
 def cost(p: Chunked, c: Config, device: Device) -> Cost:
-    rows = sum(tiles_of_units(p, c)) * c.columns + z_units(p, c) * z_columns(p, c)
+    found = multiplied(p, c)
+    rows = found.units * c.columns + z_units(p, c) * z_columns(p, c)
     flops = 2 * p.b * p.h * scan.scanned_tokens(p) * 64 * rows
-    most = tiles_of_ctas(p, c)
     # A shorter CTA gives its place to the next one: so many of the longest take as long as all.
-    ctas = math.ceil(sum(most) / max(most) * c.segments * p.b * p.h)
-    return scan.timed(p, c, device, flops, ctas, ctas_per_sm(p, c, device), max(most))
+    ctas = math.ceil(found.ctas / found.most * c.segments * p.b * p.h)
+    return scan.timed(p, c, device, flops, ctas, ctas_per_sm(p, c, device), found.most)
 
 
 power_scan_wgmma = Kernel(

@@ -76,23 +76,23 @@ def test_keywords_take_the_types_of_example(words: list[str], values: dict[str, 
         (["explain", "that_leaves.py:op"], "cannot be imported: SystemExit: no GPU"),
         (["explain", "power_retention", "--t", "9", "--normalize", "max"], "normalize='max' is not known; accepted: 'sum', 'none'"),
         (["compile", "power_retention", "--t", "9", "--arch", "h200", "--dtype", "int32"], "dtype int32 is not served; accepted: bfloat16"),
-        (["source", "power_retention", "--t", "9", "--arch", "h200", "--d", "0"], "d=0 and e=0 are not served; accepted: 32, 64, 128"),
+        (["source", "power_retention", "--t", "9", "--arch", "h200", "--d", "0"], "D=0 is not served; accepted: 32, 64, 128"),
         *(
             (["explain", "power_retention", "--t", "100", "--arch", "h200", *words.split()], reason)
             for words, reason in (
-                ("--hq 3 --h 2", "hq=3 query heads are no multiple of h=2"),
-                ("--hq 1 --h 2", "hq=1 query heads are no multiple of h=2"),
-                ("--degree 3", "degree=3 has no kernel"),
-                ("--d 65", "d=65 and e=65 are not served"),
-                ("--scale nan", "scale=nan; accepted"),
-                ("--scale 1e300", "scale=1e+300; accepted"),
+                ("--hq 3 --h 2", "q has 3 heads and k has 2; accepted: a multiple"),
+                ("--hq 1 --h 2", "q has 1 heads and k has 2"),
+                ("--degree 3", "degree=3: an odd power's weights change sign"),
+                ("--d 65", "D=65 is not served"),
+                ("--scale nan", "scale=nan is not served"),
+                ("--scale 1e300", "scale=1e+300 is not served"),
                 ("--b 100000", "heads; accepted: at most 65535"),
                 ("--dtype float32", "dtype float32 is not served"),
             )
         ),
-        (["explain", "power_retention", "--t", "3000000000", "--arch", "h200"], "more than 2^31 elements"),
+        (["explain", "power_retention", "--t", "3000000000", "--arch", "h200"], "elements; accepted: at most 2^31"),
         # Cut to what is quick to check these would be other problems, and right.
-        (["check", "power_retention", "--t", "40", "--hq", "3", "--h", "2"], "hq=3 query heads are no multiple of h=2"),
+        (["check", "power_retention", "--t", "40", "--hq", "3", "--h", "2"], "q has 3 heads and k has 2; accepted: a multiple"),
         (["check", "power_retention", "--b", "100000"], "heads; accepted: at most 65535"),
         (["explain", "vidrial.errors:VidrialError"], "names a type, not an Op"),
         (["explain", "--t", "3"], "'--t' stands where OP should"),
@@ -131,6 +131,20 @@ def test_a_report_before_any_sweep_says_so(run, tmp_path: Path, monkeypatch: pyt
     code, _, err = run("report", "--out", str(tmp_path / "page.html"))
     assert code == 2 and not (tmp_path / "page.html").exists()
     assert "no sweep has left a journal in" in err and "sweep first (vidrial sweep OP), or name journals" in err
+
+
+def test_a_report_of_rankings_says_what_they_are(run, tmp_path: Path) -> None:
+    (tmp_path / "softmax.json").write_text("{}")
+    code, _, err = run("report", str(tmp_path), "--out", str(tmp_path / "page.html"))
+    assert code == 2 and "it has rankings (softmax.json), which keep the fastest alone; a report is of a sweep's journal" in err
+    (tmp_path / "empty").mkdir()
+    assert "it has no journal (*.jsonl); a report is of a sweep's journal: vidrial sweep OP" in run("report", str(tmp_path / "empty"))[2]
+
+
+def test_draw_writes_beside_by_itself(run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert run("draw", "flash_attention", "--t", "65", "--d", "32", "--arch", "sm_80")[0] == 0
+    assert (tmp_path / "flash_attention_pictures" / "flash_sm80.Q.svg").is_file()
 
 
 def test_debug_lets_the_error_through() -> None:
@@ -263,7 +277,7 @@ def test_env_says_that_rankings_of_another_gpu_do_not_count(run, monkeypatch: py
     said = " ".join(run("env")[1].split())
     assert f"power_retention, NVIDIA H100 80GB HBM3 nothing that counts was measured on this kind of GPU ({h100.key})" in said
     assert (
-        f"the cost model's choice until you run vidrial sweep power_retention; rankings shipped for h200 ({known[0].key}) are of another kind and do not"
+        f"the cost model's choice until you run vidrial sweep power_retention --t T; rankings shipped for h200 ({known[0].key}) are of another kind and do not"
         in said
     )
     assert choose_config(power_retention, power_retention.example(t=10007), h100).origin == "predicted"

@@ -181,7 +181,7 @@ BAD: dict[str, tuple[tuple[Any, ...], dict[str, Any], type[VidrialError], str]] 
         (Q.astype(np.float32), KV.astype(np.float32), KV.astype(np.float32)),
         {"target": "host"},
         ArgumentTypeError,
-        r"q is float32; accepted: bfloat16, float16",
+        r"dtype float32 is not served; accepted: bfloat16, float16",
     ),
     "v of another length": ((Q, KV, zeros(2, 7, 2, 32)), {}, ArgumentError, r"v has shape \[2, 7, 2, 32\].*accepted: \[2, 6, 2, 32\]"),
     "k of another batch": ((Q, zeros(1, 6, 2, 32), KV), {}, ArgumentError, r"k has shape \[1, 6, 2, 32\].*accepted: \[2, 6, 2, 32\]"),

@@ -10,7 +10,7 @@ import pytest
 from vidrial.build.cubins import build_many
 from vidrial.build.nvrtc import Cubin
 from vidrial.device import Device
-from vidrial.errors import ArgumentError, ConfigError, TemplateError
+from vidrial.errors import ArgumentError, ConfigError, TemplateError, UnsupportedError
 from vidrial.kernels.flash_attention.op import Config, example, op, stages
 from vidrial.kernels.flash_attention.sm80 import Config as Sm80
 from vidrial.kernels.flash_attention.sm80 import flash_sm80, work
@@ -142,20 +142,22 @@ def test_a_broken_rule_says_so(case: str) -> None:
 @pytest.mark.parametrize(
     ("keywords", "reason"),
     [
-        ({"d": 48}, "d=48 and e=48 are not served; accepted: 32, 64, 96"),
-        ({"e": 512}, "e=512 are not served"),
+        ({"d": 48}, "D=48 is not served; accepted: 32, 64, 96"),
+        ({"e": 512}, "E=512 is not served"),
         ({"dtype": "float32"}, "dtype float32 is not served; accepted: bfloat16, float16"),
-        ({"h": 1, "hq": 2000}, "2000 query heads of a key head are not served"),
-        ({"scale": -1.0}, "scale=-1 and softcap=0 are not served"),
-        ({"softcap": 0.0}, "softcap=0 are not served"),
+        ({"scale": float("nan")}, "scale=nan is not served; accepted: None, or a number from 1e-09"),
+        ({"scale": -1.0}, "scale=-1.0 is not served.*Negate q"),
+        ({"softcap": 0.0}, "softcap=0.0 is not served"),
     ],
     ids=str,
 )
 def test_what_calls_refuse_has_no_config(keywords: dict[str, Any], reason: str) -> None:
     with pytest.raises(ConfigError, match=reason):
         op.predicted(example(**{"t": 1000} | keywords), H200)
-    with pytest.raises(ArgumentError, match="hq=3 query heads and h=2 key heads"):
+    with pytest.raises(ArgumentError, match="q has 3 heads and k has 2"):
         example(t=100, h=2, hq=3)
+    with pytest.raises(UnsupportedError, match="q has 2000 heads for each of k's; accepted: at most 1024"):
+        example(t=100, h=1, hq=2000)
 
 
 def test_the_work_of_masks() -> None:

@@ -203,7 +203,7 @@ BAD: dict[str, tuple[tuple[Any, ...], dict[str, Any], type[VidrialError], str]] 
         (Q.astype(np.float32), KV, KV),
         {"target": "host"},
         ArgumentTypeError,
-        r"q is float32; accepted: bfloat16, float16",
+        r"dtype float32 is not served; accepted: bfloat16, float16",
     ),
     "k of another length": ((Q, zeros(2, 6, 2, 32), KV), {}, ArgumentError, r"k has shape \[2, 6, 2, 32\].*accepted: \[2, 5, 2, 32\]"),
     "k of another batch": ((Q, zeros(1, 5, 2, 32), KV), {}, ArgumentError, r"k has shape \[1, 5, 2, 32\].*accepted: \[2, 5, 2, 32\]"),

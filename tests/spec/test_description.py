@@ -14,7 +14,7 @@ import pytest
 
 from vidrial.device import Device
 from vidrial.dtypes import DType
-from vidrial.errors import ArgumentError, ArgumentTypeError, VidrialError
+from vidrial.errors import ArgumentError, ArgumentTypeError, DescriptionError, VidrialError
 from vidrial.host.check import check
 from vidrial.host.plan import HostPlan, poison
 from vidrial.spec.geometry import Geometry
@@ -98,7 +98,7 @@ def test_a_grid_is_three_counts(grid: object) -> None:
 
 def test_the_host_target_refuses_a_grid_that_is_none(scan: ModuleType) -> None:
     op = with_first_stage(scan.op, kernel=replace(scan.sums, grid=lambda p, c: p.b))
-    with pytest.raises(ArgumentError, match="grid 2 is not three counts of CTAs"):
+    with pytest.raises(DescriptionError, match=r"kernel scan_sums: grid\(\) gives 2, which is not three counts of CTAs"):
         run(op, scan)
 
 

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
+import ctypes
 import dataclasses
-import os
 import re
 import time
 from functools import lru_cache
 from pathlib import Path
 
 from vidrial.build.store import Store, binary_key
-from vidrial.build.toolchain import Toolchain, nvrtc
+from vidrial.build.toolchain import Toolchain, loaded_library, nvrtc, nvrtc_version, supported_archs
 from vidrial.device import arch_name
-from vidrial.errors import CompileError
+from vidrial.errors import CompileError, ToolchainError
 
 # NOTE: without --no-cache NVRTC has a cache of its own beside the driver's, and what comes out of that says nothing of registers and spills.
 OPTIONS = ("-std=c++17", "-default-device", "--ptxas-options=-v", "--no-cache")
@@ -30,6 +30,7 @@ _ERROR = re.compile(r"^(?P<file>[^\s(][^(\n]*)\((?P<line>\d+)\): (?:catastrophic
 _WGMMA_NOTE = re.compile(r"\((?P<code>C75(?!17)\d\d|C7602)\) (?P<text>.*)")
 # Bytes per thread, stored and loaded, that a kernel may spill: of the measured configs none spills more than 8, and none of those that won any.
 SPILL_LIMIT = 64
+_UNKNOWN_ARCH = "invalid value for --gpu-architecture"
 _INSTANTIATED = re.compile(r'at line (\d+) of "?([^"\n]+?)"?$', re.MULTILINE)
 
 
@@ -87,7 +88,7 @@ def compile_source(source: str, name: str, arch: str, *, pch: str | None = None,
 
     Raises:
         CompileError: the source does not compile, or `refusal` says why it is not taken; names the template's line, and where the whole log is.
-        ToolchainError: NVRTC or a header is missing.
+        ToolchainError: NVRTC or a header is missing, or this NVRTC does not know the architecture.
     """
     binding, toolchain, arch = nvrtc(), Toolchain.find(), arch_name(arch)
     options = [f"--gpu-architecture={arch}", *(f"-I{folder}" for folder in (*includes, *toolchain.includes)), *OPTIONS]
@@ -105,6 +106,8 @@ def compile_source(source: str, name: str, arch: str, *, pch: str | None = None,
         log = binding.getProgramLog(program).rstrip("\0\n")
     except binding.NVRTCError as error:
         log = binding.getProgramLog(program).rstrip("\0\n") or str(error)
+        if _UNKNOWN_ARCH in log:
+            raise _unknown_arch(arch) from None
         raise CompileError(_explain(log, f"{name} for {arch}", source, config)) from None
     finally:
         binding.destroyProgram(program)
@@ -112,6 +115,15 @@ def compile_source(source: str, name: str, arch: str, *, pch: str | None = None,
     if fault := refusal(resources, log):
         raise CompileError(_explain(log, f"{name} for {arch}", source, config, fault))
     return Cubin(image, arch, resources, log, time.perf_counter() - start)
+
+
+def _unknown_arch(arch: str) -> ToolchainError:
+    """What to do where this NVRTC compiles for no such GPU."""
+    version = ".".join(map(str, nvrtc_version()))
+    known = ", ".join(f"sm_{number}" for number in supported_archs())
+    return ToolchainError(
+        f"NVRTC {version} does not compile for {arch}; it knows {known}. A newer one: pip install --upgrade nvidia-cuda-nvrtc"
+    )
 
 
 def refusal(resources: Resources, log: str) -> str | None:
@@ -165,12 +177,5 @@ def _headers_first(source: str) -> str:
 
 @lru_cache
 def _reserve_pch_heap() -> None:
-    """Enlarge the heap of precompiled headers, in the very library that CuPy loaded, before it first compiles."""
-    import ctypes
-
-    for line in os.fsdecode(Path("/proc/self/maps").read_bytes()).splitlines():
-        # Five words, then the path, which may have spaces.
-        path = line.split(maxsplit=5)[-1]
-        if re.search(r"/libnvrtc\.so[.\d]*$", path):
-            ctypes.CDLL(path).nvrtcSetPCHHeapSize(ctypes.c_size_t(PCH_HEAP_BYTES))
-            return
+    """Enlarge the heap of precompiled headers before it is first compiled."""
+    loaded_library().nvrtcSetPCHHeapSize(ctypes.c_size_t(PCH_HEAP_BYTES))

@@ -117,6 +117,29 @@ def nvrtc_version() -> tuple[int, int]:
     return known
 
 
+def loaded_library() -> ctypes.CDLL:
+    """The very library that CuPy compiles with.
+
+    Raises:
+        ToolchainError: NVRTC is missing.
+    """
+    nvrtc().getVersion()
+    return ctypes.CDLL(NVRTC, mode=os.RTLD_NOLOAD)
+
+
+def supported_archs() -> tuple[int, ...]:
+    """The architectures that this NVRTC compiles for, without their suffixes: (75, 80, ...).
+
+    Raises:
+        ToolchainError: NVRTC is missing.
+    """
+    library, count = loaded_library(), ctypes.c_int()
+    library.nvrtcGetNumSupportedArchs(ctypes.byref(count))
+    found = (ctypes.c_int * count.value)()
+    library.nvrtcGetSupportedArchs(found)
+    return tuple(found)
+
+
 def _loaded_nvrtc() -> tuple[int, int] | None:
     """The version of the library that this process has loaded, whoever did so."""
     try:

@@ -63,7 +63,8 @@ def _printable(stream: TextIO | None) -> TextIO:
 def vidrial() -> None:
     """GPU kernels described in Python, tuned by measurement.
 
-    OP is a known name (`vidrial env` lists them), module:attribute, or path/to/file.py:attribute. What it is asked comes as the
+    OP is a known name (`vidrial env` lists them), module:attribute, path/to/file.py:attribute, or path/to/file.py
+    if it has one op. What it is asked comes as the
     keywords of its `example`: --t 10007 --d 64. All commands but the timing of `sweep` work without a GPU.
     """
 
@@ -96,16 +97,18 @@ def read(reference: str, keywords: tuple[str, ...]) -> tuple[Op, list[Any]]:
     return op, [make_problem(op, dict(zip(values, combination, strict=True))) for combination in itertools.product(*values.values())]
 
 
-def read_one(reference: str, keywords: tuple[str, ...]) -> tuple[Op, Any]:
-    """The op and its one problem.
+def read_one(reference: str, keywords: tuple[str, ...], arch: str | None) -> tuple[Op, Any, Device]:
+    """The op, its one problem, and the GPU that `--arch` names, or this machine's, or the H200 of the table.
 
     Raises:
-        ArgumentError: a keyword came twice.
+        ArgumentError: a keyword came twice, or a size is too large for a kernel. ConfigError: the op serves no such problem.
     """
     op, problems = read(reference, keywords)
     if len(problems) > 1:
-        raise ArgumentError("a keyword came twice; only sweep takes several problems")
-    return op, problems[0]
+        raise ArgumentError("a keyword came twice; only sweep and check take several problems")
+    device = Device.of(arch) if arch else Device.default()
+    op.check_problem(problems[0], device)
+    return op, problems[0], device
 
 
 def first_op() -> str:
@@ -118,11 +121,6 @@ def first_op() -> str:
     if name is None:
         raise ArgumentError("no installed package names an op; give module:attribute or path/to/file.py:attribute")
     return name
-
-
-def device_of(arch: str | None) -> Device:
-    """The GPU that `--arch` names, else this machine's, else the H200 of the table."""
-    return Device.of(arch) if arch else Device.default()
 
 
 @vidrial.command()
@@ -140,10 +138,9 @@ def explain(reference: str, keywords: tuple[str, ...], arch: str | None, limit: 
     """List the legal configs with their predicted times, and the others grouped by the rule that they break."""
     from vidrial.cli.tables import make_console, show_space
 
-    op, problem = read_one(reference, keywords)
-    device = device_of(arch)
-    op.check_problem(problem, device)
-    show_space(make_console(), op, problem, device, limit)
+    op, problem, device = read_one(reference, keywords, arch)
+    if not show_space(make_console(), op, problem, device, limit).legal:
+        op.predicted(problem, device)  # refuses, with the rules' reasons
 
 
 @op_command("compile")
@@ -155,8 +152,8 @@ def compile_(reference: str, keywords: tuple[str, ...], arch: str | None, top: i
     from vidrial.build.nvrtc import Cubin
     from vidrial.cli.tables import compile_best, make_console, show_built
 
-    op, problem = read_one(reference, keywords)
-    console, device = make_console(), device_of(arch)
+    op, problem, device = read_one(reference, keywords, arch)
+    console = make_console()
     built = compile_best(op, problem, device, top, jobs)
     if not built:
         op.predicted(problem, device)  # refuses, with the rules' reasons
@@ -198,6 +195,8 @@ def sweep_(reference: str, keywords: tuple[str, ...], out: Path | None, gpus: st
     from vidrial.tune.sweeper import sweep, sweep_lengths
 
     op, problems = read(reference, keywords)
+    for problem in problems:
+        op.check_problem(problem, Device.default())
     if out is not None:
         check_writable(out)
     chosen = Options(gpus=None if gpus is None else gpus_of(gpus), **options)
@@ -228,7 +227,7 @@ def gpus_of(text: str) -> int | tuple[int, ...] | str:
 
 @vidrial.command()
 @click.argument("journals", nargs=-1, metavar="[JOURNAL]...", type=click.Path(path_type=Path))
-@click.option("--out", required=True, type=click.Path(dir_okay=False, path_type=Path), help="The page.")
+@click.option("--out", default="report.html", show_default=True, type=click.Path(dir_okay=False, path_type=Path), help="The page.")
 @click.option("--png", type=click.Path(dir_okay=False, path_type=Path), help="Also draw the times as a PNG; needs matplotlib.")
 def report(journals: tuple[Path, ...], out: Path, png: Path | None) -> None:
     """Write one HTML page, which needs no network, from the journals of sweeps: files, or folders of them; by default the cache's."""
@@ -256,8 +255,8 @@ def report(journals: tuple[Path, ...], out: Path, png: Path | None) -> None:
 @click.option("--stage", help="Only the kernel of this name.")
 def source(reference: str, keywords: tuple[str, ...], arch: str | None, stage: str | None) -> None:
     """Print the C++ of the config predicted fastest."""
-    op, problem = read_one(reference, keywords)
-    stages = [s for s in op.stages(problem, op.predicted(problem, device_of(arch))) if stage in (None, s.kernel.name)]
+    op, problem, device = read_one(reference, keywords, arch)
+    stages = [s for s in op.stages(problem, op.predicted(problem, device)) if stage in (None, s.kernel.name)]
     if not stages:
         raise ArgumentError(f"--stage {stage!r} is not launched for this problem; its kernels: {', '.join(k.name for k in op.kernels)}")
     for s in stages:
@@ -272,8 +271,8 @@ def analyse(reference: str, keywords: tuple[str, ...], arch: str | None) -> None
     from vidrial.cli.analysis import show_analysis
     from vidrial.cli.tables import make_console
 
-    op, problem = read_one(reference, keywords)
-    show_analysis(make_console(), op, problem, device_of(arch))
+    op, problem, device = read_one(reference, keywords, arch)
+    show_analysis(make_console(), op, problem, device)
 
 
 @op_command("check")
@@ -301,8 +300,8 @@ def check_(reference: str, keywords: tuple[str, ...], configs: int, quick: bool)
 
 @op_command("draw")
 @target_option
-@click.option("--out", required=True, type=click.Path(file_okay=False, path_type=Path), help="Folder for the SVG files.")
-def draw(reference: str, keywords: tuple[str, ...], arch: str | None, out: Path) -> None:
+@click.option("--out", type=click.Path(file_okay=False, path_type=Path), help="Folder for the SVG files.  [default: <op>_pictures, here]")
+def draw(reference: str, keywords: tuple[str, ...], arch: str | None, out: Path | None) -> None:
     """Draw the layouts, tiles, copies, MMAs, rings and epilogues of the config predicted fastest, as SVG."""
     from vidrial.build.files import writing
     from vidrial.layout.copies import TiledCopy
@@ -314,8 +313,8 @@ def draw(reference: str, keywords: tuple[str, ...], arch: str | None, out: Path)
     from vidrial.layout.wgmma import WarpgroupMma
     from vidrial.spec.choices import describe
 
-    op, problem = read_one(reference, keywords)
-    config = op.predicted(problem, device_of(arch))
+    op, problem, device = read_one(reference, keywords, arch)
+    config = op.predicted(problem, device)
     click.echo(f"{op.name}: {describe(config)}")
     pictures: dict[str, str] = {}
     for stage in op.stages(problem, config):
@@ -325,6 +324,7 @@ def draw(reference: str, keywords: tuple[str, ...], arch: str | None, out: Path)
                 pictures.update({f"{stage.kernel.name}.{name}.{part}.svg": svg(member, part) for part in parts})
             elif isinstance(member, (SmemLayout, TiledCopy, Epilogue, Pipeline)):
                 pictures[f"{stage.kernel.name}.{name}.svg"] = svg(member)
+    out = out or Path(f"{op.name}_pictures")
     if not pictures:
         click.echo("its tiles are plain numbers: nothing to draw")
     for name, text in pictures.items():

@@ -32,7 +32,7 @@ from vidrial.spec.op import Check, Op, Stage
 from vidrial.spec.registry import find_op
 from vidrial.spec.source import Source
 from vidrial.spec.space import Space
-from vidrial.tune.ranking import Standing, shipped_devices, until_swept
+from vidrial.tune.ranking import Standing, shipped_devices, sweep_command, until_swept
 from vidrial.tune.result import SweepResult
 
 WIDTH_WITHOUT_TERMINAL = 160
@@ -102,11 +102,17 @@ def show_space(console: Console, op: Op, problem: Any, device: Device, limit: in
     ranked = enumerate(zip(space.legal, sizes, own, strict=True), 1)
     title = total + (f"; all have {common}" if common else "")
     shown = ((i, duration(c.seconds), *(byte_size(n) for _ in beside), text) for i, (c, n, text) in ranked)
-    show_table(console, title, (">", ">predicted", *beside, "config"), shown)
+    if space.legal:
+        show_table(console, title, (">", ">predicted", *beside, "config"), shown)
     reasons = space.reasons()
     rows = [(len(configs), reason, describe(configs[0])) for reason, configs in itertools.islice(reasons.items(), limit)]
     if rows:
-        show_table(console, f"{len(space.rejected)} rejected, for {len(reasons)} reasons", (">configs", "because", "for instance"), rows)
+        show_table(
+            console,
+            f"{len(space.rejected)} rejected, for {len(reasons)} {'reason' if len(reasons) == 1 else 'reasons'}",
+            (">configs", "because", "for instance"),
+            rows,
+        )
     return space
 
 
@@ -218,6 +224,7 @@ def _applies(op: Op, device: Device) -> str:
     if any(count for count, _ in counted):
         measured = " and ".join(f"{count} rankings {where}" for count, where in counted if count)
         said = f"{measured}: measured sizes take their winner, others the calibrated model's choice; other static facts the cost model's"
+        said += f"; measure more: {sweep_command(op)}"
     else:
         said = f"nothing that counts was measured on this kind of GPU ({device.key}): {until_swept(op)}"
     names = {known.key: f"{known.name} ({known.key})" for known in TABLE}

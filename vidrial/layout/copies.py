@@ -128,7 +128,7 @@ class TiledCopy:
             )
         prove_access(tile, self.row, self.column, self.threads, self.steps)
         reached = self.addresses() // VECTOR_BYTES
-        if sorted(reached.flat) != list(range(vectors)):
+        if not np.array_equal(np.sort(reached, axis=None), np.arange(vectors)):
             raise LayoutError(f"{self.threads} threads do not copy each vector of {tile} once")
 
     @property

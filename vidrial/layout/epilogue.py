@@ -54,14 +54,14 @@ class Epilogue:
                 f"{tile}: {self.threads} threads do not store whole rows of it in steps of whole swizzles; take fewer columns, or more threads"
             )
         rows, columns = self.pairs()
-        wanted = tile.offset(rows, columns) * tile.dtype.bytes
-        reached = self.addresses()
-        if (reached != wanted).any() or (tile.offset(rows, columns + 1) != tile.offset(rows, columns) + 1).any():
+        offsets = tile.offset(rows, columns)
+        wanted, reached = offsets * tile.dtype.bytes, self.addresses()
+        if (reached != wanted).any() or (tile.offset(rows, columns + 1) != offsets + 1).any():
             where = tuple(int(i) for i in np.argwhere(reached != wanted)[0]) if (reached != wanted).any() else (0, 0, 0, 0)
             raise LayoutError(
                 f"{tile}: thread {where[0]} does not reach its accumulator {where[1:]} by an added address; take swizzle='auto'"
             )
-        if sorted(wanted.flat) != list(range(0, tile.bytes, 2 * tile.dtype.bytes)):
+        if not np.array_equal(np.sort(wanted, axis=None), np.arange(0, tile.bytes, 2 * tile.dtype.bytes)):
             raise LayoutError(f"the accumulators of {self.mma.threads} threads are not each element of {tile} once")
 
     @property

@@ -128,13 +128,8 @@ class TiledMma:
     @cached_property
     def row_column(self) -> tuple[Layout, Layout]:
         """thread -> row, thread -> column of its first accumulator."""
-
-        def first(thread: int) -> tuple[int, int]:
-            row, column = self.warp_origin(thread // WARP)
-            n, m = divmod(self.atom.c_layout(thread % WARP, 0), self.atom.shape[0])
-            return row + m, column + n
-
-        return thread_layouts(first, self.threads)
+        origins = tuple(self.warp_origin(warp) for warp in range(self.threads // WARP))
+        return _first_accumulators(self.atom.c_layout.mode(0), self.atom.shape[0], origins)
 
     def coordinates(self) -> tuple[NDArray[Any], NDArray[Any]]:
         """Rows and columns of all accumulators: int64 arrays of shape (threads, m_atoms, n_atoms, values)."""
@@ -232,6 +227,18 @@ def _prove_accumulator(atom: MmaAtom) -> None:
     c, m = atom.c_layout, atom.shape[0]
     if any(c(t, v) != c(t, 0) + v // 2 * 8 + v % 2 * m for t in range(WARP) for v in range(c.mode(1).size)):
         raise LayoutError(f"{atom.name}: the accumulator layout {c} is not pairs of columns, 8 rows apart; TiledMma does not serve it")
+
+
+@cache
+def _first_accumulators(lanes: Layout, m: int, origins: tuple[tuple[int, int], ...]) -> tuple[Layout, Layout]:
+    """thread -> row, thread -> column of the first accumulator of warps at `origins`; `lanes`: of one, row + m * column."""
+
+    def first(thread: int) -> tuple[int, int]:
+        row, column = origins[thread // WARP]
+        j, i = divmod(lanes(thread % WARP), m)
+        return row + i, column + j
+
+    return thread_layouts(first, WARP * len(origins))
 
 
 def atoms_of(member: object) -> Iterator[MmaAtom | CopyAtom]:

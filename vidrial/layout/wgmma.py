@@ -181,13 +181,7 @@ class WarpgroupMma:
     @cached_property
     def row_column(self) -> tuple[Layout, Layout]:
         """thread -> row, thread -> column of its first accumulator."""
-
-        def first(thread: int) -> tuple[int, int]:
-            warpgroup, lane = divmod(thread, WARPGROUP)
-            n, m = divmod(self.atom.c_layout(lane, 0), ROWS)
-            return warpgroup * ROWS * self.m_atoms + m, n
-
-        return thread_layouts(first, self.threads)
+        return _first_accumulators(self.atom.c_layout.mode(0), self.warpgroups, ROWS * self.m_atoms)
 
     def coordinates(self) -> tuple[NDArray[Any], NDArray[Any]]:
         """Rows and columns of all accumulators: int64 arrays of shape (threads, m_atoms, n_blocks, values)."""
@@ -227,3 +221,15 @@ class WarpgroupMma:
             f"vidrial::WarpgroupMma<{self.atom.cpp}, {self.m_atoms}, {self.n_blocks}, {self.k_steps}, "
             f"{self.A.cpp if self.A else 'void'}, {self.B.cpp}, {row.cpp}, {column.cpp}>"
         )
+
+
+@cache
+def _first_accumulators(lanes: Layout, warpgroups: int, rows: int) -> tuple[Layout, Layout]:
+    """thread -> row, thread -> column of the first accumulator of warpgroups that own so many rows each; `lanes`: of one, m + 64 n."""
+
+    def first(thread: int) -> tuple[int, int]:
+        warpgroup, lane = divmod(thread, WARPGROUP)
+        n, m = divmod(lanes(lane), ROWS)
+        return warpgroup * rows + m, n
+
+    return thread_layouts(first, WARPGROUP * warpgroups)

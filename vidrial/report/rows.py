@@ -48,7 +48,11 @@ def read_journals(paths: Sequence[Path]) -> list[PlainTrial]:
                 raise SweepError(f"journal {file} cannot be read: {error}") from None
             trials += read_journal(file, data, Trial.from_plain_json)[1]
     if not trials:
-        raise SweepError(f"{', '.join(map(str, paths))}: no trial to report; sweep first, or name other journals")
+        rankings = [file.name for path in paths if path.is_dir() for file in path.glob("**/*.json")]
+        held = f"rankings ({rankings[0]}), which keep the fastest alone" if rankings else "no journal (*.jsonl)"
+        raise SweepError(
+            f"no trial to report in {', '.join(map(str, paths))}: it has {held}; a report is of a sweep's journal: vidrial sweep OP, or name other ones"
+        )
     return trials
 
 

@@ -6,12 +6,12 @@ import dataclasses
 import functools
 import itertools
 import math
-from collections.abc import Hashable, Iterator, Mapping
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from operator import attrgetter
 from types import MappingProxyType
-from typing import Any, cast
+from typing import Any, cast, overload
 
-from vidrial.errors import ConfigError
+from vidrial.errors import ConfigError, DescriptionError
 from vidrial.spec.fields import CHOICES, KIND
 
 Axes = Mapping[str, tuple[Any, ...]]
@@ -80,10 +80,39 @@ def count(config_type: type) -> int:
     return math.prod(map(len, axes(config_type).values()))
 
 
+class Configs(Sequence[Any]):
+    """Every config of a type, the default first: each is made when it is asked for, and kept."""
+
+    def __init__(self, config_type: type) -> None:
+        self._type, self._axes, self._kept = config_type, axes(config_type), dict[int, Any]()
+
+    def __len__(self) -> int:
+        return count(self._type)
+
+    @overload
+    def __getitem__(self, index: int) -> Any: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[Any]: ...
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        if index not in self._kept:
+            if not 0 <= index < len(self):
+                raise IndexError(index)
+            rest, values = index, dict[str, Any]()
+            for name, choices in reversed(tuple(self._axes.items())):
+                rest, i = divmod(rest, len(choices))
+                values[name] = choices[i]
+            self._kept[index] = unflatten(self._type, values)
+        return self._kept[index]
+
+
 @functools.cache
-def configs(config_type: type) -> tuple[Any, ...]:
-    """Every config of a type, the default first. They are kept: an op asks for those of a part once per combination of its own choices."""
-    return tuple(combinations(config_type, axes(config_type)))
+def configs(config_type: type) -> Configs:
+    """Every config of a type: an op asks for those of a part once per combination of its own choices."""
+    return Configs(config_type)
 
 
 def neighbours(config: Any) -> Iterator[Any]:
@@ -109,6 +138,21 @@ def check_choices(config: Any) -> None:
         accepted = axes_of(config)[name]
         if value not in accepted:
             raise ConfigError(f"{type(config).__name__}.{name}={value!r} is not a choice; accepted: {', '.join(map(repr, accepted))}")
+
+
+def check_config_fields(owner: str, config_type: type) -> None:
+    """Refuse a config whose fields are no choices.
+
+    Raises:
+        DescriptionError: a choice has values of several types, or one twice.
+    """
+    for name, values in axes(config_type).items():
+        kinds = {type(value).__name__ for value in values if value is not None}
+        if len(kinds) > 1 or len(set(values)) < len(values):
+            why = f"of several types, {' and '.join(sorted(kinds))}" if len(kinds) > 1 else "twice"
+            raise DescriptionError(
+                f"{owner}: {config_type.__qualname__}.{name} has a value {why}: {', '.join(map(repr, values))}; give unlike ones of one type"
+            )
 
 
 def describe(config: object) -> str:

@@ -15,7 +15,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import types as types_of
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast
 
 from vidrial.errors import ArgumentTypeError, TemplateError
@@ -121,20 +121,19 @@ Read = tuple[str, str]  # "problem" or "config", and the name of a field that wa
 
 
 class StaticView:
-    """A problem or a config as it is before the launch: `known` fields by name, each noted when it is read, and what follows from them.
+    """A problem or a config as it is before the launch: the `known` fields, each by `read` and noted by it, and what follows from them.
 
     To read a dynamic field of a problem that its config does not bake in is the author's mistake, and it says so.
     """
 
-    def __init__(self, record: type, known: Mapping[str, Any], note: Callable[[str], None]) -> None:
-        self._record, self._known, self._note = record, known, note
+    def __init__(self, record: type, known: Sequence[str], read: Callable[[str], Any]) -> None:
+        self._record, self._known, self._read = record, known, read
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
             raise AttributeError(name)
         if name in self._known:
-            self._note(name)
-            return self._known[name]
+            return self._read(name)
         attribute = getattr(self._record, name, None)
         if isinstance(attribute, property) and attribute.fget is not None:
             return attribute.fget(self)
@@ -147,9 +146,7 @@ class StaticView:
         )
 
     def _all(self) -> tuple[Any, ...]:
-        for name in self._known:
-            self._note(name)
-        return self._record, tuple(self._known.items())
+        return self._record, tuple((name, self._read(name)) for name in self._known)
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, StaticView) and self._all() == other._all()
@@ -175,20 +172,25 @@ class Static:
         lengths = baked(self._config)
         known = fields(self._problem, "static") | {name: getattr(self._problem, name) for name in lengths}
 
-        def note(name: str) -> None:
+        def read(name: str) -> Any:
             self.reads["problem", name] = known[name]
             # That a length may be read is a choice, too.
             for field in dataclasses.fields(self._config) if name in lengths else ():
                 if SPECIALIZE in field.metadata:
                     self.reads["config", field.name] = getattr(self._config, field.name)
+            return known[name]
 
-        return StaticView(type(self._problem), known, note)
+        return StaticView(type(self._problem), tuple(known), read)
 
     @functools.cached_property
     def config(self) -> StaticView:
         """All of the config."""
-        known = {f.name: getattr(self._config, f.name) for f in dataclasses.fields(self._config)}
-        return StaticView(type(self._config), known, lambda name: self.reads.__setitem__(("config", name), known[name]))
+
+        def read(name: str) -> Any:
+            value = self.reads["config", name] = getattr(self._config, name)
+            return value
+
+        return StaticView(type(self._config), tuple(f.name for f in dataclasses.fields(self._config)), read)
 
     def values(self, names: Sequence[Read]) -> tuple[Any, ...]:
         """The values of fields by name, which counts as no read."""

@@ -7,20 +7,22 @@ softmax.source(problem, config)      # the rendered C++
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Hashable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Generic, cast
 
 from vidrial.device import CTA_THREADS, RESERVED_SMEM, WARP, Device
-from vidrial.errors import ArgumentError, ConfigError, LayoutError, TemplateError
+from vidrial.errors import ArgumentError, ConfigError, DescriptionError, LayoutError, TemplateError
 from vidrial.layout.barriers import never_completed
 from vidrial.layout.occupancy import Occupancy
 from vidrial.layout.tma import TensorMap
-from vidrial.spec.choices import check_choices
+from vidrial.spec.authored import grid_fault, guarded, guarded_rules, mapping_fault, of_type
+from vidrial.spec.choices import check_choices, check_config_fields
 from vidrial.spec.cost import Cost
 from vidrial.spec.digest import closure_digest, code_digest, state_of, tiles_asked_for
-from vidrial.spec.fields import ByReads, C, P, Static, check_record, fields
+from vidrial.spec.fields import REMEMBERED, ByReads, C, P, Static, check_record, fields
 from vidrial.spec.geometry import Geometry
 from vidrial.spec.source import Arguments, Source, Tiles, include_folders, render
 
@@ -126,21 +128,7 @@ class Kernel(Generic[P, C]):
             tiles = self.resolve(problem, config)
         except (LayoutError, ConfigError) as error:
             return str(error)
-        for name, member in tiles.members.items():
-            if (arch := getattr(type(member), "ARCH", device.arch)) != device.arch:
-                return f"{name} is a {type(member).__name__}, which {arch} alone has; {device.name} is {device.arch}"
-        if tiles.threads % WARP or not WARP <= tiles.threads <= CTA_THREADS:
-            return f"{tiles.threads} threads per CTA: must be a multiple of {WARP}, at most {CTA_THREADS}"
-        for name, member in tiles.members.items():
-            if (reason := never_completed(name, member, tiles.threads)) is not None:
-                return reason
-        if tiles.smem_bytes > device.smem_per_block:
-            return f"{tiles.smem_bytes} bytes of shared memory: a CTA has {device.smem_per_block} on {device.name}"
-        if tiles.min_blocks * (tiles.smem_bytes + RESERVED_SMEM) > device.smem_per_sm:
-            return f"{tiles.min_blocks} CTAs of {tiles.smem_bytes} bytes of shared memory: an SM has {device.smem_per_sm} on {device.name}"
-        if tiles.min_blocks * tiles.threads > device.threads_per_sm:
-            return f"{tiles.min_blocks} CTAs of {tiles.threads} threads: an SM holds {device.threads_per_sm} on {device.name}"
-        return None
+        return _refusal(tiles, device)
 
     def broken_rule(self, problem: P, config: C, device: Device) -> str | None:
         """The reason of the first of the kernel's own rules that the config breaks, or None. It may still be illegal: tiles cost
@@ -211,10 +199,27 @@ class Kernel(Generic[P, C]):
         return closure_digest(f'#include "{self.template.name}"', include_folders(self.template))
 
     def __post_init__(self) -> None:
-        if not self.template.is_file():
-            raise ArgumentError(f"kernel {self.name}: template {self.template} does not exist")
-        check_record(f"kernel {self.name}: problem", self.problem)
-        check_record(f"kernel {self.name}: config", self.config)
+        owner = f"kernel {self.name}"
+        if not isinstance(self.name, str) or not (self.name.isidentifier() and self.name.isascii()):
+            raise ArgumentError(f"kernel {self.name!r}: the name is that of a C++ function; accepted: letters, digits and underscores")
+        if not isinstance(self.template, Path) or not self.template.is_file():
+            raise ArgumentError(
+                f"{owner}: template {self.template} does not exist; give a Path, Path(__file__).with_name('{self.name}.cu.j2')"
+            )
+        if not isinstance(self.args, Arguments):
+            raise DescriptionError(f'{owner}: args is {self.args!r}; give Arguments(x="float const*", n="int")')
+        check_record(f"{owner}: problem", self.problem)
+        check_record(f"{owner}: config", self.config)
+        check_config_fields(owner, self.config)
+        faults = {
+            "tiles": of_type(Tiles, call="Tiles(threads=...)"),
+            "grid": grid_fault,
+            "scalars": of_type(Mapping, call="a dictionary of name -> number"),
+            "maps": mapping_fault("TensorMap", TensorMap),
+        } | ({"cost": of_type(Cost, call="Cost(flops=..., bytes=..., ctas=...)")} if self.cost is not None else {})
+        for name, fault in faults.items():
+            object.__setattr__(self, name, guarded(getattr(self, name), owner, name, fault))
+        object.__setattr__(self, "rules", guarded_rules(self.rules, owner, "rules"))
         object.__setattr__(self, "_tiles", ByReads(lambda static: self.tiles(cast(P, static.problem), cast(C, static.config))))
         # The text itself, kilobytes of it, is not kept.
         object.__setattr__(self, "_reads", ByReads(lambda static: self._render(static).entry))
@@ -222,3 +227,23 @@ class Kernel(Generic[P, C]):
 
 def _has(record: type, name: str) -> bool:
     return name in {f.name for f in dataclasses.fields(record)} or isinstance(getattr(record, name, None), property)
+
+
+@functools.lru_cache(maxsize=REMEMBERED)
+def _refusal(tiles: Tiles, device: Device) -> str | None:
+    """Why a device cannot launch a CTA of these tiles, or None."""
+    for name, member in tiles.members.items():
+        if (arch := getattr(type(member), "ARCH", device.arch)) != device.arch:
+            return f"{name} is a {type(member).__name__}, which {arch} alone has; {device.name} is {device.arch}"
+    if tiles.threads % WARP or not WARP <= tiles.threads <= CTA_THREADS:
+        return f"{tiles.threads} threads per CTA: must be a multiple of {WARP}, at most {CTA_THREADS}"
+    for name, member in tiles.members.items():
+        if (reason := never_completed(name, member, tiles.threads)) is not None:
+            return reason
+    if tiles.smem_bytes > device.smem_per_block:
+        return f"{tiles.smem_bytes} bytes of shared memory: a CTA has {device.smem_per_block} on {device.name}"
+    if tiles.min_blocks * (tiles.smem_bytes + RESERVED_SMEM) > device.smem_per_sm:
+        return f"{tiles.min_blocks} CTAs of {tiles.smem_bytes} bytes of shared memory: an SM has {device.smem_per_sm} on {device.name}"
+    if tiles.min_blocks * tiles.threads > device.threads_per_sm:
+        return f"{tiles.min_blocks} CTAs of {tiles.threads} threads: an SM holds {device.threads_per_sm} on {device.name}"
+    return None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import heapq
 import itertools
@@ -10,16 +11,20 @@ import math
 import weakref
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from numbers import Integral
 from typing import TYPE_CHECKING, Any, Generic, TypeAlias
 
+import numpy as np
 from numpy.typing import NDArray
 
 from vidrial.device import Device
 from vidrial.dtypes import DType
-from vidrial.errors import ArgumentError, ConfigError, LayoutError
-from vidrial.spec.choices import check_choices, combinations, configs, count, describe, own_axes, parts
+from vidrial.errors import ArgumentError, ConfigError, DescriptionError, LayoutError
+from vidrial.spec.authored import guarded, guarded_rules, mapping_fault, of_type, sequence_fault
+from vidrial.spec.choices import Axes, axes, check_choices, check_config_fields, combinations, configs, count, describe, own_axes, parts
 from vidrial.spec.fields import C, P, check_record
 from vidrial.spec.kernel import Kernel
+from vidrial.spec.outcomes import Cell, Outcomes
 from vidrial.spec.space import Candidate, Rejected, Space, Stream, Subset
 
 ALIGNMENT = 256  # bytes; of every workspace buffer
@@ -44,6 +49,23 @@ def _no_rules(problem: object, config: object) -> Iterable[tuple[bool, str]]:
     return ()
 
 
+DECLARED = "__vidrial_declared__"
+
+
+def _declared(function: Callable[..., Any], fault: Callable[[Any, Any], str | None]) -> Callable[..., Any]:
+    """An op's `sample` or `reference`, which gives what the op's buffers declare."""
+
+    @functools.wraps(function)
+    def call(problem: Any, *arguments: Any, **keywords: Any) -> Any:
+        found = function(problem, *arguments, **keywords)
+        if (said := fault(problem, found)) is not None:
+            raise DescriptionError(said)
+        return found
+
+    setattr(call, DECLARED, True)
+    return call
+
+
 @dataclass(frozen=True)
 class Buffer:
     """An array of an op: an input, an output, or workspace between its stages. `zeroed` is of workspace, what follows it of inputs.
@@ -59,6 +81,14 @@ class Buffer:
     aligned: bool = True
     optional: bool = False
     zeroed: bool = False
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.dtype, DType):
+            raise DescriptionError(
+                f"Buffer of dtype {self.dtype!r}; give a DType: {', '.join(f'DType.{name}' for name in DType.__members__)}"
+            )
+        if not isinstance(self.shape, tuple) or not all(isinstance(n, Integral) for n in self.shape):
+            raise DescriptionError(f"Buffer of shape {self.shape!r}; give a tuple of integers, (n,) for one axis")
 
     @property
     def nbytes(self) -> int:
@@ -121,6 +151,147 @@ class _Walk:
         self.stream: Iterator[Candidate] | None = None
         self.found: Candidate | None = None
         self.following: Candidate | None = None
+
+
+@dataclass(frozen=True)
+class _Launch:
+    """A launch of a config, as far as its part's choices do not decide it: why it is not legal, its seconds (None: not predicted); or the kernel
+    and problem that are to be asked about the part."""
+
+    reason: str | None = None
+    seconds: float | None = None
+    asked: tuple[Kernel, Any] | None = None
+
+
+class _Survey:
+    """All configs of an op for one problem, asked together: what depends on few of their choices is asked once for all that agree in those.
+
+    `exact`: legality includes what the tiles demand, which take milliseconds; else the rules alone are asked.
+    """
+
+    def __init__(self, op: Op, problem: Any, device: Device, fixed: Mapping[str, object] | None = None, *, exact: bool = False) -> None:
+        self.op, self.problem, self.device, self.exact = op, problem, device, exact
+        self._own = op.own_axes(fixed)
+        self._launches: dict[str, Outcomes[tuple[_Launch, ...]]] = {}
+        self._kernels: dict[tuple[Kernel, Any, str], tuple[Outcomes[str | None], Outcomes[float | None]]] = {}
+
+    @functools.cached_property
+    def shared(self) -> tuple[Any, ...]:
+        """Every combination of the op's own choices."""
+        return tuple(combinations(self.op.config, self._own))
+
+    def asked(self) -> int:
+        """How often an author's function was called with a config."""
+        kernels = (outcomes for pair in self._kernels.values() for outcomes in pair)
+        return sum(outcomes.made for outcomes in (*self._launches.values(), *kernels))
+
+    def _axes(self, part: str) -> Axes:
+        return axes(self.op.config_type(part)) if part else self._own
+
+    def _launched(self, config: Any, part: str) -> Iterator[_Launch]:
+        """The launches of a part, in order, until one is not legal."""
+        op, problem = self.op, self.problem
+        broken = next((reason for holds, reason in op.rules(problem, config) if not holds), None)
+        if broken is not None:
+            yield _Launch(broken)
+            return
+        own = getattr(config, part) if part else config
+        for stage in op._stages_of(problem, config, part):
+            if stage.config is own:
+                yield _Launch(asked=(stage.kernel, stage.problem))
+                continue
+            reason = self._refusal(stage.kernel, stage.problem, stage.config)
+            yield _Launch(reason, None if reason else op._predict([stage], self.device))
+            if reason is not None:
+                return
+        if self.exact:
+            yield _Launch(op._too_large(problem, config, self.device), 0.0)
+
+    def _refusal(self, kernel: Kernel, problem: Any, config: Any) -> str | None:
+        reason = (kernel.reject if self.exact else kernel.broken_rule)(problem, config, self.device)
+        return reason if reason is None or kernel.name == self.op.name else f"{kernel.name}: {reason}"
+
+    def _kernel(self, kernel: Kernel, problem: Any, part: str) -> tuple[Outcomes[str | None], Outcomes[float | None]]:
+        """Why a kernel's own config is not legal, and its seconds."""
+        key = kernel, problem, part
+        if key not in self._kernels:
+
+            def seconds(config: Any) -> float | None:
+                return self.op._predict([Stage(kernel, problem, config)], self.device)
+
+            refusals = Outcomes(lambda config: self._refusal(kernel, problem, config), "", self._axes(part))
+            self._kernels[key] = refusals, Outcomes(seconds, "", self._axes(part))
+        return self._kernels[key]
+
+    def _cells(self, part: str, shared: Any, varied: Sequence[Any]) -> Iterator[tuple[str | None, tuple[_Launch, ...], list[int]]]:
+        """Of `varied`, all configs of a part or ("") all own choices: why they are not legal, their launches, and their indices."""
+        if part not in self._launches:
+            self._launches[part] = Outcomes(lambda config: tuple(self._launched(config, part)), part, self._axes(part))
+        outcomes = self._launches[part]
+
+        def ask(launches: tuple[_Launch, ...], i: int, cell: Cell) -> Iterator[tuple[str | None, tuple[_Launch, ...], list[int]]]:
+            asked = launches[i].asked if i < len(launches) else None
+            while asked is None:
+                if i == len(launches) or launches[i].reason is not None:
+                    yield launches[i].reason if i < len(launches) else None, launches, outcomes.indices(cell)
+                    return
+                i += 1
+                asked = launches[i].asked if i < len(launches) else None
+            for reason, narrower in self._kernel(*asked, part)[0].cells(varied[0], varied, cell):
+                if reason is None:
+                    yield from ask(launches, i + 1, narrower)
+                else:
+                    yield reason, launches, outcomes.indices(narrower)
+
+        for launches, cell in outcomes.cells(shared, varied):
+            yield from ask(launches, 0, cell)
+
+    def _ranks(self, part: str, shared: Any, varied: Sequence[Any]) -> Iterator[tuple[int, float]]:
+        """Index and predicted seconds of what is legal, in any order."""
+        last, known, costs = None, 0.0, list[Outcomes[float | None]]()
+        for reason, launches, indices in self._cells(part, shared, varied):
+            if reason is not None or any(launch.asked is None and launch.seconds is None for launch in launches):
+                continue
+            if launches is not last:
+                last, known = launches, sum(launch.seconds or 0.0 for launch in launches)
+                costs = [self._kernel(*launch.asked, part)[1] for launch in launches if launch.asked is not None]
+            for i in indices:
+                seconds = [found for cost in costs if (found := cost.of(varied[0], varied[i])) is not None]
+                if len(seconds) == len(costs):
+                    yield i, math.fsum([known, *seconds])
+
+    def bases(self) -> Iterator[tuple[int, Candidate]]:
+        """Index, combination of own choices and seconds of what its stages of no part take, of those that are legal."""
+        return ((i, Candidate(self.shared[i], seconds)) for i, seconds in self._ranks("", self.shared[0], self.shared))
+
+    def bases_of(self, shared: Iterable[Any]) -> Iterator[Candidate | None]:
+        """The same of some combinations alone; None: a rule forbids it."""
+        every = ((s, self.op.estimate(self.problem, s, self.device, "")) for s in shared)
+        return (None if seconds is None else Candidate(s, seconds) for s, seconds in every)
+
+    def estimates(self, shared: Any, part: str, variants: Sequence[Any] | None = None) -> list[Candidate]:
+        """A part's configs that are legal with `shared`, by its own predicted time, ties in order of declaration."""
+        op, problem, device = self.op, self.problem, self.device
+        if variants is not None or not op.launches(problem, shared, part):
+            found = op.estimates(problem, shared, device, part, variants or ())
+            return [Candidate(getattr(c.config, part), c.seconds) for c in found]
+        every = configs(op.config_type(part))
+        return [Candidate(every[i], seconds) for seconds, i in sorted((s, i) for i, s in self._ranks(part, shared, every))]
+
+    def rejected(self) -> Iterator[Rejected]:
+        """Every rejection once, of a combination of own choices or of a part's config with one."""
+        own = self._rejected("", self.shared[0], self.shared)
+        for i, shared in enumerate(self.shared):
+            if i in own:
+                yield Rejected(shared, own[i])
+                continue
+            for part in self.op.parts:
+                if self.op.launches(self.problem, shared, part):
+                    every = configs(self.op.config_type(part))
+                    yield from (Rejected(every[j], reason) for j, reason in sorted(self._rejected(part, shared, every).items()))
+
+    def _rejected(self, part: str, shared: Any, varied: Sequence[Any]) -> dict[int, str]:
+        return {i: reason for reason, _, indices in self._cells(part, shared, varied) if reason is not None for i in indices}
 
 
 @dataclass(frozen=True, eq=False)
@@ -248,6 +419,11 @@ class Op(Generic[P, C]):
 
         With a `part`, that of its stages, by their rules alone.
         """
+        asked = self._permitted(problem, config, device, part)
+        return None if asked is None else self._predict(asked, device)
+
+    def _permitted(self, problem: P, config: C, device: Device, part: str | None) -> Sequence[Stage] | None:
+        """The stages of a part, or None if a rule of theirs is broken."""
         # NOTE: loops, not generators: thousands of configs are asked. The op's own rules were asked before a part varies.
         if not part:
             for holds, _ in self.rules(problem, config):
@@ -257,9 +433,12 @@ class Op(Generic[P, C]):
         for stage in asked:
             if stage.kernel.broken_rule(stage.problem, stage.config, device) is not None:
                 return None
+        return asked
+
+    def _predict(self, stages: Iterable[Stage], device: Device) -> float | None:
         seconds = 0.0
         try:
-            for stage in asked:
+            for stage in stages:
                 seconds += stage.kernel.seconds(stage.problem, stage.config, device)
         except (LayoutError, ConfigError):
             return None  # a cost that looks at the tiles meets their refusal
@@ -278,15 +457,45 @@ class Op(Generic[P, C]):
             raise ConfigError(f"{self.name}: {describe(config)} is not legal for {problem}: {reason}")
 
     def check_problem(self, problem: P, device: Device) -> None:
-        """Refuse a problem that the op's own rules refuse whatever its choices.
+        """Refuse a problem that the op's own rules refuse whatever its choices, or whose sizes no kernel's arguments hold.
 
         Raises:
-            ConfigError: with the first rule's reason.
+            ConfigError: with the rules' reason. ArgumentError: with the argument and its type.
         """
         reasons = (self.reject(problem, shared, device, "") for shared in self.shared())
-        first = next(reasons, None)
-        if first is not None and all(reason is not None for reason in reasons):
-            raise ConfigError(f"{self.name}: no legal config for {problem} on {device.name}: {first}")
+        refused = list(itertools.takewhile(lambda reason: reason is not None, reasons))
+        if len(refused) == math.prod(map(len, self.own_axes().values())):
+            raise self._none_legal(problem, device, refused)
+        config = next(shared for shared in self.shared() if self.reject(problem, shared, device, "") is None)
+        self._check_stages(problem, config)
+        self._check_arrays(problem, config)
+        for stage in self.stages(problem, config):
+            stage.kernel.grid(stage.problem, stage.config)
+            stage.kernel.pack(stage.problem, stage.config)
+
+    def _check_arrays(self, problem: P, config: C) -> None:
+        """Refuse arrays that two declare, and outputs that no launch writes."""
+        groups = {"inputs": self.inputs(problem), "outputs": self.outputs(problem), "workspace": self.workspace(problem, config)}
+        for (first, one), (second, other) in itertools.combinations(groups.items(), 2):
+            if both := sorted(one.keys() & other.keys()):
+                raise DescriptionError(f"op {self.name}: {', '.join(both)} is among its {first} and its {second}; give each array one name")
+        stages = self.stages(problem, config)
+        taken = {name for stage in stages for name in (*stage.kernel.args.pointers, *stage.kernel.args.maps)}
+        if stages and (lost := sorted(groups["outputs"].keys() - taken)):
+            raise DescriptionError(
+                f"op {self.name}: outputs gives {', '.join(lost)}, which no kernel takes: their pointers are {', '.join(sorted(taken))}; "
+                "an array and its pointer have one name"
+            )
+
+    def _none_legal(self, problem: P, device: Device, reasons: Iterable[str | None]) -> ConfigError:
+        """What is wrong with a problem that no config serves: the reason, if it is one."""
+        named = {kernel.name for kernel in self.kernels}
+        said = dict.fromkeys(
+            rest if (split := str(reason).partition(": "))[0] in named and (rest := split[2]) else str(reason) for reason in reasons
+        )
+        if len(said) == 1:
+            return ConfigError(next(iter(said)))
+        return ConfigError(f"{self.name}: no legal config for {problem} on {device.name}: {'; '.join(itertools.islice(said, 3))}")
 
     def _check_stages(self, problem: P, config: C) -> None:
         """Refuse stages whose kernels or parts the op does not declare: its rankings and its search would leave them out unnoticed."""
@@ -307,10 +516,58 @@ class Op(Generic[P, C]):
                 raise ArgumentError(f"{where} takes its config from part {owners[0]} and has part={stage.part!r}; give part={owners[0]!r}")
 
     def __post_init__(self) -> None:
-        check_record(f"op {self.name}: problem", self.problem)
-        check_record(f"op {self.name}: config", self.config)
+        owner = f"op {self.name}"
+        check_record(f"{owner}: problem", self.problem)
+        check_record(f"{owner}: config", self.config)
+        check_config_fields(owner, self.config)
+        if not isinstance(self.kernels, tuple) or not all(isinstance(kernel, Kernel) for kernel in self.kernels) or not self.kernels:
+            raise DescriptionError(f"{owner}: kernels is {self.kernels!r}; give a tuple of Kernels, (kernel,) if it is one")
+        names = [kernel.name for kernel in self.kernels]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise DescriptionError(f"{owner}: two kernels are named {', '.join(twice)}; give each a name of its own")
+        buffers, arrays = mapping_fault("Buffer", Buffer), mapping_fault("NumPy array", np.ndarray)
+        faults = {
+            "stages": sequence_fault(Stage),
+            "inputs": buffers,
+            "outputs": buffers,
+            "workspace": buffers,
+            "sample": arrays,
+            "reference": arrays,
+            "check": of_type(Check, call="Check(relative, max_error, relative_bound, max_error_bound)"),
+            "small": of_type(self.problem),
+            "example": of_type(self.problem),
+        }
+        for name, fault in faults.items():
+            object.__setattr__(self, name, guarded(getattr(self, name), owner, name, fault))
+        object.__setattr__(self, "rules", guarded_rules(self.rules, owner, "rules"))
         object.__setattr__(self, "key", f"{self.name}#{next(_NUMBERS)}")
         _OPS[self.key] = self
+        if not getattr(self.sample, DECLARED, False):
+            object.__setattr__(self, "sample", _declared(self.sample, self._sample_fault))
+        if not getattr(self.reference, DECLARED, False):
+            object.__setattr__(self, "reference", _declared(self.reference, self._reference_fault))
+
+    def _sample_fault(self, problem: P, found: Mapping[str, NDArray[Any]]) -> str | None:
+        declared = self.inputs(problem)
+        unlike = sorted({name for name, buffer in declared.items() if not buffer.optional} - found.keys()) + sorted(found.keys() - declared)
+        if unlike:
+            return f"op {self.name}: sample() gives {', '.join(found) or 'nothing'}; inputs declares {', '.join(declared) or 'nothing'}"
+        for name, array in found.items():
+            buffer = declared[name]
+            label = "uint16" if buffer.dtype is DType.bfloat16 else buffer.dtype.label
+            # What no call takes at all is refused by whoever runs it.
+            if array.dtype.name != label and array.dtype.name in (*DType.__members__, "uint16"):
+                return f"op {self.name}: sample() gives {name} as {array.dtype}; inputs declares {buffer.dtype}, so give {label}: DType.round makes it"
+            if array.shape != buffer.shape:
+                return f"op {self.name}: sample() gives {name} of shape {list(array.shape)}; inputs declares {list(buffer.shape)}"
+        return None
+
+    def _reference_fault(self, problem: P, found: Mapping[str, NDArray[Any]]) -> str | None:
+        missing = sorted(self.outputs(problem).keys() - found.keys())
+        return (
+            f"op {self.name}: reference() gives {', '.join(found) or 'nothing'}; its outputs have {', '.join(missing)}" if missing else None
+        )
 
     def seconds(self, problem: P, config: C, device: Device) -> float:
         """Predicted time: the sum over the stages."""
@@ -327,35 +584,34 @@ class Op(Generic[P, C]):
 
     def shared(self, fixed: Mapping[str, object] | None = None) -> Iterator[C]:
         """Every combination of the config's own choices, its parts at their defaults; `fixed` choices take one value only."""
-        return combinations(self.config, {**own_axes(self.config), **{name: (value,) for name, value in (fixed or {}).items()}})
+        return combinations(self.config, self.own_axes(fixed))
+
+    def own_axes(self, fixed: Mapping[str, object] | None = None) -> Axes:
+        """The values of the config's own choices; `fixed` choices have one alone."""
+        return {**own_axes(self.config), **{name: (value,) for name, value in (fixed or {}).items()}}
 
     def launches(self, problem: P, config: C, part: str) -> bool:
         """Whether a part of a config launches anything for a problem."""
         return any(stage.part == part for stage in self.stages(problem, config))
 
-    def _part_variants(self, problem: P, shared: Any, part: str) -> Iterator[Any]:
-        """`shared` with every config of a part; itself alone where the part launches nothing."""
-        if not self.launches(problem, shared, part):
-            return iter((shared,))
-        return (dataclasses.replace(shared, **{part: config}) for config in configs(parts(self.config)[part]))
-
-    def estimates(self, problem: P, shared: C, device: Device, part: str, variants: Iterable[C] | None = None) -> list[Candidate[C]]:
-        """What the rules leave of `shared` with the part's configs (or of `variants`, which are such), by the part's own predicted time."""
-        every = variants if variants is not None and self.launches(problem, shared, part) else self._part_variants(problem, shared, part)
+    def estimates(self, problem: P, shared: C, device: Device, part: str, variants: Iterable[C]) -> list[Candidate[C]]:
+        """What the rules leave of `variants`, which are `shared` with other configs of a part, by the part's own predicted time."""
+        every = variants if self.launches(problem, shared, part) else (shared,)
         found = ((v, self.estimate(problem, v, device, part)) for v in every)
         return sorted((Candidate(v, seconds) for v, seconds in found if seconds is not None), key=lambda c: c.seconds)
 
-    def _legal(self, problem: Any, device: Device, part: str, estimates: Iterable[Candidate]) -> Stream[Candidate]:
-        """Of `estimates`, with the part's config alone, what its tiles allow: they take milliseconds, and are asked as they are read."""
-        legal = (c for c in estimates if self.reject(problem, c.config, device, part) is None)
-        return Stream(Candidate(getattr(c.config, part), c.seconds) for c in legal)
+    def _legal(self, problem: Any, device: Device, shared: Any, part: str, estimates: Iterable[Candidate]) -> Stream[Candidate]:
+        """Of a part's configs what its tiles allow with `shared`: they take milliseconds, and are asked as they are read."""
+        allowed = (c for c in estimates if self.reject(problem, dataclasses.replace(shared, **{part: c.config}), device, part) is None)
+        return Stream(allowed)
 
     def ranked_parts(self, problem: P, shared: C, device: Device) -> dict[str, Stream[Candidate[Any]]]:
         """For one combination of own choices: each part's legal configs, fastest-predicted first, with the part's own time.
 
         Stages run one after another, so parts rank on their own.
         """
-        return {part: self._legal(problem, device, part, self.estimates(problem, shared, device, part)) for part in self.parts}
+        survey = _Survey(self, problem, device)
+        return {part: self._legal(problem, device, shared, part, survey.estimates(shared, part)) for part in self.parts}
 
     def ranked(
         self, problem: P, device: Device, fixed: Mapping[str, object] | None = None, among: Subset[C] | None = None
@@ -364,17 +620,19 @@ class Op(Generic[P, C]):
 
         `fixed` holds choices of the op's own (not of its parts) at one value: name -> value. `among`: those that are looked at, in place of all.
         """
+        return self._ranked(_Survey(self, problem, device, fixed), among)
+
+    def _ranked(self, survey: _Survey, among: Subset | None = None) -> Iterator[Candidate[C]]:
         # One entry per combination of own choices, by what none of its configs can be below: the parts that were estimated so far, then the
         # time of its next config. A part of many configs is estimated last, and not at all where others are faster without it.
         heap: list[tuple[float, int, _Walk]] = []
-        for order, shared in enumerate(self.shared(fixed) if among is None else among.shared):
-            base = self.estimate(problem, shared, device, "")
+        for order, base in survey.bases() if among is None else enumerate(survey.bases_of(among.shared)):
             if base is not None:
-                heap.append((base, order, _Walk(Candidate(shared, base), among)))
+                heap.append((base.seconds, order, _Walk(base, among)))
         heapq.heapify(heap)
         while heap:
             _, order, walk = heap[0]
-            least = self._advance(problem, device, walk)
+            least = self._advance(survey, walk)
             if walk.found is not None:
                 yield walk.found
             if least is None:
@@ -382,7 +640,7 @@ class Op(Generic[P, C]):
             else:
                 heapq.heapreplace(heap, (least, order, walk))
 
-    def _advance(self, problem: Any, device: Device, walk: _Walk) -> float | None:
+    def _advance(self, survey: _Survey, walk: _Walk) -> float | None:
         """One step of a walk, and what it cannot be below from then on; None: it is over. `found` is what the step passed, if anything."""
         walk.found, waiting = walk.following, [part for part in self.parts if part not in walk.estimates]
         if waiting:
@@ -390,22 +648,20 @@ class Op(Generic[P, C]):
             known = {} if walk.among is None else walk.among.variants.get(shared, {})
             sizes = {part: len(known[part]) if part in known else count(parts(self.config)[part]) for part in waiting}
             part = min(waiting, key=lambda p: sizes[p])
-            walk.estimates[part] = self.estimates(problem, shared, device, part, known.get(part))
+            walk.estimates[part] = survey.estimates(shared, part, known.get(part))
             walk.least += walk.estimates[part][0].seconds if walk.estimates[part] else 0.0
             return walk.least if walk.estimates[part] else None
         if walk.stream is None:
-            estimates = {part: walk.estimates[part] for part in self.parts}
-            walk.stream = self._combined(problem, device, walk.shared, estimates)
+            walk.stream = self._combined(survey, walk.shared, {part: walk.estimates[part] for part in self.parts})
         walk.following = next(walk.stream, None)
         return None if walk.following is None else walk.following.seconds
 
-    def _combined(
-        self, problem: Any, device: Device, shared: Candidate, estimates: Mapping[str, Sequence[Candidate]]
-    ) -> Iterator[Candidate]:
+    def _combined(self, survey: _Survey, shared: Candidate, estimates: Mapping[str, Sequence[Candidate]]) -> Iterator[Candidate]:
         """All combinations of the parts' legal configs with own choices, fastest-predicted first."""
+        problem, device = survey.problem, survey.device
         if self.reject(problem, shared.config, device, "") is not None:
             return
-        streams = {part: self._legal(problem, device, part, candidates) for part, candidates in estimates.items()}
+        streams = {part: self._legal(problem, device, shared.config, part, candidates) for part, candidates in estimates.items()}
 
         def entry(index: tuple[int, ...]) -> list[tuple[float, tuple[int, ...], Candidate]]:
             chosen = {part: candidate for (part, s), i in zip(streams.items(), index, strict=True) if (candidate := s.get(i)) is not None}
@@ -429,19 +685,9 @@ class Op(Generic[P, C]):
 
     def space(self, problem: P, device: Device | None = None, limit: int = 256, fixed: Mapping[str, object] | None = None) -> Space[C]:
         """The first `limit` of `ranked`; and every rejection once, of a config or of a part of one."""
-        device = device or Device.default()
-        rejected: dict[Any, Rejected] = {}
-        for shared in self.shared(fixed):
-            reason = self.reject(problem, shared, device, "")
-            if reason is not None:
-                rejected[shared] = Rejected(shared, reason)
-                continue
-            for part, variant in ((name, v) for name in self.parts for v in self._part_variants(problem, shared, name)):
-                reason = self.reject(problem, variant, device, part)
-                if reason is not None:
-                    config = getattr(variant, part)
-                    rejected[shared, config] = Rejected(config, reason)
-        return Space(tuple(itertools.islice(self.ranked(problem, device, fixed), limit)), tuple(rejected.values()))
+        survey = _Survey(self, problem, device or Device.default(), fixed, exact=True)
+        rejected = tuple(survey.rejected())
+        return Space(tuple(itertools.islice(self._ranked(survey), limit)), rejected)
 
     def predicted(self, problem: P, device: Device, fixed: Mapping[str, object] | None = None) -> C:
         """The cost model's choice, the first of `ranked`: what a call takes that nothing was measured for.
@@ -451,8 +697,7 @@ class Op(Generic[P, C]):
         """
         first = next(self.ranked(problem, device, fixed), None)
         if first is None:
-            reasons = "; ".join(itertools.islice(self.space(problem, device, 0, fixed).reasons(), 3))
-            raise ConfigError(f"{self.name}: no legal config for {problem} on {device.name}: {reasons}")
+            raise self._none_legal(problem, device, self.space(problem, device, 0, fixed).reasons())
         return first.config
 
     def digest(self) -> str:

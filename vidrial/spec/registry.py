@@ -11,10 +11,11 @@ import sys
 import types
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Union, get_args, get_origin, get_type_hints
+from typing import Any, Union, cast, get_args, get_origin, get_type_hints
 
-from vidrial.errors import ArgumentError, ToolchainError, VidrialError
+from vidrial.errors import ArgumentError, DescriptionError, ToolchainError, VidrialError
 from vidrial.installation import ENTRY_POINTS, named_ops
+from vidrial.spec.authored import place
 from vidrial.spec.fields import C, P, keyed_fields, least_values
 from vidrial.spec.op import Op
 
@@ -41,13 +42,38 @@ def resolve(reference: str) -> Any:
     """
     home, _, name = reference.rpartition(":")
     try:
+        if home.endswith(".py") and Path(home).is_file():
+            return _of_file(home, name)
         return getattr(_load_file(str(Path(home).resolve())) if home.endswith(".py") else importlib.import_module(home), name)
     except VidrialError:
         raise
     except (ImportError, AttributeError, ValueError, TypeError, OSError) as error:
         raise ArgumentError(f"{reference!r} names nothing ({error}); accepted: module:attribute or file.py:attribute") from error
     except (Exception, SystemExit) as error:
-        raise ArgumentError(f"{reference!r} cannot be imported: {_on_one_line(error)}") from error
+        raise ArgumentError(f"{reference!r} cannot be imported: {_on_one_line(error)}; at {place(error)}") from error
+
+
+def _of_file(home: str, name: str) -> Any:
+    """What a file's attribute is: whatever the file raises is no matter of its name.
+
+    Raises:
+        ArgumentError: it cannot be imported, or has no such attribute.
+    """
+    try:
+        module = _load_file(str(Path(home).resolve()))
+    except VidrialError:
+        raise
+    except (Exception, SystemExit) as error:
+        raise ArgumentError(f"'{home}:{name}' cannot be imported: {_on_one_line(error)}; at {place(error)}") from error
+    if not hasattr(module, name):
+        ops = ops_of(module)
+        raise ArgumentError(f"'{home}:{name}' names nothing; the ops of {home}: {', '.join(ops) or 'none'}")
+    return getattr(module, name)
+
+
+def ops_of(module: Any) -> list[str]:
+    """Names of the ops of a module."""
+    return [name for name, value in vars(module).items() if isinstance(value, Op)]
 
 
 @functools.lru_cache
@@ -79,11 +105,30 @@ def find_op(reference: str) -> Op:
     known = named_ops()
     if reference in known:
         return _entry_point(reference, known[reference])
+    if reference.endswith(".py") and Path(reference).is_file():
+        return _only_op(reference)
     if ":" not in reference:
         names = "".join(f"{name}, " for name in known)
         meant = f"; {reference}:op, if op is what the file calls it" if reference.endswith(".py") else ""
         raise ArgumentError(f"op {reference!r} is not known; accepted: {names}module:attribute, or path/to/file.py:attribute{meant}")
     return _checked(reference, resolve(reference))
+
+
+def _only_op(file: str) -> Op:
+    """The op of a file that has one.
+
+    Raises:
+        ArgumentError: it has none, or several.
+    """
+    module = sys.modules[_of_file(file, "__name__")]
+    ops = ops_of(module)
+    found = {id(getattr(module, name)) for name in ops}
+    if len(found) != 1:
+        meant = " or ".join(f"{file}:{name}" for name in ops)
+        raise ArgumentError(
+            f"{file} has {len(found)} ops; " + (f"say which: {meant}" if ops else "give its Op a name at its top level: op = vd.Op.of(...)")
+        )
+    return cast(Op, getattr(module, ops[0]))
 
 
 def _entry_point(name: str, reference: str) -> Op:
@@ -139,6 +184,12 @@ def make_problem(op: Op[P, C], keywords: Mapping[str, Any]) -> P:
     if required:
         raise ArgumentError(f"{op.name} needs {', '.join(f'--{name}' for name in required)}; its keywords: {usage(op)}")
     problem = op.example(**keywords)
+    try:
+        hash(problem)
+    except TypeError as error:
+        raise DescriptionError(
+            f"op {op.name}: example() gives {problem!r}, which can be no key ({error}); give tuples in place of lists"
+        ) from error
     sizes = keyed_fields(problem)
     for name, least in least_values(problem).items():
         if isinstance(size := sizes[name], int) and size < least:
@@ -153,8 +204,17 @@ def usage(op: Op) -> str:
 
 
 def _parameters(op: Op) -> dict[str, Any]:
-    hints = get_type_hints(op.example)
-    return {name: hints.get(name, str) for name in inspect.signature(op.example).parameters}
+    parameters = inspect.signature(op.example).parameters
+    try:
+        hints = get_type_hints(op.example)
+    except (NameError, TypeError) as error:
+        raise DescriptionError(f"op {op.name}: the annotations of example() cannot be read: {error}") from error
+    bare = [name for name, p in parameters.items() if name not in hints and p.kind in (p.KEYWORD_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    if bare:
+        raise DescriptionError(
+            f"op {op.name}: example()'s {bare[0]} has no annotation, so --{bare[0]} has no type; write {bare[0]}: int, say"
+        )
+    return {name: hints[name] for name in parameters if name in hints}
 
 
 def _value(name: str, text: str, annotation: Any) -> Any:

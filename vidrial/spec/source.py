@@ -25,6 +25,8 @@ from vidrial.spec.headers import vidrial_include
 
 FORMATS = {"int": "i", "int32_t": "i", "uint32_t": "I", "int64_t": "q", "float": "f"}
 TENSOR_MAP, TENSOR_MAP_BYTES, TENSOR_MAP_ALIGNMENT = "TensorMap", 128, 64
+# The kernels that a rendered template defines.
+ENTRY = re.compile(r'extern\s+"C"\s+__global__\s+void\s+(?:__launch_bounds__\s*\((?:[^()]|\([^()]*\))*\)\s*)?(\w+)\s*\(')
 # Template lines after which the rendered text may have more or fewer lines than the template.
 RESYNC = re.compile(r"^\s*\{\{\s*\w+\s*\}\}\s*$|\{%-?\s*end(for|if)")
 
@@ -127,6 +129,10 @@ class Tiles:
     """
 
     def __init__(self, *, threads: int, smem: SharedMemory | None = None, min_blocks: int = 1, **members: object) -> None:
+        if not isinstance(threads, int) or not isinstance(smem, SharedMemory | None):
+            raise ArgumentError(
+                f"Tiles(threads={threads!r}, smem={smem!r}); accepted: a number of threads, and SharedMemory(A=..., ...) or None"
+            )
         self.threads = threads
         self.smem = smem
         self.min_blocks = min_blocks
@@ -205,6 +211,9 @@ def render(template: Path, entry: str, names: Mapping[str, object]) -> Source:
         known = f"; known names: {', '.join(sorted(names))}" if isinstance(error, jinja2.UndefinedError) else ""
         what = "" if isinstance(error, jinja2.TemplateError | TemplateError) else f"{type(error).__name__}: "
         raise TemplateError(f"{template.name}:{lines[at - 1]}: {what}{error}{known}") from None
+    entries = ENTRY.findall(body)
+    if entries and entry not in entries:
+        raise TemplateError(f"{template.name}: its kernel is {', '.join(entries)}; the Kernel's name is {entry}: they must be the same")
     folders = include_folders(template)
     text = f'// includes sha256:{closure_digest(body, folders, template.name)}\n#line 1 "{template.name}"\n{body}'
     return Source(text, entry, template.name, tuple(str(f) for f in folders))

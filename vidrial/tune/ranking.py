@@ -13,6 +13,7 @@ import dataclasses
 import functools
 import hashlib
 import importlib.util
+import inspect
 import json
 import logging
 import math
@@ -264,7 +265,13 @@ class Standing:
 
 def until_swept(op: Op) -> str:
     """What calls do where nothing was measured, and the command that changes it."""
-    return f"calls take the cost model's choice until you run vidrial sweep {_reference(op)}"
+    return f"calls take the cost model's choice until you run {sweep_command(op)}"
+
+
+def sweep_command(op: Op) -> str:
+    """The command line that measures an op; what its problems need is in capitals."""
+    needed = [name for name, p in inspect.signature(op.example).parameters.items() if p.default is p.empty and p.kind is p.KEYWORD_ONLY]
+    return " ".join([f"vidrial sweep {_reference(op)}", *(f"--{name} {name.upper()}" for name in needed)])
 
 
 def say_if_outdated(op: Op, device: Device) -> None:
