@@ -195,10 +195,10 @@ def rules(p: Problem, c: Config, device: vd.Device) -> Iterator[tuple[bool, str]
 def tma_rules(p: Problem, c: Config, device: vd.Device) -> Iterator[tuple[bool, str]]:
     yield device.arch == "sm_90a", f"TMA and wgmma are instructions of sm_90a; {device.name} is {device.arch}"
     yield c.rows % (16 * c.warps) == 0, f"rows={c.rows}: each of {c.warps // 4} warpgroups makes multiples of 64"
-    yield from device.smem_rules(c.stages * c.depth * (c.rows + c.columns) * p.dtype.bytes, c.blocks)
     # Beside the accumulators: addresses and the loop; and what ptxas needs for itself beside those of one instruction (C7602).
     accumulators, registers, launched = c.rows * c.columns // (32 * c.warps), roles(c).reallocated[1], roles(c).launched
     yield accumulators + 32 <= registers, f"{accumulators} accumulators and 32 other registers per thread; there are {registers}"
+    yield from device.smem_rules(c.stages * c.depth * (c.rows + c.columns) * p.dtype.bytes, c.blocks)
     yield (
         c.columns // 2 + 24 <= launched,
         f"{c.columns // 2} accumulators of one instruction, 24 other registers; the launch gives {launched}",

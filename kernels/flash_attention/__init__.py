@@ -215,9 +215,9 @@ def _request(
     _check_options(causal, window, scale, softcap, return_lse)
     facts = {name: ArraySpec.of(seen, name) for name, seen in zip(NAMES, key, strict=True)}
     left, right = window or (None, None)
-    problem = _problem_of(**facts, causal=causal, left=left, right=right, scale=scale, softcap=softcap)
-    _check_places(facts)
     on_cpu = facts["q"].device == CPU and target == "cuda"
+    problem = _problem(facts, _served(on_cpu), causal, left, right, scale, softcap)
+    _check_places(facts)
     if (refused := refusal(problem, _served(on_cpu))) is not None:
         raise refused
     # Beyond all keys there is no limit.
@@ -249,9 +249,22 @@ def _problem_of(
         ArgumentError, ArgumentTypeError, UnsupportedError: naming the argument.
     """
     _check_options(causal, (left, right), scale, softcap, False)
-    _check_shapes({"q": q.shape, "k": k.shape, "v": v.shape})
+    return _problem({"q": q, "k": k, "v": v}, _served(q.device == CPU), causal, left, right, scale, softcap)
+
+
+def _problem(
+    facts: Mapping[str, ArraySpec],
+    dtypes: tuple[DType, ...],
+    causal: bool,
+    left: int | None,
+    right: int | None,
+    scale: float | None,
+    softcap: float | None,
+) -> Problem:
+    _check_shapes({name: f.shape for name, f in facts.items()})
+    q, k, v = (facts[name] for name in NAMES)
     (b, tq, hq, d), (tk, h, e) = q.shape, v.shape[1:]
-    if (refused := shape_refusal(q.dtype, d, e, hq, h, _served(q.device == CPU))) is not None:
+    if (refused := shape_refusal(q.dtype, d, e, hq, h, dtypes)) is not None:
         raise refused
     before, after = (UNLIMITED if side is None else int(side) for side in (left, right))
     # A side of 0 keys to the right is the causal mask.

@@ -89,7 +89,7 @@ def _is_number(value: Any) -> bool:
 def shape_refusal(dtype: DType, d: int, e: int, hq: int, h: int, dtypes: tuple[DType, ...] = DTYPES) -> VidrialError | None:
     """Why no kernel serves such elements, head sizes and heads, or None."""
     if dtype not in dtypes:
-        return ArgumentTypeError(f"dtype {dtype} is not served; accepted: {', '.join(map(str, dtypes))}")
+        return ArgumentTypeError(f"q: dtype {dtype} is not served; accepted: {', '.join(map(str, dtypes))}")
     if (refused := heads_refusal(hq, h)) is not None:
         return refused
     for name, size in (("D", d), ("E", e)):

@@ -105,7 +105,7 @@ def normalize_refusal(normalize: Any) -> ArgumentError | None:
 def shape_refusal(dtype: DType, d: int, e: int, hq: int, h: int, dtypes: tuple[DType, ...] = DTYPES) -> VidrialError | None:
     """Why no kernel serves such elements, head sizes and heads, or None."""
     if dtype not in dtypes:
-        return ArgumentTypeError(f"dtype {dtype} is not served; accepted: {', '.join(map(str, dtypes))}")
+        return ArgumentTypeError(f"q: dtype {dtype} is not served; accepted: {', '.join(map(str, dtypes))}")
     if h < 1 or hq % h:
         return ArgumentError(f"q has {hq} heads and k has {h}; accepted: a multiple of k's heads")
     for name, size in (("D", d), ("E", e)):

@@ -47,11 +47,12 @@ def request_of(
 ) -> Request:
     """What arrays that were described ask for; refuses what is not served. This is the one look-up of the warm path."""
     facts = {name: ArraySpec.of(seen, name) for name, seen in zip(NAMES, key, strict=False)}
-    problem = problem_of(**facts, degree=degree, scale=scale, normalize=normalize, chunk=chunk)
+    on_cpu = facts["q"].device == CPU and target == "cuda"
+    check_options(degree, scale, normalize, chunk)
+    problem = _problem(facts, served(on_cpu), degree, scale, normalize)
     if chunk is not None and chunk >= problem.t:
         chunk = 0
     device, fixed = facts["q"].device, () if chunk is None else (("chunk", chunk),)
-    on_cpu = device == CPU and target == "cuda"
     ready = not on_cpu and target == "cuda" and all(facts[name].vectorised for name in "qkv")
     if (refused := refusal(problem, served(on_cpu))) is not None:
         raise refused
@@ -76,9 +77,15 @@ def problem_of(
         ArgumentError, ArgumentTypeError, UnsupportedError: naming the argument.
     """
     check_options(degree, scale, normalize, chunk)
-    _check_shapes({name: f.shape for name, f in zip(NAMES, (q, k, v, log_g), strict=True) if f is not None})
+    facts = {name: f for name, f in zip(NAMES, (q, k, v, log_g), strict=True) if f is not None}
+    return _problem(facts, served(q.device == CPU), degree, scale, normalize)
+
+
+def _problem(facts: Mapping[str, ArraySpec], dtypes: tuple[DType, ...], degree: int, scale: float | None, normalize: str) -> Problem:
+    _check_shapes({name: f.shape for name, f in facts.items()})
+    q, k, v, log_g = facts["q"], facts["k"], facts["v"], facts.get("log_g")
     (b, t, hq, d), h, e = q.shape, k.shape[2], v.shape[3]
-    if (refused := shape_refusal(q.dtype, d, e, hq, h, served(q.device == CPU))) is not None:
+    if (refused := shape_refusal(q.dtype, d, e, hq, h, dtypes)) is not None:
         raise refused
     return Problem(
         dtype=q.dtype,

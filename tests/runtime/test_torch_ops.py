@@ -251,7 +251,7 @@ def test_what_is_not_served_is_refused_by_name() -> None:
     with torch.autocast("cpu", dtype=torch.bfloat16):
         with pytest.raises(vd.ArgumentTypeError, match=r"^power_retention: q: dtype 'float64' is not known; accepted: bfloat16"):
             power_retention(plain[0].double(), *plain[1:])
-        with pytest.raises(vd.ArgumentTypeError, match="^q is int32; accepted: bfloat16, float16, float32"):
+        with pytest.raises(vd.ArgumentTypeError, match="^q: dtype int32 is not served; accepted: bfloat16, float16, float32"):
             power_retention(plain[0].int(), *plain[1:])
 
 

@@ -11,8 +11,7 @@ import math
 import weakref
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from numbers import Integral
-from typing import TYPE_CHECKING, Any, Generic, TypeAlias
+from typing import TYPE_CHECKING, Any, Generic, SupportsIndex, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -87,7 +86,7 @@ class Buffer:
             raise DescriptionError(
                 f"Buffer of dtype {self.dtype!r}; give a DType: {', '.join(f'DType.{name}' for name in DType.__members__)}"
             )
-        if not isinstance(self.shape, tuple) or not all(isinstance(n, Integral) for n in self.shape):
+        if not isinstance(self.shape, tuple) or not all(isinstance(n, SupportsIndex) for n in self.shape):
             raise DescriptionError(f"Buffer of shape {self.shape!r}; give a tuple of integers, (n,) for one axis")
 
     @property
