@@ -19,6 +19,7 @@ from vidrial.errors import ArgumentError, ConfigError, LayoutError
 from vidrial.spec.choices import check_choices, combinations, configs, count, describe, own_axes, parts
 from vidrial.spec.fields import C, P, check_record
 from vidrial.spec.kernel import Kernel
+from vidrial.spec.refusals import furthest
 from vidrial.spec.space import Candidate, Rejected, Space, Stream, Subset
 
 ALIGNMENT = 256  # bytes; of every workspace buffer
@@ -426,7 +427,8 @@ class Op(Generic[P, C]):
         """
         first = next(self.ranked(problem, device, fixed), None)
         if first is None:
-            reasons = "; ".join(itertools.islice(self.space(problem, device, 0, fixed).reasons(), 3))
+            every = ((s, {part: list(self._part_variants(problem, s, part)) for part in self.parts}) for s in self.shared(fixed))
+            reasons = "; ".join(furthest(self, problem, device, every))
             raise ConfigError(f"{self.name}: no legal config for {problem} on {device.name}: {reasons}")
         return first.config
 
