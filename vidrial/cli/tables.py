@@ -29,6 +29,7 @@ from vidrial.installation import named_ops, other_distribution
 from vidrial.progress import reporting
 from vidrial.settings import Settings
 from vidrial.spec.choices import describe
+from vidrial.spec.chosen import describe_taken
 from vidrial.spec.op import Check, Op, Stage
 from vidrial.spec.registry import find_op
 from vidrial.spec.source import Source
@@ -96,7 +97,7 @@ def show_space(console: Console, op: Op, problem: Any, device: Device, limit: in
     """Print the legal configs, fastest-predicted first, and the rejected ones grouped by reason."""
     space = op.space(problem, device, limit=max(limit, 1))
     total = f"the {len(space)} predicted fastest" if len(space) == limit else f"{len(space)} legal configs"
-    common, own = split_words([describe(c.config) for c in space.legal])
+    common, own = split_words([describe_taken(op, problem, c.config) for c in space.legal])
     console.print(Text(f"{op.name} on {device.name} ({device.arch}): {facts(problem)}"))
     sizes = [op.workspace_bytes(problem, c.config) for c in space.legal]
     beside = (">workspace",) if any(sizes) else ()

@@ -175,6 +175,7 @@ def check(
     session = _Session(op, device, sanitizers, progress or Silent(), first_failure, until)
     first = config if callable(config) else (lambda _: config) if config is not None else (lambda p: op.predicted(p, device))
     session.run_rows("check", session.first_rows(asked, first, only), math.inf)
+    session.chosen = only
     if not only:
         session.cover([case.run for case in asked if case.spare], configs)
     if pairs and not only and configs is None:
@@ -216,6 +217,7 @@ class _Session:
         self.places: dict[int, tuple[int, int]] = {}
         self.notes: list[str] = []
         self.late: list[_Run] = []
+        self.chosen = False
         self.known: dict[Any, tuple[Arrays, Arrays]] = {}
 
     @property
@@ -319,6 +321,12 @@ class _Session:
         return Report(self.op.name, tuple(outcomes), tuple(self._not_run()), tuple(self.notes))
 
     def _not_run(self) -> Iterator[str]:
+        by_sanitizer = {s: sum(run.sanitizer == s for run in self.late) for s in self.sanitizers}
+        if any(by_sanitizer.values()):
+            told = ", ".join(f"{count} {sanitizer or 'plain'}" for sanitizer, count in by_sanitizer.items() if count)
+            yield f"{told} for lack of time (--minutes)"
+        if self.chosen:
+            return
         ran = {(o.problem, o.config) for o in self.outcomes}
         made: set[Feature] = set().union(*(features(self.op, *row) for row in ran))
         for name, values in axes(self.op.config).items():
@@ -330,10 +338,6 @@ class _Session:
         yield from (f"kernel {name}" for name in sorted(kernels - {stage.kernel.name for stage in stages}))
         many = {s.kernel.name for s in stages if math.prod(s.kernel.grid(s.problem, s.config)) > 1}
         yield from (f"more than one block of {name}" for name in sorted({stage.kernel.name for stage in stages} - many))
-        by_sanitizer = {s: sum(run.sanitizer == s for run in self.late) for s in self.sanitizers}
-        if any(by_sanitizer.values()):
-            told = ", ".join(f"{count} {sanitizer or 'plain'}" for sanitizer, count in by_sanitizer.items() if count)
-            yield f"{told} for lack of time (--minutes)"
 
 
 def _facts(problem: Any) -> str:

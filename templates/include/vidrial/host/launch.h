@@ -47,7 +47,7 @@ inline Array read_array(ArrayEntry const& entry) {
 
 inline void check_array(Array const& a, uint64_t offset) {
   for (size_t i = 0; i < kArrayGuardBytes; ++i)
-    if (a.data[a.bytes + i] != kGuardByte) refuse("the array at offset %zu of the arguments was written %zu bytes past its end (it has %zu bytes)", size_t(offset), i, size_t(a.bytes));
+    if (a.data[a.bytes + i] != kGuardByte) refuse("the array at offset %zu of the arguments was written %s its end (it has %zu bytes; AddressSanitizer has the line)", size_t(offset), behind(i).c_str(), size_t(a.bytes));
 }
 
 inline void on_signal(int number, siginfo_t*, void* context) {

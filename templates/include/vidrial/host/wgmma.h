@@ -56,6 +56,8 @@ inline std::vector<WgmmaQueue> wgmma_queues;
 inline std::vector<Warpgroup> warpgroups;
 inline std::vector<Seen> seen;
 inline unsigned proxy_fences = 0;
+// Which copy still brings the 16 bytes at an address, and why nobody waited for it; "" if none does: host/tma.h.
+inline std::string (*describe_copy)(uint32_t) = [](uint32_t) { return std::string(); };
 
 inline void begin_wgmmas() {
   size_t const groups = size_t(thread_count + kGroupThreads - 1) / kGroupThreads;
@@ -121,8 +123,11 @@ struct Matrix {
     Chunk const chunk = read(c);
     if (seen.empty()) seen.resize(shared_bytes / 16 + 1);
     Seen& previous = seen[address(c) / 16];
-    if ((!proxy_fences && !previous.landed) || (previous.fences == proxy_fences && previous.chunk != chunk))
+    if ((!proxy_fences && !previous.landed) || (previous.fences == proxy_fences && previous.chunk != chunk)) {
+      std::string const copy = describe_copy(address(c));
+      if (!copy.empty()) fatal("wgmma: its %c at the shared address 0x%x is what a %s", name, address(c), copy.c_str());
       fatal("wgmma: its %c at the shared address 0x%x was written, and no thread has called fence_async_proxy since", name, address(c));
+    }
     previous = {chunk, proxy_fences, previous.landed};
     return chunk;
   }
