@@ -160,7 +160,7 @@ extern "C" __global__ void __launch_bounds__(Tiles::threads) regions(__grid_cons
 }
 """
 WRITES = {
-    "plain": (None, "first[t + 1] = 2.f;", "written 0 bytes past the end of a region"),
+    "plain": (None, "first[t + 1] = 2.f;", "written right behind the end of a region"),
     "address": ("address", "first[t + 1] = 2.f;", "use-after-poison"),
     "ldmatrix": (
         None,
