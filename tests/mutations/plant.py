@@ -72,7 +72,17 @@ def finding(report: Report) -> Finding:
 
 def _headline(text: str) -> str:
     """Who found it, or what the host target calls it."""
-    for word in ("ThreadSanitizer", "AddressSanitizer", "deadlock", "does not compile", "wgmma", "tma_load", "barrier", "cp.async", "wrong values"):
+    for word in (
+        "ThreadSanitizer",
+        "AddressSanitizer",
+        "deadlock",
+        "does not compile",
+        "wgmma",
+        "tma_load",
+        "barrier",
+        "cp.async",
+        "wrong values",
+    ):
         if word in text:
             return word
     return "host target"

@@ -52,16 +52,33 @@ MUTATIONS = (
     Mutation(BARRIER, "before the staged tile is stored", "gemm", GEMM, "Tiles::Named::stored::sync(group);", ""),
     Mutation(BARRIER, "the first warpgroup's for all", "gemm", GEMM, "stored::sync(group)", "stored::sync(0)"),
     Mutation(
-        WAIT, "for the last product", "gemm", GEMM, "  Mma::wait<0>();\n  c.fence();\n  finish(args, c, smem, thread", "  c.fence();\n  finish(args, c, smem, thread"
+        WAIT,
+        "for the last product",
+        "gemm",
+        GEMM,
+        "  Mma::wait<0>();\n  c.fence();\n  finish(args, c, smem, thread",
+        "  c.fence();\n  finish(args, c, smem, thread",
     ),
     Mutation(WAIT, "for the product whose stage is refilled", "gemm", GEMM, "    Mma::wait<1>();                    // the", "    // the"),
     Mutation(WAIT, "for the product whose stage is released, by TMA", "gemm", GEMM, FREE, ""),
-    Mutation(WAIT, "for the last product, by TMA", "gemm", GEMM, "      Mma::wait<0>();\n      c.fence();\n      ring", "      c.fence();\n      ring"),
+    Mutation(
+        WAIT,
+        "for the last product, by TMA",
+        "gemm",
+        GEMM,
+        "      Mma::wait<0>();\n      c.fence();\n      ring",
+        "      c.fence();\n      ring",
+    ),
     Mutation(WAIT, "after the release, by TMA", "gemm", GEMM, FREE + RELEASE, RELEASE + FREE),
     Mutation(WAIT, "a stage released a product early", "gemm", GEMM, "if (step > 0) ring.release();", "ring.release();"),
     Mutation(FENCE, "of all stages", "gemm", RING, "    if constexpr (Async) fence_async_proxy();\n", ""),
     Mutation(
-        FENCE, "of the stages after the first round", "gemm", RING, "if constexpr (Async) fence_async_proxy();", "if (Async && item < Stages) fence_async_proxy();"
+        FENCE,
+        "of the stages after the first round",
+        "gemm",
+        RING,
+        "if constexpr (Async) fence_async_proxy();",
+        "if (Async && item < Stages) fence_async_proxy();",
     ),
     Mutation(STAGE, "B always at the first, by TMA", "gemm", GEMM, "sB + stage * kB,", "sB,"),
     Mutation(STAGE, "A is read in the next one", "gemm", GEMM, LOOP, LOOP.replace("a, stage * kA", "a, (stage + 1) % Tiles::stages * kA")),
@@ -69,7 +86,12 @@ MUTATIONS = (
     Mutation(STAGE, "fewer bytes expected than come", "gemm", PY, "TmaRing((box_a, box_b),", "TmaRing((box_a,),"),
     Mutation(STAGE, "all copies of A into the first", "gemm", GEMM, "copy_a(stage * kA, args.m", "copy_a(0 * stage, args.m"),
     Mutation(
-        PREDICATE, "of stores, row read twice", "softmax", SOFTMAX, "i < vectors; i += Tiles::row_threads) y", "i <= vectors; i += Tiles::row_threads) y"
+        PREDICATE,
+        "of stores, row read twice",
+        "softmax",
+        SOFTMAX,
+        "i < vectors; i += Tiles::row_threads) y",
+        "i <= vectors; i += Tiles::row_threads) y",
     ),
     Mutation(PREDICATE, "of rows", "softmax", SOFTMAX, "row < args.m ?", "row <= args.m ?"),
     Mutation(PREDICATE, "of stores, row kept", "softmax", SOFTMAX, "i < vectors) y[i] = scaled(kept", "i <= vectors) y[i] = scaled(kept"),
@@ -79,7 +101,9 @@ MUTATIONS = (
     Mutation(PREDICATE, "of the tail of k", "gemm", GEMM, "left = args.k - step * Tiles::depth;", "left = Tiles::depth;"),
     Mutation(PREDICATE, "of columns that are stored", "gemm", GEMM, "args.n - column, [&]", "Tiles::columns, [&]"),
     Mutation(STRIDE, "of the rows of x", "softmax", SOFTMAX, "args.x + row * args.n", "args.x + row * args.m"),
-    Mutation(STRIDE, "of the rows of offsets", "scan", "scan_add.cu.j2", "int64_t(blockIdx.y) * args.blocks", "int64_t(blockIdx.y) * gridDim.y"),
+    Mutation(
+        STRIDE, "of the rows of offsets", "scan", "scan_add.cu.j2", "int64_t(blockIdx.y) * args.blocks", "int64_t(blockIdx.y) * gridDim.y"
+    ),
     Mutation(STRIDE, "of the rows of C", "gemm", GEMM, "column, args.n, args.m - row", "column, args.k, args.m - row"),
     Mutation(STRIDE, "of a tensor map", "gemm", PY, "(p.n, p.k), (p.k,))}", "(p.n, p.k), (p.k + 8,))}"),
     Mutation(SIZE, "of an array of a helper", "softmax", SOFTMAX, "parts[Tiles::threads / 32]", "parts[Tiles::threads / 32 - 1]"),
@@ -88,7 +112,12 @@ MUTATIONS = (
     Mutation(SIZE, "of the staged tile", "gemm", PY, "SharedMemory(A=a, B=b, C=out,", "SharedMemory(A=a, B=b, C=out.bytes // 2,"),
     Mutation(SIZE, "a copy without the swizzle", "gemm", PY, "CopyB=TiledCopy(copy, b,", "CopyB=TiledCopy(copy, replace(b, swizzle=None),"),
     Mutation(
-        RETURN, "rows beyond the last return", "softmax", SOFTMAX, "  Part part;\n  if constexpr", "  if (row >= args.m) return;\n  Part part;\n  if constexpr"
+        RETURN,
+        "rows beyond the last return",
+        "softmax",
+        SOFTMAX,
+        "  Part part;\n  if constexpr",
+        "  if (row >= args.m) return;\n  Part part;\n  if constexpr",
     ),
     Mutation(
         RETURN,
@@ -112,7 +141,12 @@ MUTATIONS = (
         "0",
     ),
     Mutation(
-        VECTOR, "the sum of its first element", "softmax", SOFTMAX, "for (int i = 0; i < Tiles::vector; ++i) part.sum", "for (int i = 0; i < 1; ++i) part.sum"
+        VECTOR,
+        "the sum of its first element",
+        "softmax",
+        SOFTMAX,
+        "for (int i = 0; i < Tiles::vector; ++i) part.sum",
+        "for (int i = 0; i < 1; ++i) part.sum",
     ),
     Mutation(VECTOR, "its first element for all", "softmax", SOFTMAX, "Elem(exponential(float(v.x[i])", "Elem(exponential(float(v.x[0])"),
 )

@@ -48,7 +48,14 @@ FOUND = (
     Short("of an array of a helper", "AddressSanitizer", "parts[warp] =", TWICE, "address", SHORT_SOFTMAX),
     Short("rows beyond the last return", "deadlock", "__syncthreads", TWICE, None, SHORT_SOFTMAX),
     Short("the first warpgroup's rows for all", "wrong values", "c[64, 0]", TMA, None, TMA_GEMM),
-    Short("blocks of the first round left out of the second", "wrong values", "y[0, 32768]", "block=512,offsets.threads=64", None, {"b": 1, "t": 33_001}),
+    Short(
+        "blocks of the first round left out of the second",
+        "wrong values",
+        "y[0, 32768]",
+        "block=512,offsets.threads=64",
+        None,
+        {"b": 1, "t": 33_001},
+    ),
     Short("its first element for all", "wrong values", "y[0, 1]", "row_threads=32,rows=1,vector=2,keep=4", None, {"m": 1, "n": 130}),
 )
 

@@ -26,7 +26,7 @@ from vidrial.spec.headers import vidrial_include
 FORMATS = {"int": "i", "int32_t": "i", "uint32_t": "I", "int64_t": "q", "float": "f"}
 TENSOR_MAP, TENSOR_MAP_BYTES, TENSOR_MAP_ALIGNMENT = "TensorMap", 128, 64
 # Template lines after which the rendered text may have more or fewer lines than the template.
-RESYNC = re.compile(r"^\s*\{\{\s*\w+\s*\}\}\s*$|\{%-?\s*end(for|if)")
+RESYNC = re.compile(r"^\s*\{\{\s*\w+\s*\}\}\s*$|\{%-?\s*(?:end(?:for|if)|else|elif)\b")
 
 
 def cpp(value: object) -> str:

@@ -47,7 +47,8 @@ struct Operation {
   Registers registers;
   Operation() {}
 };
-struct WgmmaQueue { std::vector<Operation> operations; std::vector<size_t> groups; size_t retiring = 0; bool arrived = false; };
+// `stack`: of the first operation, which a warpgroup's first thread notes for all.
+struct WgmmaQueue { std::vector<Operation> operations; std::vector<size_t> groups; size_t retiring = 0; bool arrived = false; std::string stack; };
 struct Warpgroup { int arrived = 0; char const* what = ""; };
 // What a wgmma found in 16 bytes, or TMA brought there (`landed`: no fence is needed), and after how many proxy fences.
 struct Seen { Chunk chunk; unsigned fences; bool landed; };
@@ -72,8 +73,8 @@ inline void check_wgmmas() {
   for (size_t t = 0; t < wgmma_queues.size(); ++t) {
     WgmmaQueue const& q = wgmma_queues[t];
     if (!q.operations.empty())
-      refuse("block (%u, %u, %u), thread %zu ended with %zu wgmma that it %s, the first issued at <place %lx>", blockIdx.x, blockIdx.y, blockIdx.z, t,
-             q.operations.size(), q.groups.empty() ? "never committed" : "never waited for", place(q.operations[0].place));
+      refuse("block (%u, %u, %u), thread %zu ended with %zu wgmma that it %s, the first issued at <place %lx>%s", blockIdx.x, blockIdx.y, blockIdx.z, t,
+             q.operations.size(), q.groups.empty() ? "never committed" : "never waited for", place(q.operations[0].place), q.stack.c_str());
   }
 }
 
@@ -275,6 +276,11 @@ void wgmma(Wgmma const& instruction, float* const* registers, uint32_t const* a)
   bool const follows = lazy && on_same_registers(q, 0, mine) != &o;
   o.instruction = instruction;
   o.place = __builtin_return_address(0);
+  if (!index && current % kGroupThreads == 0) {
+    char text[kTextBytes / 16];
+    describe_stack(text, sizeof text);
+    q.stack = text;
+  }
   o.object = fibers[size_t(current)].object;
   o.held = a;
   o.done = false;
