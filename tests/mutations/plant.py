@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from planting import LIBRARY
-
 from vidrial.host.check import Report
 from vidrial.spec.op import Op
 from vidrial.spec.registry import find_op
+from vidrial.templates import TEMPLATES
 
+LIBRARY = Path(TEMPLATES, "include", "vidrial")
 EXAMPLES = Path(__file__).parents[2] / "examples"
 # A line of the op's own files, or of the library's.
 PLACE = re.compile(r"(?:[\w/]*/)?[\w.]+\.(?:cu\.j2|cuh):\d+")
@@ -63,7 +63,7 @@ def finding(report: Report) -> Finding:
         for text in said:
             for found in PLACE.finditer(text):
                 if own == (not found[0].startswith("vidrial/")):
-                    return Finding(_headline(text), found[0])
+                    return Finding(_headline(text), Path(found[0]).name if own else found[0])
     for text in said:
         if element := ELEMENT.search(text):
             return Finding("wrong values", element[1])

@@ -1,7 +1,7 @@
 """Plant every mistake of the table, each in a copy of its example, run the default `check` on it, and print what was found.
 
-python tests/mutations/run.py                       # all of them: `make mutations`
-python tests/mutations/run.py --kind stage --op gemm --out found.md
+PYTHONPATH=. python tests/mutations/run.py          # all of them: `make mutations`
+PYTHONPATH=. python tests/mutations/run.py --kind stage --op gemm --out found.md
 """
 
 from __future__ import annotations
@@ -11,8 +11,6 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-
-sys.path[:0] = [str(Path(__file__).parents[2]), str(Path(__file__).parents[1]), str(Path(__file__).parent)]
 
 from plant import Finding, finding, planted
 from table import MUTATIONS, Mutation

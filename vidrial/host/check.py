@@ -116,7 +116,7 @@ class Report(Generic[P, C]):
 
 def _alike(summary: str) -> str:
     """A failure without the schedule that it came under, threads, numbers and sizes; lines of sources stay."""
-    text = re.sub(r"Schedule\([^)]*\)(?: and Schedule\([^)]*\))?", "", summary)
+    text = re.sub(r"Schedule\([^)]*\)(?:: )?", "", summary)
     return re.sub(r"(?<![\w.:/])-?(?:0x[0-9a-f]+|\d[\d.,e+-]*|nan\b|inf\b)", "#", text)
 
 
@@ -170,7 +170,7 @@ def check(
         p if isinstance(p, Case) else Case(p, p) for p in (problems if problems is not None else cases(op, None, device))
     ]
     if not asked or (configs is not None and configs < 1):
-        raise ArgumentError(f"{op.name}: {len(asked)} problems and {configs} configs check nothing; give at least 1 of each")
+        raise ArgumentError(f"{op.name}: problems={len(asked)}, configs={configs} check nothing; give at least 1 of each")
     until = math.inf if configs is not None else VALUES_SECONDS if minutes is None else 60 * minutes
     session = _Session(op, device, sanitizers, progress or Silent(), first_failure, until)
     first = config if callable(config) else (lambda _: config) if config is not None else (lambda p: op.predicted(p, device))

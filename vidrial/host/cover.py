@@ -18,12 +18,13 @@ from vidrial.spec.registry import make_problem
 
 # Lengths that no keyword gives: one element; one past a power of two and past its double, which no tile divides and by which a state is
 # carried over two chunks of 128; one that is aligned and no power of two; and one that `small` cuts to what enters every loop again.
-ONE, ODD, LONG = 1, (129, 257), 1_000_003
-ALIGNED = 264
+ONE, ODD, ALIGNED, LONG = 1, (129, 257), 264, 1_000_003
 # Where `small` leaves it as it is.
 UNCUT = 4099
-# Aligned to 2 and to 4 elements: taken for choices that no other size allows.
-SPARE = (130, 132)
+# Each with what is added to sizes that have a default.
+FIRST = ((ONE, 1), (ODD[0], 1), (ODD[1], 0), (ALIGNED, 0), (LONG, 1))
+# Aligned to 2 and to 4 elements, and so much beyond an aligned size: taken for choices that no other size allows.
+SPARE, BEYOND = (130, 132), (1, 2, 4)
 # Of several lengths each next one is so much more, times its alignment: equal extents hide a wrong stride.
 APART = 2
 # A kernel that no config has launched yet counts for as much as so many values of choices.
@@ -55,24 +56,17 @@ def cases(op: Op[P, C], keywords: Mapping[str, Any] | None = None, device: Devic
     sizes = {f.name for f in dataclasses.fields(op.problem) if f.metadata.get(KIND) == "dynamic" and f.metadata.get(KEYED, True)}
     lengths = [p.name for p in open_ if p.default is p.empty]
     defaults = {p.name: p.default for p in open_ if p.name in sizes and p.default is not p.empty}
-    tried = (
-        [
-            (ONE, 1, False),
-            (ODD[0], 1, False),
-            (ODD[1], 0, False),
-            (ALIGNED, 0, False),
-            (LONG, 1, False),
-            *((n, n & -n, True) for n in SPARE),
-        ]
-        if lengths
-        else [(0, 0, False), (0, 1, False), (0, 2, True), (0, 4, True)]
-    )
+    tried = [(length, dict.fromkeys(defaults, beyond), False) for length, beyond in (FIRST if lengths else ((0, 0), (0, 1)))]
+    tried += [(n, dict.fromkeys(defaults, n & -n), True) for n in SPARE]
+    # One size alone that is not aligned.
+    alone = [name for name in (*lengths, *defaults) if len(lengths) + len(defaults) > 1]
+    tried += [(ALIGNED, {name: beyond}, True) for name in alone for beyond in BEYOND]
     found: dict[P, Case[P]] = {}
     refused: list[ArgumentError | ConfigError] = []
     for length, beyond, spare in tried:
-        others = {name: default + beyond for name, default in defaults.items()}
+        others = {name: default + beyond.get(name, 0) for name, default in defaults.items()}
         try:
-            case = _case(op, given | others, lengths, length, device)
+            case = _case(op, given | others, {name: beyond.get(name, 0) for name in lengths}, length, device)
         except (ArgumentError, ConfigError) as error:
             refused.append(error)
         else:
@@ -87,10 +81,12 @@ def cases(op: Op[P, C], keywords: Mapping[str, Any] | None = None, device: Devic
     return list(found.values())
 
 
-def _case(op: Op[P, C], given: Mapping[str, Any], lengths: Sequence[str], length: int, device: Device) -> Case[P]:
+def _case(op: Op[P, C], given: Mapping[str, Any], lengths: Mapping[str, int], length: int, device: Device) -> Case[P]:
+    """A problem whose `lengths` are all about `length`, each by so much beyond it."""
+
     def made(at: int) -> P:
         step = APART * (at & -at) if at > 1 else 0
-        problem = make_problem(op, {**given, **{name: at + i * step for i, name in enumerate(lengths)}})
+        problem = make_problem(op, {**given, **{name: at + i * step + beyond for i, (name, beyond) in enumerate(lengths.items())}})
         # What is cut to a small one may be another problem.
         op.check_problem(problem, device)
         return problem
