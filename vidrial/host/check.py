@@ -53,7 +53,7 @@ Arrays: TypeAlias = Mapping[str, np.ndarray]
 class Outcome(Generic[P, C]):
     """A problem and config under one sanitizer (or none) and `schedules` schedules: the check of the first, and what was wrong, or ''.
 
-    `launch_seconds`: those of one schedule, without compiling. `choices`: those of the config that its launches take, on one line.
+    `launch_seconds`: the processor's under one schedule, the longest. `choices`: those of the config that its launches take, on one line.
     """
 
     problem: P
@@ -377,27 +377,29 @@ def _outcome(op: Op, run: _Run, known: tuple[Arrays, Arrays], device: Device) ->
     # Races do not depend on the order of lanes, but on when copies land; and ThreadSanitizer is slow.
     schedules = SCHEDULES[:2] if run.sanitizer == "thread" else SCHEDULES
     begin, found, failure = time.perf_counter(), None, ""
-    launched = begin
+    results, launches = list[dict[str, np.ndarray]](), list[float]()
     try:
         plan = HostPlan(op, run.problem, run.config, run.sanitizer, GUARD_BYTES, device=device)
-        launched = time.perf_counter()
-        results = [_results(plan, inputs, schedule) for schedule in schedules]
+        for schedule in schedules:
+            outputs, seconds = _results(plan, inputs, schedule)
+            results.append(outputs)
+            launches.append(seconds)
         found = op.check(run.problem, inputs, results[0], expected)
         failure = _wrong(op, run.problem, found, results, expected)
     except (CompileError, LaunchError, UnsupportedError) as error:
         failure = str(error)
-    end = time.perf_counter()
-    choices = describe_taken(op, run.problem, run.config)
-    return Outcome(
-        run.problem, run.config, run.sanitizer, len(schedules), found, failure, end - begin, (end - launched) / len(schedules), choices
-    )
+    took, choices = time.perf_counter() - begin, describe_taken(op, run.problem, run.config)
+    return Outcome(run.problem, run.config, run.sanitizer, len(schedules), found, failure, took, max(launches, default=0.0), choices)
 
 
-def _results(plan: HostPlan, inputs: Arrays, schedule: Schedule) -> dict[str, np.ndarray]:
+def _results(plan: HostPlan, inputs: Arrays, schedule: Schedule) -> tuple[dict[str, np.ndarray], float]:
+    """The outputs, and the processor's seconds that the launches took."""
+    outputs = plan.outputs()
     try:
-        return plan.results(inputs, schedule)
+        stats = plan.run({**inputs, **outputs}, schedule)
     except LaunchError as error:
         raise LaunchError(f"{schedule}: {error}") from error
+    return outputs, sum(launch.seconds for launch in stats.values())
 
 
 def _wrong(op: Op, problem: Any, found: Check, results: Sequence[Mapping[str, np.ndarray]], expected: Arrays) -> str:

@@ -84,7 +84,7 @@ class HostStats(Counts):
     `objects`: names of tiled objects of one C++ type, which count together -> what they did; under () what none of them did.
     `read_bytes`, `written_bytes`: 32 times the sectors of the arrays that the launch read before it wrote them, and that it wrote; None
     unless the kernel was compiled with `accesses`. `switches`: from one thread to another. `shared_memory_high_water`: dynamic bytes up to
-    the last one written. `seconds`: the CPU's, which say nothing about a GPU.
+    the last one written. `seconds`: the processor's, which say nothing about a GPU.
     """
 
     switches: int = 0
