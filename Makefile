@@ -1,4 +1,4 @@
-# make demo | quick | test | gpu-test | bench | lint | docs | clean | help. Needs python3 (3.11 or later), make and g++; brings the rest in .venv.
+# make demo | quick | test | mutations | gpu-test | bench | lint | docs | clean | help. Needs python3 (3.11 or later), make and g++; brings the rest in .venv.
 PYTHON ?= python3
 # The interpreter that runs things; `make gpu-test RUN=python3` uses one that has everything already, and builds no .venv.
 RUN ?= .venv/bin/python
@@ -17,13 +17,14 @@ PLOT := .venv/bench.stamp
 DOCS := .venv/docs.stamp
 endif
 
-.PHONY: help demo quick test gpu-test bench lint format docs clean
+.PHONY: help demo quick test mutations gpu-test bench lint format docs clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo      what Vidrial does, in a minute; needs no GPU"
 	@echo "make quick     the tests that take no time, within a minute"
 	@echo "make test      all tests; those that need a GPU are skipped without one"
+	@echo "make mutations plant 46 mistakes in the examples, and see each found by vidrial check (an hour or less)"
 	@echo "make gpu-test  the tests that need a GPU"
 	@echo "make bench     the benchmarks beside the peers, on a GPU (BENCH=... passes arguments)"
 	@echo "make lint      ruff and mypy"
@@ -43,6 +44,9 @@ quick: $(TEST)
 test: $(LINT)
 	@$(RUN) -m pytest $(ASIDE) -m "not gpu"
 	@$(RUN) -m pytest tests/gpu
+
+mutations: $(TEST)
+	@$(RUN) tests/mutations/run.py
 
 gpu-test: $(TEST)
 	@$(RUN) -m pytest tests/gpu

@@ -28,6 +28,22 @@ class Silent:
         """Nothing."""
 
 
+class Lines:
+    """A line per thing done, on standard error: for where there is no terminal, and long silence would look like a hang."""
+
+    def __init__(self) -> None:
+        self._phase, self._total, self._done = "", 0, 0
+
+    def begin(self, phase: str, total: int) -> None:
+        """Counted anew."""
+        self._phase, self._total, self._done = phase, total, 0
+
+    def advance(self, text: str) -> None:
+        """One line."""
+        self._done += 1
+        print(f"{self._phase} {self._done}{f' of {self._total}' if self._total else ''}: {text}", file=sys.stderr, flush=True)
+
+
 class Bar:
     """A rich progress bar, and the last thing done beside it."""
 
@@ -39,7 +55,7 @@ class Bar:
         """The bar of the last phase gives way to this one's."""
         if self._task is not None:
             self._bars.remove_task(self._task)
-        self._task = self._bars.add_task(phase, total=total, text="")
+        self._task = self._bars.add_task(phase, total=total or None, text="")
 
     def advance(self, text: str) -> None:
         """One further."""
@@ -47,13 +63,13 @@ class Bar:
 
 
 @contextlib.contextmanager
-def reporting(wanted: bool | Progress | None) -> Iterator[Progress]:
-    """`wanted` itself; or a bar (True, or None on a terminal); or silence."""
+def reporting(wanted: bool | Progress | None, elsewhere: type[Silent] | type[Lines] = Silent) -> Iterator[Progress]:
+    """`wanted` itself; or a bar (True, or None on a terminal); or what `elsewhere` is."""
     if wanted is not None and not isinstance(wanted, bool):
         yield wanted
         return
     if not (sys.stderr.isatty() if wanted is None else wanted):
-        yield Silent()
+        yield elsewhere()
         return
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn

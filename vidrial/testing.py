@@ -6,20 +6,23 @@ def test_softmax():
 
 from __future__ import annotations
 
-from vidrial.host.check import Outcome, Report, assert_op_correct, check, diverse_configs, odd_problems
+from vidrial.host.check import Outcome, Report, assert_op_correct, check
+from vidrial.host.cover import Case, cases, diverse_configs, small_problems
 from vidrial.host.plan import HostPlan, poison
 from vidrial.host.target import SCHEDULES, HostStats, Schedule
 
 __all__ = [
     "SCHEDULES",
+    "Case",
     "HostPlan",
     "HostStats",
     "Outcome",
     "Report",
     "Schedule",
     "assert_op_correct",
+    "cases",
     "check",
     "diverse_configs",
-    "odd_problems",
     "poison",
+    "small_problems",
 ]

@@ -293,8 +293,8 @@ op = vd.Op(
     check=check,
     inputs=inputs,
     outputs=lambda p: {"c": vd.Buffer((p.m, p.n), p.dtype)},
-    # Rows as aligned as those asked for.
-    small=lambda p: replace(p, m=min(p.m, 197), n=min(p.n, 136 + p.n % 8), k=min(p.k, 200 + p.k % 8)),
+    # Rows as aligned as those asked for; more steps of k than any ring has stages, and tiles in both directions.
+    small=lambda p: replace(p, m=min(p.m, 197), n=min(p.n, 136 + p.n % 8), k=min(p.k, 456 + p.k % 8)),
     problem_of=problem_of,
 )
 

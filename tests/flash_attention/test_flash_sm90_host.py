@@ -144,7 +144,7 @@ PLANTED = {
         "Bars::q_full::expect(bars, Tiles::BoxQ::kBytes);", "Bars::q_full::expect(bars, Tiles::BoxQ::kBytes - 16);", "16 bytes more came"
     ),
     "output not rescaled": Plant("softmax.rescale(o);\n        });\n        product", "});\n        product"),
-    "rows beyond the end stored": Plant("bool const there = query < p.tq;", "bool const there = query <= p.tq;", "array (y|lse) was written .* past its end"),
+    "rows beyond the end stored": Plant("bool const there = query < p.tq;", "bool const there = query <= p.tq;", "array (y|lse) was written .* behind its end"),
     "K's stage released before the wait": Plant(
         f"{WAIT_QK.format(1)}\n          k.release();", f"k.release();\n          {WAIT_QK.format(1)}", OVERWRITTEN.format("B")
     ),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,12 +13,14 @@ import pytest
 
 import vidrial as vd
 from vidrial.cli import main as cli
-from vidrial.errors import ArgumentError, CheckError, LaunchError, ToolchainError, UnsupportedError
-from vidrial.host.check import GUARD_BYTES, Outcome, Report, assert_op_correct, check, diverse_configs, odd_problems
+from vidrial.errors import ArgumentError, CheckError, ConfigError, LaunchError, ToolchainError, UnsupportedError
+from vidrial.host.check import GUARD_BYTES, Outcome, Report, assert_op_correct, check
+from vidrial.host.cover import Case, cases, covering, diverse_configs, features, small_problems
 from vidrial.host.plan import HostPlan
 from vidrial.kernels.power_retention import attend
 from vidrial.layout.atoms import MMA_16x8x16
 from vidrial.layout.smem import SharedMemory
+from vidrial.spec.choices import axes
 from vidrial.spec.op import Op
 from vidrial.spec.registry import find_op
 
@@ -43,27 +46,32 @@ def launched(op: Op, report: Report) -> set[str]:
 
 def test_power_retention() -> None:
     op = find_op("power_retention")
-    report = check(op, configs=3)
+    report = check(op, [op.small(op.example(t=t)) for t in (1, 129, 257)], configs=4)
     assert report.ok, report
     # Both forms, by both instructions, so that every kernel runs, plain and under both sanitizers.
     assert launched(op, report) == {kernel.name for kernel in op.kernels}
-    last = [o for o in report.outcomes if o.problem.t == 257]
-    assert {(o.config.chunk > 0, o.sanitizer) for o in last} == {(c, s) for c in (False, True) for s in (None, "address", "thread")}
+    longer = [o for o in report.outcomes if o.problem.t > 1]
+    assert {(o.config.chunk > 0, o.sanitizer) for o in longer} == {(c, s) for c in (False, True) for s in (None, "address", "thread")}
+    assert len({o.config for o in report.outcomes}) == 4 and report.not_run[0].startswith("chunk=1024, ")
     assert all(o.schedules >= 2 and o.check is not None and o.check.ok for o in report.outcomes)
 
 
 def test_power_retention_at_other_facts() -> None:
     op = find_op("power_retention")
     facts: dict[str, Any] = {"d": 32, "hq": 4, "h": 2, "dtype": "float16", "normalize": "none"}
-    assert_op_correct(op, [op.example(t=t, **facts) for t in (7, 263)], sanitizers=(None,))
+    assert_op_correct(op, [op.example(t=t, **facts) for t in (7, 263)], 2, sanitizers=(None,))
 
 
 def test_softmax(run: Callable[..., tuple[int, str, str]]) -> None:
-    code, out, _ = run("check", SOFTMAX, "--m", "5", "--n", "63", "--n", "1000", "--dtype", "bfloat16")
+    code, out, err = run("check", SOFTMAX, "--m", "5", "--n", "63", "--n", "1000", "--dtype", "bfloat16", "--configs", "3")
     assert code == 0
     assert "dtype=bfloat16 m=5" in out and "all 9 right" in out
-    # The config of two elements per load is not legal for the odd length.
-    assert [line.split()[0] for line in out.splitlines() if "address" in line] == ["n=63", "n=1000", "n=1000"]
+    # What calls take first, then a config that makes choices which they do not.
+    rows = [line.split() for line in out.splitlines() if " address " in line]
+    assert [row[0] for row in rows] == ["n=63", "n=1000", "n=1000"]
+    assert len({row[1] for row in rows}) >= 2 and "not run: row_threads=" in out
+    # No terminal: a line per run.
+    assert err.count("\n") == 9 and "check 6 of 6: right, " in err and "choices 3 of 3: right, " in err
 
 
 # In the example's template: what stands there, what stands there instead; what is said, and a part of the line that is named.
@@ -93,7 +101,7 @@ def test_a_planted_bug_is_found(bug: str, tmp_path: Path, run: Callable[..., tup
     source = (EXAMPLE / "softmax.py").read_text().replace("vd.choice(128, 32, 8, 256, 512)", "vd.choice(64)")
     description.write_text(source.replace("vd.choice(1, 2, 4, 8, 16)", "vd.choice(2)").replace("vd.choice(0, 1, 2, 4, 8)", "vd.choice(0)"))
     code, out, err = run("check", f"{description}:op", "--m", "3", "--n", "129", "--configs", "1")
-    assert (code, err) == (1, "")
+    assert code == 1 and err.count("\n") == 3
     assert said in " ".join(out.split())
     if line:
         numbers = [n for n, x in enumerate(template.read_text().splitlines(), 1) if line in x]
@@ -112,7 +120,7 @@ def test_no_compiler_is_no_finding(run: Callable[..., tuple[int, str, str]], mon
 def test_the_helper_raises_what_a_test_shows() -> None:
     op = find_op(SOFTMAX)
     impossible = dataclasses.replace(op, check=lambda *_: vd.Check(1.0, float("nan"), 1e-3, 1e-3))
-    said = r"softmax: 1 of 1 runs failed\n.*row_threads=.*plain, 3 schedules: FAILED: wrong values: 1.0e\+00 relative"
+    said = r"softmax: 1 of 1 runs failed\n.*row_threads=.*plain, 3 schedules: FAILED: wrong values: of no element alone; 1.0e\+00 relative"
     with pytest.raises(CheckError, match=said):
         assert_op_correct(impossible, [op.example(n=3, m=2)], configs=1, sanitizers=(None,))
     assert issubclass(CheckError, AssertionError)
@@ -123,22 +131,127 @@ def test_outcomes_keep_a_summary_and_the_report() -> None:
     assert outcome.summary == "data race\n  at a.cu:3"
 
 
-def test_odd_problems_and_unlike_configs() -> None:
+def test_unlike_configs() -> None:
     op = find_op("power_retention")
-    problems = odd_problems(op, {"d": 32})
-    assert [p.t for p in problems] == [1, 129, 257] and {p.d for p in problems} == {32} and {p.h for p in problems} == {2}
-    assert [p.t for p in odd_problems(op, {"t": 77})] == [77]
+    (problem,) = small_problems(op, {"t": 257, "d": 32})
     device = vd.Device.of("h200")
-    first, second, third = diverse_configs(op, problems[-1], 3)
-    assert first == op.predicted(problems[-1], device)
-    kernels = [{s.kernel.name for s in op.stages(problems[-1], c)} for c in (first, second)]
+    first, second, third = diverse_configs(op, problem, 3)
+    assert first == op.predicted(problem, device)
+    kernels = [{s.kernel.name for s in op.stages(problem, c)} for c in (first, second)]
     # Of 32 features no warpgroup has its fill.
     assert kernels[0] | kernels[1] == {k.name for k in op.kernels} - {"power_scan_wgmma"}
-    assert third not in (first, second) and op.reject(problems[-1], third, device) is None
+    assert third not in (first, second) and op.reject(problem, third, device) is None
     only = dataclasses.replace(find_op(SOFTMAX), rules=lambda p, c: iter([(c == type(c)(), "no")]))
     assert diverse_configs(only, only.example(n=129), 3) == [only.config()]
-    with pytest.raises(ArgumentError, match="0 problems and 2 configs check nothing"):
-        check(op, [])
+    with pytest.raises(ArgumentError, match="softmax: problems=0, configs=None check nothing"):
+        check(only, [])
+
+
+def test_sizes_that_are_left_open_are_aligned_and_odd() -> None:
+    softmax, gemm, scan = (find_op(f"{EXAMPLE.parent / name / name}.py:op") for name in ("softmax", "gemm", "scan"))
+    assert [(c.run.m, c.run.n) for c in cases(softmax) if not c.spare] == [(37, n) for n in (1, 129, 257, 264, 4099)]
+    assert [c.run.n for c in cases(softmax) if c.spare] == [130, 132, 265, 266, 268]
+    # What is given is kept, and what is cut is known.
+    assert cases(softmax, {"n": 77, "m": 50}) == [Case(softmax.example(n=77, m=50), softmax.example(n=77, m=37))]
+    # Keywords that have defaults: these, and their odd neighbours; others for what rows of other alignments allow.
+    sizes = [(c.run.m, c.run.n, c.run.k) for c in cases(gemm)]
+    assert sizes[:2] == [(197, 136, 456), (197, 137, 457)] and [c.spare for c in cases(gemm)] == 2 * [False] + 8 * [True]
+    assert sizes[2:] == [
+        (197, n, k) for n, k in ((138, 458), (140, 460), *((136 + d, 456) for d in (1, 2, 4)), *((136, 456 + d) for d in (1, 2, 4)))
+    ]
+    long = [case for case in cases(scan) if not case.spare][-1]
+    assert (long.asked.t, long.run.t) == (1_000_003, 70_001)
+    # Of several lengths no two are equal.
+    both = dataclasses.replace(softmax, example=lambda *, m, n: softmax.example(m=m, n=n))
+    both.example.__annotations__ = {"m": int, "n": int}  # type: ignore[attr-defined]
+    assert [(c.asked.m, c.asked.n) for c in cases(both)] == [
+        (1, 1),
+        (129, 131),
+        (257, 259),
+        (264, 280),
+        (4099, 4101),
+        (130, 134),
+        (132, 140),
+        (265, 280),
+    ]
+
+
+def test_lengths_that_no_config_serves_are_left_out() -> None:
+    softmax = find_op(SOFTMAX)
+    eighths = dataclasses.replace(softmax, rules=lambda p, c: iter([(p.n % 8 == 0, "n: accepted: multiples of 8")]))
+    assert [c.run.n for c in cases(eighths) if not c.spare] == [264]
+    none = dataclasses.replace(softmax, rules=lambda p, c: iter([(False, "never")]))
+    with pytest.raises(ConfigError, match=r"no --n was given, and no length that was tried is served; give --n \.\.\.: .*never"):
+        cases(none)
+
+
+@pytest.mark.parametrize("name", ["softmax", "scan", "gemm"])
+def test_every_choice_that_is_legal_is_made(name: str) -> None:
+    op, device = find_op(f"{EXAMPLE.parent / name / name}.py:op"), vd.Device.of("h200")
+    problems, seen = [case.run for case in cases(op)][::-1], set()
+    rows = list(covering(op, problems, seen))
+    assert all(op.reject(*row, device) is None for row in rows)
+    made = set().union(*(features(op, *row) for row in rows))
+    # Of float32 no vector has 8 elements: 16 bytes are loaded at once.
+    missing = {(n, v) for n, values in axes(op.config).items() for v in values} - made
+    assert missing == ({("vector", 8)} if name == "softmax" else set())
+    assert {kernel for kind, kernel in made if kind == ""} == {kernel.name for kernel in op.kernels}
+    # All parts vary at once.
+    assert len(rows) <= {"softmax": 8, "scan": 5, "gemm": 18}[name]
+    # And pairs.
+    before = len(seen)
+    more = [next(covering(op, problems[:1], seen, pairs=True)) for _ in range(2)]
+    assert len(seen) > before and more[0] != more[1]
+
+
+def test_the_config_of_a_call_comes_first_and_is_said_if_it_is_not_legal_once_cut() -> None:
+    op = find_op(SOFTMAX)
+    wide = op.config(vector=4, keep=0)
+    case = Case(op.example(m=3, n=1000), op.example(m=3, n=63))
+    report = check(op, [case], 1, (None,), config=wide)
+    assert report.ok and [o.config for o in report.outcomes] == [op.predicted(case.run, vd.Device.of("h200"))]
+    assert report.notes == ("row_threads=128 rows=1 vector=4 keep=0, for m=3 n=1000, is not legal for m=3 n=63: vector=4 must divide n=63, "
+                            "or the second row is not aligned to it, so not run",)  # fmt: skip
+    assert "vector=2, 4, 8" in report.not_run
+    with pytest.raises(ConfigError, match="softmax: row_threads=128 rows=1 vector=4 keep=0, for m=3 n=1000, is not legal"):
+        check(op, [case], config=wide, only=True)
+    said = [o.config for o in check(op, [op.example(m=3, n=64)], 1, (None,), config=wide).outcomes]
+    assert said == [wide]
+
+
+def test_nothing_new_begins_when_time_is_over() -> None:
+    op = find_op(SOFTMAX)
+    report = check(op, [op.example(m=3, n=64)], sanitizers=(None,), minutes=0)
+    # What a call takes is run in any case.
+    assert report.ok and len(report.outcomes) == 1 and "plain for lack of time (--minutes)" in report.not_run[0]
+
+
+def test_failures_that_say_the_same_are_one() -> None:
+    texts = ("Schedule(lazy=True, order='up'): block (0, 0, 0): race\n  write of size 4 at a.cu.j2:7", "block (3, 0, 0): race\n  write of size 8 at a.cu.j2:7",
+             "block (0, 0, 0): race\n  write of size 4 at a.cu.j2:9", "")  # fmt: skip
+    report = Report("a", tuple(Outcome(i, vd.Check, None, 3, None, text, 0.0, choices=f"x={i}") for i, text in enumerate(texts)))
+    assert [[o.problem for o in group] for group in report.groups()] == [[0, 1], [2]]
+    assert str(report).count("the same: 1 with x=1, plain, 3 schedules") == 1 and str(report).startswith("a: 3 of 4 runs failed")
+
+
+def test_wrong_values_name_the_output_and_the_first_element() -> None:
+    op = find_op(SOFTMAX)
+
+    def reference(p: Any, x: Any) -> dict[str, Any]:
+        exact = op.reference(p, x)
+        exact["y"][1, 2:] += 0.5
+        return exact
+
+    report = check(dataclasses.replace(op, reference=reference), [op.example(m=2, n=5)], 1, (None,))
+    found = re.search(r"wrong values: y: 3 of 10 elements, the first y\[1, 2\]: expected (0\.\d+), got (0\.\d+); ", str(report))
+    assert found is not None and float(found[1]) - float(found[2]) == pytest.approx(0.5, abs=1e-5)
+
+
+def test_a_reference_without_an_output_is_refused() -> None:
+    op = find_op(SOFTMAX)
+    other = dataclasses.replace(op, reference=lambda p, x: {"out": np.zeros((p.m, p.n))})
+    with pytest.raises(ArgumentError, match="softmax: its reference gives out, and not y; the op's outputs are y: give each by its name"):
+        check(other, [op.example(m=2, n=5)], 1, (None,))
 
 
 # A kernel of two regions: each thread fills its own 16 bytes of the first, and reads what is there.
@@ -160,7 +273,7 @@ extern "C" __global__ void __launch_bounds__(Tiles::threads) regions(__grid_cons
 }
 """
 WRITES = {
-    "plain": (None, "first[t + 1] = 2.f;", "written 0 bytes past the end of a region"),
+    "plain": (None, "first[t + 1] = 2.f;", "written right behind the end of a region"),
     "address": ("address", "first[t + 1] = 2.f;", "use-after-poison"),
     "ldmatrix": (
         None,
@@ -201,7 +314,7 @@ def regions_op(folder: Path, write: str) -> Op:
         kernel,
         example=lambda n: Nothing(n),
         sample=lambda p, seed: {},
-        reference=lambda p, x: {},
+        reference=lambda p, x: {"y": np.zeros(32)},
         check=lambda p, x, y, z: vd.Check(float(np.isnan(y["y"][:31]).sum()), 0.0, 0.5, 0.5),
         inputs=lambda p: {},
         outputs=lambda p: {"y": vd.Buffer((32,), vd.DType.float32)},

@@ -289,12 +289,12 @@ def test_a_missing_barrier_shows_in_the_values() -> None:
 def test_shared_memory_overflow_without_a_sanitizer() -> None:
     binary = build("\nVIDRIAL_SHARED_MEMORY(raw)\nreinterpret_cast<float*>(raw)[t] = 1;")
     launch(binary, np.zeros(128, np.float32))
-    with pytest.raises(LaunchError, match=r"written 0 bytes past its end \(the launch asked for 508 bytes\)"):
+    with pytest.raises(LaunchError, match=r"written right behind its end \(the launch asked for 508 bytes\)"):
         launch(binary, np.zeros(128, np.float32), shared_bytes=508)
 
 
 def test_global_overflow_without_a_sanitizer() -> None:
-    with pytest.raises(LaunchError, match="offset 0 of the arguments was written 0 bytes past its end"):
+    with pytest.raises(LaunchError, match="offset 0 of the arguments was written right behind its end"):
         launch(build("\nx[t] = 1;"), np.zeros(127, np.float32))
 
 
@@ -344,7 +344,7 @@ def test_static_arrays_of_a_kernel_and_of_its_helpers(sanitizer: str | None) -> 
     # Threads from 99 on write the same place: the last one of the order wins.
     assert (x == 0 + 127 + 127 + 1 + 2 + np.arange(127, -1, -1)).all()
     said = {
-        None: r"static array (first_of|last_of<100>)\(float, int\)::parts was written 0 bytes past its end \(it has 400 bytes\)",
+        None: r"static array (first_of|last_of<100>)\(float, int\)::parts was written right behind its end \(it has 400 bytes\)",
         "address": "use-after-poison",
     }
     if sanitizer in said:

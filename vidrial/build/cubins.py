@@ -47,11 +47,14 @@ def look_up(source: Source, arch: str) -> tuple[str, Cubin | None]:
         certain = cubin_key(source.text, arch)
         if certain != key:
             key, entry = certain, Store.shared().get(certain)
-    return key, Cubin(entry.image, arch, Resources(**entry.meta["resources"]), "", 0.0) if entry is not None else None
+    if entry is None:
+        return key, None
+    return key, Cubin(entry.image, arch, Resources(**entry.meta["resources"]), "", 0.0, entry.meta.get("notes", ""))
 
 
 def _publish(key: str, cubin: Cubin, source: Source) -> Cubin:
     meta = {"entry": source.entry, "arch": cubin.arch, "resources": asdict(cubin.resources), "seconds": round(cubin.seconds, 3)}
+    meta |= {"notes": cubin.notes}
     Store.shared().put(key, cubin.image, source.text, meta)
     return cubin
 

@@ -28,6 +28,7 @@ _ERROR = re.compile(r"^(?P<file>[^\s(][^(\n]*)\((?P<line>\d+)\): (?:catastrophic
 # up. NOTE: not C7517, one wait that it adds where accumulators are read: scans that were measured fastest have it, behind their loops
 # (a test of their machine code holds them to that).
 _WGMMA_NOTE = re.compile(r"\((?P<code>C75(?!17)\d\d|C7602)\) (?P<text>.*)")
+_CODE = re.compile(r"\((C7\d\d\d)\)")
 # Bytes per thread, stored and loaded, that a kernel may spill: of the measured configs none spills more than 8, and none of those that won any.
 SPILL_LIMIT = 64
 _UNKNOWN_ARCH = "invalid value for --gpu-architecture"
@@ -62,13 +63,14 @@ class Resources:
 
 @dataclasses.dataclass(frozen=True)
 class Cubin:
-    """A compiled kernel: the ELF image, what it takes, NVRTC's log, and the seconds that it took to compile."""
+    """A compiled kernel: the ELF image, what it takes, NVRTC's log, and the seconds that it took to compile; `notes`: codes of ptxas's warnings."""
 
     image: bytes
     arch: str
     resources: Resources
     log: str
     seconds: float
+    notes: str = ""
 
 
 def cubin_key(source: str, arch: str) -> str:
@@ -114,7 +116,13 @@ def compile_source(source: str, name: str, arch: str, *, pch: str | None = None,
     resources = Resources.parse(log)
     if fault := refusal(resources, log):
         raise CompileError(_explain(log, f"{name} for {arch}", source, config, fault))
-    return Cubin(image, arch, resources, log, time.perf_counter() - start)
+    return Cubin(image, arch, resources, log, time.perf_counter() - start, notes(log))
+
+
+def notes(log: str) -> str:
+    """What ptxas warns of, by its codes: `C7517`; `performance loss` where it says so without one. "" if of nothing."""
+    lines = [line for line in log.splitlines() if _CODE.search(line) or "performance loss" in line.lower()]
+    return ", ".join(dict.fromkeys(found[1] if (found := _CODE.search(line)) else "performance loss" for line in lines))
 
 
 def _unknown_arch(arch: str) -> ToolchainError:

@@ -24,6 +24,7 @@ from vidrial.layout.occupancy import Waves
 from vidrial.layout.tma import TmaTile
 from vidrial.layout.wgmma import WarpgroupMma
 from vidrial.spec.choices import describe
+from vidrial.spec.chosen import describe_taken
 from vidrial.spec.op import Op, Stage
 from vidrial.tune.candidates import check_configs
 
@@ -42,15 +43,14 @@ class Counted:
     stats: HostStats
 
 
-def show_analysis(console: Console, op: Op, problem: Any, device: Device) -> None:
-    """Print what the config predicted fastest does. Of each tiled object: predicted from the object alone, and counted on the host target at
+def show_analysis(console: Console, op: Op, problem: Any, device: Device, config: Any) -> None:
+    """Print what a config does. Of each tiled object: predicted from the object alone, and counted on the host target at
     the op's small problem; of each launch at the size asked for: its cost by the description, occupancy and waves.
 
     Raises:
-        ConfigError: no config is legal. ToolchainError: the compiler, which tells the registers, is missing.
+        ToolchainError: the compiler, which tells the registers, is missing.
     """
-    config = op.predicted(problem, device)
-    console.print(Text(f"{op.name} on {device.name} ({device.arch}): {facts(problem)}\n{describe(config)}"))
+    console.print(Text(f"{op.name} on {device.name} ({device.arch}): {facts(problem)}\n{describe_taken(op, problem, config)}"))
     stages = [s for s in op.stages(problem, config) if 0 not in s.kernel.grid(s.problem, s.config)]
     small = op.small(problem)
     asked, at_small = split_words([facts(problem), facts(small)])[1] if small != problem else ("the size asked for",) * 2

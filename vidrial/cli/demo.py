@@ -14,7 +14,7 @@ from rich.text import Text
 from vidrial.cli.tables import compile_best, duration, show_built, show_space, show_table, show_winners
 from vidrial.device import DEFAULT_GPU, Device
 from vidrial.errors import ToolchainError
-from vidrial.host.check import diverse_configs
+from vidrial.host.cover import diverse_configs
 from vidrial.host.plan import HostPlan
 from vidrial.progress import reporting
 from vidrial.spec.choices import describe

@@ -13,9 +13,10 @@ from typing import Any, TextIO, TypeVar
 import click
 
 from vidrial import __version__
-from vidrial.device import Device
+from vidrial.device import DEFAULT_GPU, Device
 from vidrial.errors import ArgumentError, ToolchainError, VidrialError
 from vidrial.installation import named_ops
+from vidrial.spec.chosen import config_with, parse_choices
 from vidrial.spec.op import Op
 from vidrial.spec.registry import find_op, make_problem, parse_keywords
 from vidrial.tune.search import STRATEGIES
@@ -87,6 +88,21 @@ def target_option(function: F) -> F:
     return click.option("--arch", metavar="GPU", help=text)(function)
 
 
+def config_option(function: F) -> F:
+    """`--config`: choices that the config makes, the others as predicted fastest with them."""
+    text = "Choices that the config makes, by name: stages=3,mma=sync, part.choice where parts share a name.  [default: predicted fastest]"
+    return click.option("--config", "choices", metavar="CHOICE=VALUE,...", help=text)(function)
+
+
+def config_of(op: Op, problem: Any, device: Device, choices: str | None) -> Any:
+    """The config predicted fastest, of those that make what `--config` asks for.
+
+    Raises:
+        ArgumentError: a name or a value is not known. ConfigError: no config is legal.
+    """
+    return op.predicted(problem, device) if choices is None else config_with(op, problem, device, parse_choices(op, choices))
+
+
 def read(reference: str, keywords: tuple[str, ...]) -> tuple[Op, list[Any]]:
     """The op, and a problem for every combination of the keywords' values."""
     if reference.startswith("-"):
@@ -147,17 +163,20 @@ def explain(reference: str, keywords: tuple[str, ...], arch: str | None, limit: 
 @target_option
 @click.option("--top", default=8, show_default=True, type=click.IntRange(1), help="How many of the predicted fastest configs.")
 @click.option("--jobs", type=click.IntRange(1), help="Processes.  [default: VIDRIAL_JOBS, else one per core]")
-def compile_(reference: str, keywords: tuple[str, ...], arch: str | None, top: int, jobs: int | None) -> None:
-    """Compile the configs predicted fastest and show what their kernels take."""
+@config_option
+def compile_(reference: str, keywords: tuple[str, ...], arch: str | None, top: int, jobs: int | None, choices: str | None) -> None:
+    """Compile the configs predicted fastest, or the one that --config names, and show what their kernels take."""
     from vidrial.build.nvrtc import Cubin
     from vidrial.cli.tables import compile_best, make_console, show_built
 
     op, problem, device = read_one(reference, keywords, arch)
     console = make_console()
-    built = compile_best(op, problem, device, top, jobs)
+    config = None if choices is None else config_of(op, problem, device, choices)
+    built = compile_best(op, problem, device, top, jobs, config)
     if not built:
         op.predicted(problem, device)  # refuses, with the rules' reasons
-    show_built(console, built, f"{op.name}: kernels of the {top} configs predicted fastest on {device.name}, for {device.arch}")
+    which = f"kernels of the {top} configs predicted fastest" if config is None else f"kernels with {choices}"
+    show_built(console, built, f"{op.name}: {which} on {device.name}, for {device.arch}")
     failed = sum(not isinstance(b.result, Cubin) for b in built)
     if failed:
         raise click.exceptions.Exit(1)
@@ -253,10 +272,11 @@ def report(journals: tuple[Path, ...], out: Path, png: Path | None) -> None:
 @op_command("source")
 @target_option
 @click.option("--stage", help="Only the kernel of this name.")
-def source(reference: str, keywords: tuple[str, ...], arch: str | None, stage: str | None) -> None:
-    """Print the C++ of the config predicted fastest."""
+@config_option
+def source(reference: str, keywords: tuple[str, ...], arch: str | None, stage: str | None, choices: str | None) -> None:
+    """Print the C++ of the config predicted fastest, or of the one that --config names."""
     op, problem, device = read_one(reference, keywords, arch)
-    stages = [s for s in op.stages(problem, op.predicted(problem, device)) if stage in (None, s.kernel.name)]
+    stages = [s for s in op.stages(problem, config_of(op, problem, device, choices)) if stage in (None, s.kernel.name)]
     if not stages:
         raise ArgumentError(f"--stage {stage!r} is not launched for this problem; its kernels: {', '.join(k.name for k in op.kernels)}")
     for s in stages:
@@ -265,35 +285,62 @@ def source(reference: str, keywords: tuple[str, ...], arch: str | None, stage: s
 
 @op_command("analyse")
 @target_option
-def analyse(reference: str, keywords: tuple[str, ...], arch: str | None) -> None:
-    """Show what the config predicted fastest does, counted on the host target at a small size: accesses, bank conflicts, sectors, FLOP, bytes;
-    and its occupancy and waves at the size that is asked for."""
+@config_option
+def analyse(reference: str, keywords: tuple[str, ...], arch: str | None, choices: str | None) -> None:
+    """Show what the config predicted fastest, or the one that --config names, does, counted on the host target at a small size: accesses,
+    bank conflicts, sectors, FLOP, bytes; and its occupancy and waves at the size that is asked for."""
     from vidrial.cli.analysis import show_analysis
     from vidrial.cli.tables import make_console
 
     op, problem, device = read_one(reference, keywords, arch)
-    show_analysis(make_console(), op, problem, device)
+    show_analysis(make_console(), op, problem, device, config_of(op, problem, device, choices))
 
 
 @op_command("check")
-@click.option("--configs", default=2, show_default=True, type=click.IntRange(1), help="How many unlike configs, the best first.")
+@target_option
+@config_option
+@click.option("--configs", type=click.IntRange(1), help="At most so many unlike configs.  [default: until every choice was made]")
+@click.option("--minutes", type=click.FloatRange(0), help="Begin nothing new after so many.  [default: 3, for pairs of choices 0.75]")
 @click.option("--quick", is_flag=True, help="Values only, no sanitizers.")
-def check_(reference: str, keywords: tuple[str, ...], configs: int, quick: bool) -> None:
-    """Run the kernels on the CPU at odd lengths: values, races, memory errors. No GPU is needed.
+def check_(
+    reference: str,
+    keywords: tuple[str, ...],
+    arch: str | None,
+    choices: str | None,
+    configs: int | None,
+    minutes: float | None,
+    quick: bool,
+) -> None:
+    """Run the kernels on the CPU at aligned and odd sizes: values, races, memory errors. No GPU is needed.
 
-    Lengths that no keyword gives are odd ones; a keyword given twice makes two problems. Large problems are cut to what is quick to check.
+    Sizes that no keyword gives are aligned and odd ones; a keyword given twice makes two problems. Large problems are cut to what is quick to
+    check. First comes the config that a call would take, then others, until every choice was made once, then pairs of choices.
     """
     from vidrial.cli.tables import make_console, show_report
-    from vidrial.host.check import SANITIZERS, check, odd_problems
-    from vidrial.progress import reporting
+    from vidrial.host.check import SANITIZERS, check
+    from vidrial.host.cover import cases
+    from vidrial.progress import Lines, reporting
+    from vidrial.tune.pick import choose_config
 
     op = find_op(reference)
-    values = parse_keywords(op, keywords)
+    # Kernels run on the CPU: which GPU is here makes no difference unless it is asked for.
+    device = Device.of(arch or DEFAULT_GPU)
+    values, fixed = parse_keywords(op, keywords), None if choices is None else parse_choices(op, choices)
     combinations = [dict(zip(values, combination, strict=True)) for combination in itertools.product(*values.values())]
-    problems = list(dict.fromkeys(p for combination in combinations for p in odd_problems(op, combination)))
-    with reporting(None) as progress:
-        report = check(op, problems, configs, SANITIZERS[:1] if quick else SANITIZERS, progress)
-    show_report(make_console(), report)
+    asked = list({case.run: case for combination in combinations for case in cases(op, combination, device)}.values())
+    with reporting(None, Lines) as progress:
+        report = check(
+            op,
+            asked,
+            configs,
+            SANITIZERS[:1] if quick else SANITIZERS,
+            progress,
+            minutes=minutes,
+            config=lambda p: choose_config(op, p, device).config if fixed is None else config_with(op, p, device, fixed),
+            only=fixed is not None,
+            device=device,
+        )
+    show_report(make_console(), report, [case for case in asked if case.asked != case.run])
     if not report.ok:
         raise click.exceptions.Exit(1)
 
@@ -301,8 +348,9 @@ def check_(reference: str, keywords: tuple[str, ...], configs: int, quick: bool)
 @op_command("draw")
 @target_option
 @click.option("--out", type=click.Path(file_okay=False, path_type=Path), help="Folder for the SVG files.  [default: <op>_pictures, here]")
-def draw(reference: str, keywords: tuple[str, ...], arch: str | None, out: Path | None) -> None:
-    """Draw the layouts, tiles, copies, MMAs, rings and epilogues of the config predicted fastest, as SVG."""
+@config_option
+def draw(reference: str, keywords: tuple[str, ...], arch: str | None, out: Path | None, choices: str | None) -> None:
+    """Draw the layouts, tiles, copies, MMAs, rings and epilogues of the config predicted fastest, or of the one that --config names, as SVG."""
     from vidrial.build.files import writing
     from vidrial.layout.copies import TiledCopy
     from vidrial.layout.drawing import Part
@@ -311,11 +359,11 @@ def draw(reference: str, keywords: tuple[str, ...], arch: str | None, out: Path 
     from vidrial.layout.mma import TiledMma
     from vidrial.layout.smem import Pipeline, SmemLayout
     from vidrial.layout.wgmma import WarpgroupMma
-    from vidrial.spec.choices import describe
+    from vidrial.spec.chosen import describe_taken
 
     op, problem, device = read_one(reference, keywords, arch)
-    config = op.predicted(problem, device)
-    click.echo(f"{op.name}: {describe(config)}")
+    config = config_of(op, problem, device, choices)
+    click.echo(f"{op.name}: {describe_taken(op, problem, config)}")
     pictures: dict[str, str] = {}
     for stage in op.stages(problem, config):
         for name, member in stage.kernel.resolve(stage.problem, stage.config).members.items():

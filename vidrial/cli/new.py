@@ -45,7 +45,7 @@ def next_steps(name: str, folder: Path, program: str = "vidrial") -> list[str]:
     """The commands that come next, each with what it shows; `program` is how the command line is called here."""
     file = folder / f"{name}.py"
     commands = {
-        f"{program} check {file}:op --quick": "values and memory errors, on the CPU",
+        f"{program} check {file}:op": "values, races and memory errors, on the CPU",
         f"python -m pytest {folder / f'test_{name}.py'}": "its own tests",
         f"{program} explain {file}:op --n 100000": "the legal configs, and why the others are not",
         f"{program} compile {file}:op --n 100000": "registers, spills, shared memory",

@@ -17,17 +17,19 @@ from rich.table import Table
 from rich.text import Text
 
 from vidrial import __version__
-from vidrial.build.cubins import build_many
+from vidrial.build.cubins import build_many, look_up
 from vidrial.build.nvrtc import Cubin
 from vidrial.build.store import Store
 from vidrial.build.toolchain import HostCompiler, Toolchain, missing, nvrtc_version
 from vidrial.device import TABLE, Device, gpu_count
-from vidrial.errors import ArgumentError, CompileError, ToolchainError
-from vidrial.host.check import Outcome, Report
+from vidrial.errors import ArgumentError, CompileError, TemplateError, ToolchainError
+from vidrial.host.check import SHOWN, Outcome, Report
+from vidrial.host.cover import Case
 from vidrial.installation import named_ops, other_distribution
 from vidrial.progress import reporting
 from vidrial.settings import Settings
 from vidrial.spec.choices import describe
+from vidrial.spec.chosen import describe_taken
 from vidrial.spec.op import Check, Op, Stage
 from vidrial.spec.registry import find_op
 from vidrial.spec.source import Source
@@ -95,15 +97,17 @@ def show_space(console: Console, op: Op, problem: Any, device: Device, limit: in
     """Print the legal configs, fastest-predicted first, and the rejected ones grouped by reason."""
     space = op.space(problem, device, limit=max(limit, 1))
     total = f"the {len(space)} predicted fastest" if len(space) == limit else f"{len(space)} legal configs"
-    common, own = split_words([describe(c.config) for c in space.legal])
+    common, own = split_words([describe_taken(op, problem, c.config) for c in space.legal])
     console.print(Text(f"{op.name} on {device.name} ({device.arch}): {facts(problem)}"))
     sizes = [op.workspace_bytes(problem, c.config) for c in space.legal]
     beside = (">workspace",) if any(sizes) else ()
     ranked = enumerate(zip(space.legal, sizes, own, strict=True), 1)
     title = total + (f"; all have {common}" if common else "")
-    shown = ((i, duration(c.seconds), *(byte_size(n) for _ in beside), text) for i, (c, n, text) in ranked)
+    warned = [_warned(op, problem, c.config, device) for c in space.legal]
+    noted = ("ptxas",) if any(warned) else ()
+    shown = ((i, duration(c.seconds), *(byte_size(n) for _ in beside), *(warned[i - 1] for _ in noted), text) for i, (c, n, text) in ranked)
     if space.legal:
-        show_table(console, title, (">", ">predicted", *beside, "config"), shown)
+        show_table(console, title, (">", ">predicted", *beside, *noted, "config"), shown)
     reasons = space.reasons()
     rows = [(len(configs), reason, describe(configs[0])) for reason, configs in itertools.islice(reasons.items(), limit)]
     if rows:
@@ -116,6 +120,15 @@ def show_space(console: Console, op: Op, problem: Any, device: Device, limit: in
     return space
 
 
+def _warned(op: Op, problem: Any, config: Any, device: Device) -> str:
+    """The codes of what ptxas warned of when it compiled a config's kernels, of those that are in the cache."""
+    try:
+        found = [look_up(s.kernel.source(s.problem, s.config), device.arch)[1] for s in op.stages(problem, config)]
+    except (ToolchainError, TemplateError):
+        return ""
+    return ", ".join(dict.fromkeys(cubin.notes for cubin in found if cubin is not None and cubin.notes))
+
+
 @dataclass(frozen=True)
 class Built:
     """One kernel of some config, compiled: `result` is its cubin, or why there is none."""
@@ -126,14 +139,14 @@ class Built:
     predicted: float
 
 
-def compile_best(op: Op, problem: Any, device: Device, top: int, jobs: int | None = None) -> list[Built]:
-    """Compile the kernels of the `top` configs predicted fastest, in parallel, each once; with progress.
+def compile_best(op: Op, problem: Any, device: Device, top: int, jobs: int | None = None, config: Any = None) -> list[Built]:
+    """Compile the kernels of the `top` configs predicted fastest, or of `config` alone, in parallel, each once; with progress.
 
     Raises:
         ToolchainError: NVRTC or a header is missing.
     """
-    best = itertools.islice(op.ranked(problem, device), top)
-    stages = {s.binary: s for candidate in best for s in op.stages(problem, candidate.config)}
+    best = [config] if config is not None else [c.config for c in itertools.islice(op.ranked(problem, device), top)]
+    stages = {s.binary: s for one in best for s in op.stages(problem, one)}
     sources: Mapping[Hashable, tuple[Source, str]] = {
         key: (s.kernel.source(s.problem, s.config), describe(s.config)) for key, s in stages.items()
     }
@@ -155,12 +168,23 @@ def show_built(console: Console, built: Iterable[Built], title: str) -> None:
     for b in built:
         name, config = b.stage.kernel.name, describe(b.stage.config)
         if isinstance(b.result, CompileError):
-            rows.append((name, config, Text("does not compile", "red"), "", "", "", duration(b.predicted)))
+            rows.append((name, config, Text("does not compile", "red"), "", "", "", "", duration(b.predicted)))
             continue
         r = b.result.resources
         took = f"{b.result.seconds:.1f}" if b.result.seconds else "cached"
-        rows.append((name, config, took, r.registers, r.spill_stores + r.spill_loads, b.smem + r.static_smem, duration(b.predicted)))
-    show_table(console, title, ("stage", "config", ">seconds", ">registers", ">spills B", ">shared B", ">predicted"), rows)
+        rows.append(
+            (
+                name,
+                config,
+                took,
+                r.registers,
+                r.spill_stores + r.spill_loads,
+                b.smem + r.static_smem,
+                b.result.notes,
+                duration(b.predicted),
+            )
+        )
+    show_table(console, title, ("stage", "config", ">seconds", ">registers", ">spills B", ">shared B", "ptxas", ">predicted"), rows)
     for b in built:
         if isinstance(b.result, CompileError):
             console.print(Text(str(b.result), "red"))
@@ -270,11 +294,11 @@ def show_winners(console: Console, results: Sequence[SweepResult]) -> None:
         console.print(Text(note, "yellow"))
 
 
-def show_report(console: Console, report: Report) -> None:
-    """Print one row a problem, config and sanitizer, then what is wrong."""
+def show_report(console: Console, report: Report, cut: Sequence[Case] = ()) -> None:
+    """Print one row a problem, config and sanitizer, then what is wrong, what was not run, and from which problems the ones that ran were `cut`."""
     outcomes = report.outcomes
     common, problems = split_words([facts(outcome.problem) for outcome in outcomes])
-    alike, configs = split_words([describe(outcome.config) for outcome in outcomes])
+    alike, configs = split_words([o.choices for o in outcomes])
     rows = [
         (problem, config, o.sanitizer or "plain", o.schedules, *errors(o.check), _verdict(o), duration(o.seconds))
         for o, problem, config in zip(outcomes, problems, configs, strict=True)
@@ -282,12 +306,25 @@ def show_report(console: Console, report: Report) -> None:
     title = "; ".join(part for part in (f"{report.op} on the host target", " ".join(word for word in (common, alike) if word)) if part)
     columns = ("problem" if any(problems) else "", "config", "sanitizer", ">schedules", ">error", ">worst", "", ">took")
     show_table(console, title, columns, rows)
-    for o in report.failures:
-        console.print(Text(f"\n{facts(o.problem)}\n{describe(o.config)}, {o.sanitizer or 'plain'}\n{o.summary}", "red"))
+    ran = {outcome.problem for outcome in outcomes}
+    words = [split_words([facts(case.asked), facts(case.run)])[1] for case in cut if case.run in ran]
+    for asked, run in dict.fromkeys((asked, run) for asked, run in words):
+        console.print(Text(f"{run}: cut from {asked}", "dim"))
+    for first, *others in report.groups():
+        console.print(Text(f"\n{facts(first.problem)}\n{first.choices}, {first.sanitizer or 'plain'}\n{first.summary}", "red"))
+        for o in others[:SHOWN]:
+            console.print(Text(f"the same: {facts(o.problem)} {o.choices}, {o.sanitizer or 'plain'}", "red"))
+        if len(others) > SHOWN:
+            console.print(Text(f"the same in {len(others) - SHOWN} more", "red"))
+    console.print()
+    for note in report.notes:
+        console.print(Text(note))
+    if report.not_run:
+        console.print(Text(f"not run: {'; '.join(report.not_run)}"))
     if report.failures:
-        console.print(Text(f"\n{len(report.failures)} of {len(outcomes)} failed", "bold red"))
+        console.print(Text(f"{len(report.failures)} of {len(outcomes)} failed", "bold red"))
     else:
-        console.print(Text(f"\nall {len(outcomes)} right", "green"))
+        console.print(Text(f"all {len(outcomes)} right", "green"))
 
 
 def errors(check: Check | None) -> tuple[str, str]:

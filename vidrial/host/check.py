@@ -1,4 +1,4 @@
-"""An op's kernels on the host target: odd lengths, unlike configs, every order of threads and landing of cp.async, sanitizers.
+"""An op's kernels on the host target: aligned and odd sizes, every choice of its config, every order of threads and landing of copies, sanitizers.
 
 check(op).ok
 assert_op_correct(op)      # in a test
@@ -6,38 +6,55 @@ assert_op_correct(op)      # in a test
 
 from __future__ import annotations
 
-import inspect
+import dataclasses
+import itertools
+import math
+import re
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
 from typing import Any, Generic, TypeAlias
 
 import numpy as np
 
 from vidrial.device import DEFAULT_GPU, Device
 from vidrial.dtypes import DType
-from vidrial.errors import ArgumentError, ArgumentTypeError, CheckError, CompileError, LaunchError, UnsupportedError
+from vidrial.errors import ArgumentError, ArgumentTypeError, CheckError, CompileError, ConfigError, LaunchError, UnsupportedError
+from vidrial.host.compiler import temporary
+from vidrial.host.cover import Case, Feature, cases, covering, features
 from vidrial.host.plan import HostPlan
 from vidrial.host.target import SCHEDULES, Schedule
 from vidrial.progress import Progress, Silent
-from vidrial.spec.choices import describe
-from vidrial.spec.fields import C, P, fields
+from vidrial.settings import Settings
+from vidrial.spec.choices import axes, describe
+from vidrial.spec.chosen import describe_taken
+from vidrial.spec.fields import C, P
 from vidrial.spec.op import Check, Op
-from vidrial.spec.registry import make_problem
-from vidrial.spec.space import Candidate
 
-# One element, one past a power of two, one past its double: no tile divides them, and a state is carried over two chunks of 128.
-LENGTHS = (1, 129, 257)
 SANITIZERS = (None, "address", "thread")
 # Between regions of shared memory; more than any one vector or row reaches over.
 GUARD_BYTES = 1024
 SEED = 0
+# By default runs begin for choices that nothing has made yet within the first of these, for pairs of them within the second.
+VALUES_SECONDS, PAIRS_SECONDS = 180.0, 45.0
+# Choices are tried at the longest problems that take the config of a call at most so long under one schedule, two of them in turn.
+QUICK_SECONDS, IN_TURN = 0.25, 2
+# Runs that are begun or wait for a core, for each core.
+AHEAD = 2
+# A launch takes so many times as long under ThreadSanitizer, about.
+THREAD_FACTOR = 15
+# Runs that a failure names, and values of a choice that were not run.
+SHOWN = 4
 Arrays: TypeAlias = Mapping[str, np.ndarray]
 
 
 @dataclass(frozen=True)
 class Outcome(Generic[P, C]):
-    """A problem and config under one sanitizer (or none) and `schedules` schedules: the check of the first, and what was wrong, or ''."""
+    """A problem and config under one sanitizer (or none) and `schedules` schedules: the check of the first, and what was wrong, or ''.
+
+    `launch_seconds`: the processor's under one schedule, the longest. `choices`: those of the config that its launches take, on one line.
+    """
 
     problem: P
     config: C
@@ -46,23 +63,31 @@ class Outcome(Generic[P, C]):
     check: Check | None
     failure: str
     seconds: float
+    launch_seconds: float = 0.0
+    choices: str = ""
 
     @property
     def summary(self) -> str:
         """What was wrong, without a sanitizer's whole report."""
         return self.failure.partition("\nwhole ")[0]
 
+    @property
+    def where(self) -> str:
+        """Problem, config and sanitizer on one line."""
+        return f"{self.problem} with {self.choices or describe(self.config)}, {self.sanitizer or 'plain'}, {self.schedules} schedules"
+
     def __str__(self) -> str:
-        result = f"FAILED: {self.summary}" if self.failure else f"ok: {self.check}"
-        return f"{self.problem} with {describe(self.config)}, {self.sanitizer or 'plain'}, {self.schedules} schedules: {result}"
+        return f"{self.where}: " + (f"FAILED: {self.summary}" if self.failure else f"ok: {self.check}")
 
 
 @dataclass(frozen=True)
 class Report(Generic[P, C]):
-    """What `check` found."""
+    """What `check` found. `not_run`: choices, kernels and runs that it left out; `notes`: what else it did not do as asked."""
 
     op: str
     outcomes: tuple[Outcome[P, C], ...]
+    not_run: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
     @property
     def ok(self) -> bool:
@@ -74,122 +99,253 @@ class Report(Generic[P, C]):
         """The outcomes that are not right."""
         return tuple(outcome for outcome in self.outcomes if outcome.failure)
 
+    def groups(self) -> list[tuple[Outcome[P, C], ...]]:
+        """The failures, those together that say the same but for their numbers, lines of sources apart."""
+        found: dict[str, list[Outcome[P, C]]] = {}
+        for outcome in self.failures:
+            found.setdefault(_alike(outcome.summary), []).append(outcome)
+        return [tuple(group) for group in found.values()]
+
     def __str__(self) -> str:
-        return "\n".join((f"{self.op}: {len(self.failures)} of {len(self.outcomes)} runs failed", *map(str, self.failures)))
+        lines = [f"{self.op}: {len(self.failures)} of {len(self.outcomes)} runs failed"]
+        for first, *others in self.groups():
+            lines += [str(first), *(f"  the same: {other.where}" for other in others[:SHOWN])]
+            lines += [f"  the same in {len(others) - SHOWN} more"] if len(others) > SHOWN else []
+        return "\n".join((*lines, *self.notes, *(["not run: " + "; ".join(self.not_run)] if self.not_run else [])))
+
+
+def _alike(summary: str) -> str:
+    """A failure without the schedule that it came under, threads, numbers and sizes; lines of sources stay."""
+    text = re.sub(r"Schedule\([^)]*\)(?:: )?", "", summary)
+    return re.sub(r"(?<![\w.:/])-?(?:0x[0-9a-f]+|\d[\d.,e+-]*|nan\b|inf\b)", "#", text)
+
+
+@dataclass(frozen=True)
+class _Run:
+    """One thing to run. `row`: which problem and config of all; `case`: what was asked."""
+
+    row: int
+    problem: Any
+    config: Any
+    sanitizer: str | None
 
 
 def check(
     op: Op[P, C],
-    problems: Sequence[P] | None = None,
-    configs: int = 2,
+    problems: Sequence[P] | Sequence[Case[P]] | None = None,
+    configs: int | None = None,
     sanitizers: Sequence[str | None] = SANITIZERS,
     progress: Progress | None = None,
+    *,
+    minutes: float | None = None,
+    config: Callable[[P], C] | C | None = None,
+    only: bool = False,
+    device: Device | None = None,
+    pairs: bool = True,
+    first_failure: bool = False,
 ) -> Report[P, C]:
     """Run an op's kernels on the host target and compare with its reference; no GPU is needed.
 
-    Outputs and workspace are NaN before, inputs read-only, regions of shared memory apart. Schedules must agree to the bit.
+    Each problem is run with the config that a call would take for it as it was asked; then come configs that make every choice of the op and
+    its parts, each value at least once where one is legal; then pairs of values. Outputs and workspace are NaN before, inputs read-only,
+    regions of shared memory apart. Schedules must agree to the bit. As many run at once as VIDRIAL_JOBS says, by default one per core.
 
     Args:
-        problems: what is asked; by default `odd_problems(op)`.
-        configs: the config predicted best for the last problem and the best ones unlike it. Each problem is run with those that are
-            legal for it, or, if none is, with its own best.
+        problems: what is asked; by default `cases(op)`, sizes cut by the op's `small`. A `Case` says what was cut.
+        configs: how many beside those that calls would take are tried, less one, however long it takes; by default as many as make every choice.
         sanitizers: None (values only), `address`, `thread` (races), `undefined`.
+        minutes: nothing new begins after so many; by default 3, and 0.75 for pairs of choices. What was left out is in `not_run`.
+        config: the one that a call takes for a problem, or a function of the problem; by default the one predicted best.
+        only: run nothing but `config`.
+        pairs: go on, while there is time, with pairs of choices that no run has made together.
+        device: the GPU whose rules count; by default the H200's.
+        first_failure: end with the first problem and config that is not right.
 
     Raises:
-        ArgumentError: no problem or no config is asked for. ArgumentTypeError: a sample is of a dtype that no call takes.
-        ConfigError: no config is legal. ToolchainError: there is no compiler.
+        ArgumentError: no problem or no config is asked for; the reference lacks an output. ArgumentTypeError: a sample is of a dtype that
+        no call takes. ConfigError: no config is legal, or the one to run alone is legal for no problem. ToolchainError: there is no compiler.
     """
-    chosen = list(problems) if problems is not None else odd_problems(op)
-    if not chosen or configs < 1:
-        raise ArgumentError(f"{op.name}: {len(chosen)} problems and {configs} configs check nothing; give at least 1 of each")
-    runs = list(_runs(op, chosen, configs, sanitizers))
-    progress = progress or Silent()
-    progress.begin("check", len(runs))
-    outcomes, inputs = [], {problem: _inputs(op, problem) for problem in chosen}
-    expected = {problem: op.reference(problem, inputs[problem]) for problem in chosen}
-    for problem, config, sanitizer in runs:
-        outcomes.append(_outcome(op, problem, config, sanitizer, (inputs[problem], expected[problem])))
-        progress.advance(f"{describe(config)} {sanitizer or 'plain'}")
-    return Report(op.name, tuple(outcomes))
+    device = device or Device.of(DEFAULT_GPU)
+    asked: list[Case[P]] = [
+        p if isinstance(p, Case) else Case(p, p) for p in (problems if problems is not None else cases(op, None, device))
+    ]
+    if not asked or (configs is not None and configs < 1):
+        raise ArgumentError(f"{op.name}: problems={len(asked)}, configs={configs} check nothing; give at least 1 of each")
+    until = math.inf if configs is not None else VALUES_SECONDS if minutes is None else 60 * minutes
+    session = _Session(op, device, sanitizers, progress or Silent(), first_failure, until)
+    first = config if callable(config) else (lambda _: config) if config is not None else (lambda p: op.predicted(p, device))
+    session.run_rows("check", session.first_rows(asked, first, only), math.inf)
+    session.chosen = only
+    if not only:
+        session.cover([case.run for case in asked if case.spare], configs)
+    if pairs and not only and configs is None:
+        session.run_rows("pairs", session.pairs(), PAIRS_SECONDS if minutes is None else until)
+    return session.report()
 
 
 def assert_op_correct(
-    op: Op[P, C], problems: Sequence[P] | None = None, configs: int = 2, sanitizers: Sequence[str | None] = SANITIZERS
+    op: Op[P, C],
+    problems: Sequence[P] | Sequence[Case[P]] | None = None,
+    configs: int | None = None,
+    sanitizers: Sequence[str | None] = SANITIZERS,
+    *,
+    minutes: float | None = None,
 ) -> None:
-    """A test of an op in one line: `check` with the same arguments.
+    """A test of an op in one line: `check` with the same arguments, without pairs of choices unless `minutes` says how long.
 
     Raises:
         CheckError: something is not right.
     """
-    report = check(op, problems, configs, sanitizers)
+    report = check(op, problems, configs, sanitizers, minutes=minutes, pairs=minutes is not None)
     if not report.ok:
         raise CheckError(str(report))
 
 
-def odd_problems(op: Op[P, C], keywords: Mapping[str, Any] | None = None) -> list[P]:
-    """Problems of the op's `example` that are quick to check, odd in every length that the keywords leave open.
+class _Session:
+    """One `check`: what was run so far, and what is left out."""
 
-    Raises:
-        ArgumentError: `example` requires a keyword that is no length. ConfigError: the op serves no such problem.
-    """
-    given = dict(keywords or {})
-    parameters = inspect.signature(op.example, eval_str=True).parameters.values()
-    lengths = [p.name for p in parameters if p.default is p.empty and p.annotation is int and p.name not in given]
-    problems = [make_problem(op, given | dict.fromkeys(lengths, n)) for n in (LENGTHS if lengths else LENGTHS[:1])]
-    for problem in problems:
-        # What is cut to a small one may be another problem.
-        op.check_problem(problem, Device.of(DEFAULT_GPU))
-    return list(dict.fromkeys(map(op.small, problems)))
+    def __init__(
+        self, op: Op, device: Device, sanitizers: Sequence[str | None], progress: Progress, first_failure: bool, until: float
+    ) -> None:
+        self.op, self.device, self.sanitizers, self.progress, self.first_failure = op, device, sanitizers, progress, first_failure
+        self.begin, self.until, self.failed_row = time.monotonic(), until, -1
+        # Threads that compile find it made.
+        temporary()
+        self.rows: dict[tuple[Any, Any], int] = {}
+        self.seen: set[Feature] = set()
+        self.outcomes: list[Outcome] = []
+        self.places: dict[int, tuple[int, int]] = {}
+        self.notes: list[str] = []
+        self.late: list[_Run] = []
+        self.chosen = False
+        self.known: dict[Any, tuple[Arrays, Arrays]] = {}
+
+    @property
+    def elapsed(self) -> float:
+        """Seconds since the check began."""
+        return time.monotonic() - self.begin
+
+    def first_rows(self, asked: Sequence[Case], config: Callable[[Any], Any], only: bool) -> list[tuple[Any, Any]]:
+        """Each problem with the config that it takes as it was asked; where that is not legal once it is cut, with its own best."""
+        found, reasons = [], []
+        for case in asked:
+            if case.spare:
+                continue
+            first = config(case.asked)
+            reason = self.op.reject(case.run, first, self.device)
+            if reason is not None:
+                reasons.append(
+                    f"{describe_taken(self.op, case.asked, first)}, for {_facts(case.asked)}, is not legal for {_facts(case.run)}: {reason}"
+                )
+                if only:
+                    continue
+                first = self.op.predicted(case.run, self.device)
+            found.append((case.run, first))
+        if not found:
+            raise ConfigError(f"{self.op.name}: {reasons[0]}")
+        self.notes += [f"{reason}, so not run" for reason in reasons]
+        return found
+
+    def cover(self, spare: Sequence[Any], configs: int | None) -> None:
+        """Configs that make what is not made yet: at two long and quick problems in turn, then at the others, then at the spare ones."""
+        launched = {o.problem: o.launch_seconds for o in self.outcomes if o.sanitizer is None}
+        known = list(dict.fromkeys(problem for problem, _ in self.rows))[::-1]
+        quick = [p for p in known if launched.get(p, 0.0) <= QUICK_SECONDS][:IN_TURN] or known[-1:]
+        others = sorted((p for p in known if p not in quick), key=lambda p: launched.get(p, 0.0))
+        groups = [quick, *([p] for p in (*others, *spare))]
+        rows = itertools.chain.from_iterable(covering(self.op, group, self.seen, self.device) for group in groups)
+        left = None if configs is None else max(0, configs - len({config for _, config in self.rows}))
+        self.run_rows("choices", list(itertools.islice(rows, left)), self.until)
+
+    def pairs(self) -> Iterator[tuple[Any, Any]]:
+        """Configs that make pairs of choices together that no run has yet, at the problems where choices were tried."""
+        seen = set().union(*(features(self.op, o.problem, o.config, pairs=True) for o in self.outcomes if o.sanitizer is None))
+        tried = list(dict.fromkeys(o.problem for o in self.outcomes if o.launch_seconds <= QUICK_SECONDS))[::-1][:IN_TURN]
+        return covering(self.op, tried, seen, self.device, pairs=True)
+
+    def run_rows(self, phase: str, rows: Iterable[tuple[Any, Any]], until: float) -> None:
+        """Each row under each sanitizer, as many at once as there are jobs; none begins after `until` seconds, of an endless stream of rows
+        none is left out by then."""
+        jobs, counted = Settings.read().jobs, isinstance(rows, Sequence)
+        self.progress.begin(phase, len(rows) * len(self.sanitizers) if isinstance(rows, Sequence) else 0)
+        stream, waiting = self._runs(rows), dict[Future[Outcome | None], _Run]()
+        with ThreadPoolExecutor(jobs) as pool:
+            while True:
+                while len(waiting) < AHEAD * jobs and (counted or self.elapsed < until) and (run := next(stream, None)) is not None:
+                    self._prepare(run.problem)
+                    waiting[pool.submit(self._outcome, run, until)] = run
+                if not waiting:
+                    return
+                for future in wait(waiting, return_when=FIRST_COMPLETED).done:
+                    self._done(waiting.pop(future), future.result(), counted)
+
+    def _runs(self, rows: Iterable[tuple[Any, Any]]) -> Iterator[_Run]:
+        for problem, config in rows:
+            if (problem, config) in self.rows:
+                continue
+            self.seen |= features(self.op, problem, config)
+            row = self.rows[problem, config] = len(self.rows)
+            yield from (_Run(row, problem, config, sanitizer) for sanitizer in self.sanitizers)
+
+    def _prepare(self, problem: Any) -> None:
+        if problem not in self.known:
+            inputs = _inputs(self.op, problem)
+            for array in inputs.values():
+                array.flags.writeable = False
+            self.known[problem] = inputs, _expected(self.op, problem, inputs)
+
+    def _done(self, run: _Run, outcome: Outcome | None, counted: bool) -> None:
+        if outcome is None:
+            if self.failed_row < 0 and counted:
+                self.late.append(run)
+            return
+        self.outcomes.append(outcome)
+        self.places[id(outcome)] = run.row, self.sanitizers.index(run.sanitizer)
+        if outcome.failure and self.first_failure and self.failed_row < 0:
+            self.failed_row = run.row
+        verdict = "FAILED" if outcome.failure else "right"
+        self.progress.advance(f"{verdict}, {outcome.seconds:.1f} s: {_facts(run.problem)} {outcome.choices}, {run.sanitizer or 'plain'}")
+
+    def _outcome(self, run: _Run, until: float) -> Outcome | None:
+        if self.failed_row not in (-1, run.row):
+            return None
+        launches = [o.launch_seconds for o in self.outcomes if o.problem == run.problem and o.sanitizer is None]
+        expected = THREAD_FACTOR * max(launches, default=0.0) if run.sanitizer == "thread" else 0.0
+        # What a call takes is run under ThreadSanitizer, however late it is, unless that alone takes too long.
+        late = expected > self.until / 3 if until == math.inf else self.elapsed + expected > until
+        if late:
+            return None
+        return _outcome(self.op, run, self.known[run.problem], self.device)
+
+    def report(self) -> Report:
+        """What was found, and what was not run."""
+        outcomes = sorted(self.outcomes, key=lambda outcome: self.places[id(outcome)])
+        return Report(self.op.name, tuple(outcomes), tuple(self._not_run()), tuple(self.notes))
+
+    def _not_run(self) -> Iterator[str]:
+        by_sanitizer = {s: sum(run.sanitizer == s for run in self.late) for s in self.sanitizers}
+        if any(by_sanitizer.values()):
+            told = ", ".join(f"{count} {sanitizer or 'plain'}" for sanitizer, count in by_sanitizer.items() if count)
+            yield f"{told} for lack of time (--minutes)"
+        if self.chosen:
+            return
+        ran = {(o.problem, o.config) for o in self.outcomes}
+        made: set[Feature] = set().union(*(features(self.op, *row) for row in ran))
+        for name, values in axes(self.op.config).items():
+            missing = [str(value) for value in values if (name, value) not in made]
+            if missing:
+                yield f"{name}={', '.join(missing)}"
+        stages = [stage for row in ran for stage in self.op.stages(*row)]
+        kernels = {kernel.name for kernel in self.op.kernels}
+        yield from (f"kernel {name}" for name in sorted(kernels - {stage.kernel.name for stage in stages}))
+        many = {s.kernel.name for s in stages if math.prod(s.kernel.grid(s.problem, s.config)) > 1}
+        yield from (f"more than one block of {name}" for name in sorted({stage.kernel.name for stage in stages} - many))
 
 
-def diverse_configs(op: Op[P, C], problem: P, count: int) -> list[C]:
-    """The config predicted best, then, `count` in all, the best ones that launch other kernels, with other tiles, by other choices."""
-    candidates = sorted(_candidates(op, problem), key=lambda candidate: candidate.seconds)
-    chosen = [candidates[0].config if candidates else op.predicted(problem, Device.of(DEFAULT_GPU))]
-    while len(chosen) < count:
-        kernels, tiles, values = (set().union(*(traits[i] for traits in (_traits(op, problem, c) for c in chosen))) for i in range(3))
-
-        def news(candidate: Candidate, seen: Sequence[set[Any]] = (kernels, tiles, values)) -> tuple[int, ...]:
-            traits = _traits(op, problem, candidate.config)
-            return tuple(len(mine - known) for mine, known in zip(traits, seen, strict=True))
-
-        best = max(candidates, key=news)
-        if not any(news(best)[1:]):
-            break
-        chosen.append(best.config)
-    return chosen
-
-
-def _candidates(op: Op, problem: Any) -> Iterator[Candidate]:
-    device = Device.of(DEFAULT_GPU)
-    for shared in op.shared():
-        if op.reject(problem, shared, device, part="") is not None:
-            continue
-        parts = {name: list(part) for name, part in op.ranked_parts(problem, shared, device).items()}
-        if all(parts.values()):
-            # Every part's best, then each part in turn at each of its others.
-            best = replace(shared, **{name: part[0].config for name, part in parts.items()})
-            configs = [best, *(replace(best, **{name: c.config}) for name, part in parts.items() for c in part[1:])]
-            yield from (Candidate(config, op.seconds(problem, config, device)) for config in configs)
-
-
-def _traits(op: Op, problem: Any, config: Any) -> tuple[set[Any], set[Any], set[Any]]:
-    """The kernels that a config launches, their tiles, and the choices it makes for those."""
-    stages = op.stages(problem, config)
-    return (
-        {s.kernel.name for s in stages},
-        {s.kernel.resolve(s.problem, s.config) for s in stages},
-        {(s.kernel.name, *item) for s in stages for item in fields(s.config, "choice").items()},
-    )
-
-
-def _runs(op: Op, problems: Sequence[Any], count: int, sanitizers: Sequence[str | None]) -> Iterator[tuple[Any, Any, str | None]]:
-    device, chosen = Device.of(DEFAULT_GPU), diverse_configs(op, problems[-1], count)
-    for problem in problems:
-        legal = [config for config in chosen if op.reject(problem, config, device) is None]
-        for config in legal or [op.predicted(problem, device)]:
-            for sanitizer in sanitizers:
-                yield problem, config, sanitizer
+def _facts(problem: Any) -> str:
+    """A problem's sizes on one line."""
+    values = ((f.name, getattr(problem, f.name)) for f in dataclasses.fields(problem)) if dataclasses.is_dataclass(problem) else ()
+    return " ".join(f"{name}={value}" for name, value in values if isinstance(value, int) and not isinstance(value, bool)) or str(problem)
 
 
 def _inputs(op: Op, problem: Any) -> dict[str, np.ndarray]:
@@ -204,38 +360,79 @@ def _inputs(op: Op, problem: Any) -> dict[str, np.ndarray]:
     return inputs
 
 
-def _outcome(op: Op, problem: Any, config: Any, sanitizer: str | None, known: tuple[Arrays, Arrays]) -> Outcome:
+def _expected(op: Op, problem: Any, inputs: Arrays) -> dict[str, np.ndarray]:
+    expected: dict[str, np.ndarray] = op.reference(problem, inputs)
+    outputs = op.outputs(problem)
+    missing = [name for name in outputs if name not in expected]
+    if missing:
+        raise ArgumentError(
+            f"{op.name}: its reference gives {', '.join(expected) or 'nothing'}, and not {', '.join(missing)}; the op's outputs are "
+            f"{', '.join(outputs)}: give each by its name"
+        )
+    return expected
+
+
+def _outcome(op: Op, run: _Run, known: tuple[Arrays, Arrays], device: Device) -> Outcome:
     inputs, expected = known
-    for array in inputs.values():
-        array.flags.writeable = False
     # Races do not depend on the order of lanes, but on when copies land; and ThreadSanitizer is slow.
-    schedules = SCHEDULES[:2] if sanitizer == "thread" else SCHEDULES
+    schedules = SCHEDULES[:2] if run.sanitizer == "thread" else SCHEDULES
     begin, found, failure = time.perf_counter(), None, ""
+    results, launches = list[dict[str, np.ndarray]](), list[float]()
     try:
-        plan = HostPlan(op, problem, config, sanitizer, GUARD_BYTES)
-        results = [_results(plan, inputs, schedule) for schedule in schedules]
-        found = op.check(problem, inputs, results[0], expected)
-        failure = _wrong(found, results, schedules)
+        plan = HostPlan(op, run.problem, run.config, run.sanitizer, GUARD_BYTES, device=device)
+        for schedule in schedules:
+            outputs, seconds = _results(plan, inputs, schedule)
+            results.append(outputs)
+            launches.append(seconds)
+        found = op.check(run.problem, inputs, results[0], expected)
+        failure = _wrong(op, run.problem, found, results, expected)
     except (CompileError, LaunchError, UnsupportedError) as error:
         failure = str(error)
-    return Outcome(problem, config, sanitizer, len(schedules), found, failure, time.perf_counter() - begin)
+    took, choices = time.perf_counter() - begin, describe_taken(op, run.problem, run.config)
+    return Outcome(run.problem, run.config, run.sanitizer, len(schedules), found, failure, took, max(launches, default=0.0), choices)
 
 
-def _results(plan: HostPlan, inputs: Arrays, schedule: Schedule) -> dict[str, np.ndarray]:
+def _results(plan: HostPlan, inputs: Arrays, schedule: Schedule) -> tuple[dict[str, np.ndarray], float]:
+    """The outputs, and the processor's seconds that the launches took."""
+    outputs = plan.outputs()
     try:
-        return plan.results(inputs, schedule)
+        stats = plan.run({**inputs, **outputs}, schedule)
     except LaunchError as error:
         raise LaunchError(f"{schedule}: {error}") from error
+    return outputs, sum(launch.seconds for launch in stats.values())
 
 
-def _wrong(found: Check, results: Sequence[Mapping[str, np.ndarray]], schedules: Sequence[Schedule]) -> str:
+def _wrong(op: Op, problem: Any, found: Check, results: Sequence[Mapping[str, np.ndarray]], expected: Arrays) -> str:
     if not found.ok:
+        elements = [text for name in results[0] if (text := _elements(op, problem, name, found, results[0][name], expected[name]))]
         return (
-            f"wrong values: {found.relative:.1e} relative to the norm (at most {found.relative_bound:.1e}), "
-            f"{found.max_error:.1e} in the worst element (at most {found.max_error_bound:.1e})"
+            f"wrong values: {'; '.join(elements) or 'of no element alone'}; {found.relative:.1e} relative to the norm (at most "
+            f"{found.relative_bound:.1e}), {found.max_error:.1e} in the worst element (at most {found.max_error_bound:.1e})"
         )
-    for other, schedule in zip(results, schedules, strict=True):
+    for other, schedule in zip(results, SCHEDULES, strict=False):
         for name, array in other.items():
             if not np.array_equal(array.view(np.uint8), results[0][name].view(np.uint8)):
-                return f"{name} depends on the order of threads: {schedule} and {schedules[0]} give different bits; look for a race"
+                differs = np.argwhere(array.view(f"u{array.itemsize}") != results[0][name].view(f"u{array.itemsize}"))
+                return (
+                    f"{name} depends on the order of threads: {schedule} and {SCHEDULES[0]} give different bits, in {len(differs)} of "
+                    f"{array.size} elements, the first at {name}{differs[0].tolist()}; look for a race"
+                )
     return ""
+
+
+def _elements(op: Op, problem: Any, name: str, found: Check, got: np.ndarray, exact: np.ndarray) -> str:
+    """How many elements of an output are further off than the op's bounds allow of their size and that of all, and the first of them."""
+    values = np.asarray(op.outputs(problem)[name].dtype.widen(got), np.float64)
+    if values.shape != np.shape(exact):
+        return f"{name} has shape {list(values.shape)}, the reference {list(np.shape(exact))}"
+    error, finite = np.abs(values - exact), np.isfinite(exact)
+    typical = float(np.sqrt(np.mean(np.square(exact[finite])))) if finite.any() else 0.0
+    bound = max(found.relative_bound, found.max_error_bound)
+    wrong = ~(error <= bound * (np.abs(exact) + typical))
+    if not wrong.any():
+        return ""
+    at = tuple(int(i) for i in np.argwhere(wrong)[0])
+    return (
+        f"{name}: {int(wrong.sum())} of {wrong.size} elements, the first {name}{list(at)}: expected {exact[at]:.6g}, got {values[at]:.6g}"
+        + (f" ({int(np.isnan(values).sum())} are NaN, as nobody wrote them)" if np.isnan(values).any() else "")
+    )

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 ADDR2LINE_SECONDS = 60
+LIBRARY = "/include/vidrial/"
 # Frames of the runtime and of the libraries are not what the author of a kernel wants to see.
 _NOT_KERNEL = ("/vidrial/host/", "/cute/", "/cutlass/", "/usr/", "/libsanitizer/", "/nvidia/", "../", "<stdin>")
 _STACK = re.compile(r"<stack([0-9a-f ]*)>")
@@ -35,7 +36,10 @@ def resolve(executable: Path, text: str) -> str:
 
     def place(found: re.Match[str]) -> str:
         known = lines.get(found[1], [])
-        return next((p for p in known if is_kernel(p)), known[0] if known else f"offset {found[1]}")
+        inner = next((p for p in known if is_kernel(p)), known[0] if known else f"offset {found[1]}")
+        # The author's own line, and the library's that it led to.
+        own = next((p for p in known if is_kernel(p) and not p.startswith("vidrial/")), inner)
+        return own if own == inner else f"{own} ({inner})"
 
     return _PLACE.sub(place, _STACK.sub(chain, text))
 
@@ -45,7 +49,8 @@ def crash(executable: Path, returncode: int, errors: str) -> str:
     lines = [*_findings(errors)]
     if not lines:
         died = signal.Signals(-returncode).name if -returncode in signal.valid_signals() else f"exit status {returncode}"
-        lines = [f"the process died ({died})"]
+        said = [line for line in errors.splitlines() if line.strip()]
+        lines = [f"the process died ({died})" + (f"; the last that it said: {said[-1].strip()}" if said else "")]
     lines += [f"by {thread}" for thread in _THREAD.findall(errors)[:1]]
     return "\n  ".join(lines) + (f"\nwhole report:\n{errors.strip()}" if errors.strip() else "")
 
@@ -100,4 +105,4 @@ def _lines(executable: Path, addresses: list[str]) -> dict[str, list[str]]:
 def _tidy(place: str) -> str:
     """A place as the author knows it: relative to the folder of compilation, headers from `vidrial/` on."""
     name = re.sub(r"^(\./)+", "", place)
-    return name[name.index("/vidrial/") + 1 :] if "/include/vidrial/" in name and "/vidrial/host/" not in name else name
+    return name[name.index(LIBRARY) + len("/include/") :] if LIBRARY in name and "/vidrial/host/" not in name else name

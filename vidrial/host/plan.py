@@ -35,14 +35,17 @@ class HostPlan(Generic[P, C]):
     Args:
         sanitizer: that of `compile_host`.
         guard: bytes between regions of shared memory, which nothing may touch; 0 leaves shared memory as it is on the GPU.
+        device: the GPU whose rules say what is legal; by default the H200's.
 
     Raises (when made):
         ConfigError: the config is not legal. UnsupportedError: it uses an instruction that the host target does not emulate.
         CompileError, ToolchainError: it does not compile.
     """
 
-    def __init__(self, op: Op[P, C], problem: P, config: C, sanitizer: str | None = None, guard: int = 0) -> None:
-        op.check_config(problem, config, Device.of(DEFAULT_GPU))
+    def __init__(
+        self, op: Op[P, C], problem: P, config: C, sanitizer: str | None = None, guard: int = 0, *, device: Device | None = None
+    ) -> None:
+        op.check_config(problem, config, device or Device.of(DEFAULT_GPU))
         self.config = config
         self._outputs, self._workspace = op.outputs(problem), op.workspace(problem, config)
         self._launches: list[tuple[HostBinary, Tiles, Stage, bytearray]] = []

@@ -84,7 +84,7 @@ class HostStats(Counts):
     `objects`: names of tiled objects of one C++ type, which count together -> what they did; under () what none of them did.
     `read_bytes`, `written_bytes`: 32 times the sectors of the arrays that the launch read before it wrote them, and that it wrote; None
     unless the kernel was compiled with `accesses`. `switches`: from one thread to another. `shared_memory_high_water`: dynamic bytes up to
-    the last one written. `seconds`: the CPU's, which say nothing about a GPU.
+    the last one written. `seconds`: the processor's, which say nothing about a GPU.
     """
 
     switches: int = 0
@@ -180,12 +180,13 @@ class HostBinary:
                 "or give it a longer Schedule.timeout"
             ) from error
         reply, errors = ended.stdout, ended.stderr.decode(errors="replace")
-        if ended.returncode or len(reply) < STATS.size + LENGTH.size:
+        start = STATS.size + LENGTH.size
+        length = LENGTH.unpack_from(reply, STATS.size)[0] if len(reply) >= start else 0
+        # NOTE: where it was the runtime that ended the launch, the exit status is ThreadSanitizer's, which may have counted what it did not tell.
+        if (ended.returncode and not length) or len(reply) < start + length:
             raise LaunchError(f"kernel {self.name}: {crash(self.executable, ended.returncode, errors)}")
         # What the kernel printed.
         sys.stderr.write(errors)
-        (length,) = LENGTH.unpack_from(reply, STATS.size)
-        start = STATS.size + LENGTH.size
         if length:
             raise LaunchError(f"kernel {self.name}: {resolve(self.executable, reply[start : start + length].decode(errors='replace'))}")
         objects = self._objects(reply, start)

@@ -24,6 +24,7 @@ from vidrial.spec.choices import Axes, axes, check_choices, check_config_fields,
 from vidrial.spec.fields import C, P, check_record
 from vidrial.spec.kernel import Kernel
 from vidrial.spec.outcomes import Cell, Outcomes
+from vidrial.spec.refusals import furthest
 from vidrial.spec.space import Candidate, Rejected, Space, Stream, Subset
 
 ALIGNMENT = 256  # bytes; of every workspace buffer
@@ -593,8 +594,18 @@ class Op(Generic[P, C]):
         """Whether a part of a config launches anything for a problem."""
         return any(stage.part == part for stage in self.stages(problem, config))
 
-    def estimates(self, problem: P, shared: C, device: Device, part: str, variants: Iterable[C]) -> list[Candidate[C]]:
-        """What the rules leave of `variants`, which are `shared` with other configs of a part, by the part's own predicted time."""
+    def _variants(self, fixed: Mapping[str, object] | None) -> Iterator[tuple[C, dict[str, list[C]]]]:
+        """Every combination of own choices, and with it, by part, that combination with each of the part's configs."""
+        for shared in self.shared(fixed):
+            by_part = {part: configs(self.config_type(part)) for part in self.parts}
+            yield shared, {part: [dataclasses.replace(shared, **{part: one}) for one in every] for part, every in by_part.items()}
+
+    def estimates(self, problem: P, shared: C, device: Device, part: str, variants: Iterable[C] | None = None) -> list[Candidate[C]]:
+        """What the rules leave of `variants`, which are `shared` with other configs of a part (by default with each), by the part's own
+        predicted time."""
+        if variants is None:
+            found_ones = _Survey(self, problem, device).estimates(shared, part)
+            return [Candidate(dataclasses.replace(shared, **{part: c.config}), c.seconds) for c in found_ones]
         every = variants if self.launches(problem, shared, part) else (shared,)
         found = ((v, self.estimate(problem, v, device, part)) for v in every)
         return sorted((Candidate(v, seconds) for v, seconds in found if seconds is not None), key=lambda c: c.seconds)
@@ -696,7 +707,10 @@ class Op(Generic[P, C]):
         """
         first = next(self.ranked(problem, device, fixed), None)
         if first is None:
-            raise self._none_legal(problem, device, self.space(problem, device, 0, fixed).reasons())
+            reasons = list(self.space(problem, device, 0, fixed).reasons())
+            if len(reasons) > 1:
+                reasons = furthest(self, problem, device, self._variants(fixed))
+            raise self._none_legal(problem, device, reasons)
         return first.config
 
     def digest(self) -> str:

@@ -110,4 +110,4 @@ def _binary(stage: Stage, lengths: bool = True) -> Hashable:
 
 def _resources(kernel: str, cubin: Cubin, smem: int) -> KernelResources:
     r = cubin.resources
-    return KernelResources(kernel, r.registers, r.spill_stores + r.spill_loads, smem + r.static_smem)
+    return KernelResources(kernel, r.registers, r.spill_stores + r.spill_loads, smem + r.static_smem, cubin.notes)

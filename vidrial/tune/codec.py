@@ -15,6 +15,8 @@ from typing import Any
 from vidrial.errors import SweepError, VidrialError
 from vidrial.spec.fields import KIND
 
+# The kind of a field that older files lack.
+ADDED = "added"
 # How JSON spells the floats that it has no number for.
 NOT_FINITE = ("nan", "inf", "-inf")
 # What ends the reading of a value that is damaged, whatever an author's own dataclass makes of it.
@@ -82,7 +84,7 @@ def decode(kind: Any, data: Any, fields: Mapping[str, Any] | None = None) -> Any
 
 @functools.lru_cache(maxsize=256)
 def _hints(kind: type) -> tuple[Mapping[str, Any], Set[str]]:
-    """The types of a dataclass's fields, and the fields that may be missing: a config's choices and parts."""
+    """The types of a dataclass's fields, and the fields that may be missing: a config's choices and parts, and what was added."""
     every, fields = typing.get_type_hints(kind), dataclasses.fields(kind)
-    optional = {field.name for field in fields if field.metadata.get(KIND) in ("choice", "part")}
+    optional = {field.name for field in fields if field.metadata.get(KIND) in ("choice", "part", ADDED)}
     return {field.name: every[field.name] for field in fields}, optional

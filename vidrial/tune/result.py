@@ -67,7 +67,7 @@ class SweepResult(Generic[P, C]):
     def table(self, rows: int = 8) -> str:
         """The first `rows` configs as text: times, error beside the reference, how much slower than the winner, resources."""
         best, known = self.winner.ms, latest(self.trials)
-        lines = [("", "ms", "+- ms", "x best", "error", "regs", "spill", "smem", "config")]
+        lines = [("", "ms", "+- ms", "x best", "error", "regs", "spill", "smem", "ptxas", "config")]
         for place, ranked in enumerate(self.ranked[:rows], 1):
             trial, r = known[ranked.config], known[ranked.config].resources
             lines.append(
@@ -80,6 +80,7 @@ class SweepResult(Generic[P, C]):
                     str(max((k.registers for k in r), default="")),
                     str(sum(k.spill_bytes for k in r) if r else ""),
                     str(max((k.smem_bytes for k in r), default="")),
+                    ", ".join(dict.fromkeys(k.ptxas for k in r if k.ptxas)),
                     describe(ranked.config),
                 )
             )

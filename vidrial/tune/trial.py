@@ -7,14 +7,14 @@ import math
 import typing
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Generic, TypeAlias
 
 from vidrial.errors import SweepError
 from vidrial.spec.choices import describe
-from vidrial.spec.fields import C, P
+from vidrial.spec.fields import KIND, C, P
 from vidrial.spec.op import Check, Op
-from vidrial.tune.codec import decode
+from vidrial.tune.codec import ADDED, decode
 from vidrial.tune.timing import Timing
 
 
@@ -37,12 +37,14 @@ PASSING, CHANCES = (Status.stopped, Status.launch, Status.timeout, Status.crash)
 
 @dataclass(frozen=True)
 class KernelResources:
-    """What one of an op's kernels takes: registers per thread, bytes spilled per thread, bytes of shared memory per CTA."""
+    """What one of an op's kernels takes: registers per thread, bytes spilled per thread, bytes of shared memory per CTA; and the codes of
+    ptxas's warnings."""
 
     kernel: str
     registers: int
     spill_bytes: int
     smem_bytes: int
+    ptxas: str = field(default="", metadata={KIND: ADDED})
 
 
 @dataclass(frozen=True)

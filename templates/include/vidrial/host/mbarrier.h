@@ -12,7 +12,7 @@ namespace vidrial::host {
 // thread one more than the phases that it knew completed when it last passed, 0 before. A sanitizer knows each phase by a key.
 struct Mbarrier {
   uint32_t address = 0, count = 0, pending = 0;
-  int64_t bytes = 0;
+  int64_t bytes = 0, announced[2] = {};  // announced: in the phase under way, and in the one before
   uint64_t phases = 0;
   std::string name, waits[2];
   void* copy = nullptr;  // where the last copy for it was issued
@@ -109,6 +109,7 @@ inline int complete_phase(Mbarrier& b) {
   if (b.bytes < 0) fatal("barrier %s: %lld bytes more came than were announced; the last copy was issued at <place %lx>", b.name.c_str(), (long long)-b.bytes, place(b.copy));
   if (b.bytes > 0) return -1;
   ++b.phases;
+  b.announced[1] = std::exchange(b.announced[0], 0);
   b.pending = b.count;
   for (int thread : b.waiting) make_runnable(thread);
   int const woken = b.waiting.empty() ? -1 : b.waiting[0];
@@ -122,7 +123,7 @@ void barrier_arrive(uint32_t address, uint32_t bytes) {
   Mbarrier& b = barrier_at("arrival", address, place);
   if (!b.pending) fatal("barrier %s: an arrival more than the %u that it counts in a phase, while its bytes are on their way: %s", b.name.c_str(), b.count, kNoEmptyWait);
   publish(b.key(b.phases));
-  b.bytes += bytes;
+  b.bytes += bytes, b.announced[0] += bytes;
   --b.pending;
   int const woken = complete_phase(b);
   if (eager && woken >= 0) give_way(woken);

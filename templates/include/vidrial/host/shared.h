@@ -94,12 +94,15 @@ inline void poison_shared() {
   for (StaticArray const& a : static_arrays) memset(a.first, kPoisonByte, a.bytes);
 }
 
+// How far behind an end the first wrong byte lies.
+inline std::string behind(size_t bytes) { return bytes ? std::to_string(bytes) + " bytes behind" : "right behind"; }
+
 // The first byte that the CTA wrote in a gap, then as if the gap had never been one.
 inline void check_gap(Gap const& g) {
   char* const first = shared_base + g.offset;
   unpoison(first, g.bytes);
   for (size_t i = 0; i < g.bytes; ++i)
-    if (first[i] != kGuardByte) refuse("block (%u, %u, %u): shared memory was written %zu bytes past the end of a region, at offset %zu, where none lies", blockIdx.x, blockIdx.y, blockIdx.z, i, size_t(g.offset) + i);
+    if (first[i] != kGuardByte) refuse("block (%u, %u, %u): shared memory was written %s the end of a region, at offset %zu, where none lies", blockIdx.x, blockIdx.y, blockIdx.z, behind(i).c_str(), size_t(g.offset) + i);
   memset(first, kPoisonByte, g.bytes);
 }
 
@@ -108,7 +111,7 @@ inline void check_shared() {
 #if !VIDRIAL_ASAN
   for_each_static_gap([](StaticArray const& before, char* first, size_t bytes) {
     for (size_t i = 0; i < bytes; ++i)
-      if (first[i] != kGuardByte) refuse("block (%u, %u, %u): the static array %s was written %zu bytes past its end (it has %zu bytes)", blockIdx.x, blockIdx.y, blockIdx.z, before.name.c_str(), i, before.bytes);
+      if (first[i] != kGuardByte) refuse("block (%u, %u, %u): the static array %s was written %s its end (it has %zu bytes)", blockIdx.x, blockIdx.y, blockIdx.z, before.name.c_str(), behind(i).c_str(), before.bytes);
   });
 #endif
   size_t high = shared_bytes;
@@ -116,7 +119,7 @@ inline void check_shared() {
   stats.shared_memory_high_water = std::max(stats.shared_memory_high_water, int64_t(high));
 #if !VIDRIAL_ASAN
   for (size_t i = 0; i < kGuardBytes; ++i)
-    if (shared_base[shared_bytes + i] != kGuardByte) refuse("block (%u, %u, %u): shared memory was written %zu bytes past its end (the launch asked for %zu bytes)", blockIdx.x, blockIdx.y, blockIdx.z, i, shared_bytes);
+    if (shared_base[shared_bytes + i] != kGuardByte) refuse("block (%u, %u, %u): shared memory was written %s its end (the launch asked for %zu bytes)", blockIdx.x, blockIdx.y, blockIdx.z, behind(i).c_str(), shared_bytes);
 #endif
 }
 

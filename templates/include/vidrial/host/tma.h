@@ -61,11 +61,30 @@ inline void mark_landed(Mbarrier const& b) {
   for (Landed& l : landed) l.waited |= l.barrier == &b && l.phase < b.phases;
 }
 
+// Who reads what a copy is still to bring has passed its barrier, which completed without these bytes, or has not waited at all.
+inline std::string describe_flying(uint32_t address) {
+  for (BulkLoad const& l : flying) {
+    if (!overlap(address, 16, l.target, l.data.size())) continue;
+    Mbarrier const& b = *l.barrier;
+    size_t sent = 0;
+    for (BulkLoad const& other : flying) if (other.barrier == l.barrier) sent += other.data.size();
+    for (Landed const& other : landed) if (other.barrier == l.barrier && other.phase + 1 == b.phases) sent += other.bytes;
+    char text[512];
+    snprintf(text, sizeof text, "%s%s, issued at <place %lx>, has not brought yet: ", l.what, l.name.c_str(), place(l.place));
+    std::string const why = b.phases ? "the phase of barrier " + b.name + " that was waited for announced " + std::to_string(b.announced[1]) + " bytes, and " +
+                                           std::to_string(sent) + " were sent"
+                                     : "its barrier " + b.name + " was not waited for";
+    return text + why;
+  }
+  return "";
+}
+
 inline void begin_bulk_copies() {
   flying.clear();
   landed.clear();
   bulk_queues.assign(size_t(thread_count), {});
   make_progress = land_one;
+  describe_copy = describe_flying;
   mark_waited = mark_landed;
 }
 

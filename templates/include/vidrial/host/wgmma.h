@@ -47,7 +47,8 @@ struct Operation {
   Registers registers;
   Operation() {}
 };
-struct WgmmaQueue { std::vector<Operation> operations; std::vector<size_t> groups; size_t retiring = 0; bool arrived = false; };
+// `stack`: of the first operation, which a warpgroup's first thread notes for all.
+struct WgmmaQueue { std::vector<Operation> operations; std::vector<size_t> groups; size_t retiring = 0; bool arrived = false; std::string stack; };
 struct Warpgroup { int arrived = 0; char const* what = ""; };
 // What a wgmma found in 16 bytes, or TMA brought there (`landed`: no fence is needed), and after how many proxy fences.
 struct Seen { Chunk chunk; unsigned fences; bool landed; };
@@ -56,6 +57,8 @@ inline std::vector<WgmmaQueue> wgmma_queues;
 inline std::vector<Warpgroup> warpgroups;
 inline std::vector<Seen> seen;
 inline unsigned proxy_fences = 0;
+// Which copy still brings the 16 bytes at an address, and why nobody waited for it; "" if none does: host/tma.h.
+inline std::string (*describe_copy)(uint32_t) = [](uint32_t) { return std::string(); };
 
 inline void begin_wgmmas() {
   size_t const groups = size_t(thread_count + kGroupThreads - 1) / kGroupThreads;
@@ -70,8 +73,8 @@ inline void check_wgmmas() {
   for (size_t t = 0; t < wgmma_queues.size(); ++t) {
     WgmmaQueue const& q = wgmma_queues[t];
     if (!q.operations.empty())
-      refuse("block (%u, %u, %u), thread %zu ended with %zu wgmma that it %s, the first issued at <place %lx>", blockIdx.x, blockIdx.y, blockIdx.z, t,
-             q.operations.size(), q.groups.empty() ? "never committed" : "never waited for", place(q.operations[0].place));
+      refuse("block (%u, %u, %u), thread %zu ended with %zu wgmma that it %s, the first issued at <place %lx>%s", blockIdx.x, blockIdx.y, blockIdx.z, t,
+             q.operations.size(), q.groups.empty() ? "never committed" : "never waited for", place(q.operations[0].place), q.stack.c_str());
   }
 }
 
@@ -121,8 +124,11 @@ struct Matrix {
     Chunk const chunk = read(c);
     if (seen.empty()) seen.resize(shared_bytes / 16 + 1);
     Seen& previous = seen[address(c) / 16];
-    if ((!proxy_fences && !previous.landed) || (previous.fences == proxy_fences && previous.chunk != chunk))
+    if ((!proxy_fences && !previous.landed) || (previous.fences == proxy_fences && previous.chunk != chunk)) {
+      std::string const copy = describe_copy(address(c));
+      if (!copy.empty()) fatal("wgmma: its %c at the shared address 0x%x is what a %s", name, address(c), copy.c_str());
       fatal("wgmma: its %c at the shared address 0x%x was written, and no thread has called fence_async_proxy since", name, address(c));
+    }
     previous = {chunk, proxy_fences, previous.landed};
     return chunk;
   }
@@ -270,6 +276,11 @@ void wgmma(Wgmma const& instruction, float* const* registers, uint32_t const* a)
   bool const follows = lazy && on_same_registers(q, 0, mine) != &o;
   o.instruction = instruction;
   o.place = __builtin_return_address(0);
+  if (!index && current % kGroupThreads == 0) {
+    char text[kTextBytes / 16];
+    describe_stack(text, sizeof text);
+    q.stack = text;
+  }
   o.object = fibers[size_t(current)].object;
   o.held = a;
   o.done = false;
