@@ -301,7 +301,5 @@ def linear(a: A, b: A, bias: A | None = None, *, gelu: bool = False) -> A:
     (m, k), n = shapes[0], shapes[1][0]
     if 0 in (m, n, k):
         raise vd.ArgumentError(f"m={m}, n={n}, k={k}; accepted: at least one of each")
-    for name, x in arrays.items():
-        if x.strides != ((x.shape[1], 1) if len(x.shape) == 2 else (1,)) or x.pointer % 16:
-            arrays[name] = vd.contiguous(x)
+    arrays = {name: vd.contiguous(x) for name, x in arrays.items()}
     return vd.apply(op, Problem(arrays["a"].dtype, bias is not None, gelu, m, n, k), arrays)["c"]

@@ -174,6 +174,4 @@ def scan(x: A) -> A:
     b, t = array.shape
     if 0 in (b, t):
         return vd.to_library(array)
-    if array.strides != (t, 1):
-        array = vd.contiguous(array)
-    return vd.apply(op, Problem(b, t), {"x": array})["y"]
+    return vd.apply(op, Problem(b, t), {"x": vd.contiguous(array)})["y"]

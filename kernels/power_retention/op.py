@@ -22,7 +22,7 @@ CHUNKS = (1024, 0, 128, 256, 512, 2048, 4096)
 DTYPES, DIMS, DEGREES, NORMALIZE = (DType.bfloat16, DType.float16), (32, 64, 128), (2, 4), ("sum", "none")
 MAX_ELEMENTS = 2**31
 MAX_HEADS = 65535  # batch times heads: a dimension of the grid
-MAX_SCALE = 1e9  # its fourth power is a float32
+MAX_FACTOR = 1e18  # of scale^degree: times a sum of weights it is a float32
 # Rows of tables are padded to this many tokens when the sequence is one chunk: every tile's rows divide it.
 PADDING = 512
 # Elements of an input that are drawn.
@@ -74,6 +74,11 @@ def stages(p: Problem, c: Config) -> list[Stage]:
     return [*launches, Stage(attend.power_attend, asked, c.attend, "attend")]
 
 
+def max_scale(degree: int) -> float:
+    """The largest scale that is served, in magnitude."""
+    return float(MAX_FACTOR ** (1 / degree))
+
+
 def refusal(p: Problem) -> str | None:
     """Why no config serves a problem, or None. Calls are refused before they make one, by the argument."""
     if p.dtype not in DTYPES:
@@ -88,8 +93,8 @@ def refusal(p: Problem) -> str | None:
         return f"b={p.b} times hq={p.hq} heads; accepted: at most {MAX_HEADS}"
     if p.b * p.t * max(p.hq * p.d, p.h * p.e) > MAX_ELEMENTS:
         return f"b={p.b} times t={p.t} tokens have more than 2^31 elements of q or v"
-    if not abs(p.scale) <= MAX_SCALE:
-        return f"scale={p.scale}; accepted: at most {MAX_SCALE:g} in magnitude"
+    if not abs(p.scale) <= max_scale(p.degree):
+        return f"scale={p.scale}; accepted: at most {max_scale(p.degree):g} in magnitude"
     return None
 
 

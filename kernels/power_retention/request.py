@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from vidrial import CPU, ArgumentError, ArgumentTypeError, ArraySpec, CachedPlan, DType, UnsupportedError, check_inputs
-from vidrial.kernels.power_retention.op import CHUNKS, DEGREES, DIMS, MAX_ELEMENTS, MAX_HEADS, MAX_SCALE, NORMALIZE, op
+from vidrial.kernels.power_retention.op import CHUNKS, DEGREES, DIMS, MAX_ELEMENTS, MAX_HEADS, NORMALIZE, max_scale, op
 from vidrial.kernels.power_retention.problem import Problem
 
 NAMES = ("q", "k", "v", "log_g")
@@ -33,8 +33,8 @@ def check_options(degree: Any, scale: Any, normalize: Any, chunk: Any) -> None:
         raise ArgumentError(f"chunk={chunk!r} is not served; accepted: None, {', '.join(map(str, sorted(CHUNKS)))} (0: no chunks)")
     if chunk and degree != 2:
         raise UnsupportedError(f"chunk={chunk} with degree={degree}: only degree 2 has a state small enough; use chunk=None or 0")
-    if scale is not None and not ((type(scale) is float or _is_number(scale)) and abs(scale) <= MAX_SCALE):
-        raise ArgumentError(f"scale={scale!r} is not served; accepted: None, or a number of at most {MAX_SCALE:g} in magnitude")
+    if scale is not None and not ((type(scale) is float or _is_number(scale)) and abs(scale) <= max_scale(degree)):
+        raise ArgumentError(f"scale={scale!r} is not served; accepted: None, or a number of at most {max_scale(degree):g} in magnitude")
 
 
 @dataclass(frozen=True, slots=True)

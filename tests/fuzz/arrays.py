@@ -58,14 +58,15 @@ def make(case: Case) -> Made:
     """The arguments, dy among them if a gradient is asked for; of an initial state the tokens before it belong to the values alone."""
     rng, made, found = np.random.default_rng(case.seed), Made(), shapes(case)
     names = (*case.names, "dy") if case.gradient else case.names
-    lie = dict(case.layouts)
+    # What has one axis alone is not expanded.
+    lie = {name: layout for name, layout in case.layouts if layout != "expanded" or len(found[name]) > 1}
     for name in names:
         dtype = DType.float32 if name == "log_g" else DType.of(case.dtype)
         x = gates(case, rng, found[name]) if name == "log_g" else _drawn(case.values, rng, found[name], name)
         for argument, b, token, head, value in case.planted:
             if argument == name:
                 x[(b, token, head, COLUMN) if x.ndim == 4 else (token % x.shape[0], head % x.shape[1])] = value
-        if lie.get(name) == "expanded" and x.ndim > 1:
+        if lie.get(name) == "expanded":
             x[:] = x[:1]
         made.values[name] = dtype.widen(dtype.round(x.astype(np.float32)))
     fused = [name for name in names if lie.get(name) == "fused"]

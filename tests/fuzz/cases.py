@@ -108,7 +108,7 @@ def _power(dice: Dice, case: Case) -> Case:
     if dice.chance(0.3):
         options["normalize"] = dice.of(("none", "sum"))
     if dice.chance(0.4):
-        options["scale"] = dice.of((0.5, -0.3, 1, 1e-3, 1e-10, 0.0, 20.0, 1e9, np.float32(0.25)))
+        options["scale"] = dice.of((0.5, -0.3, 1, 1e-3, 1e-10, 0.0, 20.0, 3e4, np.float32(0.25)))
     if dice.chance(0.5):
         options["chunk"] = dice.of((None, 0, 128, 256, 1024)) if options.get("degree") != 4 else dice.of((None, 0))
     case = replace(case, d=d, e=e, gates=dice.of(GATES), options=tuple(options.items()))
@@ -141,7 +141,7 @@ def _of_family(dice: Dice, name: str, family: Family, seed: int) -> Case:
     shape = {"b": dice.of((1, 1, 2)), "h": dice.of((1, 1, 2)), "group": family.group or dice.of((1, 2, 3)), "t": dice.of(family.lengths)}
     case = Case(family.op, seed, "host", name, library, family.dtype, **shape, d=family.d, e=family.e, options=family.options)
     if family.op == "power_retention":
-        scale = (("scale", dice.of((0.5, -0.3, 1e-3, 0.0))),) if dice.chance(0.3) else ()
+        scale = (("scale", dice.of((0.5, -0.3, 1e-3, 0.0, 3e4))),) if dice.chance(0.3) else ()
         gates = dice.of(GATES[1:]) if family.gated else ""
         case = replace(case, gates=gates, options=(*case.options, *scale))
         return replace(case, gradient="autograd" if library == "torch" and dice.chance(0.5) else "vjp") if family.backward else case

@@ -77,7 +77,7 @@ FAMILIES = {
     "power: degree 4": Family("power_retention", (WHOLE,), "float16", 64, 32, (("degree", 4),), True),
     "power: gradient": Family("power_retention", (SYNC,), "bfloat16", gated=True, backward=(BACK,), lengths=CHUNKED),
     "power: gradient, no gates": Family("power_retention", (WHOLE,), "float16", backward=(replace(BACK, chunk=0),)),
-    "flash: causal, groups of 3": Family("flash_attention", (SPLIT,), "bfloat16", options=(("causal", True),), group=3),
+    "flash: causal, groups of 3": Family("flash_attention", (SPLIT, SM80), "bfloat16", options=(("causal", True),), group=3),
     "flash: window, cap": Family("flash_attention", (SM80,), "float16", 64, 32, (("window", (5, 3)), ("softcap", 20.0)), group=1),
     "flash: TMA, causal": Family("flash_attention", (SM90, SM80), "bfloat16", 64, 64, (("causal", True),), group=2),
     "flash: TMA, drawn tiles": Family("flash_attention", (DRAWN, SM80), "float16", 32, 64, group=1),

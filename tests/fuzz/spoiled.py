@@ -102,6 +102,7 @@ WRONG = {
     "scale is infinite": Wrong("scale", _option("scale", np.inf)),
     "scale is an array": Wrong("scale", _option("scale", np.ones(2))),
     "scale is a list": Wrong("scale", _option("scale", [1.0])),
+    "scale beyond a float32's fourth power": Wrong("scale", lambda a, o: o.update(degree=4, scale=1e9, chunk=None), POWER, where=lambda c: not c.split and not c.final),
     "degree 3": Wrong("degree", _option("degree", 3), POWER),
     "degree 2.5": Wrong("degree", _option("degree", 2.5), POWER),
     "degree is a list": Wrong("degree", _option("degree", [2]), POWER),
