@@ -29,7 +29,6 @@ from vidrial import (
     as_array,
     contiguous,
     current_target,
-    library_of,
     run,
     signature_of,
 )
@@ -125,7 +124,6 @@ def flash_attention(
         options = {"causal": bool(causal), "window": sides, **factors, "target": place}
         outputs = traced(f"{__name__}:TRACEABLE", dict(zip(NAMES, inputs, strict=True)), **options)
         return (outputs["y"], outputs["lse"]) if return_lse else outputs["y"]
-    _refuse_gradients(inputs)
     try:
         asked = _request(key, causal, window, scale, softcap, return_lse, place)
     except TypeError:
@@ -143,17 +141,6 @@ def flash_attention(
             asked = _request(tuple(a.facts for a in arrays.values()), causal, window, scale, softcap, return_lse, place)
             outputs = apply(op, asked.problem, arrays, place)
     return (outputs["y"], outputs["lse"]) if return_lse else outputs["y"]
-
-
-def _refuse_gradients(inputs: tuple[Any, ...]) -> None:
-    torch = sys.modules.get("torch")
-    if torch is None or not torch.is_grad_enabled():
-        return
-    for name, x in zip(NAMES, inputs, strict=True):
-        if library_of(x) == "torch" and x.requires_grad:
-            raise UnsupportedError(
-                f"{name} requires a gradient, which flash_attention does not compute yet; call it under torch.no_grad(), or pass {name}.detach()"
-            )
 
 
 def _is_number(value: Any) -> bool:

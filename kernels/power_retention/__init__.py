@@ -98,11 +98,14 @@ def power_retention(
     """
     inputs = (q, k, v) if log_g is None else (q, k, v, log_g)
     place = current_target(target)
-    if gradient.records(*inputs) or initial_state is not None or output_final_state is not False:
+    if initial_state is not None or output_final_state is not False:
         return _with_state(inputs, gradient.Options(degree, scale, normalize, chunk, place), initial_state, output_final_state)
     try:
         key, pointers = signature_of(inputs, NAMES)
     except UnsupportedError:
+        # It refuses what autograd shall record, so that other calls need not ask.
+        if gradient.records(*inputs):
+            return _with_state(inputs, gradient.Options(degree, scale, normalize, chunk, place), None, False)
         if not is_traced(inputs):
             raise
         return power_retention_traced(inputs, gradient.Options(degree, scale, normalize, chunk, place))

@@ -104,7 +104,7 @@ def _call(case: Case, made: Made, options: Arrays, state: Any) -> Arrays:
         y = flash_package.flash_attention(**inputs, **options)
         return {"y": y[0], "lse": y[1]} if options.get("return_lse") is True else {"y": y}
     if state is not None:
-        options["initial_state"] = state
+        options.setdefault("initial_state", state)
     if case.final:
         options.setdefault("output_final_state", True)
     if case.gradient == "autograd":
