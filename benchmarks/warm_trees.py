@@ -129,7 +129,9 @@ def main() -> None:
         from benchmarks.common import command_line, date, package_versions
 
         facts = {"schema": 1, "command": command_line(), "date": date(), "python": sys.version.split()[0], "packages": package_versions()}
-        asked.out.write_text(json.dumps({**facts, "calls": CALLS, "rounds": asked.rounds, "found": found}, indent=1) + "\n", encoding="utf-8")
+        asked.out.write_text(
+            json.dumps({**facts, "calls": CALLS, "rounds": asked.rounds, "found": found}, indent=1) + "\n", encoding="utf-8"
+        )
 
 
 if __name__ == "__main__":

@@ -26,7 +26,9 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, default=1.0, help="how long, about (default 1)")
     parser.add_argument("--cases", type=int, help="how many cases, however long they take, in place of --minutes")
     parser.add_argument("--seed", type=int, default=0, help="the first seed; a case has one of its own (default 0)")
-    parser.add_argument("--target", choices=("cuda", "host", "both"), default="both", help="cuda: what NumPy serves; host: the kernels on the CPU")
+    parser.add_argument(
+        "--target", choices=("cuda", "host", "both"), default="both", help="cuda: what NumPy serves; host: the kernels on the CPU"
+    )
     parser.add_argument("--family", choices=sorted(FAMILIES), action="append", help="of the host target: these alone, in turn")
     parser.add_argument("--stop", type=int, default=5, help="failures after which to end (default 5)")
     asked = parser.parse_args()

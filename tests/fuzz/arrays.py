@@ -97,7 +97,12 @@ def gates(case: Case, rng: np.random.Generator, shape: tuple[int, ...]) -> np.nd
     shift = 0.0 if case.gates == "short" else 4.0
     log_g = -np.log1p(np.exp(-rng.standard_normal(shape) - shift))
     some = rng.random(shape) < 0.02
-    values = {"closed": (-60.0, -100.0), "minus infinity": (-np.inf,), "positive": (0.5, np.inf), "mixed": (-60.0, 0.0, -np.inf, 1e-30, -59.9)}
+    values = {
+        "closed": (-60.0, -100.0),
+        "minus infinity": (-np.inf,),
+        "positive": (0.5, np.inf),
+        "mixed": (-60.0, 0.0, -np.inf, 1e-30, -59.9),
+    }
     if case.gates == "zero":
         return np.zeros(shape)
     for value in values.get(case.gates, ()):
@@ -185,5 +190,3 @@ def _strides(layout: str, shape: tuple[int, ...]) -> tuple[int, int, list[int]]:
         axis = min(1, len(shape) - 1)
         offset, strides[axis] = max(shape[axis] - 1, 0) * strides[axis], -strides[axis]
     return count + 1, offset, strides
-
-

@@ -56,7 +56,11 @@ class Case:
     wrong: str = ""
 
     def __repr__(self) -> str:
-        said = [(f.name, getattr(self, f.name)) for f in dataclasses.fields(self) if f.default is dataclasses.MISSING or getattr(self, f.name) != f.default]
+        said = [
+            (f.name, getattr(self, f.name))
+            for f in dataclasses.fields(self)
+            if f.default is dataclasses.MISSING or getattr(self, f.name) != f.default
+        ]
         # So that the line is Python where `nan` and `inf` are imported.
         return f"Case({', '.join(f'{name}={value!r}' for name, value in said)})"
 

@@ -64,9 +64,7 @@ SM80 = FlashConfig(path="sm80", sm80=sm80.Config(keys=32, m=1, warps=2, stages=3
 SPLIT = FlashConfig(path="sm80", sm80=sm80.Config(keys=32, m=2, warps=2, stages=2, blocks=1, splits=2))
 SM90 = FlashConfig(path="sm90", sm90=sm90.Config(groups=1, keys=64, stages=2, overlap=1, schedule="one"))
 DRAWN = FlashConfig(path="sm90", sm90=sm90.Config(groups=2, keys=80, stages=2, overlap=0, turns="ping_pong"))
-GEMMS = tuple(
-    gemm.Paths(by="threads", threads=gemm.Config(64, 64, 32, 3, 4, 1, load, store)) for load in (16, 2) for store in (16, 2)
-)
+GEMMS = tuple(gemm.Paths(by="threads", threads=gemm.Config(64, 64, 32, 3, 4, 1, load, store)) for load in (16, 2) for store in (16, 2))
 
 FAMILIES = {
     "power: states": Family("power_retention", (SYNC,), "bfloat16", gated=True, lengths=CHUNKED),
@@ -82,7 +80,9 @@ FAMILIES = {
     "flash: TMA, causal": Family("flash_attention", (SM90, SM80), "bfloat16", 64, 64, (("causal", True),), group=2),
     "flash: TMA, drawn tiles": Family("flash_attention", (DRAWN, SM80), "float16", 32, 64, group=1),
     "softmax": Family("softmax", (softmax.Config(32, 4, 1, 0),), "float32"),
-    "scan": Family("scan", (scan.Config(512, scan.Threads(64), scan.Threads(64), scan.Threads(64)),), "float32", lengths=(*SHORT, 513, 1025)),
+    "scan": Family(
+        "scan", (scan.Config(512, scan.Threads(64), scan.Threads(64), scan.Threads(64)),), "float32", lengths=(*SHORT, 513, 1025)
+    ),
     "gemm": Family("gemm", GEMMS, "float16", lengths=(1, 7, 33, 64, 128, 129)),
 }
 

@@ -13,7 +13,6 @@ import numpy as np
 from examples.gemm import gemm
 from examples.scan import scan
 from examples.softmax import softmax
-from vidrial.dtypes import DType
 from vidrial.errors import VidrialError
 from vidrial.kernels import flash_attention as flash_package
 from vidrial.kernels import power_retention as power_package
@@ -53,7 +52,7 @@ class Wrong(Exception):
 
 
 def judge(case: Case) -> str:
-    """"" if the call is right, or refused where it must be; never an exception."""
+    """ "" if the call is right, or refused where it must be; never an exception."""
     try:
         with np.errstate(all="ignore"), configs_of(case.family):
             _judge(case)
@@ -64,7 +63,10 @@ def judge(case: Case) -> str:
 
 def _judge(case: Case) -> None:
     made = make(case)
-    options = {**case.keywords, **({"target": "host"} if case.target == "host" and case.op in ("power_retention", "flash_attention") else {})}
+    options = {
+        **case.keywords,
+        **({"target": "host"} if case.target == "host" and case.op in ("power_retention", "flash_attention") else {}),
+    }
     state = _state(case, made) if case.split else None
     if case.wrong:
         WRONG[case.wrong].change(made.arrays, options)
@@ -160,7 +162,9 @@ def _plain(case: Case, made: Made, name: str, x: Any) -> np.ndarray:
         # What torch adds up in a tensor's `grad` lies as the tensor does.
         lies = x.is_contiguous() or (case.gradient == "autograd" and name.startswith("d"))
         if type(x) is not torch.Tensor or str(x.dtype) != f"torch.{expected}" or not lies:
-            raise Wrong(f"{name} is {type(x).__name__}, {getattr(x, 'dtype', '')}, or not contiguous; right: {expected}, a contiguous tensor")
+            raise Wrong(
+                f"{name} is {type(x).__name__}, {getattr(x, 'dtype', '')}, or not contiguous; right: {expected}, a contiguous tensor"
+            )
         if name == "y" and x.requires_grad != (case.gradient == "autograd"):
             raise Wrong(f"{name}.requires_grad is {x.requires_grad}")
         x = x.detach()
@@ -168,7 +172,9 @@ def _plain(case: Case, made: Made, name: str, x: Any) -> np.ndarray:
         value = x.double().numpy()
     else:
         if type(x) is not np.ndarray or x.dtype != np.dtype(expected) or not x.dtype.isnative or not x.flags.c_contiguous:
-            raise Wrong(f"{name} is {type(x).__name__}, {getattr(x, 'dtype', '')}, or not contiguous; right: {expected}, a contiguous ndarray")
+            raise Wrong(
+                f"{name} is {type(x).__name__}, {getattr(x, 'dtype', '')}, or not contiguous; right: {expected}, a contiguous ndarray"
+            )
         raw, value = x, x.astype(np.float64)
     if raw.size and any(np.may_share_memory(raw, memory) for memory, _ in made.memory):
         raise Wrong(f"{name} lies in the memory of an input")
@@ -195,7 +201,9 @@ def _hold(name: str, got: np.ndarray, exact: np.ndarray, bound: np.ndarray, free
     share = error / np.maximum(np.broadcast_to(bound, exact.shape), 1e-300)
     if (share > 1).any():
         at = tuple(int(i) for i in np.unravel_index(int(np.nanargmax(share)), share.shape))
-        raise Wrong(f"wrong: {name} at {at} is {got[at]}; right: {exact[at]} within {np.broadcast_to(bound, exact.shape)[at]:.1e} ({int((share > 1).sum())} of {share.size} elements)")
+        raise Wrong(
+            f"wrong: {name} at {at} is {got[at]}; right: {exact[at]} within {np.broadcast_to(bound, exact.shape)[at]:.1e} ({int((share > 1).sum())} of {share.size} elements)"
+        )
 
 
 def _rounding(case: Case, exact: np.ndarray) -> np.ndarray:
@@ -237,7 +245,11 @@ def _check_power(case: Case, made: Made, results: Mapping[str, np.ndarray]) -> N
 def _power_options(case: Case) -> dict[str, Any]:
     given = case.keywords
     scale = given.get("scale")
-    return {"degree": given.get("degree", 2), "scale": case.d**-0.5 if scale is None else float(scale), "normalize": given.get("normalize", "sum")}
+    return {
+        "degree": given.get("degree", 2),
+        "scale": case.d**-0.5 if scale is None else float(scale),
+        "normalize": given.get("normalize", "sum"),
+    }
 
 
 def _reached(case: Case, made: Made) -> np.ndarray:
@@ -268,7 +280,9 @@ def _check_on_host(case: Case, made: Made, got: np.ndarray, exact: np.ndarray, c
 
 def _ok(name: str, found: Any) -> None:
     if not found.ok:
-        raise Wrong(f"wrong: {name} by {found.relative:.1e} (at most {found.relative_bound:.0e}), worst {found.max_error:.1e} (at most {found.max_error_bound:.0e})")
+        raise Wrong(
+            f"wrong: {name} by {found.relative:.1e} (at most {found.relative_bound:.0e}), worst {found.max_error:.1e} (at most {found.max_error_bound:.0e})"
+        )
 
 
 def _exact_gradients(case: Case, made: Made, nudge: np.random.Generator | None = None) -> Gradients:
@@ -308,7 +322,17 @@ def _check_gradients(case: Case, made: Made, results: Mapping[str, np.ndarray], 
 def _check_gradients_on_host(case: Case, made: Made, results: Mapping[str, np.ndarray], free: np.ndarray) -> None:
     options = _power_options(case)
     normalize = options.pop("normalize")
-    p = back.example(t=case.t, b=case.b, h=case.h, hq=case.h * case.group, d=case.d, e=case.e, dtype=case.dtype, normalize=normalize, gated=bool(case.gates))
+    p = back.example(
+        t=case.t,
+        b=case.b,
+        h=case.h,
+        hq=case.h * case.group,
+        d=case.d,
+        e=case.e,
+        dtype=case.dtype,
+        normalize=normalize,
+        gated=bool(case.gates),
+    )
     exact = _exact_gradients(case, made)._asdict()
     expected, found = {}, {}
     for name, x in exact.items():
@@ -358,7 +382,12 @@ def _check_flash(case: Case, made: Made, results: Mapping[str, np.ndarray]) -> N
         # Beside that, what a float16 does not hold: of a weight 2^-25, and of y.
         held = SMALLEST[case.dtype] / 2 * (1 + np.abs(np.nan_to_num(x["v"], posinf=0.0, neginf=0.0)).sum(1)).repeat(case.group, 1)[:, None]
         clean = clean._replace(spread=clean.spread + held / flash_bounds[problem.dtype][1])
-        right_ones = {"y": np.where(kept, exact.y, 0), "lse": np.where(known, exact.lse, 0), "spread": np.where(kept, clean.spread, 0), "reach": clean.reach}
+        right_ones = {
+            "y": np.where(kept, exact.y, 0),
+            "lse": np.where(known, exact.lse, 0),
+            "spread": np.where(kept, clean.spread, 0),
+            "reach": clean.reach,
+        }
         if "lse" in results and not (np.isnan(lse) | known | free_lse).all():
             raise Wrong("lse is finite where it must not be")
         _ok("y, lse", check_flash(problem, {}, rounded, right_ones))

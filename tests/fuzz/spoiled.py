@@ -89,7 +89,9 @@ WRONG = {
     "complex": Wrong("complex64", _astype("q", "complex64")),
     "strings": Wrong("str", _array("q", lambda x: np.full(x.shape, "a")), library="numpy"),
     "records": Wrong("q", _array("q", lambda x: np.zeros(x.shape, "f4,f4")), library="numpy"),
-    "two libraries": Wrong("library", _array("v", lambda x: __import__("torch").zeros(x.shape)), library="numpy", where=lambda c: c.dtype == "float32"),
+    "two libraries": Wrong(
+        "library", _array("v", lambda x: __import__("torch").zeros(x.shape)), library="numpy", where=lambda c: c.dtype == "float32"
+    ),
     "negative bit": Wrong("negative", _array("v", _negative), library="torch", where=lambda c: c.dtype == "float32" and not c.gradient),
     "conjugate": Wrong("complex64", _array("v", lambda x: __import__("torch").complex(x.float(), x.float()).conj()), library="torch"),
     "sparse": Wrong("sparse", _array("k", _sparse), library="torch", where=lambda c: min(c.b, c.t - c.split) > 0 and not c.gradient),
@@ -102,7 +104,9 @@ WRONG = {
     "scale is infinite": Wrong("scale", _option("scale", np.inf)),
     "scale is an array": Wrong("scale", _option("scale", np.ones(2))),
     "scale is a list": Wrong("scale", _option("scale", [1.0])),
-    "scale beyond a float32's fourth power": Wrong("scale", lambda a, o: o.update(degree=4, scale=1e9, chunk=None), POWER, where=lambda c: not c.split and not c.final),
+    "scale beyond a float32's fourth power": Wrong(
+        "scale", lambda a, o: o.update(degree=4, scale=1e9, chunk=None), POWER, where=lambda c: not c.split and not c.final
+    ),
     "degree 3": Wrong("degree", _option("degree", 3), POWER),
     "degree 2.5": Wrong("degree", _option("degree", 2.5), POWER),
     "degree is a list": Wrong("degree", _option("degree", [2]), POWER),

@@ -16,11 +16,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+
 from fuzz import campaign, judge
 from fuzz.cases import Case, draw, smaller
 from fuzz.families import FAMILIES
 from fuzz.spoiled import WRONG
-
 from vidrial import call
 from vidrial.errors import UnsupportedError, VidrialError
 from vidrial.kernels import flash_attention as flash_package

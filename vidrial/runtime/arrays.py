@@ -95,7 +95,8 @@ def signature_of(arrays: Iterable[Any], names: Iterable[str]) -> tuple[tuple[tup
         watched = recorded or dual
     key: list[tuple[Any, ...]] = []
     append, pointers = key.append, {}
-    for name, x in zip(names, arrays, strict=False):
+    # NOTE: to name `strict` takes as long as another two attributes of a tensor.
+    for name, x in zip(names, arrays):  # noqa: B905
         if type(x) is tensor:
             try:
                 pointers[name] = pointer = x.data_ptr()

@@ -81,9 +81,9 @@ def sweep(op: Op[P, C], problem: P, options: Options | None = None, **changes: o
     """
     chosen = Options.of(options, changes)
     check_problem(op, problem)
-    with _saying_what_is_kept() as begun, measuring(op, chosen) as (workers, device):
-        begun.append(_Sweep(op, problem, chosen, workers, device))
-        return begun[0].run()
+    with _saying_what_is_kept() as sweeps, measuring(op, chosen) as (workers, device):
+        sweeps.append(_Sweep(op, problem, chosen, workers, device))
+        return sweeps[0].run()
 
 
 def sweep_lengths(
@@ -116,12 +116,12 @@ def sweep_lengths(
         rest = max(until * within - (time.monotonic() - begun), 0.0 if found else LEAST_SECONDS)
         return dataclasses.replace(chosen, seconds=rest * parts / (left + parts - 1)) if rest >= LEAST_SECONDS else None
 
-    with _saying_what_is_kept() as begun, measuring(op, chosen) as (workers, device):
+    with _saying_what_is_kept() as sweeps, measuring(op, chosen) as (workers, device):
         for i, problem in enumerate(problems):
             mine = share(len(problems) - i, FIRST_PASS, 1 if i else COMPILING)
             if mine is not None:
-                begun.append(_Sweep(op, problem, mine, workers, device))
-                found.append(begun[-1].run())
+                sweeps.append(_Sweep(op, problem, mine, workers, device))
+                found.append(sweeps[-1].run())
                 done(found[-1])
         candidates = top_configs(m for result in found for m in result.ranking.measured)
         for i, result in enumerate(found):
@@ -129,8 +129,8 @@ def sweep_lengths(
             missing = [c for c in candidates if c not in have and op.reject(result.problem, c, device) is None]
             if missing and mine is not None:
                 mine = dataclasses.replace(mine, configs=[result.ranked[0].config, *missing], resume=result.journal)
-                begun.append(_Sweep(op, result.problem, mine, workers, device))
-                found[i] = begun[-1].run()
+                sweeps.append(_Sweep(op, result.problem, mine, workers, device))
+                found[i] = sweeps[-1].run()
                 done(found[i])
     return found
 
