@@ -167,7 +167,8 @@ def _vectorised(inputs: tuple[Any, ...], o: Options) -> tuple[dict[str, Array[An
 def _float32(x: Any) -> NDArray[np.float32]:
     """A CPU array of any library in NumPy."""
     # NOTE: while another thread imports torch it has no tensors yet.
-    if isinstance(x, getattr(sys.modules.get("torch"), "Tensor", ())):
+    tensor: Any = getattr(sys.modules.get("torch"), "Tensor", ())
+    if isinstance(x, tensor):
         found: NDArray[np.float32] = x.detach().float().numpy()
         return found
     return np.asarray(x).astype(np.float32)

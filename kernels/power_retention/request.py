@@ -33,8 +33,10 @@ def check_options(degree: Any, scale: Any, normalize: Any, chunk: Any) -> None:
         raise ArgumentError(f"chunk={chunk!r} is not served; accepted: None, {', '.join(map(str, sorted(CHUNKS)))} (0: no chunks)")
     if chunk and degree != 2:
         raise UnsupportedError(f"chunk={chunk} with degree={degree}: only degree 2 has a state small enough; use chunk=None or 0")
-    if scale is not None and not ((type(scale) is float or _is_number(scale)) and abs(scale) <= max_scale(degree)):
-        raise ArgumentError(f"scale={scale!r} is not served; accepted: None, or a number of at most {max_scale(degree):g} in magnitude")
+    if scale is not None and not ((type(scale) is float or _is_number(scale)) and abs(scale) <= max_scale(int(degree))):
+        raise ArgumentError(
+            f"scale={scale!r} is not served; accepted: None, or a number of at most {max_scale(int(degree)):g} in magnitude"
+        )
 
 
 @dataclass(frozen=True, slots=True)

@@ -201,9 +201,8 @@ def _hold(name: str, got: np.ndarray, exact: np.ndarray, bound: np.ndarray, free
     share = error / np.maximum(np.broadcast_to(bound, exact.shape), 1e-300)
     if (share > 1).any():
         at = tuple(int(i) for i in np.unravel_index(int(np.nanargmax(share)), share.shape))
-        raise Wrong(
-            f"wrong: {name} at {at} is {got[at]}; right: {exact[at]} within {np.broadcast_to(bound, exact.shape)[at]:.1e} ({int((share > 1).sum())} of {share.size} elements)"
-        )
+        bounds, count = np.broadcast_to(bound, exact.shape), int((share > 1).sum())
+        raise Wrong(f"wrong: {name} at {at} is {got[at]}; right: {exact[at]} within {bounds[at]:.1e} ({count} of {share.size} elements)")
 
 
 def _rounding(case: Case, exact: np.ndarray) -> np.ndarray:
