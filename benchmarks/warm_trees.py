@@ -71,7 +71,9 @@ def measure(trees: dict[str, Path], rounds: int) -> dict[str, dict[str, list[flo
     for name, tree in trees.items():
         environment = os.environ | {"PYTHONPATH": str(tree.resolve())}
         command = [sys.executable, str(Path(__file__).resolve()), "--serve"]
-        children[name] = subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd="/")
+        children[name] = subprocess.Popen(
+            command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, encoding="utf-8", cwd="/"
+        )
     found: dict[str, dict[str, list[float]]] = {mode: {name: [] for name in trees} for mode in MODES}
     try:
         for _ in range(rounds):

@@ -101,7 +101,7 @@ def configs_of(name: str) -> Iterator[None]:
 
 
 def pinned(op: Any, problem: Any, fixed: tuple[Any, ...] = ()) -> Any:
-    """In place of `call.host_plan`."""
+    """In place of `call.predicted_plan`."""
     family: Family | None = getattr(_asked, "family", None)
     if family is None:
         return _chosen(op, problem, fixed)
@@ -111,5 +111,5 @@ def pinned(op: Any, problem: Any, fixed: tuple[Any, ...] = ()) -> Any:
     return _chosen(op, problem, fixed)  # which refuses it, or the fuzzer's families are incomplete and it compiles
 
 
-_chosen = call.host_plan
-call.host_plan = pinned
+_chosen = call.predicted_plan
+call.predicted_plan = pinned

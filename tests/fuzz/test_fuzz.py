@@ -236,7 +236,7 @@ def test_a_mistake_on_the_host_target_is_found(monkeypatch: pytest.MonkeyPatch) 
         y[-1:] = last[0](y) if last else y[-1:]
         return {"y": y}
 
-    monkeypatch.setattr(call, "host_plan", lambda *_: None)
+    monkeypatch.setattr(call, "predicted_plan", lambda *_: None)
     monkeypatch.setattr(call, "run_on_host", run)
     assert judge.judge(case) == ""
     last[:] = [lambda y: y[0]]
