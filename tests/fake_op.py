@@ -1,6 +1,7 @@
 """An op whose bench computes its times instead of taking them: a sawtooth in the length, with planted failures.
 
-`FAKE_OP_LOG` names a file that gets a line for every config measured; `FAKE_OP_SECONDS` is what one measurement takes;
+`FAKE_OP_LOG` names a file that gets a line for every config measured; `FAKE_OP_SECONDS` is what one measurement takes, `FAKE_OP_LATER_SECONDS`
+what one takes after the first eight;
 `FAKE_OP_FAULTS` plants faults: `width=fault,...`; `FAKE_OP_LOST_GPU` is the index of a GPU that does not work.
 """
 
@@ -156,7 +157,7 @@ class FakeBench:
     needs_cubins = False
 
     def __init__(self, op: Op, index: int) -> None:
-        self.op, self.index = op, index
+        self.op, self.index, self.measured = op, index, 0
         faults = (entry.split("=") for entry in os.environ.get("FAKE_OP_FAULTS", "").split(",") if entry)
         self.faults = {int(width): fault for width, fault in faults}
 
@@ -200,7 +201,9 @@ class FakeBench:
             if os.environ.get("FAKE_OP_LOG"):
                 with open(os.environ["FAKE_OP_LOG"], "a") as log:
                     log.write(f"{job.task} {config}\n")
-            time.sleep(float(os.environ.get("FAKE_OP_SECONDS", "0")))
+            self.measured += 1
+            seconds = os.environ.get("FAKE_OP_SECONDS", "0")
+            time.sleep(float(os.environ.get("FAKE_OP_LATER_SECONDS", seconds) if self.measured > 8 else seconds))
             if job.task == "time" and isinstance(config, Config) and self.faults.get(config.width) == "crash later":
                 os.abort()
             ms = parts_ms(problem.n, config) if isinstance(config, PartsConfig) else true_ms(problem.n, config.tile, config.width)

@@ -7,6 +7,7 @@ from numpy.typing import NDArray
 
 from vidrial.kernels.flash_attention.problem import Problem
 from vidrial.kernels.flash_attention.reference import visible
+from vidrial.kernels.masked import masked_product
 
 Float32 = NDArray[np.float32]
 
@@ -22,7 +23,9 @@ def flash_attention_cpu(p: Problem, q: Float32, k: Float32, v: Float32) -> tuple
     for first in range(0, p.tq, ROWS):
         rows = slice(first, min(first + ROWS, p.tq))
         y[..., rows, :], lse[..., rows] = _rows(p, qs[..., rows, :], ks, vs, rows)
-    return y.transpose(0, 3, 1, 2, 4).reshape(p.b, p.tq, p.hq, p.e), lse.reshape(p.b, p.hq, p.tq)
+    # NOTE: a transpose that moves nothing but axes of one element is reshaped without a copy, and keeps strange strides.
+    heads_last = np.ascontiguousarray(y.transpose(0, 3, 1, 2, 4))
+    return heads_last.reshape(p.b, p.tq, p.hq, p.e), lse.reshape(p.b, p.hq, p.tq)
 
 
 def _rows(p: Problem, q: Float32, k: Float32, v: Float32, rows: slice) -> tuple[Float32, Float32]:
@@ -39,11 +42,12 @@ def _rows(p: Problem, q: Float32, k: Float32, v: Float32, rows: slice) -> tuple[
         scores = q @ k[..., keys, :].swapaxes(-1, -2)
         if p.capped:
             scores = np.float32(p.softcap) * np.tanh(scores / np.float32(p.softcap))
-        scores = np.where(visible(index, np.arange(first, keys.stop), offset, p.causal, (p.left, p.right)), scores, np.float32(-np.inf))
+        seen = visible(index, np.arange(first, keys.stop), offset, p.causal, (p.left, p.right))
+        scores = np.where(seen, scores, np.float32(-np.inf))
         before, largest = largest, np.maximum(largest, scores.max(-1))
         reference = np.where(largest == -np.inf, np.float32(0), largest)
         weights, kept = np.exp(scores - reference[..., None]), np.exp(before - reference)
-        y, total = y * kept[..., None] + weights @ v[..., keys, :], total * kept + weights.sum(-1)
+        y, total = y * kept[..., None] + masked_product(weights, v[..., keys, :], seen), total * kept + weights.sum(-1)
     with np.errstate(divide="ignore"):
         lse: Float32 = largest + np.log(total)
     y /= np.where(total == 0, np.float32(1), total)[..., None]

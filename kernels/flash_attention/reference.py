@@ -14,6 +14,8 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from vidrial.kernels.masked import masked_product
+
 Float64 = NDArray[np.float64]
 
 ROWS = 256  # query rows at a time: memory stays O(T)
@@ -64,12 +66,14 @@ def attention(
             scores = scale * q[batch, rows, head] @ keys.T
             if softcap is not None:
                 scores = softcap * np.tanh(scores / softcap)
-            scores = np.where(visible(rows, np.arange(tk), tk - tq, causal, window), scores, -np.inf)
+            seen = visible(rows, np.arange(tk), tk - tq, causal, window)
+            scores = np.where(seen, scores, -np.inf)
             largest = scores.max(1, initial=-np.inf)
             weights = np.exp(scores - np.where(largest == -np.inf, 0.0, largest)[:, None])
             total = weights.sum(1)
             weights /= np.where(total == 0.0, 1.0, total)[:, None]
-            y[batch, rows, head], spread[batch, rows, head] = weights @ values, weights @ np.abs(values)
+            y[batch, rows, head] = masked_product(weights, values, seen)
+            spread[batch, rows, head] = masked_product(weights, np.abs(values), seen)
             with np.errstate(divide="ignore"):
                 lse[batch, head, rows] = largest + np.log(total)
             reach[batch, head, rows] = scale * np.linalg.norm(q[batch, rows, head], axis=1) * np.linalg.norm(keys, axis=1).max(initial=0.0)

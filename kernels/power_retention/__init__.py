@@ -102,11 +102,14 @@ def power_retention(
             return in_torch.call(inputs, target, degree=degree, scale=scale, normalize=normalize, chunk=chunk)
         in_torch.refuse_states()
     place = current_target(target)
-    if gradient.records(*inputs) or initial_state is not None or output_final_state is not False:
+    if initial_state is not None or output_final_state is not False:
         return _with_state(inputs, gradient.Options(degree, scale, normalize, chunk, place), initial_state, output_final_state)
     try:
         key, pointers = signature_of(inputs, NAMES)
     except UnsupportedError:
+        # It refuses what autograd shall record, so that other calls need not ask.
+        if gradient.records(*inputs):
+            return _with_state(inputs, gradient.Options(degree, scale, normalize, chunk, place), None, False)
         if dispatched(inputs):
             return in_torch.call(inputs, target, degree=degree, scale=scale, normalize=normalize, chunk=chunk)
         if not is_traced(inputs):

@@ -9,7 +9,8 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from vidrial.kernels.power_retention.reference import LOWEST_LOG_GATE, LOWEST_NORMALISER, causal_product, pair_rows
+from vidrial.kernels.masked import masked_product
+from vidrial.kernels.power_retention.reference import LOWEST_LOG_GATE, LOWEST_NORMALISER, pair_rows
 from vidrial.kernels.power_retention.state import PowerState
 
 Float32 = NDArray[np.float32]
@@ -149,7 +150,7 @@ class _Chunk:
     def sums(self, state: Float32 | None) -> tuple[Float32, Float32]:
         """Numerator and normaliser of its rows, but for the scale."""
         weight = self.weigh(self.score**self.tokens.degree)
-        num, norm = causal_product(weight, self.v, self.causal), weight.sum(-1)
+        num, norm = masked_product(weight, self.v, self.causal), weight.sum(-1)
         if state is not None:
             from_state: Float32 = np.matmul(self.tokens.phi(self.q) * self.tokens.multiplicity, state) * self.from_start
             num, norm = num + from_state[..., :-1], norm + from_state[..., -1]

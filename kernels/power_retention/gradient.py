@@ -166,8 +166,9 @@ def _vectorised(inputs: tuple[Any, ...], o: Options) -> tuple[dict[str, Array[An
 
 def _float32(x: Any) -> NDArray[np.float32]:
     """A CPU array of any library in NumPy."""
-    torch = sys.modules.get("torch")
-    if torch is not None and isinstance(x, torch.Tensor):
+    # NOTE: while another thread imports torch it has no tensors yet.
+    tensor: Any = getattr(sys.modules.get("torch"), "Tensor", ())
+    if isinstance(x, tensor):
         found: NDArray[np.float32] = x.detach().float().numpy()
         return found
     return np.asarray(x).astype(np.float32)
@@ -182,14 +183,14 @@ def _like(x: NDArray[np.float32], owner: Any, rounded: bool = True) -> Any:
     """x as an array of the owner's library, and of its dtype if it shall be rounded."""
     array = as_array(owner, "q")
     if array.library == "torch":
-        tensor = sys.modules["torch"].from_numpy(x)
+        tensor = sys.modules["torch"].from_numpy(np.ascontiguousarray(x))
         return tensor.to(owner.dtype) if rounded else tensor
     if array.library == "jax":
         import jax.numpy
 
         return jax.numpy.asarray(x, dtype=owner.dtype if rounded else None)
     # NOTE: results are in this machine's byte order, whatever the arguments are in.
-    return x.astype(owner.dtype.newbyteorder("=")) if rounded else x
+    return x.astype(owner.dtype.newbyteorder("=") if rounded else x.dtype, order="C")
 
 
 def _check_dy(dy: Any, y: Any) -> None:
@@ -248,13 +249,8 @@ def _check_state(name: str, state: Any, p: Problem, q: Any) -> None:
 def records(*arrays: Any) -> bool:
     """Whether torch's autograd shall record a call with these arrays. What functorch wraps is refused elsewhere, by name."""
     torch = sys.modules.get("torch")
-    if torch is None or not torch.is_grad_enabled():
-        return False
-    # NOTE: a loop, not `any` of a generator, which takes as long again: this is on the path of every call.
-    for x in arrays:
-        if getattr(x, "requires_grad", False):
-            break
-    else:
+    # NOTE: arrays first: where none is a tensor, another thread may just be importing torch.
+    if torch is None or not any(getattr(x, "requires_grad", False) for x in arrays) or not torch.is_grad_enabled():
         return False
     wrapped = torch._C._functorch.is_functorch_wrapped_tensor
     return not any(isinstance(x, torch.Tensor) and wrapped(x) for x in arrays)

@@ -24,7 +24,7 @@ CHUNKS = (1024, 0, 128, 256, 512, 2048, 4096)
 DTYPES, DIMS, DEGREES, NORMALIZE = (DType.bfloat16, DType.float16), (32, 64, 128), (2, 4), ("sum", "none")
 MAX_ELEMENTS = 2**31
 MAX_HEADS = 65535  # batch times heads: a dimension of the grid
-MAX_SCALE = 1e9  # its fourth power is a float32
+MAX_FACTOR = 1e18  # of scale^degree: times a sum of weights it is a float32
 # Rows of tables are padded to this many tokens when the sequence is one chunk: every tile's rows divide it.
 PADDING = 512
 # Elements of an input that are drawn.
@@ -87,12 +87,17 @@ def degree_refusal(degree: Any, normalize: Any) -> UnsupportedError | None:
     return UnsupportedError(f"degree={degree!r}: {why}; accepted: {', '.join(map(str, DEGREES))}")
 
 
-def scale_refusal(scale: Any) -> ArgumentError | None:
+def max_scale(degree: int) -> float:
+    """The largest scale that is served, in magnitude."""
+    return float(MAX_FACTOR ** (1 / degree))
+
+
+def scale_refusal(scale: Any, degree: int) -> ArgumentError | None:
     """Why scores are not scaled so, or None."""
     number = type(scale) is float or isinstance(scale, Real)
-    if number and abs(scale) <= MAX_SCALE:
+    if number and abs(scale) <= max_scale(degree):
         return None
-    return ArgumentError(f"scale={scale!r} is not served; accepted: None, or a number of at most {MAX_SCALE:g} in magnitude")
+    return ArgumentError(f"scale={scale!r} is not served; accepted: None, or a number of at most {max_scale(degree):g} in magnitude")
 
 
 def normalize_refusal(normalize: Any) -> ArgumentError | None:
@@ -126,7 +131,7 @@ def refusal(p: Problem, dtypes: tuple[DType, ...] = DTYPES) -> VidrialError | No
     for name, elements in (("q", p.hq * p.d), ("k", p.h * p.d), ("v", p.h * p.e), ("y", p.hq * p.e)):
         if p.b * p.t * elements > MAX_ELEMENTS:
             return UnsupportedError(f"{name} has {p.b * p.t * elements} elements; accepted: at most 2^31. Split the batch or the heads")
-    return scale_refusal(p.scale)
+    return scale_refusal(p.scale, p.degree)
 
 
 def rules(p: Problem, c: Config) -> Iterator[tuple[bool, str]]:

@@ -9,13 +9,14 @@ Shapes: q [B, T, HQ, D], k [B, T, H, D], v [B, T, H, E], log_g [B, T, H] or None
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from vidrial.kernels.masked import masked_product
+
 Float64 = NDArray[np.float64]
-Float = TypeVar("Float", Float64, NDArray[np.float32])
 
 LOWEST_LOG_GATE = -60.0  # exp(-60): gates below are clamped, as those above 0 are
 LOWEST_NORMALISER = 1e-20
@@ -44,23 +45,6 @@ def _heads(q: Float64, k: Float64, v: Float64, log_g: Float64 | None) -> Iterato
             yield b, h, q[b, :, h], k[b, :, h // group], v[b, :, h // group], gates
 
 
-def causal_product(weights: Float, values: Float, causal: NDArray[np.bool_]) -> Float:
-    """weights [..., rows, keys] @ values [..., keys, e], where weights are 0 but for `causal` [rows, keys]: a value that is not finite
-    reaches only the rows that see it, though 0 times NaN is NaN."""
-    finite = np.isfinite(values)
-    if finite.all():
-        return weights @ values
-    hidden = ~causal.all(0)  # keys that some row does not see
-    keys = np.flatnonzero(hidden & ~finite.all(-1).reshape(-1, weights.shape[-1]).all(0))
-    seen = values.copy()
-    seen[..., keys, :] = np.where(finite[..., keys, :], values[..., keys, :], 0)
-    product: Float = weights @ seen
-    for key in keys:
-        rows, value = causal[:, key], values[..., key, None, :]
-        product[..., rows, :] += np.where(np.isfinite(value), 0, weights[..., rows, key, None] * value)
-    return product
-
-
 def attention_form(
     q: Float64, k: Float64, v: Float64, log_g: Float64 | None = None, *, degree: int = 2, scale: float | None = None, normalize: str = "sum"
 ) -> Reference:
@@ -79,7 +63,7 @@ def attention_form(
             weight = np.where(causal, (scale * qh[rows] @ kh[keys].T) ** degree * decay, 0.0)
             bound = np.where(causal, (np.abs(scale) * np.linalg.norm(qh[rows], axis=1)[:, None] * key_norms[keys]) ** degree * decay, 0.0)
             norms[b, rows, h] = norm = weight.sum(1)
-            y[b, rows, h] = causal_product(weight, vh[keys], causal) / (
+            y[b, rows, h] = masked_product(weight, vh[keys], causal) / (
                 np.maximum(norm, LOWEST_NORMALISER)[:, None] if normalize == "sum" else 1.0
             )
             size = np.linalg.norm(bound, axis=1) if normalize == "none" else bound.sum(1)

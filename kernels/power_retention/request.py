@@ -23,7 +23,7 @@ def check_options(degree: Any, scale: Any, normalize: Any, chunk: Any) -> None:
         raise ArgumentError(f"chunk={chunk!r} is not served; accepted: None, {', '.join(map(str, sorted(CHUNKS)))} (0: no chunks)")
     if chunk and degree != 2:
         raise UnsupportedError(f"chunk={chunk} with degree={degree}: only degree 2 has a state small enough; use chunk=None or 0")
-    if scale is not None and (refused := scale_refusal(scale)) is not None:
+    if scale is not None and (refused := scale_refusal(scale, int(degree))) is not None:
         raise refused
 
 

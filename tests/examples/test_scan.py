@@ -99,3 +99,19 @@ def test_the_function_takes_numpy_and_refuses_the_rest(example: ModuleType) -> N
         example.scan(x[:, 0])
     with pytest.raises(ArgumentTypeError, match="x is float16; accepted: float32"):
         example.scan(x.astype(np.float16))
+
+
+@pytest.mark.parametrize("value", [np.inf, np.nan])
+def test_what_is_not_finite_reaches_no_earlier_element(example: ModuleType, value: float) -> None:
+    x = np.ones((2, 1200), np.float32)
+    x[1, 700] = value
+    part = example.Threads(64)
+    y = run(example, example.example(b=2, t=1200), example.Config(512, part, part, part), x)
+    np.testing.assert_array_equal(y[0], np.arange(1, 1201))
+    np.testing.assert_array_equal(y[1, :700], np.arange(1, 701))
+    assert not np.isfinite(y[1, 700:]).any()
+
+
+def test_rows_that_are_not_aligned_are_copied(example: ModuleType) -> None:
+    x = np.arange(130, dtype=np.float32)[1:].reshape(1, 129)
+    np.testing.assert_array_equal(example.scan(x), np.cumsum(x, axis=1))

@@ -311,3 +311,26 @@ def test_small_problems_are_of_the_same_kind() -> None:
             "y": (1, less.tq, less.hq, less.e),
             "lse": (1, less.hq, less.tq),
         }
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_a_value_that_is_not_finite_reaches_no_row_that_does_not_see_it(value: float) -> None:
+    """Neither earlier rows, masked, nor later ones, beyond the window; in NumPy and in the reference; and only its own column."""
+    q, k, v = draw(5, 70, 70, b=1, hq=4, h=2)
+    options: dict[str, Any] = {"causal": True, "window": (20, 0)}
+    clean = flash_attention(q, k, v, **options)
+    v[0, 30, 1, 3] = value
+    forms = {"numpy": flash_attention(q, k, v, **options), "reference": attention(q, k, v, causal=True, window=(20, 0)).y}
+    wanted = np.zeros(clean.shape, bool)
+    wanted[0, 30:51, 2:, 3] = True
+    for name, y in forms.items():
+        assert np.array_equal(~np.isfinite(y), wanted), name
+        np.testing.assert_allclose(y[~wanted], clean[~wanted], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("h", "hq"), [(1, 1), (1, 3), (2, 2), (2, 6)])
+def test_cpu_results_are_contiguous(h: int, hq: int) -> None:
+    inputs = draw(0, 65, 65, b=1, hq=hq, h=h)
+    for dtype in (np.float32, np.float16):
+        y, lse = flash_attention(*(x.astype(dtype) for x in inputs), return_lse=True)
+        assert y.flags.c_contiguous and lse.flags.c_contiguous and y.dtype == dtype

@@ -381,3 +381,17 @@ def test_a_states_gradient_may_have_its_negative_bit_set() -> None:
     (found,) = torch.autograd.grad(state.S, k, torch._neg_view(torch.ones_like(state.S)), retain_graph=True)
     (expected,) = torch.autograd.grad(state.S, k, -torch.ones_like(state.S))
     assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("library", ["numpy", "torch"])
+def test_gradients_are_contiguous(library: str) -> None:
+    rng = np.random.default_rng(0)
+    q, k, v = (rng.standard_normal((2, 9, 2, 32), np.float32) for _ in range(3))
+    # As they lie where a model keeps heads before tokens.
+    log_g = -rng.random((2, 2, 9), np.float32).transpose(0, 2, 1)
+    inputs: Any = (q, k, v, log_g)
+    if library == "torch":
+        inputs = tuple(map(pytest.importorskip("torch").from_numpy, inputs))
+    y, vjp = power_retention_vjp(*inputs)
+    found = [y, *(x for x in vjp(y) if x is not None)]
+    assert len(found) == 5 and all(x.flags.c_contiguous if library == "numpy" else x.is_contiguous() for x in found)

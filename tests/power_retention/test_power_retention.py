@@ -319,3 +319,13 @@ except vidrial.VidrialError as error:
 def test_import_alone_needs_nothing() -> None:
     program = "import vidrial; print(vidrial.__version__, vidrial.choice(3, 4).default)"
     assert isolated(program, "cupy", "numpy", "jinja2", "pycute", "rich", "click").split()[1:] == ["3"]
+
+
+@pytest.mark.parametrize(("degree", "largest"), [(2, 1e9), (4, 10**4.5)])
+def test_the_largest_scale(degree: int, largest: float) -> None:
+    """What a sum of weights times scale^degree must stay within: beyond it the normaliser was infinite, and y silently 0."""
+    q, k, v, _ = sample(0, 65, b=1)
+    options: dict[str, Any] = {"degree": degree, "scale": largest}
+    assert_close(power_retention(q, k, v, **options), (q, k, v, None), **options)
+    with pytest.raises(ArgumentError, match=r"scale=.*accepted: None, or a number of at most (1e\+09|31622\.8) in magnitude"):
+        power_retention(q, k, v, degree=degree, scale=1.001 * largest)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.machinery
 import sys
 import types
 from collections.abc import Callable
@@ -13,6 +14,7 @@ import pytest
 
 import vidrial as vd
 from vidrial.kernels.power_retention import power_retention
+from vidrial.runtime import arrays
 from vidrial.runtime.arrays import ArraySpec, as_array, signature_of
 from vidrial.spec.registry import resolve
 
@@ -231,3 +233,19 @@ def test_cupy_arrays_of_odd_strides_are_refused(monkeypatch: pytest.MonkeyPatch)
     for odd in (Ndarray(4096, (5,)), Ndarray(4098, (4,))):
         with pytest.raises(vd.UnsupportedError, match="^x has elements that lie at no multiples of their 4 bytes"):
             as_array(odd, "x")
+
+
+def test_while_another_thread_imports_torch_no_array_is_its(monkeypatch: pytest.MonkeyPatch) -> None:
+    """sys.modules has a module before it has anything in it."""
+    from vidrial.kernels.flash_attention import flash_attention
+    from vidrial.kernels.power_retention import power_retention, power_retention_vjp
+
+    x = np.ones((1, 3, 1, 32), np.float32)
+    partial = types.ModuleType("torch")
+    partial.__spec__ = importlib.machinery.ModuleSpec("torch", None)
+    partial.__spec__._initializing = True  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "torch", partial)
+    arrays._reader.cache_clear()
+    assert as_array(x, "x").library == "numpy" and not arrays.capturing()
+    y, vjp = power_retention_vjp(x, x, x)
+    assert (y == 1).all() and (power_retention(x, x, x) == 1).all() and (flash_attention(x, x, x) == 1).all() and vjp(x).dv.shape == x.shape

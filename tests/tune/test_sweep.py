@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,10 +29,11 @@ from vidrial.tune.candidates import check_configs
 from vidrial.tune.measure import block_difference
 from vidrial.tune.options import Options
 from vidrial.tune.pick import choose_config
-from vidrial.tune.ranking import local
+from vidrial.tune.ranking import Ranking, local
 from vidrial.tune.search import Search
 from vidrial.tune.sweeper import sweep, sweep_lengths
 from vidrial.tune.trial import Status
+from vidrial.tune.workers import Workers
 
 FAKE = Options(device=H200, bench="fake_op:FakeBench", limit=1.0)
 N = 10007
@@ -302,8 +303,10 @@ def test_what_cannot_be_checked_is_not_timed() -> None:
     assert result.failures == {Status.rejected: 4} and result.winner.config.tile != 128
 
 
+# A shell that runs a command in the background leaves it deaf to SIGINT, and so are its children.
 PROGRAM = """
-import sys
+import signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)
 from fake_op import *
 from vidrial.tune.options import Options
 from vidrial.tune.sweeper import sweep
@@ -323,12 +326,15 @@ def test_stopped_at_any_moment_and_resumed(tmp_path: Path, monkeypatch: pytest.M
     log, journal = tmp_path / "log", tmp_path / "j.jsonl"
     monkeypatch.setenv("FAKE_OP_LOG", str(log))
     monkeypatch.setenv("FAKE_OP_SECONDS", "0.1")
+    # The sweep must not have ended when the signal comes, however late this process sees that it has begun.
+    monkeypatch.setenv("FAKE_OP_LATER_SECONDS", "10")
     with spawn(journal, "fresh") as stopped:
         until = time.monotonic() + 30
         while time.monotonic() < until and (not journal.exists() or journal.read_bytes().count(b"\n") < 6):
             time.sleep(0.01)
         stopped.send_signal(number)
         _, errors = stopped.communicate(timeout=20)
+    monkeypatch.delenv("FAKE_OP_LATER_SECONDS")
     assert stopped.returncode != 0
     if number != signal.SIGKILL:
         assert "resume=True" in errors and str(journal) in errors
@@ -341,6 +347,34 @@ def test_stopped_at_any_moment_and_resumed(tmp_path: Path, monkeypatch: pytest.M
     assert float(output) == BEST and kept >= 6
     measured = collections.Counter(line for line in log.read_text().splitlines() if line.startswith("trial"))
     assert len(measured) == 16 and sum(measured.values()) <= 17, measured
+
+
+@pytest.mark.parametrize("where", ["ranking", "processes", "lengths"])
+def test_ctrl_c_when_all_is_measured_keeps_it_and_says_how_to_go_on(
+    where: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """While the ranking is written, or the measuring processes end."""
+    interrupted = list[str]()
+
+    def interrupt(right: Callable[..., Any], *arguments: Any) -> Any:
+        if not interrupted:
+            interrupted.append(where)
+            raise KeyboardInterrupt
+        return right(*arguments)
+
+    owner, name = (Ranking, "save") if where == "ranking" else (Workers, "close")
+    right = getattr(owner, name)
+    monkeypatch.setattr(owner, name, lambda *arguments: interrupt(right, *arguments))
+    with pytest.raises(KeyboardInterrupt) as stopped:
+        if where == "lengths":
+            sweep_lengths(op, [example()], FAKE)
+        else:
+            sweep(op, example(), FAKE)
+    note = "trials are kept in"
+    assert interrupted and [note in said for said in stopped.value.__notes__] == [True] and capsys.readouterr().err.count(note) == 1
+    (mine,) = local(op, {"dtype": example().dtype}, H200)
+    assert mine.measured[0].configs[0].timing.median_ms == BEST
+    assert sweep(op, example(), FAKE, resume=True).winner.ms == BEST
 
 
 def test_two_sweeps_of_the_same_thing_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -86,26 +86,32 @@ def signature_of(arrays: Iterable[Any], names: Iterable[str]) -> tuple[tuple[tup
     """
     torch = sys.modules.get("torch")
     tensor = None
+    watched = False  # by autograd, forward or backward
     if torch is not None:
-        tensor, recorded, dual = torch.Tensor, torch.is_grad_enabled(), torch.autograd.forward_ad._current_level >= 0
+        try:
+            tensor, recorded, dual = torch.Tensor, torch.is_grad_enabled(), torch.autograd.forward_ad._current_level >= 0
+        except AttributeError:
+            tensor = recorded = dual = None  # another thread is importing it: nothing here is a tensor
+        watched = recorded or dual
     key: list[tuple[Any, ...]] = []
-    pointers = {}
-    for name, x in zip(names, arrays, strict=False):
+    append, pointers = key.append, {}
+    # NOTE: to name `strict` takes as long as another two attributes of a tensor.
+    for name, x in zip(names, arrays):  # noqa: B905
         if type(x) is tensor:
             try:
                 pointers[name] = pointer = x.data_ptr()
                 # NOTE: whether it is contiguous torch says faster than its strides, and a shorter key is hashed faster.
                 strides = None if x.is_contiguous() else x.stride()
-                key.append((x.shape, strides, x.dtype, x.device, "torch", pointer % VECTOR_BYTES == 0, x.is_neg()))
+                append((x.shape, strides, x.dtype, x.device, "torch", pointer % VECTOR_BYTES == 0, x.is_neg()))
             except RuntimeError:
                 _refuse_tensor(x, name)
                 raise
-            if not pointer or dual or (recorded and x.requires_grad):
+            if not pointer or (watched and (dual or x.requires_grad)):
                 _refuse_tensor(x, name)
         else:
             array = x if type(x) is Array else as_array(x, name)
             pointers[name] = pointer = array.pointer
-            key.append((*array[1:6], pointer % VECTOR_BYTES == 0))
+            append((*array[1:6], pointer % VECTOR_BYTES == 0))
     return tuple(key), pointers
 
 
@@ -155,9 +161,15 @@ def library_of(x: object) -> str:
 _CLASSES = {"torch": "Tensor", "cupy": "ndarray", "jax": "Array", "numpy": "ndarray"}
 
 
+def _imported(library: str) -> Any:
+    """A library's module; None where nobody has imported it, or another thread is about to."""
+    module = sys.modules.get(library)
+    return None if getattr(getattr(module, "__spec__", None), "_initializing", False) else module
+
+
 def _library_of(kind: type) -> str:
     for library, name in _CLASSES.items():
-        module = sys.modules.get(library)
+        module = _imported(library)
         # NOTE: JAX's class is abstract, and what its transformations trace is an instance of it, too.
         if module is not None and (issubclass(kind, getattr(module, name)) or (library == "jax" and issubclass(kind, module.core.Tracer))):
             return library
@@ -273,10 +285,9 @@ def current_stream(library: str, device: int) -> int:
 
 def capturing() -> bool:
     """Whether torch's or CuPy's current stream is being captured into a CUDA graph: nothing may be compiled or loaded then."""
-    torch = sys.modules.get("torch")
+    torch, cupy = _imported("torch"), _imported("cupy")
     if torch is not None and torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
         return True
-    cupy = sys.modules.get("cupy")
     stream = cupy.cuda.get_current_stream() if cupy is not None else None
     # NOTE: the default stream cannot be captured, and to ask it while another thread captures is an error.
     return stream is not None and stream.ptr != 0 and bool(stream.is_capturing())

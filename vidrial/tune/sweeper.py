@@ -81,8 +81,9 @@ def sweep(op: Op[P, C], problem: P, options: Options | None = None, **changes: o
     """
     chosen = Options.of(options, changes)
     check_problem(op, problem)
-    with measuring(op, chosen) as (workers, device):
-        return _Sweep(op, problem, chosen, workers, device).run()
+    with _saying_what_is_kept() as sweeps, measuring(op, chosen) as (workers, device):
+        sweeps.append(_Sweep(op, problem, chosen, workers, device))
+        return sweeps[0].run()
 
 
 def sweep_lengths(
@@ -115,11 +116,12 @@ def sweep_lengths(
         rest = max(until * within - (time.monotonic() - begun), 0.0 if found else LEAST_SECONDS)
         return dataclasses.replace(chosen, seconds=rest * parts / (left + parts - 1)) if rest >= LEAST_SECONDS else None
 
-    with measuring(op, chosen) as (workers, device):
+    with _saying_what_is_kept() as sweeps, measuring(op, chosen) as (workers, device):
         for i, problem in enumerate(problems):
             mine = share(len(problems) - i, FIRST_PASS, 1 if i else COMPILING)
             if mine is not None:
-                found.append(_Sweep(op, problem, mine, workers, device).run())
+                sweeps.append(_Sweep(op, problem, mine, workers, device))
+                found.append(sweeps[-1].run())
                 done(found[-1])
         candidates = top_configs(m for result in found for m in result.ranking.measured)
         for i, result in enumerate(found):
@@ -127,7 +129,8 @@ def sweep_lengths(
             missing = [c for c in candidates if c not in have and op.reject(result.problem, c, device) is None]
             if missing and mine is not None:
                 mine = dataclasses.replace(mine, configs=[result.ranked[0].config, *missing], resume=result.journal)
-                found[i] = _Sweep(op, result.problem, mine, workers, device).run()
+                sweeps.append(_Sweep(op, result.problem, mine, workers, device))
+                found[i] = sweeps[-1].run()
                 done(found[i])
     return found
 
@@ -166,7 +169,11 @@ class _Sweep:
             except BaseException as error:
                 self._keep(error)
                 raise
-            return self._result()
+            try:
+                return self._result()
+            except (KeyboardInterrupt, SystemExit) as error:
+                self._keep(error)
+                raise
 
     @property
     def latest(self) -> dict[Any, Trial]:
@@ -190,6 +197,12 @@ class _Sweep:
         ranking = Ranking.from_trials(self.op, self.device, self.journal.trials)
         if ranking is not None:
             ranking.save(self.op)
+        self.say(error)
+
+    def say(self, error: BaseException) -> None:
+        """How to go on; once it has a journal."""
+        if "journal" not in vars(self):
+            return
         note = f"{len(self.journal.trials)} trials are kept in {self.journal.path}; the same sweep with --resume (resume=True) goes on from there"
         error.add_note(note)
         if isinstance(error, KeyboardInterrupt | SystemExit):
@@ -415,6 +428,18 @@ def _versions() -> str:
         return f"vidrial {__version__}, {Toolchain.find().version}"
     except ToolchainError:
         return f"vidrial {__version__}"
+
+
+@contextlib.contextmanager
+def _saying_what_is_kept() -> Iterator[list[_Sweep]]:
+    """A list for sweeps as they begin. Where Ctrl-C comes when the last one runs no more, while its processes end, say, it says how to go on, too."""
+    begun = list[_Sweep]()
+    try:
+        yield begun
+    except (KeyboardInterrupt, SystemExit) as error:
+        if begun and not getattr(error, "__notes__", None):
+            begun[-1].say(error)
+        raise
 
 
 @contextlib.contextmanager
