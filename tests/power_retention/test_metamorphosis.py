@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import copy
-import importlib.util
 import re
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from decoder import Decoder, _rotation
 from torch import nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
@@ -34,27 +34,17 @@ COMMON = {
     "norm_epsilon": 1e-5,
 }
 FAMILIES = {
-    "charlm": {"model_type": "charlm"},
+    "charlm": {"model_type": "charlm", "num_key_value_heads": 2},
     "llama": {"model_type": "llama", "num_key_value_heads": 1},
     "qwen3": {"model_type": "qwen3", "num_key_value_heads": 2},
     "starcoder2": {"model_type": "starcoder2", "num_key_value_heads": 1, "sliding_window": None},
 }
 
 
-@pytest.fixture(scope="module")
-def decoder() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("charlm_decoder", ROOT / "examples/charlm/decoder.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-def model_of(decoder: ModuleType, family: str = "llama", **more: Any) -> Any:
+def model_of(family: str = "llama", **more: Any) -> Any:
     """A tiny model with weights of a size at which softmax attention is far from uniform."""
     torch.manual_seed(1)
-    model = decoder.Decoder(COMMON | FAMILIES[family] | more)
+    model = Decoder(COMMON | FAMILIES[family] | more)
     for name, p in model.named_parameters():
         if "self_attn" in name and p.ndim == 2:
             nn.init.normal_(p, std=0.3)
@@ -66,8 +56,8 @@ def tokens(b: int = 2, t: int = 37) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_at_one_it_is_the_model_before_and_only_gates_are_new(decoder: ModuleType, family: str) -> None:
-    model = model_of(decoder, family)
+def test_at_one_it_is_the_model_before_and_only_gates_are_new(family: str) -> None:
+    model = model_of(family)
     names, before = set(dict(model.named_parameters())), model(tokens())
     assert metamorphose(model, interpolate=1.0) is model
     assert torch.equal(model(tokens()), before)
@@ -80,9 +70,9 @@ def test_at_one_it_is_the_model_before_and_only_gates_are_new(decoder: ModuleTyp
 
 
 @pytest.mark.parametrize(("family", "degree", "normalize"), [("qwen3", 2, "sum"), ("starcoder2", 4, "sum"), ("llama", 2, "none")])
-def test_a_swapped_layer_computes_the_formula(decoder: ModuleType, family: str, degree: int, normalize: str) -> None:
+def test_a_swapped_layer_computes_the_formula(family: str, degree: int, normalize: str) -> None:
     """Against the float64 reference form, with positions turned as complex numbers."""
-    model = metamorphose(model_of(decoder, family), degree=degree, normalize=normalize)
+    model = metamorphose(model_of(family), degree=degree, normalize=normalize)
     attention, x = model.model.layers[0].self_attn, torch.randn(2, 37, 64)
     nn.init.normal_(attention.g_proj.weight, std=0.5)
     angle = np.arange(37)[:, None, None] * 10000.0 ** (-np.arange(0, 32, 2) / 32)
@@ -102,8 +92,8 @@ def test_a_swapped_layer_computes_the_formula(decoder: ModuleType, family: str, 
     assert np.abs(found.numpy() - wanted).max() < 1e-5 * np.abs(wanted).max()
 
 
-def test_between_the_ends_outputs_are_mixed(decoder: ModuleType) -> None:
-    model = metamorphose(model_of(decoder))
+def test_between_the_ends_outputs_are_mixed() -> None:
+    model = metamorphose(model_of())
     attention, x = model.model.layers[0].self_attn, torch.randn(1, 9, 64)
     rotation = (torch.ones(9, 1, 32), torch.zeros(9, 1, 32))
     made = []
@@ -114,24 +104,24 @@ def test_between_the_ends_outputs_are_mixed(decoder: ModuleType) -> None:
     torch.testing.assert_close(mixed, 0.25 * softmax + 0.75 * power, rtol=1e-5, atol=1e-6)
 
 
-def test_gates_begin_at_memories_that_are_geometric(decoder: ModuleType) -> None:
-    model = metamorphose(model_of(decoder, "charlm", num_attention_heads=4), gates=(12, 128))
+def test_gates_begin_at_memories_that_are_geometric() -> None:
+    model = metamorphose(model_of("charlm", num_attention_heads=4, num_key_value_heads=4), gates=(12, 128))
     gate = torch.sigmoid(model.model.layers[1].self_attn.g_proj(torch.randn(3, 64)))
     np.testing.assert_allclose((1 / (1 - gate)).detach().numpy(), np.tile([12, 26.415, 58.146, 128], (3, 1)), rtol=1e-3)
-    model = metamorphose(model_of(decoder, "llama"), gates=(4, 16))  # one key head
+    model = metamorphose(model_of("llama"), gates=(4, 16))  # one key head
     np.testing.assert_allclose(1 / (1 - torch.sigmoid(model.model.layers[0].self_attn.g_proj.bias.detach()).numpy()), [8], rtol=1e-5)
 
 
-def test_layers_that_are_not_named_stay(decoder: ModuleType) -> None:
-    model = model_of(decoder, "starcoder2", sliding_window=8)
+def test_layers_that_are_not_named_stay() -> None:
+    model = model_of("starcoder2", sliding_window=8)
     metamorphose(model, layers=[1])
     assert [hasattr(layer.self_attn, "g_proj") for layer in model.model.layers] == [False, True]
     with pytest.raises(UnsupportedError, match=r"layers \[0\] are softmax attention, which has no state"), carry_states(model):
         pass
 
 
-def test_gradients_reach_the_gates_and_checkpointing_changes_none(decoder: ModuleType) -> None:
-    model = metamorphose(model_of(decoder))
+def test_gradients_reach_the_gates_and_checkpointing_changes_none() -> None:
+    model = metamorphose(model_of())
 
     def gradients(through: Any) -> list[torch.Tensor]:
         model.zero_grad()
@@ -150,8 +140,8 @@ def test_gradients_reach_the_gates_and_checkpointing_changes_none(decoder: Modul
 
 
 @pytest.mark.parametrize("family", ["charlm", "llama"])
-def test_step_by_step_is_recomputation_token_for_token(decoder: ModuleType, family: str) -> None:
-    model = metamorphose(model_of(decoder, family))
+def test_step_by_step_is_recomputation_token_for_token(family: str) -> None:
+    model = metamorphose(model_of(family))
     for layer in model.model.layers:
         nn.init.normal_(layer.self_attn.g_proj.weight, std=0.3)
     prompt, sizes = tokens(2, 20), set()
@@ -183,8 +173,8 @@ class Transformers(nn.Module):
         return self.o_proj(y.transpose(1, 2).flatten(-2)), None
 
 
-def test_an_attention_called_as_transformers_do(decoder: ModuleType) -> None:
-    ours = model_of(decoder)
+def test_an_attention_called_as_transformers_do() -> None:
+    ours = model_of()
     theirs = copy.deepcopy(ours)
     theirs.config = SimpleNamespace(**theirs.config)
     for layer in theirs.model.layers:
@@ -208,13 +198,13 @@ def test_an_attention_called_as_transformers_do(decoder: ModuleType) -> None:
         attention(hidden_states=x)
 
 
-def test_layers_learn_what_they_replaced_and_nothing_else_moves(decoder: ModuleType) -> None:
-    model = model_of(decoder)
+def test_layers_learn_what_they_replaced_and_nothing_else_moves() -> None:
+    model = model_of()
     teacher = copy.deepcopy(model)
     metamorphose(model, layers=[1])
     before, kept = copy.deepcopy(model), copy.deepcopy(teacher)
     with torch.no_grad():
-        rotation = decoder._rotation(0, 37, 32, 10000.0, torch.zeros(1))
+        rotation = _rotation(0, 37, 32, 10000.0, torch.zeros(1))
         x = teacher.model.layers[0](teacher.model.embed_tokens(tokens()), rotation)
         x = teacher.model.layers[1].input_layernorm(x)
         softmax, power = (m.model.layers[1].self_attn(x, rotation) for m in (teacher, model))
@@ -230,15 +220,15 @@ def test_layers_learn_what_they_replaced_and_nothing_else_moves(decoder: ModuleT
     assert not any(layer.self_attn._forward_hooks for layer in teacher.model.layers)
 
 
-def test_a_copy_lives_on_its_own(decoder: ModuleType) -> None:
-    model = metamorphose(model_of(decoder))
+def test_a_copy_lives_on_its_own() -> None:
+    model = metamorphose(model_of())
     other = copy.deepcopy(model)
     before = model(tokens())
     assert torch.equal(other(tokens()), before)
     set_interpolate(other, 1)
     nn.init.zeros_(other.model.layers[0].self_attn.q_proj.weight)
     assert torch.equal(model(tokens()), before)
-    fresh = metamorphose(model_of(decoder))
+    fresh = metamorphose(model_of())
     fresh.load_state_dict(model.state_dict())
     assert torch.equal(fresh(tokens()), before)
 
@@ -300,9 +290,9 @@ REFUSED: dict[str, tuple[Any, dict[str, Any], str]] = {
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_refused_by_name_before_anything_changes(decoder: ModuleType, case: str) -> None:
+def test_refused_by_name_before_anything_changes(case: str) -> None:
     prepare, asked, message = REFUSED[case]
-    model = model_of(decoder)
+    model = model_of()
     model = prepare(model) if prepare else model
     names, config = set(dict(model.named_parameters())), getattr(model, "config", None)
     with pytest.raises((ArgumentError, UnsupportedError), match=message):
@@ -310,10 +300,10 @@ def test_refused_by_name_before_anything_changes(decoder: ModuleType, case: str)
     assert set(dict(model.named_parameters())) == names and getattr(model, "config", None) == config
 
 
-def test_sliding_windows_have_to_be_named(decoder: ModuleType) -> None:
+def test_sliding_windows_have_to_be_named() -> None:
     message = r"layers \[1\] attend within a sliding window, which power retention has not; name the layers"
     kinds = ["full_attention", "sliding_attention"]
-    model = model_of(decoder, "qwen3", sliding_window=8, use_sliding_window=True, layer_types=kinds)
+    model = model_of("qwen3", sliding_window=8, use_sliding_window=True, layer_types=kinds)
     with pytest.raises(UnsupportedError, match=message):
         metamorphose(model)
     for layer in model.model.layers:  # attention that does not say it itself
@@ -321,12 +311,12 @@ def test_sliding_windows_have_to_be_named(decoder: ModuleType) -> None:
     with pytest.raises(UnsupportedError, match=message):
         metamorphose(model)
     metamorphose(model, layers=[0, 1])
-    unused = model_of(decoder, "qwen3", sliding_window=8, use_sliding_window=False)
+    unused = model_of("qwen3", sliding_window=8, use_sliding_window=False)
     metamorphose(unused)
 
 
-def test_states_and_softmax_do_not_meet(decoder: ModuleType) -> None:
-    model = metamorphose(model_of(decoder), interpolate=0.5)
+def test_states_and_softmax_do_not_meet() -> None:
+    model = metamorphose(model_of(), interpolate=0.5)
     with pytest.raises(ArgumentError, match="interpolate=0.5: softmax attention has no state"), carry_states(model):
         pass
     set_interpolate(model, 0)
@@ -339,16 +329,16 @@ def test_states_and_softmax_do_not_meet(decoder: ModuleType) -> None:
     with pytest.raises(ArgumentError, match="interpolate=-1; accepted"):
         set_interpolate(model, -1)
     with pytest.raises(ArgumentError, match=re.escape("none of its layers is power retention; call metamorphose(model)")):
-        set_interpolate(model_of(decoder), 1)
+        set_interpolate(model_of(), 1)
     with (
         pytest.raises(UnsupportedError, match="degree=4: only degree 2 has a state"),
-        carry_states(metamorphose(model_of(decoder), degree=4)),
+        carry_states(metamorphose(model_of(), degree=4)),
     ):
         pass
 
 
-def test_distillation_refuses_what_does_not_fit(decoder: ModuleType) -> None:
-    teacher = model_of(decoder)
+def test_distillation_refuses_what_does_not_fit() -> None:
+    teacher = model_of()
     model = metamorphose(copy.deepcopy(teacher))
     ready = [tokens()]
     with pytest.raises(ArgumentError, match="batches ended after 1 of 2 steps"):
@@ -357,7 +347,7 @@ def test_distillation_refuses_what_does_not_fit(decoder: ModuleType) -> None:
     with pytest.raises(ArgumentError, match="teacher: it is metamorphosed itself"):
         distill_layers(model, model, ready, 1, 1e-3)
     with pytest.raises(ArgumentError, match="teacher has 1 layers and model 2"):
-        distill_layers(model, model_of(decoder, num_hidden_layers=1), ready, 1, 1e-3)
+        distill_layers(model, model_of(num_hidden_layers=1), ready, 1, 1e-3)
     with pytest.raises(ArgumentError, match="steps=0; accepted"):
         distill_layers(model, teacher, ready, 0, 1e-3)
     with pytest.raises(ArgumentError, match="lr=0; accepted"):
