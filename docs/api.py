@@ -16,6 +16,7 @@ NAMESPACES = {
     "vidrial.testing": "kernels on the CPU ([host_target.md](host_target.md))",
     "vidrial.kernels.flash_attention": "flash attention ([flash_attention.md](flash_attention.md))",
     "vidrial.kernels.power_retention": "power retention ([power_retention.md](power_retention.md))",
+    "vidrial.kernels.power_retention.metamorphosis": "a trained model's attention swapped for it ([models.md](models.md))",
 }
 HEAD = """# Python API
 

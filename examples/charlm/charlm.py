@@ -75,6 +75,8 @@ WAYS: Ways = {
     "open gates": lambda base, p: (power(base, gates=(OPEN, OPEN)), False, None),
     "scratch": lambda base, p: (metamorphose(fresh(p.config)), False, p.lr),
 }
+# The context from which slopes are fitted.
+LOW = {"cpu": 64, "h200": 256}
 # Ways whose curves say nothing that the others' do not.
 NO_CURVE = ("base", "gates", "open gates", "scratch")
 # What a preset runs: ways from its base, and mixers from nothing; what its curves are of.
@@ -163,7 +165,7 @@ def results(o: argparse.Namespace) -> None:
     for way in ways:
         run(way, "recovery", partial(along, way, base))
     found = curve_of(base, text)
-    low = 64 if o.preset == "cpu" else 256
+    low = LOW[o.preset]
     kept.put("curves", "softmax", told(found, found, low))
     window = with_mixer(copy.deepcopy(base), f"window:{preset.window}").to(preset.device)
     kept.put("curves", f"window {preset.window}", told(curve_of(window, text), found, low))
