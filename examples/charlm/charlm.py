@@ -184,7 +184,7 @@ def demo(o: argparse.Namespace) -> None:
         say(f"{time.monotonic() - began:5.1f} s ", *words)
 
     preset = PRESETS["cpu"]
-    preset = dataclasses.replace(preset, evaluate=min(preset.evaluate, 24), windows=min(preset.windows, 96))
+    preset = dataclasses.replace(preset, evaluate=min(preset.evaluate, 16), windows=min(preset.windows, 64))
     text, base = Text(preset), toy()
     tell(f"softmax attention, {sum(p.numel() for p in base.parameters()):,} parameters: {text.loss(base):.3f} nats per held-out byte")
     model = power(base)
@@ -197,6 +197,7 @@ def demo(o: argparse.Namespace) -> None:
     say(f"        nats per byte from {', '.join(map(str, preset.contexts))} bytes of context on, the same bytes:")
     for name, one in (("softmax", base), ("window 16", with_mixer(copy.deepcopy(base), "window:16")), ("power", model)):
         tell(line(name, told(before if one is base else curve_of(one, text), before, 64)))
+    say(f"{time.process_time():5.1f} processor seconds")
 
 
 def train_one(o: argparse.Namespace) -> None:
