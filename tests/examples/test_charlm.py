@@ -17,7 +17,7 @@ from decoder import Decoder
 
 import vidrial.icl as icl
 from vidrial.errors import ArgumentError, UnsupportedError
-from vidrial.kernels.power_retention.metamorphosis import metamorphose
+from vidrial.kernels.power_retention.metamorphosis import distill_layers, metamorphose
 
 ROOT = Path(__file__).parents[2]
 CPU = lab.PRESETS["cpu"]
