@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib.util
 import re
 import subprocess
 import sys
@@ -247,6 +248,15 @@ def test_autocast_gives_the_op_the_dtype_that_kernels_take(monkeypatch: pytest.M
         found = model(tokens())
     assert seen == {torch.bfloat16, "gates torch.float32"}
     assert (found - wanted).abs().max() < 0.05 * wanted.abs().max()
+
+
+@pytest.mark.skipif(importlib.util.find_spec("vidrial.runtime.torch_ops") is None, reason="ops are not in torch's dispatcher")
+def test_a_compiled_model_is_one_graph() -> None:
+    model = metamorphose(model_of())
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    assert torch.equal(compiled(tokens()), model(tokens()))
+    compiled(tokens()).square().mean().backward()
+    assert all(layer.self_attn.g_proj.weight.grad.abs().max() > 0 for layer in model.model.layers)
 
 
 def edit(model: Any, **keys: Any) -> Any:
