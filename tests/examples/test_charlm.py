@@ -224,6 +224,16 @@ def test_committed_results_are_of_the_preset_and_drawn() -> None:
         assert (ROOT / f"examples/charlm/results/{name}.png").read_bytes()[:4] == b"\x89PNG"
 
 
+def test_the_page_says_what_the_results_say() -> None:
+    held, page = json.loads((ROOT / "examples/charlm/results/cpu.json").read_text()), (ROOT / "docs/models.md").read_text()
+    for name, way in held["recovery"].items():
+        losses = " | ".join(f"{way['losses'][step]:.3f}" for step in ("0", "40", "80"))
+        assert f"| {name} | {losses} |" in page
+    for name, curve in held["curves"].items():
+        means, (value, error) = " | ".join(f"{x:.3f}" for x in curve["mean"]), curve["slope"]
+        assert f"| {name} | {means} | {value:+.4f} +- {error:.4f} |" in page
+
+
 def test_the_recipe_does_what_the_pages_say(one_thread: None) -> None:
     """On the toy that comes along, in nats per held-out byte. Beside each bound is what was measured, with two orders of the batches; sources of
     other Pythons are other texts, hence the room."""

@@ -58,11 +58,13 @@ def tokens(b: int = 2, t: int = 37) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_at_one_it_is_the_model_before_and_only_gates_are_new(family: str) -> None:
+def test_at_one_it_is_the_model_before_and_only_gates_are_new(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model = model_of(family)
     names, before = set(dict(model.named_parameters())), model(tokens())
     assert metamorphose(model, interpolate=1.0) is model
-    assert torch.equal(model(tokens()), before)
+    with monkeypatch.context() as patch:
+        patch.setattr(metamorphosis, "power_retention", None)  # not even computed
+        assert torch.equal(model(tokens()), before)
     new = set(dict(model.named_parameters())) - names
     assert new == {f"model.layers.{i}.self_attn.g_proj.{what}" for i in range(2) for what in ("weight", "bias")}
     set_interpolate(model, 0)
