@@ -162,7 +162,7 @@ def test_every_command_runs(tiny: Path, capsys: pytest.CaptureFixture[str]) -> N
 def test_results_are_kept_and_not_made_twice(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run("results", "--work", tiny / "work")
     first = json.loads((tiny / "results/cpu.json").read_text())
-    assert list(first["recovery"]) == list(charlm.WAYS)
+    assert list(first["recovery"]) == charlm.RUNS["cpu"][0]
     for name, way in first["recovery"].items():
         assert way["steps"] == 4 and way["tokens"] == 4 * 2 * 24 and not way["ended_early"]
         assert set(way["losses"]) == ({"0", "2", "4"} if name in ("layer-wise", "degree 4") else {"0", "4"})
@@ -216,7 +216,7 @@ def test_committed_results_are_of_the_preset_and_drawn() -> None:
     held = json.loads((ROOT / "examples/charlm/results/cpu.json").read_text())
     preset = json.loads(json.dumps({k: v for k, v in dataclasses.asdict(CPU).items() if k != "seconds"}))
     assert held["preset"] == preset
-    assert set(held["recovery"]) == set(charlm.WAYS)
+    assert set(held["recovery"]) == set(charlm.RUNS["cpu"][0])
     for way in held["recovery"].values():
         assert way["steps"] == CPU.layerwise + CPU.tune and way["tokens"] == way["steps"] * CPU.batch * CPU.t
     assert set(held["curves"]) == {"softmax", "window 16", *charlm.WAYS} - set(charlm.NO_CURVE)
