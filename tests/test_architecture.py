@@ -103,7 +103,18 @@ def test_kernels_import_what_exists(path: Path) -> None:
         assert any(p.is_dir() or p.with_suffix(".py").is_file() for p in (target, target.parent)), name
 
 
-PUBLIC_PACKAGES = ("vidrial", "vidrial.layout", "vidrial.tune", "vidrial.testing", "vidrial.templates", "vidrial.kernels", "vidrial.sweeps")
+PUBLIC_PACKAGES = (
+    "vidrial",
+    "vidrial.flops",
+    "vidrial.icl",
+    "vidrial.layout",
+    "vidrial.tune",
+    "vidrial.testing",
+    "vidrial.traced",
+    "vidrial.templates",
+    "vidrial.kernels",
+    "vidrial.sweeps",
+)
 OURS = sorted(path for folder in ("kernels", "sweeps", "examples") for path in (ROOT / folder).rglob("*.py"))
 
 
