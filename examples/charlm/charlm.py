@@ -81,7 +81,7 @@ LOW = {"cpu": 64, "h200": 256}
 NO_CURVE = ("base", "gates", "open gates", "scratch")
 # What a preset runs: ways from its base, and mixers from nothing; what its curves are of.
 RUNS = {
-    "cpu": ([way for way in WAYS if way != "scratch"], []),
+    "cpu": (list(WAYS), []),
     "h200": (["original", "layer-wise", "scratch"], ["window", "power:2", "degree1"]),
 }
 
