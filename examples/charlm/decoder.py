@@ -92,7 +92,7 @@ class Shape:
         if rotation != "default" or rope.get("partial_rotary_factor", 1) != 1:
             raise vd.UnsupportedError(f"the rotation of positions is {rope}; accepted: rope_type 'default' of whole heads")
         layers, hidden, q_heads = (_need(config, key) for key in ("num_hidden_layers", "hidden_size", "num_attention_heads"))
-        heads = config.get("num_key_value_heads", q_heads)
+        heads = _need(config, "num_key_value_heads")
         if q_heads % heads:
             raise vd.ArgumentError(f"num_attention_heads={q_heads} must be a multiple of num_key_value_heads={heads}")
         return cls(
