@@ -156,9 +156,9 @@ def test_balanced_length_of_others() -> None:
     late = GPT2.balanced(wide)
     assert late is not None and GPT2.ratio(wide, late) <= 1 < GPT2.ratio(wide, late - 1) and late > 10**6
     # The head's weights are more to balance.
-    assert GPT2.balanced(Attention.of(GPT2), head=True) == 13402
-    tiny = dataclasses.replace(GPT2, hidden=1, inner=1, d=10**6)
-    assert tiny.balanced(Attention.of(tiny)) == 1
+    assert GPT2.balanced(Attention.of(GPT2), head=True) == 13404
+    tiny = dataclasses.replace(GPT2, hidden=1, inner=1)
+    assert tiny.balanced(Latent(1000)) == 1 and tiny.balanced(Attention.of(tiny)) == 4
 
 
 @pytest.mark.parametrize("t", [1, 1000, 65536, 10**6])
@@ -166,7 +166,7 @@ def test_ratios_of_constant_states_hold_at_every_length(t: int) -> None:
     ratios = [float(m.ratio(Power.of(m), t)) for m in (GPT2, STARCODER, QWEN)]
     assert [round(r, 2) for r in ratios] == [2.18, 3.46, 6.46]
     assert [round(float(m.ratio(Power.of(m, tile=16), t)), 2) for m in (STARCODER, QWEN)] == [3.10, 5.79]
-    assert [round(float(m.ratio(Degree1.of(m), t)), 1) for m in (GPT2, STARCODER, QWEN)] == [70.9, 223.3, 416.7]
+    assert [round(float(m.ratio(Degree1.of(m), t)), 1) for m in (GPT2, STARCODER, QWEN)] == [70.9, 223.5, 416.7]
     assert [round(float(m.ratio(Power.of(m, degree=3), t)), 3) for m in (GPT2, STARCODER, QWEN)] == [0.099, 0.080, 0.149]
 
 
@@ -227,7 +227,7 @@ def test_known_difference_a_window_is_charged_for_itself_there() -> None:
 def test_known_difference_the_rest_of_the_last_chunk_is_dropped_there() -> None:
     power = Power(12, 12, 64, chunk=1024)
     theirs = [(t // 1024) * 1024 * power.flops(1024) for t in (2047, 1023)]
-    assert theirs[0] == 1024 * power.flops(1024) < 2047 * power.flops(2047) / 20
+    assert theirs[0] == 1024 * power.flops(1024) < 2047 * power.flops(2047) / 6
     assert theirs[1] == 0 < power.flops(1023)
 
 
