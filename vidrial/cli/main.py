@@ -333,6 +333,57 @@ def draw(reference: str, keywords: tuple[str, ...], arch: str | None, out: Path)
         click.echo(out / name)
 
 
+@vidrial.command()
+@click.argument("model")
+@click.option(
+    "--t", "lengths", multiple=True, default=("1k..1M",), show_default=True, metavar="LENGTH", help="1000, 8k, or 1k..1M; several."
+)
+@click.option("--mixer", "mixers", multiple=True, metavar="MIXER", help="Beside attention.  [default: window:1024, power:2, degree1]")
+@click.option("--head", is_flag=True, help="Count the weights of the logits, too.")
+@click.option("--json", "to_json", type=click.Path(dir_okay=False, path_type=Path), help="Also write the table as JSON.")
+@click.option("--png", type=click.Path(dir_okay=False, path_type=Path), help="Also draw it as a PNG; needs matplotlib.")
+def flops(model: str, lengths: tuple[str, ...], mixers: tuple[str, ...], head: bool, to_json: Path | None, png: Path | None) -> None:
+    """Show what a model's weights and its state take per token. MODEL is a config.json, its folder, or a known name: gpt2, starcoder2-3b, ...
+
+    MIXER is attention, window:1024, latent:512[,rope=64,absorbed=0], power:2[,tile=16,chunk=1024], degree1[,chunk=1024] or
+    lstm[:768,vectors=1], of the model's shape. k is 1024. Counted: forward, a multiply-add as 2.
+    """
+    from vidrial.cli.models import lengths_of, show_balance, write_balance
+    from vidrial.cli.tables import make_console
+    from vidrial.flops import Model, parse_mixer
+
+    shape = Model.of(model)
+    asked = dict.fromkeys(parse_mixer(text, shape) for text in ("attention", *(mixers or ("window:1024", "power:2", "degree1"))))
+    rows = show_balance(make_console(), shape, list(asked), lengths_of(lengths), head)
+    if to_json is not None:
+        click.echo(write_balance(shape, rows, head, to_json))
+    if png is not None:
+        from vidrial.report.models import write_balance_png
+
+        click.echo(write_balance_png(shape, rows, png))
+
+
+@vidrial.command()
+@click.argument("losses", type=click.Path(path_type=Path))
+@click.option("--against", type=click.Path(path_type=Path), help="Another model's, of the same tokens: show the excess over it.")
+@click.option("--low", type=click.FloatRange(0), help="Tokens of context that the table and the fits begin at.")
+@click.option("--high", type=click.FloatRange(0), help="Tokens of context that they end at.")
+@click.option("--png", type=click.Path(dir_okay=False, path_type=Path), help="Also draw the curves as a PNG; needs matplotlib.")
+def icl(losses: Path, against: Path | None, low: float | None, high: float | None, png: Path | None) -> None:
+    """Show what context is worth: loss by context, its slope per doubling with its error, and its knee, if there is one.
+
+    LOSSES is an .npz: what vidrial.icl's by_context or losses saved, or an array `losses` [windows, length].
+    """
+    from vidrial.cli.models import show_curve
+    from vidrial.cli.tables import make_console
+
+    curves = show_curve(make_console(), losses, against, low, high)
+    if png is not None:
+        from vidrial.report.models import write_curves_png
+
+        click.echo(write_curves_png(curves, png))
+
+
 @vidrial.group(context_settings=CONTEXT)
 def cache() -> None:
     """Show or clean the cache of compiled kernels."""

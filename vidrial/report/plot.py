@@ -4,11 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from vidrial.build.files import writing
 from vidrial.errors import SweepError, ToolchainError
 from vidrial.report.rows import Group, group, title
 from vidrial.tune.trial import PlainTrial
+
+
+def new_figure(width: float, height: float) -> Any:
+    """A matplotlib Figure of so many inches, bound to no display.
+
+    Raises:
+        ToolchainError: matplotlib is missing.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ToolchainError(f"matplotlib cannot be imported ({error}); install it: pip install matplotlib") from None
+    return Figure(figsize=(width, height), dpi=160, layout="constrained")
 
 
 def write_png(trials: Sequence[PlainTrial], out: Path) -> Path:
@@ -17,16 +31,13 @@ def write_png(trials: Sequence[PlainTrial], out: Path) -> Path:
     Raises:
         ToolchainError: matplotlib is missing. SweepError: nothing was timed. ArgumentError: the file cannot be written.
     """
-    try:
-        from matplotlib.figure import Figure
-        from matplotlib.ticker import LogLocator
-    except ImportError as error:
-        raise ToolchainError(f"matplotlib cannot be imported ({error}); install it: pip install matplotlib") from None
+    figure = new_figure(8, 4.5)
+    from matplotlib.ticker import LogLocator
+
     axis, groups = group(trials)
     timed = [g for g in groups if g.timed]
     if not timed:
         raise SweepError("no config was timed; there is nothing to plot")
-    figure = Figure(figsize=(8, 4.5), dpi=160, layout="constrained")
     axes = figure.subplots()
     for g in timed:
         axes.scatter([g.length] * len(g.timed), [t.ms for t in g.timed], s=10, color="#9aa5b1", linewidths=0, zorder=2)
