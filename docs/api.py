@@ -14,6 +14,8 @@ NAMESPACES = {
     "vidrial.layout": "CuTe's objects as values ([device_api.md](device_api.md) has their device side)",
     "vidrial.tune": "sweeps and rankings ([sweeping.md](sweeping.md))",
     "vidrial.testing": "kernels on the CPU ([host_target.md](host_target.md))",
+    "vidrial.flops": "FLOPs and sizes of a model's weights and state ([context_and_flops.md](context_and_flops.md))",
+    "vidrial.icl": "what context is worth to a model ([context_and_flops.md](context_and_flops.md))",
     "vidrial.kernels.flash_attention": "flash attention ([flash_attention.md](flash_attention.md))",
     "vidrial.kernels.power_retention": "power retention ([power_retention.md](power_retention.md))",
 }

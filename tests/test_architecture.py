@@ -103,7 +103,10 @@ def test_kernels_import_what_exists(path: Path) -> None:
         assert any(p.is_dir() or p.with_suffix(".py").is_file() for p in (target, target.parent)), name
 
 
-PUBLIC_PACKAGES = ("vidrial", "vidrial.layout", "vidrial.tune", "vidrial.testing", "vidrial.templates", "vidrial.kernels", "vidrial.sweeps")
+PUBLIC_PACKAGES = (
+    "vidrial",
+    *(f"vidrial.{name}" for name in ["flops", "icl", "layout", "tune", "testing", "templates", "kernels", "sweeps"]),
+)
 OURS = sorted(path for folder in ("kernels", "sweeps", "examples") for path in (ROOT / folder).rglob("*.py"))
 
 

@@ -29,8 +29,6 @@ __all__ = [
     "Row",
     "Window",
     "mean_keys",
-    "parse_lengths",
-    "parse_mixer",
     "rows",
     "table",
 ]

@@ -23,7 +23,6 @@ __all__ = [
     "Curve",
     "Knee",
     "Losses",
-    "Predict",
     "Slope",
     "by_context",
     "by_position",
