@@ -1,4 +1,4 @@
-# make demo | quick | test | gpu-test | bench | lint | docs | clean | help. Needs python3 (3.11 or later), make and g++; brings the rest in .venv.
+# make demo | quick | test | gpu-test | bench | figures | lint | docs | clean | help. Needs python3 (3.11 or later), make and g++; brings the rest in .venv.
 PYTHON ?= python3
 # The interpreter that runs things; `make gpu-test RUN=python3` uses one that has everything already, and builds no .venv.
 RUN ?= .venv/bin/python
@@ -17,7 +17,7 @@ PLOT := .venv/bench.stamp
 DOCS := .venv/docs.stamp
 endif
 
-.PHONY: help demo quick test gpu-test bench lint format docs clean
+.PHONY: help demo quick test gpu-test bench figures lint format docs clean
 .DEFAULT_GOAL := help
 
 help:
@@ -26,6 +26,7 @@ help:
 	@echo "make test      all tests; those that need a GPU are skipped without one"
 	@echo "make gpu-test  the tests that need a GPU"
 	@echo "make bench     the benchmarks beside the peers, on a GPU (BENCH=... passes arguments)"
+	@echo "make figures   the figures of examples/charlm, from its results"
 	@echo "make lint      ruff and mypy"
 	@echo "make format    ruff's formatter, in place"
 	@echo "make docs      the documentation as a site, in build/site"
@@ -49,6 +50,9 @@ gpu-test: $(TEST)
 
 bench: $(PLOT)
 	@for script in benchmarks/compile.py benchmarks/power_retention.py benchmarks/flash_attention.py; do $(RUN) $$script $(BENCH) || exit 1; done
+
+figures: $(PLOT)
+	@$(RUN) examples/charlm/figures.py
 
 lint: $(LINT)
 	@$(RUN) -m ruff check .
