@@ -17,7 +17,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer, LinearAttentionLayer
 
 from vidrial import ArgumentError, UnsupportedError
@@ -113,14 +113,15 @@ def from_pretrained(folder: str | Path, **options: Any) -> Any:
     kind = str(json.loads(path.read_text(encoding="utf-8")).get("model_type"))
     if not kind.startswith(PREFIX):
         raise ArgumentError(f"{path}: a {kind} as it was published; load it by transformers, and call metamorphose(model)")
-    config = type(AutoConfig.for_model(kind.removeprefix(PREFIX)))
+    config: Any = type(AutoConfig.for_model(kind.removeprefix(PREFIX)))
     return _classes(MODEL_FOR_CAUSAL_LM_MAPPING[config], config).from_pretrained(folder, **options)
 
 
 def adopt(model: Any) -> None:
     """Give a metamorphosed model, and its config, classes of their own, which its folder names: `metamorphose` does so by itself."""
     if PREFIX not in str(getattr(type(model.config), "model_type", "")):
-        made = _classes(type(model), type(model.config))
+        kinds: list[Any] = [type(model), type(model.config)]
+        made = _classes(*kinds)
         model.config.__class__ = made.config_class
         model.__class__ = made
     # Training keeps no cache, and `generate` makes its own.
@@ -128,21 +129,21 @@ def adopt(model: Any) -> None:
 
 
 @cache
-def _classes(model: type[PreTrainedModel], config: type[PreTrainedConfig]) -> Any:
+def _classes(model: Any, config: Any) -> Any:
     """The model's class, and as its config_class the config's, known to transformers' auto classes from now on."""
-    power_config = type(f"Power{config.__name__}", (config,), {"model_type": PREFIX + config.model_type, "__module__": __name__})
+    power_config: Any = type(f"Power{config.__name__}", (config,), {"model_type": PREFIX + config.model_type, "__module__": __name__})
 
     def init(self: Any, its_config: Any, *args: Any, **kwargs: Any) -> None:
-        model.__init__(self, its_config, *args, **kwargs)  # type: ignore[misc]
+        model.__init__(self, its_config, *args, **kwargs)
         metamorphose(self, **{**its_config.vidrial, "gates": tuple(its_config.vidrial["gates"])})
 
     def generate(self: Any, *args: Any, **kwargs: Any) -> Any:
         if kwargs.setdefault("use_cache", True) and kwargs.get("past_key_values") is None:
             kwargs["past_key_values"] = power_cache(self)
-        return model.generate(self, *args, **kwargs)  # type: ignore[operator]
+        return model.generate(self, *args, **kwargs)
 
     members = {"config_class": power_config, "__init__": init, "generate": generate, "__module__": __name__}
-    power_model = type(f"Power{model.__name__}", (model,), members)
+    power_model: Any = type(f"Power{model.__name__}", (model,), members)
     AutoConfig.register(power_config.model_type, power_config, exist_ok=True)
     AutoModelForCausalLM.register(power_config, power_model, exist_ok=True)
     return power_model
