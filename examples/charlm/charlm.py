@@ -75,6 +75,8 @@ WAYS: Ways = {
     "open gates": lambda base, p: (power(base, gates=(OPEN, OPEN)), False, None),
     "scratch": lambda base, p: (metamorphose(fresh(p.config)), False, p.lr),
 }
+# The context from which slopes are fitted.
+LOW = {"cpu": 64, "h200": 256}
 # Ways whose curves say nothing that the others' do not.
 NO_CURVE = ("base", "gates", "open gates", "scratch")
 # What a preset runs: ways from its base, and mixers from nothing; what its curves are of.
@@ -163,7 +165,7 @@ def results(o: argparse.Namespace) -> None:
     for way in ways:
         run(way, "recovery", partial(along, way, base))
     found = curve_of(base, text)
-    low = 64 if o.preset == "cpu" else 256
+    low = LOW[o.preset]
     kept.put("curves", "softmax", told(found, found, low))
     window = with_mixer(copy.deepcopy(base), f"window:{preset.window}").to(preset.device)
     kept.put("curves", f"window {preset.window}", told(curve_of(window, text), found, low))
@@ -182,7 +184,7 @@ def demo(o: argparse.Namespace) -> None:
         say(f"{time.monotonic() - began:5.1f} s ", *words)
 
     preset = PRESETS["cpu"]
-    preset = dataclasses.replace(preset, evaluate=min(preset.evaluate, 24), windows=min(preset.windows, 96))
+    preset = dataclasses.replace(preset, evaluate=min(preset.evaluate, 16), windows=min(preset.windows, 64))
     text, base = Text(preset), toy()
     tell(f"softmax attention, {sum(p.numel() for p in base.parameters()):,} parameters: {text.loss(base):.3f} nats per held-out byte")
     model = power(base)
@@ -195,6 +197,7 @@ def demo(o: argparse.Namespace) -> None:
     say(f"        nats per byte from {', '.join(map(str, preset.contexts))} bytes of context on, the same bytes:")
     for name, one in (("softmax", base), ("window 16", with_mixer(copy.deepcopy(base), "window:16")), ("power", model)):
         tell(line(name, told(before if one is base else curve_of(one, text), before, 64)))
+    say(f"{time.process_time():5.1f} processor seconds")
 
 
 def train_one(o: argparse.Namespace) -> None:

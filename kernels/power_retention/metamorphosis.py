@@ -57,7 +57,7 @@ def metamorphose(
     Args:
         model: a torch module with a `config` (an object or a dict) and layers that hold a `self_attn` with q_proj, k_proj, v_proj, o_proj, and
             q_norm and k_norm on the head, if any. It is called with hidden states [B, T, hidden] and a pair of cosines and sines, [T, 1, D]
-            or [B, T, D], second or as `position_embeddings`. What it was is written into the config as `vidrial`.
+            or [B, T, D], second or as `position_embeddings`. What it becomes is written into the config as `vidrial`.
         layers: which ones, counted from 0; None: all. Layers of a sliding window have to be named: their window goes.
         degree: of the power: 2, or 4 (quadratic in T).
         gates: the shortest and the longest memory in tokens, at which the gates of a layer's first and last head begin; those between are
@@ -93,7 +93,7 @@ def metamorphose(
         attention.metamorphosis = Metamorphosis(index, d, int(degree), normalize, share, pair)
         kind: type = type(attention)
         attention.__class__ = _swapped(kind)
-    _record(model, {"layers": chosen, "degree": int(degree), "gates": list(gates), "normalize": normalize})
+    _record(model, {"layers": chosen, "degree": int(degree), "gates": [float(m) for m in gates], "normalize": normalize})
     transformers = sys.modules.get("transformers")
     if transformers is not None and isinstance(model, transformers.PreTrainedModel):
         from vidrial.kernels.power_retention.hf import adopt

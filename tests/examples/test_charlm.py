@@ -17,7 +17,7 @@ from decoder import Decoder
 
 import vidrial.icl as icl
 from vidrial.errors import ArgumentError, UnsupportedError
-from vidrial.kernels.power_retention.metamorphosis import metamorphose
+from vidrial.kernels.power_retention.metamorphosis import distill_layers, metamorphose
 
 ROOT = Path(__file__).parents[2]
 CPU = lab.PRESETS["cpu"]
@@ -175,6 +175,20 @@ def test_results_are_kept_and_not_made_twice(tiny: Path, capsys: pytest.CaptureF
         assert (tiny / f"results/{name}.png").read_bytes()[:4] == b"\x89PNG"
 
 
+def test_the_h200s_results_go_the_same_way(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a CPU, with the tiny model: a base and mixers from nothing, then the ways from that base."""
+    monkeypatch.setitem(lab.PRESETS, "h200", TINY)
+    monkeypatch.setitem(charlm.LOW, "h200", 64)
+    run("results", "--preset", "h200", "--work", tiny / "work")
+    held = json.loads((tiny / "results/h200.json").read_text())
+    assert list(held["scratch"]) == ["base", "window from nothing", "power:2 from nothing", "degree1 from nothing"]
+    assert list(held["recovery"]) == ["original", "layer-wise", "scratch"]
+    assert held["base"]["loss"]["held_out"] == pytest.approx(held["scratch"]["base"]["losses"]["3"], abs=1e-6)
+    assert len(held["curves"]) == 2 + 3 + 2
+    figures.main()
+    assert (tiny / "results/context_h200.png").is_file()
+
+
 def test_a_training_ends_when_its_time_is_over(tiny: Path) -> None:
     text = lab.Text(dataclasses.replace(TINY, seconds=0.0))
     done = lab.train(lab.fresh(TINY.config), text, 100, 1e-3, 1)
@@ -208,3 +222,26 @@ def test_committed_results_are_of_the_preset_and_drawn() -> None:
     assert set(held["curves"]) == {"softmax", "window 16", *charlm.WAYS} - set(charlm.NO_CURVE)
     for name in ("recovery_cpu", "context_cpu", "flops"):
         assert (ROOT / f"examples/charlm/results/{name}.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_the_recipe_does_what_the_pages_say(one_thread: None) -> None:
+    """On the toy that comes along, in nats per held-out byte. Beside each bound is what was measured, with two orders of the batches; sources of
+    other Pythons are other texts, hence the room."""
+    text = lab.Text(dataclasses.replace(CPU, evaluate=16))
+    base, lr = lab.toy(), CPU.lr
+    before = text.loss(base)
+    assert before < 1.6  # 1.41
+
+    def taught(**how: Any) -> Any:
+        model = charlm.power(base, **how)
+        distill_layers(model, base, (window[:, :-1] for window in text.batches(seed=8)), 16, lr)
+        return model
+
+    assert text.loss(charlm.power(base)) > before + 0.8  # +1.22
+    model = taught()
+    layered = text.loss(model)
+    assert layered < before + 0.8  # +0.55
+    assert lab.train(model, text, 10, lr / 3, 4, seed=9).losses[10] < before + 0.5  # +0.32
+    assert text.loss(taught(gates=(1000, 1000))) > layered + 0.25  # +0.56
+    nothing = metamorphose(lab.fresh(CPU.config))
+    assert lab.train(nothing, text, 26, lr, 10, seed=9).losses[26] > before + 0.8

@@ -201,7 +201,7 @@ def test_a_folder_is_the_model_that_was_saved(name: str, tmp_path: Path, monkeyp
     assert json.loads((tmp_path / "config.json").read_text())["vidrial"] == {
         "layers": [0, 2],
         "degree": 2,
-        "gates": [4, 64],
+        "gates": [4.0, 64.0],
         "normalize": "sum",
     }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib.util
 import re
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from vidrial.errors import ArgumentError, UnsupportedError
+from vidrial.kernels.power_retention import metamorphosis, power_retention
 from vidrial.kernels.power_retention.metamorphosis import carry_states, distill_layers, metamorphose, set_interpolate
 from vidrial.kernels.power_retention.reference import attention_form
 
@@ -231,6 +233,30 @@ def test_a_copy_lives_on_its_own() -> None:
     fresh = metamorphose(model_of())
     fresh.load_state_dict(model.state_dict())
     assert torch.equal(fresh(tokens()), before)
+
+
+def test_autocast_gives_the_op_the_dtype_that_kernels_take(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, seen = metamorphose(model_of()), set()
+    wanted = model(tokens())
+
+    def watched(q: Any, k: Any, v: Any, log_g: Any, **options: Any) -> Any:
+        seen.update((q.dtype, k.dtype, v.dtype)), seen.add(f"gates {log_g.dtype}")
+        return power_retention(q, k, v, log_g, **options)
+
+    monkeypatch.setattr(metamorphosis, "power_retention", watched)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = model(tokens())
+    assert seen == {torch.bfloat16, "gates torch.float32"}
+    assert (found - wanted).abs().max() < 0.05 * wanted.abs().max()
+
+
+@pytest.mark.skipif(importlib.util.find_spec("vidrial.runtime.torch_ops") is None, reason="ops are not in torch's dispatcher")
+def test_a_compiled_model_is_one_graph() -> None:
+    model = metamorphose(model_of())
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    assert torch.equal(compiled(tokens()), model(tokens()))
+    compiled(tokens()).square().mean().backward()
+    assert all(layer.self_attn.g_proj.weight.grad.abs().max() > 0 for layer in model.model.layers)
 
 
 def edit(model: Any, **keys: Any) -> Any:
