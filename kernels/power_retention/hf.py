@@ -17,12 +17,15 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM
-from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer, LinearAttentionLayer
-
-from vidrial import ArgumentError, UnsupportedError
+from vidrial import ArgumentError, ToolchainError, UnsupportedError
 from vidrial.kernels.power_retention import PowerState
 from vidrial.kernels.power_retention.metamorphosis import metamorphose
+
+try:
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM
+    from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer, LinearAttentionLayer
+except ImportError as error:
+    raise ToolchainError(f"transformers cannot be imported ({error}); install it, 5.20 or later: pip install 'vidrial-dsl[hf]'") from None
 
 __all__ = ["PowerLayer", "adopt", "from_pretrained", "power_cache"]
 
@@ -129,9 +132,16 @@ def adopt(model: Any) -> None:
 
 
 @cache
+def _config_class(config: Any) -> Any:
+    made: Any = type(f"Power{config.__name__}", (config,), {"model_type": PREFIX + config.model_type, "__module__": __name__})
+    AutoConfig.register(made.model_type, made, exist_ok=True)
+    return made
+
+
+@cache
 def _classes(model: Any, config: Any) -> Any:
     """The model's class, and as its config_class the config's, known to transformers' auto classes from now on."""
-    power_config: Any = type(f"Power{config.__name__}", (config,), {"model_type": PREFIX + config.model_type, "__module__": __name__})
+    power_config = _config_class(config)
 
     def init(self: Any, its_config: Any, *args: Any, **kwargs: Any) -> None:
         model.__init__(self, its_config, *args, **kwargs)
@@ -144,6 +154,7 @@ def _classes(model: Any, config: Any) -> Any:
 
     members = {"config_class": power_config, "__init__": init, "generate": generate, "__module__": __name__}
     power_model: Any = type(f"Power{model.__name__}", (model,), members)
-    AutoConfig.register(power_config.model_type, power_config, exist_ok=True)
-    AutoModelForCausalLM.register(power_config, power_model, exist_ok=True)
+    # A model without a head, say, has a class of its own, but is not what a folder is loaded as.
+    if MODEL_FOR_CAUSAL_LM_MAPPING.get(config) is model:
+        AutoModelForCausalLM.register(power_config, power_model, exist_ok=True)
     return power_model

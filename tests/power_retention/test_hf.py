@@ -206,6 +206,15 @@ def test_a_folder_is_the_model_that_was_saved(name: str, tmp_path: Path, monkeyp
     }
 
 
+@torch.no_grad()
+def test_a_model_without_a_head_leaves_its_family_as_it_is(tmp_path: Path) -> None:
+    model, tokens = model_of("llama"), tokens_of(6)
+    body = metamorphose(copy.deepcopy(model.model))
+    assert not torch.allclose(body(tokens).last_hidden_state, model.model(tokens).last_hidden_state)
+    metamorphose(model).save_pretrained(tmp_path)
+    assert torch.equal(transformers.AutoModelForCausalLM.from_pretrained(tmp_path).eval()(tokens).logits, model(tokens).logits)
+
+
 def test_a_folder_is_never_loaded_as_softmax_attention_in_silence(tmp_path: Path) -> None:
     metamorphose(model_of("llama")).save_pretrained(tmp_path)
     # Where nobody has imported Vidrial transformers does not know the type.
