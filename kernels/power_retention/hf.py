@@ -155,6 +155,6 @@ def _classes(model: Any, config: Any) -> Any:
     members = {"config_class": power_config, "__init__": init, "generate": generate, "__module__": __name__}
     power_model: Any = type(f"Power{model.__name__}", (model,), members)
     # A model without a head, say, has a class of its own, but is not what a folder is loaded as.
-    if MODEL_FOR_CAUSAL_LM_MAPPING.get(config) is model:
+    if MODEL_FOR_CAUSAL_LM_MAPPING.get(config, None) is model:
         AutoModelForCausalLM.register(power_config, power_model, exist_ok=True)
     return power_model
