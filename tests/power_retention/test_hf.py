@@ -146,6 +146,16 @@ def test_padding_within_the_forward_pass_and_masks_that_are_refused() -> None:
     made = model(rows, attention_mask=mask, position_ids=positions).logits
     torch.testing.assert_close(made[:, 6:], full, rtol=0, atol=1e-5 * float(full.abs().max()))
     assert made.isfinite().all()
+    # A mask of keys alone, as flash attention takes it, of more keys than tokens; and one that is added to scores.
+    hidden, attention = torch.randn(2, 5, 64), model.model.layers[0].self_attn
+    rotation = model.model.rotary_emb(hidden, torch.arange(5)[None].repeat(2, 1))
+    alive = torch.tensor([[1, 1, 0, 0, 1, 1, 1], [1, 1, 1, 1, 1, 1, 1]])
+    seen = torch.ones(5, 7).tril(2).bool() & alive[:, None, None].bool()
+    found = [attention(hidden, rotation, m)[0] for m in (alive, seen, torch.zeros(seen.shape).masked_fill(~seen, -1e9))]
+    assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
+    assert torch.equal(found[0][1], attention(hidden, rotation)[0][1]) and not torch.allclose(
+        found[0][0], attention(hidden, rotation)[0][0]
+    )
     # Two sequences in one row: positions begin again, and tokens do not see all before them.
     packed = torch.cat((torch.arange(8), torch.arange(12)))[None].repeat(2, 1)
     with pytest.raises(UnsupportedError, match="attention_mask: tokens do not see all before them"):
