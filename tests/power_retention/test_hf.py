@@ -156,6 +156,11 @@ def test_padding_within_the_forward_pass_and_masks_that_are_refused() -> None:
     assert torch.equal(found[0][1], attention(hidden, rotation)[0][1]) and not torch.allclose(
         found[0][0], attention(hidden, rotation)[0][0]
     )
+    # Padding between tokens decays nothing: they stand as next to each other.
+    keep = torch.tensor([0, 1, 4])
+    hole = torch.zeros(2, 5, dtype=torch.long).index_fill(1, keep, 1)
+    apart = attention(hidden, rotation, hole)[0][:, keep]
+    torch.testing.assert_close(apart, attention(hidden[:, keep], tuple(x[:, keep] for x in rotation))[0], rtol=1e-5, atol=1e-6)
     # Two sequences in one row: positions begin again, and tokens do not see all before them.
     packed = torch.cat((torch.arange(8), torch.arange(12)))[None].repeat(2, 1)
     with pytest.raises(UnsupportedError, match="attention_mask: tokens do not see all before them"):
