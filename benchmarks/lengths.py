@@ -4,7 +4,8 @@
     python benchmarks/lengths.py --systems "ours, flash; ours, power" --count 20
     python benchmarks/lengths.py --show benchmarks/results/lengths_h200.json    # its table and plot; needs no GPU
 
-Each system has a process and empty caches of its own. It is warmed at one length, its first call ever, which is reported apart; then come the
+Each system has a process and empty caches of its own. It is warmed at one length, its first call ever, which is reported apart (with ours comes
+`vidrial.prepare_many` for 97 lengths over the range, which compiles what serves them side by side); then come the
 same random lengths for all: the first call at each (wall time, until the result is there), what was compiled and which configs were timed
 meanwhile, and the median of a few calls after it (GPU time by CUDA events). Softmax attention: B 1, H 16, d 128, causal; power retention and
 its kin: B 1, H 16, d 64, gated. Writes results/lengths_<gpu>.json and a plot.
@@ -32,6 +33,8 @@ from benchmarks.peers import ROOT, flash_attention_4, inputs, retention, sdpa
 
 SEED, COUNT, SECONDS, WARM_LENGTH, CALLS = 7, 100, 60.0, 1024, 7
 SHORTEST, LONGEST = 100, 16384
+# Lengths that ours is told beforehand: what serves them serves nearly all between.
+PREPARED = [round(SHORTEST * (LONGEST / SHORTEST) ** (i / 96)) for i in range(97)]
 
 Tensors = Mapping[str, Any]
 Count = Callable[[], int]
@@ -78,12 +81,13 @@ class Found:
 @dataclass(frozen=True)
 class System:
     """`d`: head size; `call` makes what is called of q, k, v and log_g; `compiled`, `tried` make counters of what a call has built and timed so
-    far, when the process starts."""
+    far, when the process starts. `prepare`: what a service would do before its first call, which counts as part of that."""
 
     d: int
     call: Callable[[Tensors], Callable[[], Any]]
     compiled: Callable[[], Count] | None = None
     tried: Callable[[], Count] | None = None
+    prepare: Callable[[], None] | None = None
 
 
 def _files(variable: str, pattern: str) -> Callable[[], Count]:
@@ -158,14 +162,28 @@ def _simple_gla(x: Tensors) -> Callable[[], Any]:
     return lambda: chunk_simple_gla(x["q"], x["k"], x["v"], x["log_g"])
 
 
+def _prepare_flash() -> None:
+    import vidrial
+    from vidrial.kernels.flash_attention.op import op
+
+    vidrial.prepare_many(op, [op.example(b=1, hq=16, h=16, t=t, d=128, causal=True) for t in PREPARED])
+
+
+def _prepare_power() -> None:
+    import vidrial
+    from vidrial.kernels.power_retention.op import op
+
+    vidrial.prepare_many(op, [op.example(b=1, h=16, t=t, d=64) for t in PREPARED])
+
+
 OURS_COMPILED, TRITON_COMPILED = _files("VIDRIAL_CACHE_DIR", "kernel.cubin*"), _files("TRITON_CACHE_DIR", "*.cubin")
 # No call of ours times configs: there is nothing to count. Of cuDNN nothing can be seen.
 SYSTEMS = {
-    "ours, flash": System(128, _ours_flash, OURS_COMPILED, _nothing),
+    "ours, flash": System(128, _ours_flash, OURS_COMPILED, _nothing, _prepare_flash),
     "FlashAttention-4": System(128, lambda x: flash_attention_4(x, causal=True), _compiled_by_cute),
     "SDPA cuDNN": System(128, lambda x: sdpa(x, "SDPA cuDNN")),
     "fla, forgetting attention": System(128, _forgetting, TRITON_COMPILED, _timed_by_triton),
-    "ours, power": System(64, _ours_power, OURS_COMPILED, _nothing),
+    "ours, power": System(64, _ours_power, OURS_COMPILED, _nothing, _prepare_power),
     "fla, simple GLA": System(64, _simple_gla, TRITON_COMPILED, _timed_by_triton),
     "retention": System(64, lambda x: retention(x, CHUNK), TRITON_COMPILED, _timed_by_triton),
 }
@@ -190,6 +208,8 @@ def run(system: System, ts: Sequence[int], say: Callable[[Call], None]) -> None:
             torch.cuda.synchronize()
             before = [count() if count else 0 for count in (compiled, tried)]
             begin = time.perf_counter()
+            if t == ts[0] and system.prepare:
+                system.prepare()
             call()
             torch.cuda.synchronize()
             seconds = time.perf_counter() - begin

@@ -14,11 +14,11 @@ NAMESPACES = {
     "vidrial.layout": "CuTe's objects as values ([device_api.md](device_api.md) has their device side)",
     "vidrial.tune": "sweeps and rankings ([sweeping.md](sweeping.md))",
     "vidrial.testing": "kernels on the CPU ([host_target.md](host_target.md))",
+    "vidrial.traced": "ops inside JAX's transformations ([jax.md](jax.md))",
     "vidrial.flops": "FLOPs and sizes of a model's weights and state ([context_and_flops.md](context_and_flops.md))",
     "vidrial.icl": "what context is worth to a model ([context_and_flops.md](context_and_flops.md))",
     "vidrial.kernels.flash_attention": "flash attention ([flash_attention.md](flash_attention.md))",
     "vidrial.kernels.power_retention": "power retention ([power_retention.md](power_retention.md))",
-    "vidrial.kernels.power_retention.metamorphosis": "a trained model's attention swapped for it ([models.md](models.md))",
 }
 HEAD = """# Python API
 

@@ -105,7 +105,15 @@ def test_kernels_import_what_exists(path: Path) -> None:
 
 PUBLIC_PACKAGES = (
     "vidrial",
-    *(f"vidrial.{name}" for name in ["flops", "icl", "layout", "tune", "testing", "templates", "kernels", "sweeps"]),
+    "vidrial.flops",
+    "vidrial.icl",
+    "vidrial.layout",
+    "vidrial.tune",
+    "vidrial.testing",
+    "vidrial.traced",
+    "vidrial.templates",
+    "vidrial.kernels",
+    "vidrial.sweeps",
 )
 OURS = sorted(path for folder in ("kernels", "sweeps", "examples") for path in (ROOT / folder).rglob("*.py"))
 

@@ -27,7 +27,7 @@ import vidrial
 from vidrial import call
 from vidrial.device import Device
 from vidrial.dtypes import DType
-from vidrial.errors import ArgumentError, FrozenError
+from vidrial.errors import ArgumentError, CompileError, FrozenError
 from vidrial.kernels.power_retention.op import example as power_example
 from vidrial.kernels.power_retention.op import op as power_op
 from vidrial.runtime import arrays, plan
@@ -157,6 +157,32 @@ def test_prepare_makes_a_first_call_in_a_capture_possible(driver: Driver, monkey
         call.prepare(op, example(), depth=3)
     with pytest.raises(ArgumentError, match="no choice of its own named depth; accepted: tile, width"):
         call.apply(op, example(), {"x": as_array(np.zeros(1, np.float32), "x")}, depth=3)
+
+
+def test_many_problems_compile_each_binary_once_and_side_by_side(driver: Driver, monkeypatch: pytest.MonkeyPatch) -> None:
+    rank({Config(32, 4): 1.0})
+    asked: list[Any] = []
+    real = call.build_many
+
+    def recorded(sources: Any, arch: str) -> Any:
+        asked.append((set(sources), arch))
+        return real(sources, arch, jobs=1)
+
+    monkeypatch.setattr(call, "build_many", recorded)
+    configs = call.prepare_many(op, (example(n=n) for n in (1000, 700, 9999)), 0, width=4)
+    assert [c.width for c in configs] == [4] * 3 and len(asked) == 1 and asked[0][1] == H200.arch
+    assert asked[0][0] == {s.binary for n, c in zip((1000, 700, 9999), configs, strict=True) for s in op.stages(example(n=n), c)}
+    freeze()
+    monkeypatch.setattr(plan, "capturing", lambda: True)
+    assert call.cuda_plan(op, example(n=700), 0, (("width", 4),)).config == configs[1]
+    assert call.prepare_many(op, []) == []
+
+
+def test_one_of_many_that_does_not_compile(driver: Driver, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(call, "build_many", lambda sources, arch: iter([(name, CompileError("line 3")) for name in sources]))
+    with pytest.raises(CompileError, match="line 3"):
+        call.prepare_many(op, [example()])
+    assert driver.launches == []
 
 
 class Place(NamedTuple):

@@ -1,6 +1,6 @@
 """Vidrial: GPU kernels as two dataclasses and one template, tuned by measurement.
 
-Public names are those of `__all__`, here and in `vidrial.layout`, `vidrial.tune` and `vidrial.testing`; the ops that come along lie in
+Public names are those of `__all__`, here and in `vidrial.layout`, `vidrial.tune`, `vidrial.traced` and `vidrial.testing`; the ops that come along lie in
 `vidrial.kernels`. Names are resolved on first use: importing Vidrial touches no GPU, no file and no other package.
 """
 
@@ -11,8 +11,8 @@ import sys
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from vidrial import layout, testing, tune
-    from vidrial.call import CachedPlan, apply, call_op, current_target, prepare, run, use_target
+    from vidrial import layout, testing, traced, tune
+    from vidrial.call import CachedPlan, apply, call_op, current_target, prepare, prepare_many, run, use_target
     from vidrial.device import Device
     from vidrial.dtypes import DType
     from vidrial.errors import (
@@ -89,19 +89,21 @@ __all__ = [
     "library_of",
     "part",
     "prepare",
+    "prepare_many",
     "run",
     "signature_of",
     "specialize",
     "static",
     "testing",
     "to_library",
+    "traced",
     "tune",
     "use_target",
 ]
 
 # Module -> the public names that it has.
 _HOMES = {
-    "call": "CachedPlan apply call_op current_target prepare run use_target",
+    "call": "CachedPlan apply call_op current_target prepare prepare_many run use_target",
     "device": "Device",
     "dtypes": "DType",
     "errors": "ArgumentError ArgumentTypeError CheckError CompileError ConfigError FrozenError LaunchError LayoutError NoValidConfig OutOfMemoryError "

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Iterable, Mapping
 from dataclasses import replace
 from functools import cache, lru_cache, partial
 from typing import Any, NamedTuple, TypeAlias, cast, overload
 
 import numpy as np
 
-from vidrial.device import DEFAULT_GPU, Device
+from vidrial.build.cubins import build_many
+from vidrial.device import Device
 from vidrial.dtypes import DType
-from vidrial.errors import ArgumentError, ArgumentTypeError, ConfigError, OutOfMemoryError
-from vidrial.host.plan import HostPlan
+from vidrial.errors import ArgumentError, ArgumentTypeError, CompileError, ConfigError, OutOfMemoryError, TracedError
+from vidrial.host.plan import HostPlan, predicted_plan
 from vidrial.runtime.arrays import (
     CPU,
     A,
@@ -35,6 +36,8 @@ from vidrial.settings import Settings, prepare_cupy
 from vidrial.spec.choices import describe, own_axes
 from vidrial.spec.fields import C, P
 from vidrial.spec.op import Op
+from vidrial.spec.registry import reference_of
+from vidrial.traced import traced
 from vidrial.tune.pick import choose_config
 from vidrial.tune.ranking import generation, log
 
@@ -164,22 +167,33 @@ def prepare(op: Op[P, C], problem: P, index: int | None = None, **fixed: object)
     return cast(C, cuda_plan(op, problem, index, tuple(fixed.items())).config)
 
 
+def prepare_many(op: Op[P, C], problems: Iterable[P], index: int | None = None, **fixed: object) -> list[C]:
+    """`prepare` for several problems, the lengths that a service will meet, say: what they need compiles side by side, in processes.
+
+    Returns:
+        The config of each.
+
+    Raises:
+        Those of `prepare`.
+    """
+    _check_own(op, fixed)
+    asked, device, choices = list(problems), Device.current(index), tuple(fixed.items())
+    sources = {}
+    for problem in asked:
+        for stage in op.stages(problem, choose_config(op, problem, device, choices).config):
+            sources[stage.binary] = stage.kernel.source(stage.problem, stage.config), describe(stage.config)
+    for _, built in build_many(sources, device.arch):
+        if isinstance(built, CompileError):
+            raise built
+    return [prepare(op, problem, index, **fixed) for problem in asked]
+
+
 def _check_own(op: Op[P, C], fixed: Mapping[str, object]) -> None:
     """Refuse what is no choice of the op's own."""
     own = own_axes(op.config)
     unknown = [name for name in fixed if name not in own]
     if unknown:
         raise ArgumentError(f"{op.name} has no choice of its own named {', '.join(unknown)}; accepted: {', '.join(own) or 'none'}")
-
-
-def host_plan(op: Op[P, C], problem: P, fixed: tuple[tuple[str, object], ...] = ()) -> HostPlan[P, C]:
-    """The same for the host target: the cost model's choice for the H200."""
-    return _host_plan(op, cast(Hashable, problem), fixed)
-
-
-@lru_cache(maxsize=64)
-def _host_plan(op: Op, problem: Any, fixed: tuple[tuple[str, object], ...]) -> HostPlan:
-    return HostPlan(op, problem, op.predicted(problem, Device.of(DEFAULT_GPU), dict(fixed)))
 
 
 def run(plan: CudaPlan, pointers: dict[str, int], like: A, library: str) -> dict[str, A]:
@@ -279,7 +293,10 @@ def call_op(op: Op[P, C], inputs: Mapping[str, A | None], target: str | None = N
     Returns, raises: as `apply`.
     """
     given = _without_none(inputs)
-    key, pointers = signature_of(given.values(), given)
+    try:
+        key, pointers = signature_of(given.values(), given)
+    except TracedError:
+        return traced(reference_of(op), given, **options)
     place, asked_options = current_target(target), tuple(options.items())
     try:
         asked = _request_of(op, tuple(given), key, place, asked_options)
@@ -313,7 +330,7 @@ class _Request(NamedTuple):
 def _run(op: Op, given: dict[str, Any], pointers: dict[str, int], asked: _Request) -> dict[str, Any]:
     if asked.planned is None:
         arrays = {name: x if type(x) is Array else as_array(x, name) for name, x in given.items()}
-        return run_on_host(op, asked.problem, arrays, host_plan(op, asked.problem, asked.fixed))
+        return run_on_host(op, asked.problem, arrays, predicted_plan(op, asked.problem, asked.fixed))
     like = next(iter(given.values()))
     return run(asked.planned.plan(), pointers, like.owner if type(like) is Array else like, asked.library)
 

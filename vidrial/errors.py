@@ -19,6 +19,10 @@ class UnsupportedError(VidrialError, ValueError):
     """A valid request that this version does not serve: it is refused, never answered wrongly."""
 
 
+class TracedError(UnsupportedError):
+    """An array that JAX traces, where an op's own function was asked for its memory."""
+
+
 class LayoutError(VidrialError, ValueError):
     """A layout, atom or tiled object that cannot be what it claims to be."""
 

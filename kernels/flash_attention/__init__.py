@@ -7,6 +7,7 @@ y = flash_attention(q, k, v, causal=True)
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from numbers import Real
@@ -35,6 +36,7 @@ from vidrial import (
 from vidrial.kernels.flash_attention.cpu import flash_attention_cpu
 from vidrial.kernels.flash_attention.op import op
 from vidrial.kernels.flash_attention.problem import DIMS, DTYPES, MAX_GROUP, MAX_SCALE, MIN_SCALE, UNLIMITED, Problem
+from vidrial.traced import Asked, Traceable, is_traced, traced
 
 __all__ = ["flash_attention"]
 
@@ -111,9 +113,19 @@ def flash_attention(
         CompileError, LaunchError, ToolchainError: the kernel could not be built or launched.
     """
     inputs = (q, k, v)
-    key, pointers = signature_of(inputs, NAMES)
-    _refuse_gradients(inputs)
     place = current_target(target)
+    try:
+        key, pointers = signature_of(inputs, NAMES)
+    except UnsupportedError:
+        if not is_traced(inputs):
+            raise
+        _check_options(causal, window, scale, softcap, return_lse)
+        sides = None if window is None else tuple(None if side is None else int(side) for side in window)
+        factors = {name: None if x is None else float(x) for name, x in (("scale", scale), ("softcap", softcap))}
+        options = {"causal": bool(causal), "window": sides, **factors, "target": place}
+        outputs = traced(f"{__name__}:TRACEABLE", dict(zip(NAMES, inputs, strict=True)), **options)
+        return (outputs["y"], outputs["lse"]) if return_lse else outputs["y"]
+    _refuse_gradients(inputs)
     try:
         asked = _request(key, causal, window, scale, softcap, return_lse, place)
     except TypeError:
@@ -294,3 +306,17 @@ def _on_cpu(arrays: dict[str, Array[Any]], problem: Problem) -> dict[str, Any]:
 
         return {"y": jax.numpy.asarray(y, dtype=source.owner.dtype), "lse": jax.numpy.asarray(lse)}
     return {"y": y.astype(source.owner.dtype), "lse": lse}
+
+
+def _asks(specs: Mapping[str, ArraySpec], options: Mapping[str, Any]) -> Asked:
+    o = dict(options)
+    target = o.pop("target")
+    return Asked(_request(tuple(specs[name] for name in NAMES), **o, return_lse=True, target=target).problem)
+
+
+def _run_traced(arrays: dict[str, Any], options: dict[str, Any]) -> dict[str, Any]:
+    y, lse = flash_attention(*(arrays[name] for name in NAMES), **options, return_lse=True)
+    return {"y": y, "lse": lse}
+
+
+TRACEABLE = Traceable(op, _asks, _run_traced, folds=True)

@@ -9,12 +9,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, Literal, TypeVar, overload
 
-from vidrial import ArgumentError, current_target, run, signature_of
+from vidrial import ArgumentError, UnsupportedError, current_target, run, signature_of
 from vidrial.kernels.power_retention import gradient
 from vidrial.kernels.power_retention.gradient import Gradients
 from vidrial.kernels.power_retention.op import DTYPES
 from vidrial.kernels.power_retention.request import NAMES, check_options, request_of
 from vidrial.kernels.power_retention.state import PowerState
+from vidrial.kernels.power_retention.traced import power_retention_traced
+from vidrial.traced import is_traced
 
 __all__ = ["power_retention", "power_retention_vjp", "PowerState", "Gradients", "DTYPES"]
 
@@ -98,7 +100,12 @@ def power_retention(
     place = current_target(target)
     if gradient.records(*inputs) or initial_state is not None or output_final_state is not False:
         return _with_state(inputs, gradient.Options(degree, scale, normalize, chunk, place), initial_state, output_final_state)
-    key, pointers = signature_of(inputs, NAMES)
+    try:
+        key, pointers = signature_of(inputs, NAMES)
+    except UnsupportedError:
+        if not is_traced(inputs):
+            raise
+        return power_retention_traced(inputs, gradient.Options(degree, scale, normalize, chunk, place))
     try:
         asked = request_of(key, degree, scale, normalize, chunk, place)
     except TypeError:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
-from typing import Any, Generic
+from collections.abc import Hashable, Mapping
+from functools import lru_cache
+from typing import Any, Generic, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -120,3 +121,14 @@ def poison(shape: tuple[int, ...], dtype: DType) -> NDArray[Any]:
     """A NumPy array of NaN (all bits set; bfloat16 as uint16): an element that nothing wrote shows."""
     bits: NDArray[Any] = np.full(shape, np.iinfo(f"uint{dtype.bits}").max, f"uint{dtype.bits}")
     return bits if dtype is DType.bfloat16 else bits.view(dtype.label)
+
+
+def predicted_plan(op: Op[P, C], problem: P, fixed: tuple[tuple[str, object], ...] = ()) -> HostPlan[P, C]:
+    """The plan of the config that the cost model predicts fastest on the H200, with `fixed` (name, value) choices of the op's own; the last
+    few are remembered."""
+    return _predicted_plan(op, cast(Hashable, problem), fixed)
+
+
+@lru_cache(maxsize=64)
+def _predicted_plan(op: Op, problem: Any, fixed: tuple[tuple[str, object], ...]) -> HostPlan:
+    return HostPlan(op, problem, op.predicted(problem, Device.of(DEFAULT_GPU), dict(fixed)))

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar, cast
 
 from vidrial.device import VECTOR_BYTES
 from vidrial.dtypes import DType
-from vidrial.errors import ArgumentTypeError, OutOfMemoryError, ToolchainError, UnsupportedError
+from vidrial.errors import ArgumentTypeError, OutOfMemoryError, ToolchainError, TracedError, UnsupportedError
 
 if TYPE_CHECKING:
     from typing_extensions import TypeVar as TypeVarWithDefault
@@ -223,7 +223,9 @@ def _read_cupy(x: Any, name: str) -> Array:
 
 def _read_jax(x: Any, name: str) -> Array:
     if isinstance(x, sys.modules["jax"].core.Tracer):
-        raise UnsupportedError(f"{name} is traced by JAX (jit, grad, vmap), which ops do not support yet; call the op outside of it")
+        raise TracedError(
+            f"{name} is traced by JAX (jit, grad, vmap), which vidrial.apply does not serve; accepted there: what vidrial.traced calls"
+        )
     devices = x.devices()
     if len(devices) != 1:
         raise UnsupportedError(f"{name} is spread over {len(devices)} devices; accepted: arrays on one. Call the op on each shard")

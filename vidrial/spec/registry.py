@@ -25,7 +25,7 @@ def reference_of(op: Op) -> str:
     Raises:
         ArgumentError: it is not an attribute of the module that its functions or dataclasses are from.
     """
-    homes = (op.problem, op.stages, op.sample, op.reference, op.config, op.rules)
+    homes = (op.problem, op.stages, op.sample, op.reference, op.config, op.rules, op.outputs)
     for module in (sys.modules.get(getattr(home, "__module__", "")) for home in homes):
         for name, value in vars(module).items() if module else ():
             if value is op:

@@ -30,6 +30,8 @@ SIZES, LONG = 2, 64
 # At the first of them so many configs of a part are asked, evenly spread over all; the fastest ones, and the fastest one with each value of
 # each choice, are where the search at all of them begins. It changes one choice at a time, so many times.
 SAMPLE, FASTEST, STEPS = 320, 3, 2
+# By how much a config may be predicted slower than another for being on the list already: a size that was never met compiles nothing new then.
+KEPT = 0.02
 # Combinations of the op's own choices that are looked into at a new size.
 LOOKED_INTO = 4
 
@@ -86,8 +88,19 @@ class Shortlist:
         for part in op.parts or ("",):
             seconds = op.estimate(problem, config, device, part)
             # 0: nothing of it is launched.
-            config = _moved(op, problem, device, config, part, seconds) if seconds else config
+            if seconds:
+                leader = next(self._about_as_fast(op, problem, device, config, part, seconds), config)
+                config = _moved(op, problem, device, leader, part, seconds)
         return config
+
+    def _about_as_fast(self, op: Op, problem: Any, device: Device, config: Any, part: str, seconds: float) -> Iterator[Any]:
+        """The config with other leaders of a part, in their order: what led at more sizes is more likely to be compiled already."""
+        for leader in self.leaders[part]:
+            other = _with(config, part, leader)
+            estimate = op.estimate(problem, other, device, part)
+            fast = estimate is not None and estimate * (1 - KEPT) <= seconds
+            if fast and op.reject(problem, other, device, part or None) is None:
+                yield other
 
     def _promising(self, op: Op, problem: Any, device: Device) -> list[Any]:
         """The combinations of own choices, by the time of the first leaders that no rule forbids with them."""
@@ -114,9 +127,9 @@ def _with(shared: Any, part: str, config: Any) -> Any:
 
 
 def _moved(op: Op, problem: Any, device: Device, config: Any, part: str, seconds: float) -> Any:
-    """The best legal one of a config and those that differ from it in one choice of a part."""
+    """A config, or the best legal one of those that differ from it in one choice of a part, if it is faster by more than `KEPT`."""
     moves = [_with(config, part, move) for move in neighbours(getattr(config, part) if part else config)]
-    faster = (c.config for c in op.estimates(problem, config, device, part, moves) if c.seconds < seconds)
+    faster = (c.config for c in op.estimates(problem, config, device, part, moves) if c.seconds < seconds * (1 - KEPT))
     return next((c for c in faster if op.reject(problem, c, device, part or None) is None), config)
 
 
@@ -169,9 +182,12 @@ def _leaders(op: Op, problems: Sequence[Sequence[Any]], device: Device, shared: 
                 chosen = usable[turn % len(usable)]
                 known |= {} if begun else _starts(op, problem, device, chosen, part)
                 begun = True
-                found = _search(op, problem, device, chosen, part, known)
+                found = next(_legal(op, problem, device, chosen, part, times := _search(op, problem, device, chosen, part, known)), None)
                 if found is not None:
-                    leaders[found] = known[found] = None
+                    known[found] = None
+                    near = {c: times[c] for c in leaders if times.get(c, math.inf) * (1 - KEPT) <= times[found]}
+                    if next(_legal(op, problem, device, chosen, part, near), None) is None:
+                        leaders[found] = None
     return tuple(leaders)
 
 
@@ -192,8 +208,8 @@ def _starts(op: Op, problem: Any, device: Device, shared: Any, part: str) -> dic
     return starts
 
 
-def _search(op: Op, problem: Any, device: Device, shared: Any, part: str, starts: Iterable[Any]) -> Any:
-    """The fastest-predicted legal config that is reached from `starts` by changing one choice at a time; None if there is none."""
+def _search(op: Op, problem: Any, device: Device, shared: Any, part: str, starts: Iterable[Any]) -> dict[Any, float]:
+    """Predicted times of `starts`, and of what is reached from the fastest one of them by changing one choice at a time."""
     times: dict[Any, float] = {}
     asked, waiting = set[Any](), list(starts)
     for _ in range(STEPS + 1):
@@ -206,5 +222,9 @@ def _search(op: Op, problem: Any, device: Device, shared: Any, part: str, starts
         if not new or not times:
             break
         waiting = list(neighbours(min(times, key=times.__getitem__)))
-    legal = (c for c in sorted(times, key=times.__getitem__) if op.reject(problem, _with(shared, part, c), device, part or None) is None)
-    return next(legal, None)
+    return times
+
+
+def _legal(op: Op, problem: Any, device: Device, shared: Any, part: str, times: Mapping[Any, float]) -> Iterator[Any]:
+    """Those of a part's configs that no rule forbids, fastest-predicted first."""
+    return (c for c in sorted(times, key=times.__getitem__) if op.reject(problem, _with(shared, part, c), device, part or None) is None)

@@ -1,0 +1,233 @@
+"""Ops inside JAX's transformations, on the CPU: the same custom call as on a GPU, whose handler runs NumPy or the host target."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import vidrial as vd
+from examples.gemm import gemm
+from vidrial import traced
+from vidrial.device import Device
+from vidrial.kernels.flash_attention import flash_attention
+from vidrial.kernels.power_retention import power_retention, power_retention_vjp
+from vidrial.tune import choose_config
+
+jax = pytest.importorskip("jax")
+jnp = pytest.importorskip("jax.numpy")
+
+ROOT = Path(__file__).parents[1]
+
+
+def inputs(t: int, b: int = 2, hq: int = 4, h: int = 2, d: int = 32, seed: int = 0) -> list[Any]:
+    """q, k, v, log_g, float32."""
+    rng = np.random.default_rng(seed)
+    arrays = [rng.standard_normal((b, t, heads, d)).astype(np.float32) for heads in (hq, h, h)]
+    return [*arrays, -np.abs(rng.standard_normal((b, t, h))).astype(np.float32) * 0.1]
+
+
+def as_jax(arrays: list[Any], dtype: str = "float32") -> list[Any]:
+    return [jnp.asarray(x, dtype if x.ndim == 4 else "float32") for x in arrays]
+
+
+def loss(*arrays: Any, **options: Any) -> Any:
+    return (power_retention(*arrays, **options).astype(jnp.float32) ** 2).sum()
+
+
+def same(found: Any, expected: Any) -> None:
+    assert found.dtype == expected.dtype and np.array_equal(np.asarray(found), np.asarray(expected))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("t", [1, 7, 65, 257])
+def test_jit_gives_what_a_call_gives(t: int, dtype: str) -> None:
+    given = as_jax(inputs(t), dtype)
+    for count, options in ((4, {}), (3, {"degree": 4}), (4, {"normalize": "none", "chunk": 128, "scale": 0.1})):
+        expected = power_retention(*given[:count], **options)
+        same(jax.jit(lambda *a, o=options: power_retention(*a, **o))(*given[:count]), expected)
+        assert float(jnp.abs(expected).max()) > 0.05
+
+
+@pytest.mark.parametrize("gated", [True, False])
+def test_gradients_are_those_of_the_vjp(gated: bool) -> None:
+    arrays = inputs(129)[: 4 if gated else 3]
+    found = jax.jit(jax.grad(loss, tuple(range(len(arrays)))))(*as_jax(arrays))
+    y, vjp = power_retention_vjp(*arrays)
+    for mine, exact in zip(found, vjp(2 * y), strict=False):
+        same(mine, exact)
+
+
+def test_vmap_makes_one_larger_batch() -> None:
+    q, k, v, log_g = as_jax(inputs(65))
+    several = jnp.stack([q, 2 * q + 1, q[::-1]])
+    mapped = jax.vmap(power_retention, (0, None, None, None))
+    same(mapped(several, k, v, log_g), jnp.stack([power_retention(x, k, v, log_g) for x in several]))
+    program = jax.jit(jax.vmap(mapped, (0, None, None, None))).lower(jnp.stack([several] * 2), k, v, log_g).as_text()
+    assert program.count(f"@{traced.TARGET}(") == 1 and "tensor<12x65x4x32xf32>" in program
+    # Of what is not mapped over the gradients add up.
+    found = jax.grad(lambda k: mapped(several, k, v, log_g).sum())(k)
+    expected = sum(jax.grad(lambda k, x=x: power_retention(x, k, v, log_g).sum())(k) for x in several)
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
+
+
+def gemm_asks(specs: Any, options: Any) -> traced.Asked:
+    (m, k), n = specs["a"].shape, specs["b"].shape[0]
+    return traced.Asked(gemm.Problem(specs["a"].dtype, False, False, m, n, k))
+
+
+def gemm_on_cpu(arrays: Any, options: Any) -> Any:
+    a, b = (arrays[name].astype(np.float32) for name in "ab")
+    return {"c": (a @ b.T).astype(arrays["a"].dtype)}
+
+
+GEMM = traced.Traceable(gemm.op, gemm_asks, gemm_on_cpu)
+
+
+def test_what_does_not_fold_is_mapped_one_by_one() -> None:
+    """A batch of matrices is no larger matrix to a GEMM: its second matrix would become one of several times as many columns."""
+    rng = np.random.default_rng(0)
+    a, b = (jnp.asarray(rng.integers(-2, 3, shape), jnp.float16) for shape in ((3, 16, 32), (24, 32)))
+    product = lambda a, b: traced.traced(f"{__name__}:GEMM", {"a": a, "b": b})["c"]  # noqa: E731
+    same(jax.jit(jax.vmap(product, (0, None)))(a, b), jnp.einsum("imk,nk->imn", a, b))
+    same(jax.vmap(product, (None, 1), 1)(a[0], jnp.stack([b, -b], 1)), jnp.stack([a[0] @ b.T, -(a[0] @ b.T)], 1))
+
+
+def test_a_users_op_runs_on_the_host_target() -> None:
+    softmax = pytest.importorskip("examples.softmax.softmax").softmax
+    x = jnp.asarray(np.random.default_rng(0).standard_normal((5, 129)), jnp.float32)
+    np.testing.assert_allclose(jax.jit(softmax)(x), jax.nn.softmax(x), rtol=1e-5)
+    with pytest.raises(vd.UnsupportedError, match="^softmax: its gradient is not computed"):
+        jax.grad(lambda x: softmax(x).sum())(x)
+
+
+def test_flash_attention() -> None:
+    q, k, v, _ = as_jax(inputs(65), "float16")
+    options = {"causal": True, "window": (20, None), "scale": 0.2}
+    y, lse = jax.jit(lambda *a: flash_attention(*a, return_lse=True, **options))(q, k, v)
+    for mine, exact in zip((y, lse), flash_attention(q, k, v, return_lse=True, **options), strict=True):
+        same(mine, exact)
+    same(jax.vmap(lambda q: flash_attention(q, k, v))(jnp.stack([q, -q]))[1], flash_attention(-q, k, v))
+    with pytest.raises(vd.UnsupportedError, match="^flash_attention: its gradient is not computed"):
+        jax.grad(lambda q: flash_attention(q, k, v).sum())(q)
+
+
+def test_the_kernels_themselves_with_gradients() -> None:
+    """target="host": the same kernels, outputs and saved normaliser as on a GPU."""
+    given = as_jax(inputs(65, b=1, hq=2, h=1), "bfloat16")
+    found = jax.grad(lambda *a: loss(*a, target="host"), (0, 1, 2, 3))(*given)
+    exact = jax.grad(loss, (0, 1, 2, 3))(*(x.astype("float32") for x in given))
+    for mine, right in zip(found, exact, strict=True):
+        mine = np.asarray(mine, np.float32)
+        assert 0 < np.linalg.norm(mine - right) / np.linalg.norm(right) < 1.5e-2
+
+
+def test_no_tokens_no_call() -> None:
+    given = as_jax(inputs(7))
+    y = jax.jit(power_retention)(*(x[:, :0] for x in given))
+    assert y.shape == (2, 0, 4, 32)
+    assert jax.grad(loss)(*(x[:, :0] for x in given)).shape == (2, 0, 4, 32)
+
+
+def test_refused_while_jax_traces() -> None:
+    q, k, v, log_g = as_jax(inputs(7))
+    with pytest.raises(vd.ArgumentError, match="^q has 3 heads and k has 2"):
+        jax.jit(power_retention)(q[:, :, :3], k, v, log_g)
+    with pytest.raises(vd.ArgumentTypeError, match="^k is float16"):
+        jax.jit(power_retention)(q, k.astype("float16"), v, log_g)
+    with pytest.raises(vd.ArgumentError, match="^chunk=3"):
+        jax.jit(lambda *a: power_retention(*a, chunk=3))(q, k, v)
+    with pytest.raises(vd.UnsupportedError, match="its gradient is not computed"):
+        jax.grad(lambda q: jax.grad(loss)(q, k, v, log_g).sum())(q)
+    with pytest.raises(TypeError, match="forward-mode"):
+        jax.jvp(lambda q: power_retention(q, k, v), (q,), (q,))
+    with pytest.raises(vd.UnsupportedError, match="^q is traced by JAX"):
+        jax.jit(lambda q: power_retention(q, k, v, output_final_state=True))(q)
+
+
+@pytest.mark.parametrize("error", [ValueError("planted"), vd.OutOfMemoryError("planted"), KeyboardInterrupt("planted")])
+def test_an_exception_in_the_handler_is_xlas_error(error: BaseException, monkeypatch: pytest.MonkeyPatch) -> None:
+    """ctypes prints and drops what leaves a callback, and the caller gets what the memory held before."""
+    from vidrial.kernels.power_retention import gradient
+
+    def broken(*_: object) -> None:
+        raise error
+
+    given = as_jax(inputs(9))
+    called = jax.jit(power_retention)
+    same(called(*given), power_retention(*given))
+    monkeypatch.setattr(gradient, "forward", broken)
+    with pytest.raises(Exception, match=f"{type(error).__name__}: planted"):
+        called(*given).block_until_ready()
+    monkeypatch.undo()
+    same(called(*given), power_retention(*given))
+
+
+def test_what_a_gpus_call_carries_is_what_its_handler_reads(monkeypatch: pytest.MonkeyPatch) -> None:
+    from vidrial.kernels.power_retention.traced import BACKWARD
+
+    made: list[Any] = []
+    monkeypatch.setattr(traced, "CudaPlan", lambda *told: made.append(told))
+    given = inputs(257, d=64)
+    arrays = {"q": given[0], "k": given[1], "v": given[2], "log_g": given[3], "y": given[0], "dy": given[0]}
+    arrays["norm"] = np.zeros((2, 4, 257), np.float32)
+    specs = tuple((n, vd.ArraySpec.of(vd.as_array(x, n).facts, n)._replace(dtype=vd.DType.bfloat16)) for n, x in arrays.items())
+    specs = tuple((n, s._replace(dtype=vd.DType.float32) if n in ("log_g", "norm") else s) for n, s in specs)
+    options = (("degree", 2), ("scale", None), ("normalize", "sum"), ("chunk", 128), ("target", "cuda"))
+    device = Device.of("h200")
+    text, size = traced._on_gpu("vidrial.kernels.power_retention.traced:BACKWARD", specs, options, device)
+    _, names = traced._plan(text.encode(), 3)
+    op, problem, config, index = made[0]
+    assert op is BACKWARD.op and index == 3 and problem == BACKWARD.asks(dict(specs), dict(options)).problem
+    assert config == choose_config(op, problem, device, (("chunk", 128),)).config and config.chunk == 128
+    assert names == (*arrays, *op.outputs(problem)) and size >= op.workspace_bytes(problem, config)
+
+
+ELSEWHERE = """
+import os, sys
+os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=4"
+import jax, numpy as np
+from jax.sharding import PartitionSpec as P
+import vidrial.traced
+
+vidrial.traced.register()
+arrays = [np.load(f"{sys.argv[1]}/{i}.npy") for i in range(4)]
+program = jax.export.deserialize(open(f"{sys.argv[1]}/program", "rb").read()) if hasattr(jax, "export") else None
+same = [np.array_equal(program.call(*arrays), np.load(f"{sys.argv[1]}/y.npy"))]
+
+from vidrial.kernels.power_retention import power_retention
+mesh = jax.make_mesh((2, 2), ("b", "h"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+cut, cut_gates = P("b", None, "h", None), P("b", None, "h")
+sharded = jax.jit(jax.shard_map(power_retention, mesh=mesh, in_specs=(cut, cut, cut, cut_gates), out_specs=cut))
+same += [np.array_equal(sharded(*arrays), power_retention(*arrays))]
+loss = lambda f: lambda *a: (f(*a) ** 2).sum()
+for mine, exact in zip(*(jax.grad(loss(f), (0, 1, 2, 3))(*map(jax.numpy.asarray, arrays)) for f in (sharded, power_retention))):
+    same += [np.allclose(mine, exact, rtol=1e-5, atol=1e-6) and float(abs(exact).max()) > 0]
+print(same)
+"""
+
+
+def test_an_export_runs_in_another_process_and_shard_map_over_batch_and_heads(tmp_path: Path) -> None:
+    export = pytest.importorskip("jax.export")
+    arrays = inputs(33)
+    for i, x in enumerate(arrays):
+        np.save(tmp_path / f"{i}.npy", x)
+    checks = [export.DisabledSafetyCheck.custom_call(traced.TARGET)]
+    program = export.export(jax.jit(power_retention), disabled_checks=checks)(*as_jax(arrays))
+    (tmp_path / "program").write_bytes(program.serialize())
+    np.save(tmp_path / "y.npy", power_retention(*arrays))
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    ran = subprocess.run([sys.executable, "-c", ELSEWHERE, tmp_path], capture_output=True, text=True, env=environment, check=False)
+    assert ran.stdout == f"{[True] * 6}\n", ran.stderr[-3000:]
+
+
+def test_a_program_names_no_object_of_this_process() -> None:
+    text = jax.jit(power_retention).lower(*as_jax(inputs(7))).as_text()
+    asked = json.loads(text.partition('asked = "')[2].partition('"}')[0].replace("\\22", '"').replace('\\"', '"'))
+    assert asked["call"] == "vidrial.kernels.power_retention.traced:PLAIN" and asked["inputs"] == ["q", "k", "v", "log_g"]

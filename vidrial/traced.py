@@ -1,0 +1,291 @@
+"""Ops inside JAX's transformations (jit, vmap, shard_map; grad where an op says how): one XLA custom call, whose handler is Python.
+
+The call carries the op by name, its problem and its config as text, so that a program exported, or kept in JAX's cache, stays valid in
+another process. On a CPU it runs what the op runs there; on a GPU the launches of a `CudaPlan`, on XLA's stream.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import math
+import sys
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from functools import cache, lru_cache, partial
+from typing import Any, NamedTuple, TypeAlias
+
+import numpy as np
+
+from vidrial.device import Device
+from vidrial.dtypes import DType
+from vidrial.errors import ArgumentError, UnsupportedError
+from vidrial.host.plan import predicted_plan
+from vidrial.runtime import xla
+from vidrial.runtime.arrays import CPU, ArraySpec, contiguous_strides
+from vidrial.runtime.inputs import check_inputs
+from vidrial.runtime.plan import CudaPlan, Workspace
+from vidrial.spec.op import ALIGNMENT, Buffer, Op
+from vidrial.spec.registry import reference_of, resolve
+from vidrial.tune.codec import decode, encode
+from vidrial.tune.pick import choose_config
+
+__all__ = ["Asked", "Traceable", "is_traced", "register", "traced"]
+
+TARGET = "vidrial"  # the custom call's name in XLA's programs
+Options: TypeAlias = tuple[tuple[str, Any], ...]  # (name, value), of numbers, bools, strings, None, and tuples of these
+Arrays: TypeAlias = Mapping[str, Any]
+
+
+class Asked(NamedTuple):
+    """What traced arrays ask for: an op's problem, and choices of the op's own that the call makes."""
+
+    problem: Any
+    fixed: tuple[tuple[str, object], ...] = ()
+
+
+@dataclass(frozen=True)
+class Traceable:
+    """A function of arrays that JAX may trace, kept at the top level of a module.
+
+    Args:
+        op: what runs on a GPU.
+        asks: (each input's ArraySpec by name, options by name) -> Asked; refuses what is not served.
+        on_cpu: (NumPy arrays by name, options by name) -> NumPy arrays by the names of the op's outputs.
+        folds: every input and output has the batch as its first axis, so that vmap may make one larger batch of it. Else vmap calls once
+            for each of what it maps over.
+    """
+
+    op: Op
+    asks: Callable[[Mapping[str, ArraySpec], Mapping[str, Any]], Asked]
+    on_cpu: Callable[[dict[str, Any], dict[str, Any]], Mapping[str, Any]]
+    folds: bool = False
+
+    @staticmethod
+    def of(op: Op) -> Traceable:
+        """Of an op with a `problem_of`: on a CPU its kernels run, on the host target.
+
+        Raises:
+            ArgumentError: it does not say which problem its inputs ask.
+        """
+        problem_of = op.problem_of
+        if problem_of is None:
+            raise ArgumentError(f"{op.name} does not say which problem its inputs ask; give Op(problem_of=...) to call it under JAX's jit")
+
+        def asks(specs: Mapping[str, ArraySpec], options: Mapping[str, Any]) -> Asked:
+            problem = problem_of(**specs, **options)
+            check_inputs(op, problem, specs)
+            return Asked(problem)
+
+        def on_cpu(arrays: dict[str, Any], options: dict[str, Any]) -> dict[str, Any]:
+            specs = {name: _spec(x.shape, DType.of(x.dtype)) for name, x in arrays.items()}
+            problem = problem_of(**specs, **options)
+            made = {name: np.empty(b.shape, _bits(b.dtype)) for name, b in op.outputs(problem).items()}
+            predicted_plan(op, problem).run({name: x.view(_bits(DType.of(x.dtype))) for name, x in arrays.items()} | made)
+            return made
+
+        return Traceable(op, asks, on_cpu)
+
+
+def _bits(dtype: DType) -> Any:
+    return np.uint16 if dtype is DType.bfloat16 else dtype.label
+
+
+def _spec(shape: tuple[int, ...], dtype: DType) -> ArraySpec:
+    """Of an array of XLA's: contiguous, and aligned."""
+    return ArraySpec(shape, contiguous_strides(shape), dtype, CPU, "jax", True)
+
+
+def traced(path: str, arrays: Arrays, **options: Any) -> dict[str, Any]:
+    """A traced call: outputs by name.
+
+    Args:
+        path: `module:name` of a Traceable, or of an op.
+        arrays: JAX's arrays and tracers, by the names of the op's inputs.
+        options: numbers, bools, strings, None, and tuples of these, for the Traceable's functions or the op's `problem_of`.
+
+    Raises:
+        ArgumentError, ArgumentTypeError, UnsupportedError: the op does not serve such arrays.
+    """
+    names, asked = tuple(arrays), tuple(options.items())
+    outputs = _outputs(path, _specs(arrays), asked)
+    found = _mappable(path, names, asked)(*arrays.values())
+    return dict(zip(outputs, found, strict=True))
+
+
+def is_traced(arrays: Iterable[object]) -> bool:
+    """Whether JAX traces one of these."""
+    jax = sys.modules.get("jax")
+    return jax is not None and any(isinstance(x, jax.core.Tracer) for x in arrays)
+
+
+def _specs(arrays: Arrays) -> tuple[tuple[str, ArraySpec], ...]:
+    return tuple((name, _spec(tuple(x.shape), DType.of(x.dtype))) for name, x in arrays.items())
+
+
+@lru_cache(maxsize=4096)
+def _asked(path: str, specs: tuple[tuple[str, ArraySpec], ...], options: Options) -> Asked:
+    return _traceable(path).asks(dict(specs), dict(options))
+
+
+def _outputs(path: str, specs: tuple[tuple[str, ArraySpec], ...], options: Options) -> Mapping[str, Buffer]:
+    return _traceable(path).op.outputs(_asked(path, specs, options).problem)
+
+
+@cache
+def _traceable(path: str) -> Traceable:
+    found = resolve(path)
+    return found if isinstance(found, Traceable) else Traceable.of(found)
+
+
+@lru_cache(maxsize=1024)
+def _mappable(path: str, names: tuple[str, ...], options: Options) -> Any:
+    """The call as a function of its arrays that vmap maps."""
+    import jax
+    import jax.numpy as jnp
+    from jax.custom_batching import custom_vmap
+
+    name = _traceable(path).op.name
+
+    def refused(*_: object) -> Any:
+        raise UnsupportedError(f"{name}: its gradient is not computed; wrap the call in a jax.custom_vjp, or in jax.lax.stop_gradient")
+
+    def one(*arrays: Any) -> tuple[Any, ...]:
+        return _call(path, dict(zip(names, arrays, strict=True)), options)
+
+    def several(size: int, mapped: list[bool], *arrays: Any) -> tuple[tuple[Any, ...], tuple[bool, ...]]:
+        if not _traceable(path).folds:
+            one_by_one = [x for x, is_mapped in zip(arrays, mapped, strict=True) if is_mapped]
+
+            def once(slices: list[Any]) -> Any:
+                left = iter(slices)
+                return call(*(next(left) if is_mapped else x for x, is_mapped in zip(arrays, mapped, strict=True)))
+
+            found = jax.lax.map(once, one_by_one)
+            return found, (True,) * len(found)
+        whole = [x if is_mapped else jnp.broadcast_to(x, (size, *x.shape)) for x, is_mapped in zip(arrays, mapped, strict=True)]
+        found = call(*(x.reshape(size * x.shape[1], *x.shape[2:]) for x in whole))
+        return tuple(y.reshape(size, y.shape[0] // size, *y.shape[1:]) for y in found), (True,) * len(found)
+
+    call = custom_vmap(one)
+    call.def_vmap(several)
+    found = jax.custom_vjp(call)
+    found.defvjp(refused, refused)
+    return found
+
+
+def _call(path: str, arrays: dict[str, Any], options: Options) -> tuple[Any, ...]:
+    """The custom call. Where the process has a GPU JAX lowers both forms, and takes that of the platform which the program is for."""
+    import jax
+    import jax.numpy as jnp
+
+    specs = _specs(arrays)
+    outputs = _outputs(path, specs, options)
+    shapes = [jax.ShapeDtypeStruct(b.shape, getattr(jnp, b.dtype.label)) for b in outputs.values()]
+    if any(0 in s.shape for s in shapes) or any(0 in spec.shape for _, spec in specs):
+        # XLA gives an array without elements no address.
+        return tuple(jnp.zeros(s.shape, s.dtype) for s in shapes)
+    register()
+
+    def on_cpu(*given: Any) -> tuple[Any, ...]:
+        asked = json.dumps({"call": path, "inputs": list(arrays), "outputs": list(outputs), "options": dict(options)})
+        return tuple(jax.ffi.ffi_call(TARGET, shapes)(*given, asked=asked))
+
+    def on_gpu(*given: Any) -> tuple[Any, ...]:
+        asked, size = _on_gpu(path, specs, options, Device.current(_gpus()[0]))
+        return tuple(jax.ffi.ffi_call(TARGET, [*shapes, jax.ShapeDtypeStruct((size,), jnp.uint8)])(*given, asked=asked)[:-1])
+
+    given = tuple(arrays.values())
+    found: tuple[Any, ...] = jax.lax.platform_dependent(*given, cpu=on_cpu, cuda=on_gpu) if _gpus() else on_cpu(*given)
+    return _varying(found, given[0])
+
+
+def _on_gpu(path: str, specs: tuple[tuple[str, ArraySpec], ...], options: Options, device: Device) -> tuple[str, int]:
+    """What a call carries on that GPU, and the bytes of its workspace, with what aligns it."""
+    op, (problem, fixed) = _traceable(path).op, _asked(path, specs, options)
+    config = choose_config(op, problem, device, fixed).config
+    names = [*dict(specs), *op.outputs(problem)]
+    asked = {"op": reference_of(op), "problem": encode(problem), "config": encode(config), "names": names}
+    return json.dumps(asked, sort_keys=True), Workspace(op, problem, config).bytes + ALIGNMENT
+
+
+def _varying(found: tuple[Any, ...], like: Any) -> tuple[Any, ...]:
+    """Inside shard_map: that the outputs differ over the axes of the mesh over which an input does. JAX takes them for the same everywhere."""
+    import jax
+
+    # NOTE: later versions of JAX call it by other names.
+    seen: Any = jax.typeof(like) if hasattr(jax, "typeof") else None
+    axes = tuple(seen.manual_axis_type.varying if hasattr(seen, "manual_axis_type") else getattr(seen, "vma", ()))
+    if not axes:
+        return found
+    vary = partial(jax.lax.pcast, to="varying") if hasattr(jax.lax, "pcast") else jax.lax.pvary
+    return tuple(vary(y, axes) for y in found)
+
+
+@cache
+def _gpus() -> list[int]:
+    """CUDA indices of JAX's GPUs."""
+    import jax
+
+    try:
+        return [device.local_hardware_id for device in jax.local_devices(backend="cuda")]
+    except RuntimeError:
+        return []
+
+
+@cache
+def register() -> None:
+    """Make the custom call known to JAX in this process: what a program needs that another process exported. Ops that are traced do it."""
+    xla.register(TARGET, "cpu", _run_on_cpu)
+    xla.register(TARGET, "CUDA", _run_on_gpu, _load)
+
+
+@lru_cache(maxsize=4096)
+def _read(asked: bytes) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(asked)
+    return found
+
+
+def _run_on_cpu(call: xla.Call) -> None:
+    asked = _read(call.attribute)
+    views = dict(zip([*asked["inputs"], *asked["outputs"]], map(_view, call.operands()), strict=True))
+    options = {name: tuple(value) if isinstance(value, list) else value for name, value in asked["options"].items()}
+    made = _traceable(asked["call"]).on_cpu({name: views[name] for name in asked["inputs"]}, options)
+    for name in asked["outputs"]:
+        views[name].view(np.uint8)[...] = np.ascontiguousarray(made[name]).view(np.uint8)
+
+
+def _view(x: xla.Operand) -> Any:
+    """The array in NumPy, where it lies."""
+    from jax.numpy import dtype  # NOTE: of ml_dtypes, too, which NumPy's own names lack
+
+    size = math.prod(x.shape) * x.dtype.bytes
+    memory = memoryview((ctypes.c_char * size).from_address(x.pointer))
+    return np.frombuffer(memory, dtype(x.dtype.label)).reshape(x.shape)
+
+
+@lru_cache(maxsize=4096)
+def _plan(asked: bytes, device: int) -> tuple[CudaPlan, tuple[str, ...]]:
+    told = _read(asked)
+    op: Op = resolve(told["op"])
+    return CudaPlan(op, decode(op.problem, told["problem"]), decode(op.config, told["config"]), device), tuple(told["names"])
+
+
+def _place(call: xla.Call) -> int:
+    if (device := call.device) is not None:
+        return device
+    if len(_gpus()) != 1:
+        raise UnsupportedError(
+            "this version of JAX does not say which GPU a call is for; accepted: one GPU (CUDA_VISIBLE_DEVICES), or a later version"
+        )
+    return _gpus()[0]
+
+
+def _load(call: xla.Call) -> None:
+    _plan(call.attribute, _place(call))
+
+
+def _run_on_gpu(call: xla.Call) -> None:
+    plan, names = _plan(call.attribute, _place(call))
+    *pointers, space = call.pointers()
+    plan.run(dict(zip(names, pointers, strict=True)), -(-space // ALIGNMENT) * ALIGNMENT, call.stream)
