@@ -19,6 +19,7 @@ NAMESPACES = {
     "vidrial.icl": "what context is worth to a model ([context_and_flops.md](context_and_flops.md))",
     "vidrial.kernels.flash_attention": "flash attention ([flash_attention.md](flash_attention.md))",
     "vidrial.kernels.power_retention": "power retention ([power_retention.md](power_retention.md))",
+    "vidrial.kernels.power_retention.metamorphosis": "a trained model's attention swapped for it ([models.md](models.md))",
 }
 HEAD = """# Python API
 
