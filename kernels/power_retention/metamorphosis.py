@@ -11,6 +11,7 @@ Importing this loads no torch.
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -93,6 +94,11 @@ def metamorphose(
         kind: type = type(attention)
         attention.__class__ = _swapped(kind)
     _record(model, {"layers": chosen, "degree": int(degree), "gates": [float(m) for m in gates], "normalize": normalize})
+    transformers = sys.modules.get("transformers")
+    if transformers is not None and isinstance(model, transformers.PreTrainedModel):
+        from vidrial.kernels.power_retention.hf import adopt
+
+        adopt(model)
     return model
 
 
@@ -235,10 +241,6 @@ def _attend(
 
     if not isinstance(position_embeddings, tuple | list) or len(position_embeddings) != 2:
         raise ArgumentError("position_embeddings: power retention is called as softmax attention was, with a pair of cosines and sines")
-    if attention_mask is not None:
-        raise UnsupportedError("attention_mask: padding is not served; pass sequences of one length, and attention_mask=None")
-    if past_key_values is not None:
-        raise UnsupportedError("past_key_values: keys are not kept; pass use_cache=False, or call within carry_states(model)")
     q, k, v = (getattr(attention, name)(hidden).unflatten(-1, (-1, one.d)) for name in PROJECTIONS[:3])
     if hasattr(attention, "q_norm"):
         q, k = attention.q_norm(q), attention.k_norm(k)
@@ -247,13 +249,57 @@ def _attend(
     if torch.is_autocast_enabled(q.device.type):
         q, k, v = (x.to(torch.get_autocast_dtype(q.device.type)) for x in (q, k, v))
     log_g = torch.nn.functional.logsigmoid(attention.g_proj(hidden).float())
-    if one.states is None:
+    if attention_mask is not None:
+        # Padding weighs nothing and decays nothing.
+        padding = ~_alive(attention, attention_mask, hidden.shape[1])
+        k, v = (x.masked_fill(padding[..., None, None], 0.0) for x in (k, v))
+        log_g = log_g.masked_fill(padding[..., None], 0.0)
+    if past_key_values is not None:
+        layer = _cache_layer(past_key_values, one)
+        y, state = power_retention(q, k, v, log_g, normalize=one.normalize, initial_state=layer.power_state, output_final_state=True)
+        layer.keep(state, q.shape[1])
+    elif one.states is None:
         y = power_retention(q, k, v, log_g, degree=one.degree, normalize=one.normalize)
     else:
         y, one.states[one.index] = power_retention(
             q, k, v, log_g, normalize=one.normalize, initial_state=one.states[one.index], output_final_state=True
         )
     return attention.o_proj(y.flatten(-2))
+
+
+def _alive(attention: Any, mask: Any, t: int) -> Any:
+    """Which of the last `t` tokens are no padding, [B, t], by a mask [B, keys], or [B, 1, t, keys], boolean or added to scores."""
+    import torch
+
+    if not isinstance(mask, torch.Tensor) or mask.ndim not in (2, 4):
+        what = f"{mask.ndim} dimensions" if isinstance(mask, torch.Tensor) else f"a {type(mask).__name__}"
+        raise UnsupportedError(f"attention_mask: {what}; accepted: [B, keys], or [B, 1, T, keys] as eager attention and SDPA take it")
+    if mask.ndim == 2:
+        return mask[:, -t:].bool()
+    seen = (mask[:, 0] if mask.dtype == torch.bool else mask[:, 0] == 0)[..., -t:]
+    # A token sees itself unless it is padding.
+    alive = seen.diagonal(dim1=-2, dim2=-1)
+    i = torch.arange(t, device=mask.device)
+    causal = i[:, None] >= i
+    window = (
+        getattr(attention, "sliding_window", None) if hasattr(attention, "sliding_window") else _read(attention.config, "sliding_window")
+    )
+    if window:
+        causal &= i[:, None] - i < window
+    if bool(((seen != causal & alive[:, None]) & alive[..., None]).any()):
+        raise UnsupportedError("attention_mask: tokens do not see all before them; accepted: a causal mask, and padding")
+    return alive
+
+
+def _cache_layer(cache: Any, one: Metamorphosis) -> Any:
+    """The layer of a cache that holds this attention's state."""
+    layers = getattr(cache, "layers", ())
+    layer = layers[one.index] if one.index < len(layers) else None
+    if not hasattr(layer, "power_state"):
+        raise UnsupportedError(
+            "past_key_values: this cache keeps keys; pass power_cache(model), or use_cache=False, or call within carry_states"
+        )
+    return layer
 
 
 def _only(output: Any) -> Any:
