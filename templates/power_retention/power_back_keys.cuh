@@ -20,7 +20,8 @@
 
 namespace vidrial {
 
-template <class Tiles, class Args>
+// State and Block: by which instruction (power_back_state.cuh and collective/gradient.cuh, or power_back_wgmma.cuh).
+template <class Tiles, template <class> class State, template <class> class Block, class Args>
 CUTE_DEVICE void power_back_keys(Args const& p) {
   using XA = typename Tiles::XA;
   using DX = typename Tiles::DX;
@@ -66,7 +67,7 @@ CUTE_DEVICE void power_back_keys(Args const& p) {
     copy_vectors(p.rows + row, table, thread, kQueries / 2);
     if (kGated) copy_vectors(p.a + gates + t0, table + kQueries * 8, thread, kQueries / 2);
   };
-  typename Tiles::Ring ring;
+  typename State<Tiles>::Ring ring;
   copy_k(0, p.t - m0);
   copy_v(0, p.t - m0);
   ring.first(fetch);
@@ -77,15 +78,13 @@ CUTE_DEVICE void power_back_keys(Args const& p) {
   RowVector<M> dot = {};
   Fragment<DX> dk = {};
   Fragment<DW> dv = {};
-  BlockGradient<Tiles> const gradient(smem + Smem::X, smem + Smem::W, ring_at, thread);
+  Block<Tiles> const gradient(smem + Smem::X, smem + Smem::W, ring_at, thread);
   if constexpr (Tiles::stateful) {
     if (has_state) {
-      StateGradient<Tiles> const from_state(smem + Smem::X, smem + Smem::Dx, ring_at, thread);
+      State<Tiles> const from_state(smem, ring_at, thread);
       float const f = kGated ? exp2_approx(diff_split(a(c0 + p.chunk - 1), e)) : 1.f;
       ring.wait_first();
-      from_state.normaliser(gradient.x, next, [](int, int) { return 2.f; });
-      from_state.pairs(gradient.w, dv, next);
-      from_state.read(dk, dot, f);
+      from_state(dk, dv, dot, next, [](int, int) { return 2.f; }, f);
       dv.scale(f);
     }
   }
@@ -124,8 +123,8 @@ CUTE_DEVICE void power_back_keys(Args const& p) {
       }
     }
   }
-  // Blocks before a warp's rows only pass by.
-  int const band = m0 + thread / 32 * (kRows / (Tiles::threads / 32));
+  // Blocks before a band's rows only pass by.
+  int const band = m0 + band_of<XA>(thread) * band_rows<XA>(kRows, Tiles::threads);
   CUTE_NO_UNROLL
   for (int g = 0; g < p.group; ++g) {
     CUTE_NO_UNROLL

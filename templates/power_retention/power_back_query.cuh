@@ -13,7 +13,8 @@
 
 namespace vidrial {
 
-template <class Tiles, class Args>
+// State and Block: by which instruction (power_back_state.cuh and collective/gradient.cuh, or power_back_wgmma.cuh).
+template <class Tiles, template <class> class State, template <class> class Block, class Args>
 CUTE_DEVICE void power_back_query(Args const& p) {
   using XA = typename Tiles::XA;
   using DX = typename Tiles::DX;
@@ -49,7 +50,7 @@ CUTE_DEVICE void power_back_query(Args const& p) {
       else copy_vectors(p.a + gates + j0, decay + stage * (kKeys * 8), thread, kKeys / 2);
     }
   };
-  typename Tiles::Ring ring;
+  typename State<Tiles>::Ring ring;
   copy_q(0, p.t - m0);
   copy_dy(0, p.t - m0);
   ring.first(fetch);
@@ -69,14 +70,12 @@ CUTE_DEVICE void power_back_query(Args const& p) {
   float2 const r0 = m0 > c0 ? a(m0 - 1) : make_float2(0.f, 0.f);
   Fragment<DX> dq = {};
   Fragment<typename Tiles::DW> unused;
-  BlockGradient<Tiles> const gradient(smem + Smem::X, smem + Smem::W, ring_at, thread);
+  Block<Tiles> const gradient(smem + Smem::X, smem + Smem::W, ring_at, thread);
   if constexpr (Tiles::stateful) {
     if (has_state) {
-      StateGradient<Tiles> const from_state(smem + Smem::X, smem + Smem::Dx, ring_at, thread);
+      State<Tiles> const from_state(smem, ring_at, thread);
       ring.wait_first();
-      from_state.normaliser(gradient.x, next, [&](int m, int h) { return -2.f * delta.x[m][h]; });
-      from_state.pairs(gradient.w, unused, next);
-      from_state.read(dq, dot, kGated ? exp2_approx(r0.x + r0.y) : 1.f);
+      from_state(dq, unused, dot, next, [&](int m, int h) { return -2.f * delta.x[m][h]; }, kGated ? exp2_approx(r0.x + r0.y) : 1.f);
     }
   }
   // Keys before the tile.
@@ -111,8 +110,8 @@ CUTE_DEVICE void power_back_query(Args const& p) {
       }
     }
   }
-  // And those in it, up to the diagonal; blocks beyond a warp's rows only pass by.
-  int const band_end = m0 + (thread / 32 + 1) * (kRows / (Tiles::threads / 32));
+  // And those in it, up to the diagonal; blocks beyond a band's rows only pass by.
+  int const band_end = m0 + (band_of<XA>(thread) + 1) * band_rows<XA>(kRows, Tiles::threads);
   CUTE_NO_UNROLL
   for (int j = diagonal; j < blocks; ++j) {
     int const stage = next(), j0 = c0 + j * kKeys;

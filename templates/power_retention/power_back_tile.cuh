@@ -13,6 +13,12 @@ CUTE_DEVICE float slope(float s) {
   return Degree == 2 ? 2.f * s : 4.f * s * s * s;
 }
 
+// Rows that are multiplied together: a warp's, or by wgmma a warpgroup's; which of them are a thread's, and how many they are.
+template <class Mma>
+CUTE_DEVICE int band_of(int thread) { return Mma::kAsync ? __shfl_sync(~0u, thread / 128, 0) : thread / 32; }
+template <class Mma>
+CUTE_HOST_DEVICE constexpr int band_rows(int rows, int threads) { return rows / (threads / (Mma::kAsync ? 128 : 32)); }
+
 // A snapshot on its way through the ring: `z_stages` times some rows of Z, then `s_stages` times some pair tiles of S.
 template <class Tiles>
 struct StateStream {

@@ -1,7 +1,8 @@
 """The two kernels of the backward pass that go over tiles of tokens: dq (`power_back_query.cuh`), dk and dv (`power_back_keys.cuh`).
 
 A CTA owns `rows` = 16 warps tokens of one head. Through one ring of `stages` buffers it streams the state before its chunk, or the adjoint of
-that behind it, and then the chunk's keys up to its own rows, or the queries from its own rows on, `block` at a time.
+that behind it, and then the chunk's keys up to its own rows, or the queries from its own rows on, `block` at a time. The products are mma.sync,
+or wgmma on Hopper (`power_back_wgmma.cuh`); of float16 those with the state alone, since a gradient of scores needs the range of bfloat16.
 """
 
 from __future__ import annotations
@@ -24,6 +25,8 @@ from vidrial.layout import (
     SmemLayout,
     TiledCopy,
     TiledMma,
+    Transposed,
+    WarpgroupMma,
     cp_async,
     gradient_tiles,
     ldmatrix,
@@ -39,57 +42,96 @@ Z_ROWS = 32
 
 @dataclass(frozen=True)
 class Config:
-    """`block` tokens that come by at once; `warps` of 16 rows each; `stages` of the ring; `blocks`: CTAs per SM that registers must allow."""
+    """`block` tokens that come by at once; `warps` of 16 rows each; `stages` of the ring; `blocks`: CTAs per SM that registers must allow; `mma`: by
+    which instruction. By wgmma also `tiles` of the state a stage, 0: as many as a block of tokens has room for; and where the gradient of the
+    features is while the state passes by."""
 
     block: int = choice(32, 16, 64)
     warps: int = choice(4, 8, 2)
-    stages: int = choice(3, 4)
+    stages: int = choice(3, 4, 2)
     blocks: int = choice(2, 1, 3)
+    mma: str = choice("sync", "wgmma")
+    tiles: int = choice(0, 2, 3, 4)
+    dx: str = choice("shared", "registers")
 
     @property
     def rows(self) -> int:
         return 16 * self.warps
 
 
-def state_tiles(p: ChunkedGradient, block_bytes: int) -> int:
-    """Pair tiles in a stage of the ring, which holds so many bytes of tokens."""
-    return max((n for n in (2, 4) if p.pair_tiles % n == 0 and n * 128 * p.e <= block_bytes), default=1)
+def state_tiles(p: ChunkedGradient, c: Config) -> int:
+    """Pair tiles in a stage of the ring: those asked for, or as many as it has room for beside a block of tokens."""
+    fit = (n for n in (2, 4) if p.pair_tiles % n == 0 and n * 128 * p.e <= block_bytes(p, c))
+    return c.tiles or max(fit, default=1)
+
+
+def block_bytes(p: ChunkedGradient, c: Config) -> int:
+    """Bytes of a block of tokens that come by."""
+    return c.block * p.dtype.bytes * (p.d + p.e)
+
+
+def over_w(p: ChunkedGradient, c: Config) -> bool:
+    """Whether the gradient of the features lies where w was: wgmma has it in registers meanwhile, as bf16."""
+    return c.mma == "wgmma" and c.dx == "shared" and p.dtype == DType.bfloat16 and p.stateful
 
 
 def tiles(p: ChunkedGradient, c: Config, values: bool) -> Tiles:
-    threads, bf16 = 32 * c.warps, DType.bfloat16
+    threads, bf16, wgmma, kept = 32 * c.warps, DType.bfloat16, c.mma == "wgmma", c.dx == "registers"
     x, w = SmemLayout(p.dtype, c.rows, p.d), SmemLayout(p.dtype, c.rows, p.e)
     a, b = SmemLayout(p.dtype, c.block, p.d, stages=c.stages), SmemLayout(p.dtype, c.block, p.e, stages=c.stages)
-    s, z = SmemLayout(bf16, 64, p.e), SmemLayout(bf16, Z_ROWS, p.d)
-    s_tiles = state_tiles(p, a.bytes + b.bytes)
+    z_rows = min(64, p.d) if wgmma else Z_ROWS
+    s, z = SmemLayout(bf16, 64, p.e), SmemLayout(bf16, z_rows, p.d)
+    s_tiles = state_tiles(p, c)
     stage_bytes = max(a.bytes + b.bytes, s_tiles * s.bytes, z.bytes)
-    copy, share, features = cp_async(16, zero_fill=True), (c.warps, 1), range(0, p.d, 8)
+    copy, share, features, groups = cp_async(16, zero_fill=True), (c.warps, 1), range(0, p.d, 8), max(1, c.warps // 4)
 
     def row_of(thread: int) -> int:
         return thread // 32 * 16
 
+    def operand(tile: SmemLayout) -> LoadMatrix:
+        steps = tuple((0, k) for k in range(0, tile.columns, 16))
+        return LoadMatrix(tile, ldmatrix(4), threads, lambda t: (row_of(t) + t % 16, t % 32 // 16 * 8), steps)
+
     # NOTE: gradients of scores and weights are bf16 whatever the tokens are stored as: squared scores overflow float16.
-    mma = MMA_16x8x16[bf16]
-    values_of = {"PS": TiledMma(mma, share, (c.rows, p.e, 64), b=s.transposed, bands=True)} if values else {}
-    dx = {"Dx": threads * p.d * 2} if p.stateful else {}
+    mma, members = MMA_16x8x16[bf16], gradient_tiles(x, w, a, b, c.warps).members
+
+    def product(n: int, k: int, b: SmemLayout | Transposed) -> TiledMma | WarpgroupMma:
+        return WarpgroupMma(bf16, groups, (c.rows, n, k), b) if wgmma else TiledMma(mma, share, (c.rows, n, k), b=b, bands=True)
+
+    if wgmma and p.dtype == bf16:
+        members |= {
+            "XA": WarpgroupMma(bf16, groups, (c.rows, c.block, p.d), a, x),
+            "WB": WarpgroupMma(bf16, groups, (c.rows, c.block, p.e), b, w),
+            "DX": WarpgroupMma(bf16, groups, (c.rows, p.d, c.block), a.transposed),
+            "DW": WarpgroupMma(bf16, groups, (c.rows, p.e, c.block), b.transposed),
+        }
+    if wgmma:
+        members |= {"RowsW": operand(w), "RowsX": operand(x), "dx_kept": kept, "dx_over_w": over_w(p, c)}
+    if values:
+        members["PS"] = product(p.e, 64, s.transposed)
+    dx_bytes = threads * p.d * 2
+    dx = {"Dx": dx_bytes} if p.stateful and not kept and not over_w(p, c) else {}
     return Tiles(
         threads=threads,
         min_blocks=c.blocks,
-        smem=SharedMemory(X=x, W=w, Ring=c.stages * stage_bytes, Table=16 * c.block * c.stages, **dx),
+        smem=SharedMemory(
+            X=x, W=(w, -(-dx_bytes // w.bytes) if over_w(p, c) else 1), Ring=c.stages * stage_bytes, Table=16 * c.block * c.stages, **dx
+        ),
         Elem=p.dtype,
         values=values,
+        wgmma_blocks=wgmma and p.dtype == bf16,
         rows=c.rows,
         stage_bytes=stage_bytes,
         s_tiles=s_tiles,
         s_stages=p.pair_tiles // s_tiles,
-        z_rows=Z_ROWS,
-        z_stages=p.d // Z_ROWS if p.normalized else 0,
-        **gradient_tiles(x, w, a, b, c.warps).members,
-        Ring=Pipeline(c.stages),
+        z_rows=z_rows,
+        z_stages=p.d // z_rows if p.normalized else 0,
+        **members,
+        # Kept in registers, the state's next stage is multiplied while the one before it is contracted.
+        Ring=Pipeline(c.stages, read=2 if kept else 1),
         S=s,
-        WS=TiledMma(mma, share, (c.rows, 64, p.e), b=s, bands=True),
-        XZ=TiledMma(mma, share, (c.rows, Z_ROWS, p.d), b=z, bands=True),
-        **values_of,
+        WS=product(64, p.e, s),
+        XZ=product(z_rows, p.d, z),
         CopyS=TiledCopy(copy, s, threads),
         CopyZ=TiledCopy(copy, z, threads),
         # Features of block I as the pairs of one row; those of block J as the accumulators have them.
@@ -103,19 +145,34 @@ def accumulators(p: ChunkedGradient, c: Config, values: bool) -> int:
     return (p.d + p.e * values + 2 * c.block) // 2
 
 
-def overhead(p: ChunkedGradient, values: bool) -> int:
+def overhead(p: ChunkedGradient, c: Config, values: bool) -> int:
     """Registers beside the accumulators."""
+    if c.mma == "wgmma":
+        return 64
     return REGISTER_OVERHEAD[values] + FOURTH_POWER * (values and p.degree == 4)
 
 
 def rules(p: ChunkedGradient, c: Config, device: Device, values: bool) -> Iterator[tuple[bool, str]]:
+    if c.mma == "wgmma":
+        yield device.arch == "sm_90a", f"wgmma is an instruction of sm_90a; {device.name} is {device.arch}"
+        yield c.warps % 4 == 0, f"wgmma takes warpgroups of 4 warps; got warps={c.warps}"
+        yield p.dtype == DType.bfloat16 or p.stateful, f"wgmma has no products of {p.dtype} but those with a state"
+        yield p.pair_tiles % state_tiles(p, c) == 0, f"tiles={c.tiles} must divide the {p.pair_tiles} pair tiles of a state"
+        yield p.stateful or (c.tiles == 0 and c.dx == "shared"), f"tiles={c.tiles} and dx={c.dx}: there is no state"
+        kept = c.dx == "registers"
+        yield not kept or not values, "dx=registers: the gradients of keys and values have none left"
+        yield not kept or p.d <= 64, f"dx=registers: 64 features at most are unrolled; got d={p.d}"
+        yield not kept or c.stages > 2, f"stages={c.stages}: dx=registers reads two of them at once"
+    else:
+        yield c.stages > 2, f"stages={c.stages}: by mma.sync 3 or 4"
+        yield c.tiles == 0 and c.dx == "shared", f"tiles={c.tiles} and dx={c.dx} are choices by wgmma"
     yield p.chunk % c.rows == 0, f"the {c.rows} rows of a CTA must divide chunk={p.chunk}"
     yield c.rows % c.block == 0, f"block={c.block} must divide the {c.rows} rows of a CTA"
     registers = min(255, device.registers_per_sm // (32 * c.warps * c.blocks) // 8 * 8)
-    needed = accumulators(p, c, values)
+    needed, beside = accumulators(p, c, values), overhead(p, c, values)
     yield (
-        needed + overhead(p, values) <= registers,
-        f"{needed} accumulators and some {overhead(p, values)} other registers per thread: {c.blocks} CTAs of {c.warps} warps per SM leave {registers}",
+        needed + beside <= registers,
+        f"{needed} accumulators and some {beside} other registers per thread: {c.blocks} CTAs of {c.warps} warps per SM leave {registers}",
     )
 
 
@@ -152,10 +209,9 @@ def work(p: ChunkedGradient, c: Config, values: bool) -> Work:
 
 def ctas_per_sm(p: ChunkedGradient, c: Config, device: Device, values: bool) -> int:
     """CTAs that an SM holds at once, by an estimate of their registers and of their shared memory."""
-    block_bytes = c.block * p.dtype.bytes * (p.d + p.e)
-    ring = c.stages * (max(block_bytes, state_tiles(p, block_bytes) * 128 * p.e) + 16 * c.block)
+    ring = c.stages * (max(block_bytes(p, c), state_tiles(p, c) * 128 * p.e) + 16 * c.block)
     smem = c.rows * p.dtype.bytes * (p.d + p.e) + ring + 64 * c.warps * p.d * p.stateful
-    registers = min(255, accumulators(p, c, values) + overhead(p, values))
+    registers = min(255, accumulators(p, c, values) + overhead(p, c, values))
     return max(1, Occupancy.of(device, threads=32 * c.warps, smem=smem, registers=registers).ctas)
 
 
@@ -169,9 +225,9 @@ def cost(p: ChunkedGradient, c: Config, device: Device, values: bool) -> Cost:
     tables = 8 * p.hq * (done.rows + done.tabulated * values) + (8 * p.t + 4 * done.tabulated * (not values)) * p.h * p.gated
     written = p.t * ((p.dtype.bytes * (p.d + p.e) + 4) * p.h if values else (p.dtype.bytes * p.d + 4) * p.hq)
     # NOTE: by the forward kernels' paces; none of the backward pass's own has been fitted yet.
-    units, warpgroups, block_bytes = c.rows / 128, c.warps / 4, c.block * p.dtype.bytes * (p.d + p.e)
+    units, warpgroups = c.rows / 128, c.warps / 4
     multiply = partial(pace.products, warpgroups=warpgroups, mma="sync", alone=pace.KEYS_PRODUCTS, device=device)
-    steps = p.snapshot / (state_tiles(p, block_bytes) * 64 * p.e)
+    steps = p.snapshot / (state_tiles(p, c) * 64 * p.e)
     block = multiply(c.warps * per_block) + 2 * pace.WEIGHT * c.rows / warpgroups * c.block + pace.KEYS_STEP * units
     state = multiply(2 * c.rows * p.snapshot * (2 if values else 1)) + pace.STATE_STEP * steps * units
     state += pace.FEATURE * c.rows / warpgroups * 64 * p.pair_tiles
@@ -187,7 +243,7 @@ def cost(p: ChunkedGradient, c: Config, device: Device, values: bool) -> Cost:
         alone=alone,
         longest=(pace.OUTPUT * units + longest) / alone,
         uneven=True,
-        l2_bytes=ctas * (waited * block_bytes + states * 2 * p.snapshot),
+        l2_bytes=ctas * (waited * block_bytes(p, c) + states * 2 * p.snapshot),
     )
 
 
