@@ -43,10 +43,7 @@ CUTE_DEVICE void power_back_keys(Args const& p) {
   auto at_head = [&](auto* x, int64_t const (&stride)[3], int h, int first) { return x + batch * stride[0] + first * stride[1] + h * stride[2]; };
   typename Tiles::CopyX const copy_k(at_head(p.k, p.k_stride, kv_head, m0), p.k_stride[1], smem + Smem::X, thread);
   typename Tiles::CopyW const copy_v(at_head(p.v, p.v_stride, kv_head, m0), p.v_stride[1], smem + Smem::W, thread);
-  typename Tiles::CopyA copy_q(at_head(p.q, p.q_stride, kv_head * p.group, 0), p.q_stride[1], ring_at, thread);
-  typename Tiles::CopyB copy_dy(at_head(p.dy, p.dy_stride, kv_head * p.group, 0), p.dy_stride[1], ring_at + Tiles::A::kBytes, thread);
-  StateStream<Tiles> state(Tiles::stateful ? p.adjoint + (int64_t(head) * p.chunks + chunk) * Tiles::snapshot : nullptr, ring_at, thread);
-  auto const *const q = copy_q.source, *const dy = copy_dy.source;
+  StateStream<Tiles> const state{Tiles::stateful ? p.adjoint + (int64_t(head) * p.chunks + chunk) * Tiles::snapshot : nullptr, ring_at, thread};
   // The ring's work items: the adjoint's, then blocks of queries behind the tile, head by head, then those in it, each with what its rows weigh.
   int const first_block = has_state ? kStateStages : 0;
   auto fetch = [&](int item, int stage) {
@@ -57,8 +54,10 @@ CUTE_DEVICE void power_back_keys(Args const& p) {
     int const g = i / blocks;
     if (g >= p.group) return;
     t0 += (i - g * blocks) * kQueries;
-    copy_q.source = q + t0 * p.q_stride[1] + g * p.q_stride[2];
-    copy_dy.source = dy + t0 * p.dy_stride[1] + g * p.dy_stride[2];
+    // NOTE: made anew for each block: kept, their pointers would be registers that the state's loop has not.
+    int const q_head = kv_head * p.group + g;
+    typename Tiles::CopyA const copy_q(at_head(p.q, p.q_stride, q_head, t0), p.q_stride[1], ring_at, thread);
+    typename Tiles::CopyB const copy_dy(at_head(p.dy, p.dy_stride, q_head, t0), p.dy_stride[1], ring_at + Tiles::A::kBytes, thread);
     copy_q(stage * Tiles::stage_bytes, p.t - t0);
     copy_dy(stage * Tiles::stage_bytes, p.t - t0);
     uint32_t const table = tables + stage * (kQueries * 16);

@@ -36,7 +36,7 @@ CUTE_DEVICE void power_back_query(Args const& p) {
   typename Tiles::CopyW const copy_dy(at_head(p.dy, p.dy_stride, q_head, m0), p.dy_stride[1], smem + Smem::W, thread);
   typename Tiles::CopyA copy_k(at_head(p.k, p.k_stride, kv_head, c0), p.k_stride[1], ring_at, thread);
   typename Tiles::CopyB copy_v(at_head(p.v, p.v_stride, kv_head, c0), p.v_stride[1], ring_at + Tiles::A::kBytes, thread);
-  StateStream<Tiles> state(Tiles::stateful ? p.snapshots + (int64_t(head) * p.chunks + chunk) * Tiles::snapshot : nullptr, ring_at, thread);
+  StateStream<Tiles> const state{Tiles::stateful ? p.snapshots + (int64_t(head) * p.chunks + chunk) * Tiles::snapshot : nullptr, ring_at, thread};
   // The ring's work items: the state's, then blocks of keys and values with their gates.
   int const first_block = has_state ? kStateStages : 0;
   auto fetch = [&](int item, int stage) {
