@@ -46,8 +46,7 @@ CUTE_DEVICE void power_back_keys(Args const& p) {
   StateStream<Tiles> const state{Tiles::stateful ? p.adjoint + (int64_t(head) * p.chunks + chunk) * Tiles::snapshot : nullptr, ring_at, thread};
   // The ring's work items: the adjoint's, then blocks of queries behind the tile, head by head, then those in it, each with what its rows weigh.
   int const first_block = has_state ? kStateStages : 0;
-  auto fetch = [&](int item, int stage) {
-    if (item < first_block) return state(item, stage);
+  auto fetch_block = [&](int item, int stage) {
     int i = item - first_block, blocks = behind, t0 = m0 + kRows;
     bool const masked = i >= behind * p.group;
     if (masked) { i -= behind * p.group; blocks = inside; t0 = m0; }
@@ -66,11 +65,16 @@ CUTE_DEVICE void power_back_keys(Args const& p) {
     copy_vectors(p.rows + row, table, thread, kQueries / 2);
     if (kGated) copy_vectors(p.a + gates + t0, table + kQueries * 8, thread, kQueries / 2);
   };
+  auto fetch = [&](int item, int stage) {
+    if (item < first_block) state(item, stage);
+    else fetch_block(item, stage);
+  };
   typename State<Tiles>::Ring ring;
   copy_k(0, p.t - m0);
   copy_v(0, p.t - m0);
   ring.first(fetch);
-  auto next = [&] { return ring.next(fetch); };
+  // Behind the state only blocks are fetched: what the state's copies need is dead there.
+  auto next = [&] { return ring.next(fetch_block); };
 
   int const row = m0 + DX::row(thread), column = DX::column(thread);
   float2 const e = a(m0 + kRows - 1);
@@ -83,7 +87,7 @@ CUTE_DEVICE void power_back_keys(Args const& p) {
       State<Tiles> const from_state(smem, ring_at, thread);
       float const f = kGated ? exp2_approx(diff_split(a(c0 + p.chunk - 1), e)) : 1.f;
       ring.wait_first();
-      from_state(dk, dv, dot, next, [](int, int) { return 2.f; }, f);
+      from_state(dk, dv, dot, [&] { return ring.next(fetch); }, [](int, int) { return 2.f; }, f);
       dv.scale(f);
     }
   }

@@ -39,8 +39,7 @@ CUTE_DEVICE void power_back_query(Args const& p) {
   StateStream<Tiles> const state{Tiles::stateful ? p.snapshots + (int64_t(head) * p.chunks + chunk) * Tiles::snapshot : nullptr, ring_at, thread};
   // The ring's work items: the state's, then blocks of keys and values with their gates.
   int const first_block = has_state ? kStateStages : 0;
-  auto fetch = [&](int item, int stage) {
-    if (item < first_block) return state(item, stage);
+  auto fetch_block = [&](int item, int stage) {
     int const j = item - first_block, j0 = c0 + j * kKeys;
     if (j >= blocks) return;
     copy_k(stage * Tiles::stage_bytes, p.t - j0); copy_k.source += kKeys * p.k_stride[1];
@@ -50,11 +49,16 @@ CUTE_DEVICE void power_back_query(Args const& p) {
       else copy_vectors(p.a + gates + j0, decay + stage * (kKeys * 8), thread, kKeys / 2);
     }
   };
+  auto fetch = [&](int item, int stage) {
+    if (item < first_block) state(item, stage);
+    else fetch_block(item, stage);
+  };
   typename State<Tiles>::Ring ring;
   copy_q(0, p.t - m0);
   copy_dy(0, p.t - m0);
   ring.first(fetch);
-  auto next = [&] { return ring.next(fetch); };
+  // Behind the state only blocks are fetched: what the state's copies need is dead there.
+  auto next = [&] { return ring.next(fetch_block); };
 
   int const row = m0 + DX::row(thread);
   RowVector<M> r, delta, dot = {};
@@ -75,7 +79,7 @@ CUTE_DEVICE void power_back_query(Args const& p) {
     if (has_state) {
       State<Tiles> const from_state(smem, ring_at, thread);
       ring.wait_first();
-      from_state(dq, unused, dot, next, [&](int m, int h) { return -2.f * delta.x[m][h]; }, kGated ? exp2_approx(r0.x + r0.y) : 1.f);
+      from_state(dq, unused, dot, [&] { return ring.next(fetch); }, [&](int m, int h) { return -2.f * delta.x[m][h]; }, kGated ? exp2_approx(r0.x + r0.y) : 1.f);
     }
   }
   // Keys before the tile.
