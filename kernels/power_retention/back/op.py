@@ -63,7 +63,10 @@ def stages(p: Gradient, c: Config) -> list[Stage]:
         launches.append(Stage(SCANS[c.scan.mma], before, c.scan, "scan"))
         if c.scan.segments > 1:
             launches.append(Stage(forward_scan.power_carry, before, forward_scan.CarryConfig(segments=c.scan.segments), "scan"))
-        launches.append(Stage(back_scan.power_back_scan, asked, c.adjoint, "adjoint"))
+        launches.append(Stage(back_scan.SCANS[c.adjoint.mma], asked, c.adjoint, "adjoint"))
+        if c.adjoint.segments > 1:
+            joined = forward_scan.CarryConfig(segments=c.adjoint.segments)
+            launches.append(Stage(back_scan.power_back_carry, asked, joined, "adjoint"))
     launches += [Stage(tokens.power_back_query, asked, c.query, "query"), Stage(tokens.power_back_keys, asked, c.keys, "keys")]
     if p.gated:
         if c.chunk:
@@ -103,8 +106,9 @@ def workspace(p: Gradient, c: Config) -> dict[str, Buffer]:
         if p.gated:
             buffers |= {"to_end": Buffer((heads, padded), f32), "cross": Buffer((heads, asked.chunks), f32)}
         buffers |= {name: Buffer((heads, asked.chunks, p.snapshot), DType.bfloat16) for name in ("snapshots", "adjoint")}
-        if c.scan.segments > 1:
-            buffers["ends"] = Buffer((heads, c.scan.segments - 1, p.snapshot), f32)
+        # Of the state's segments, and once these are joined of the adjoint's.
+        if (segments := max(c.scan.segments, c.adjoint.segments)) > 1:
+            buffers["ends"] = Buffer((heads, segments - 1, p.snapshot), f32)
     return buffers
 
 
@@ -183,7 +187,8 @@ op = Op(
         rows.power_back_rows,
         *SCANS.values(),
         forward_scan.power_carry,
-        back_scan.power_back_scan,
+        *back_scan.SCANS.values(),
+        back_scan.power_back_carry,
         tokens.power_back_query,
         tokens.power_back_keys,
         gates.power_back_cross,
