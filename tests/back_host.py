@@ -9,7 +9,9 @@ from vidrial.host.target import SCHEDULES, Schedule
 from vidrial.kernels.power_retention.back.op import WORST_ROW, Config, errors, op, outputs, reference, row_errors
 from vidrial.kernels.power_retention.back.problem import Gradient
 from vidrial.kernels.power_retention.back.scan import Config as Adjoint
+from vidrial.kernels.power_retention.back.scan_wgmma import Config as AdjointWgmma
 from vidrial.kernels.power_retention.back.tokens import Config as Tokens
+from vidrial.kernels.power_retention.back.tokens_wgmma import Config as TokensWgmma
 from vidrial.kernels.power_retention.scan import Config as Scan
 
 Arrays = dict[str, np.ndarray]
@@ -19,6 +21,7 @@ FEW_KEYS = {"dq": 8e-3, "dk": 8e-3, "dv": 8e-3, "dlog_g": 1.5e-2}
 
 NARROW = Config(
     128,
+    "sync",
     Scan(tokens=64, stages=3, warps=4, columns=32, segments=1),
     Adjoint(tokens=64, stages=3, warps=4, columns=32),
     Tokens(block=32, warps=4, stages=3, blocks=1),

@@ -8,7 +8,7 @@ import heapq
 import itertools
 import math
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Generic, TypeAlias
 
 from numpy.typing import NDArray
@@ -133,6 +133,8 @@ class Op(Generic[P, C]):
         rules: (problem, config) -> (holds, reason) about the config's own choices, beyond what the stages demand.
         problem_of: (each input's ArraySpec and options, by name) -> the problem of a call (`vidrial.call_op`).
         example: keywords (`t=10007, d=64`) -> a problem, with defaults for the rest: what the command line's options become.
+        unmeasured: values of the config's own choices, by name, that no GPU has measured yet: sweeps, checks and configs that name them reach them,
+            but a call takes one only where a ranking says so, never by the cost model.
     """
 
     name: str
@@ -150,6 +152,7 @@ class Op(Generic[P, C]):
     workspace: Callable[[P, C], Mapping[str, Buffer]] = _no_buffers
     rules: Callable[[P, C], Iterable[tuple[bool, str]]] = _no_rules
     problem_of: Callable[..., P] | None = None
+    unmeasured: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
 
     @classmethod
     def of(
@@ -304,6 +307,11 @@ class Op(Generic[P, C]):
         """Every combination of the config's own choices, its parts at their defaults; `fixed` choices take one value only."""
         return combinations(self.config, {**own_axes(self.config), **{name: (value,) for name, value in (fixed or {}).items()}})
 
+    def measured(self, fixed: Mapping[str, object] | None = None) -> tuple[C, ...]:
+        """As `shared`, without what is unmeasured, unless it is asked for."""
+        left_out = {name: values for name, values in self.unmeasured.items() if name not in (fixed or {})}
+        return tuple(c for c in self.shared(fixed) if all(getattr(c, name) not in values for name, values in left_out.items()))
+
     def launches(self, problem: P, config: C, part: str) -> bool:
         """Whether a part of a config launches anything for a problem."""
         return any(stage.part == part for stage in self.stages(problem, config))
@@ -424,7 +432,7 @@ class Op(Generic[P, C]):
         Raises:
             ConfigError: no config is legal.
         """
-        first = next(self.ranked(problem, device, fixed), None)
+        first = next(self.ranked(problem, device, fixed, Subset(self.measured(fixed), {})), None)
         if first is None:
             reasons = "; ".join(itertools.islice(self.space(problem, device, 0, fixed).reasons(), 3))
             raise ConfigError(f"{self.name}: no legal config for {problem} on {device.name}: {reasons}")

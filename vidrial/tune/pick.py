@@ -15,6 +15,7 @@ from vidrial.errors import FrozenError
 from vidrial.spec.choices import config_order, describe
 from vidrial.spec.fields import C, P, fields, size_class, specialized
 from vidrial.spec.op import Op, Stage
+from vidrial.spec.space import Subset
 from vidrial.tune.model import CALIBRATED, REACH, Model, Point, distance, work
 from vidrial.tune.ranking import (
     ProblemTimings,
@@ -77,7 +78,8 @@ def _pick(op: Op, problem: Any, device: Device, fixed: tuple[tuple[str, object],
     first = next(choices, None) or Choice(op.predicted(problem, device, asked), "predicted")
     if not build.frozen() or _compiled(op, problem, first.config, device):
         return first
-    others = (Choice(c.config, "predicted") for c in itertools.islice(op.ranked(problem, device, asked), FROZEN_DEPTH))
+    among = Subset(op.measured(asked), {})
+    others = (Choice(c.config, "predicted") for c in itertools.islice(op.ranked(problem, device, asked, among), FROZEN_DEPTH))
     for choice in itertools.chain(choices, others):
         if _compiled(op, problem, choice.config, device):
             log.warning("%s: frozen, so %s in place of %s for %s", op.name, describe(choice.config), describe(first.config), problem)

@@ -1,5 +1,4 @@
-"""The adjoint of the state behind every chunk: the forward scan in reverse, over the queries of a group, by mma.sync (`power_back_scan.cuh`) or by
-the forward's own kernel by wgmma (`power_back_scan_wgmma.cuh`); and what joins its segments (`power_back_carry.cuh`)."""
+"""The adjoint of the state behind every chunk (`power_back_scan.cuh`): the forward scan in reverse, over the queries of a group."""
 
 from __future__ import annotations
 
@@ -9,18 +8,20 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from vidrial import Arguments, Cost, Device, DType, Kernel, Tiles, choice
-from vidrial.kernels.power_retention import pace, scan_wgmma
-from vidrial.kernels.power_retention import scan as forward
+from vidrial.kernels.power_retention import pace
 from vidrial.kernels.power_retention.back.problem import ChunkedGradient
 from vidrial.layout import LoadMatrix, MMA_16x8x16, Pipeline, SharedMemory, SmemLayout, TiledCopy, TiledMma, cp_async, ldmatrix
 from vidrial.templates import TEMPLATES
 
 
 @dataclass(frozen=True)
-class Config(forward.Config):
-    """As the forward scan's; by mma.sync without segments."""
+class Config:
+    """`tokens` a stage of the ring; `columns` of the adjoint a warp, of 64 rows."""
 
-    stages: int = choice(3, 2, 4, 5)
+    tokens: int = choice(64, 32)
+    stages: int = choice(3, 2, 4)
+    warps: int = choice(4, 8)
+    columns: int = choice(64, 32)
 
 
 ARGS = Arguments(
@@ -97,9 +98,6 @@ def grid(p: ChunkedGradient, c: Config) -> tuple[int, int, int]:
 
 
 def rules(p: ChunkedGradient, c: Config, device: Device) -> Iterator[tuple[bool, str]]:
-    yield c.tiles == 1 and c.segments == 1, f"tiles={c.tiles} segments={c.segments}: by mma.sync a warp owns one tile of all chunks"
-    yield c.tokens <= 64 and c.stages <= 4, f"tokens={c.tokens} stages={c.stages}: by mma.sync 64 and 4 at most"
-    yield c.columns <= 64, f"columns={c.columns}: a warp has registers for 64"
     yield p.d % c.columns == 0 and p.e % c.columns == 0, f"columns={c.columns} must divide d={p.d} and e={p.e}"
     yield p.chunk % c.tokens == 0, f"tokens={c.tokens} must divide chunk={p.chunk}"
 
@@ -129,67 +127,3 @@ power_back_scan = Kernel(
     rules,
     cost,
 )
-
-
-WGMMA_ARGS = Arguments(
-    q="Elem const*",
-    dy="Elem const*",
-    a="float2 const*",
-    from_start="float const*",
-    from_start_z="float const*",
-    adjoint="cutlass::bfloat16_t*",
-    ends="float*",
-    q_stride="int64_t[3]",
-    dy_stride="int64_t[3]",
-    t="int",
-    h="int",
-    group="int",
-    chunk="int",
-    chunks="int",
-    padded="int",
-)
-
-
-def wgmma_rules(p: ChunkedGradient, c: Config, device: Device) -> Iterator[tuple[bool, str]]:
-    yield from scan_wgmma.rules(p, c, device)
-    units = scan_wgmma.state_units(p, c)
-    yield units % (c.warps // 4) == 0, f"warps={c.warps}: the {units} warpgroups with pair tiles must fill CTAs, those of M read other weights"
-
-
-def wgmma_cost(p: ChunkedGradient, c: Config, device: Device) -> Cost:
-    """The forward's, of all heads of a group. NOTE: the last chunk's tokens are filled up to a whole one."""
-    one, (_, segments) = scan_wgmma.cost(p, c, device), forward.joined(p, c.segments)
-    tokens, tables = (p.t - p.chunk) * p.group, forward.scanned_tokens(p) * p.group * (8 if p.normalized else 4)
-    written = p.snapshot * (2 * (p.chunks - segments) + 4 * (segments - 1))
-    read = tokens * p.dtype.bytes * (p.d + p.e) + tables + 32 * (p.chunks - 1) * p.gated
-    return replace(
-        one, flops=one.flops * p.group, bytes=p.b * p.h * (read + written), alone=one.alone * p.group, l2_bytes=one.l2_bytes * p.group
-    )
-
-
-power_back_scan_wgmma = Kernel(
-    "power_back_scan_wgmma",
-    Path(TEMPLATES, "power_retention", "power_back_scan_wgmma.cu.j2"),
-    ChunkedGradient,
-    Config,
-    WGMMA_ARGS,
-    scan_wgmma.tiles,
-    scan_wgmma.grid,
-    wgmma_rules,
-    wgmma_cost,
-)
-
-power_back_carry = Kernel(
-    "power_back_carry",
-    Path(TEMPLATES, "power_retention", "power_back_carry.cu.j2"),
-    ChunkedGradient,
-    forward.CarryConfig,
-    Arguments(a="float2 const*", ends="float const*", adjoint="cutlass::bfloat16_t*", chunk="int", chunks="int", segments="int"),
-    forward.carry_tiles,
-    forward.carry_grid,
-    cost=forward.carry_cost,
-    scalars=lambda p, c: {"segments": c.segments},
-)
-
-# By the instruction that a config names.
-SCANS = {"sync": power_back_scan, "wgmma": power_back_scan_wgmma}
