@@ -63,8 +63,8 @@ class Config:
 
 
 def adjoint_segments(p: Gradient, c: Config) -> int:
-    """Segments of the adjoint's scan: by mma.sync, and so of float16, there is one."""
-    return c.adjoint_wgmma.segments if c.mma == "wgmma" and p.dtype == DType.bfloat16 else 1
+    """Segments of the adjoint's scan: by mma.sync there is one."""
+    return c.adjoint_wgmma.segments if c.mma == "wgmma" and scan_wgmma.serves(p) else 1
 
 
 @lru_cache(maxsize=256)
@@ -97,9 +97,9 @@ def stages(p: Gradient, c: Config) -> list[Stage]:
 
 
 def adjoint_stages(p: Gradient, c: Config) -> list[Stage]:
-    """The scan of the adjoint, and what joins its segments. NOTE: wgmma takes dy as it is stored, and the adjoint is bfloat16."""
+    """The scan of the adjoint, and what joins its segments."""
     asked = chunked(p, c.chunk)
-    if c.mma == "sync" or p.dtype != DType.bfloat16:
+    if c.mma == "sync" or not scan_wgmma.serves(p):
         return [Stage(back_scan.power_back_scan, asked, c.adjoint, "adjoint")]
     launches: list[Stage] = [Stage(scan_wgmma.power_back_scan_wgmma, asked, c.adjoint_wgmma, "adjoint_wgmma")]
     if (segments := c.adjoint_wgmma.segments) > 1:

@@ -7,9 +7,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from vidrial import Arguments, Cost, Device, Kernel, choice
+from vidrial import Arguments, Cost, Device, DType, Kernel, choice
 from vidrial.kernels.power_retention import scan, scan_wgmma
-from vidrial.kernels.power_retention.back.problem import ChunkedGradient
+from vidrial.kernels.power_retention.back.problem import ChunkedGradient, Gradient
 from vidrial.templates import TEMPLATES
 
 
@@ -38,6 +38,11 @@ ARGS = Arguments(
     chunks="int",
     padded="int",
 )
+
+
+def serves(p: Gradient) -> bool:
+    """Whether wgmma scans a problem's adjoint: it takes dy as it is stored, and a warpgroup owns 64 rows of M. Where not, mma.sync does."""
+    return p.dtype == DType.bfloat16 and p.d % 64 == 0
 
 
 def rules(p: ChunkedGradient, c: Config, device: Device) -> Iterator[tuple[bool, str]]:

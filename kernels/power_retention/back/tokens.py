@@ -157,11 +157,15 @@ def work(p: ChunkedGradient, c: Config, values: bool, band: int = 1) -> Work:
 
 def ctas_per_sm(p: ChunkedGradient, c: Config, device: Device, values: bool) -> int:
     """CTAs that an SM holds at once, by an estimate of their registers and of their shared memory."""
-    block_bytes = c.block * p.dtype.bytes * (p.d + p.e)
-    ring = c.stages * (max(block_bytes, state_tiles(p, block_bytes) * 128 * p.e) + 16 * c.block)
+    ring = c.stages * (max(block_bytes(p, c), state_tiles(p, block_bytes(p, c)) * 128 * p.e) + 16 * c.block)
     smem = c.rows * p.dtype.bytes * (p.d + p.e) + ring + 64 * c.warps * p.d * p.stateful
     registers = min(255, accumulators(p, c, values) + overhead(p, values))
     return max(1, Occupancy.of(device, threads=32 * c.warps, smem=smem, registers=registers).ctas)
+
+
+def block_bytes(p: ChunkedGradient, c: Config) -> int:
+    """Bytes of a block of tokens that come by."""
+    return c.block * p.dtype.bytes * (p.d + p.e)
 
 
 def block_flops(p: ChunkedGradient, c: Config, values: bool) -> int:
@@ -188,9 +192,9 @@ def cost(p: ChunkedGradient, c: Config, device: Device, values: bool) -> Cost:
     flops = heads * (group * done.blocks * per_block + done.stateful_rows * state_flops(p, values))
     ctas = done.rows // c.rows * heads
     # NOTE: by the forward kernels' paces; none of the backward pass's own has been fitted yet.
-    units, warpgroups, block_bytes = c.rows / 128, c.warps / 4, c.block * p.dtype.bytes * (p.d + p.e)
+    units, warpgroups = c.rows / 128, c.warps / 4
     multiply = partial(pace.products, warpgroups=warpgroups, mma="sync", alone=pace.KEYS_PRODUCTS, device=device)
-    steps = p.snapshot / (state_tiles(p, block_bytes) * 64 * p.e)
+    steps = p.snapshot / (state_tiles(p, block_bytes(p, c)) * 64 * p.e)
     block = multiply(c.warps * per_block) + 2 * pace.WEIGHT * c.rows / warpgroups * c.block + pace.KEYS_STEP * units
     state = multiply(2 * c.rows * p.snapshot * (2 if values else 1)) + pace.STATE_STEP * steps * units
     state += pace.FEATURE * c.rows / warpgroups * 64 * p.pair_tiles
@@ -206,7 +210,7 @@ def cost(p: ChunkedGradient, c: Config, device: Device, values: bool) -> Cost:
         alone=alone,
         longest=(pace.OUTPUT * units + longest) / alone,
         uneven=True,
-        l2_bytes=ctas * (waited * block_bytes + states * 2 * p.snapshot),
+        l2_bytes=ctas * (waited * block_bytes(p, c) + states * 2 * p.snapshot),
     )
 
 

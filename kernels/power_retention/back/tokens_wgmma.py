@@ -26,6 +26,12 @@ class Config(tokens.Config):
     dx: str = choice("shared", "registers")
 
 
+# Seconds, fitted to what the kernels' parts took on the H200, each by itself and only with a state: an SM's for the contraction of a 64 x 64 tile
+# beside its products, a warpgroup's for a tile that it has to itself, and an SM's for a weight and its gradient, without values' gradients and with.
+CONTRACTION, TILE_STEP, WEIGHT = 84e-9, {"shared": 390e-9, "registers": 140e-9}, (60e-12, 85e-12)
+# A block of tokens of a warpgroup that has the SM to itself, in times of what it keeps the SM busy; first loads and last stores; what the state takes
+# for each further warpgroup of a CTA, in times of one's. NOTE: guesses, as what a stage of the state adds, until a sweep has been fitted.
+BLOCK_ALONE, OUTPUT, CROWDED, STAGE = 1.6, 0.1e-6, 0.3, 20e-9
 # Bytes of the ring that the state's stages may take: of two CTAs per SM, and of three.
 STATE_BYTES, STATE_BYTES_OF_THREE = 65536, 49152
 
@@ -116,18 +122,63 @@ def rules(p: ChunkedGradient, c: Config, device: Device, values: bool) -> Iterat
     yield p.chunk % c.rows == 0, f"the {c.rows} rows of a CTA must divide chunk={p.chunk}"
     yield c.rows % c.block == 0, f"block={c.block} must divide the {c.rows} rows of a CTA"
     registers = min(255, device.registers_per_sm // (32 * c.warps * c.blocks) // 8 * 8)
+    roomy = not values or c.blocks < 3 or c.stages == 2 or (p.gated and p.normalized)
+    yield roomy, f"stages={c.stages}: without gates or a normaliser three CTAs per SM spill 4 to 8 bytes"
     needed = least_registers(p, c, values)
     yield needed <= registers, f"ptxas needs some {needed} registers per thread: {c.blocks} CTAs of {c.warps} warps per SM leave {registers}"
 
 
 def least_registers(p: ChunkedGradient, c: Config, values: bool) -> int:
-    """Registers per thread that ptxas makes do with, without a spill."""
-    return 0
+    """Registers per thread that ptxas makes do with, without a spill: seen in its reports. 256: it never does."""
+    wide = (p.d == 128) + 2 * (p.e == 128)
+    if kept(c):
+        return 168 if p.d == 32 and p.e < 128 else 216 if p.e < 128 else 254
+    if values:
+        return (168, 208, 252, 250)[wide] if c.block < 64 else 256 if wide else 240
+    return (127, 168, 168, 184)[wide] if c.block < 64 else 208 if wide else 168
+
+
+def taken_registers(p: ChunkedGradient, c: Config, device: Device, values: bool) -> int:
+    """Registers per thread that ptxas takes where it is free to, or as many as it may."""
+    limit = min(255, device.registers_per_sm // (32 * c.warps * c.blocks) // 8 * 8)
+    return min(limit, max(least_registers(p, c, values), 214 if values else 150))
 
 
 def cost(p: ChunkedGradient, c: Config, device: Device, values: bool) -> Cost:
-    done = tokens.work(p, c, values, band(p))
-    return Cost(flops=1, bytes=1, ctas=1)
+    done, heads, group = tokens.work(p, c, values, band(p)), p.b * (p.h if values else p.hq), p.group if values else 1
+    per_block, per_state = tokens.block_flops(p, c, values), c.rows * tokens.state_flops(p, values)
+    flops = heads * (group * done.blocks * per_block + done.stateful_rows * tokens.state_flops(p, values))
+    ctas = done.rows // c.rows * heads
+    waited, states = group * done.blocks / c.warps / (done.rows / c.rows), done.stateful_rows / done.rows
+    # What an SM is busy with, and what a warpgroup takes that has it to itself.
+    rate, warpgroups = device.tensor_tflops * 1e12 / device.sms, c.warps // 4
+    contracted, weights = warpgroups * p.pair_tiles, c.rows * c.block
+    block = c.warps * per_block / rate + WEIGHT[values] * weights
+    state = per_state / rate + CONTRACTION * contracted
+    busy = OUTPUT * warpgroups + waited * block + states * state
+    state_alone = per_state / rate / warpgroups + TILE_STEP[c.dx] * p.pair_tiles + STAGE * p.pair_tiles / state_tiles(p, c) + CROWDED * (warpgroups - 1) * state / warpgroups
+    block_alone = BLOCK_ALONE * block + (pace.FETCH if c.stages < 3 and not p.stateful else 0.0)
+    longest = min(p.chunk, p.t) / c.block * group * block_alone + p.stateful * state_alone
+    alone = OUTPUT * warpgroups + waited * block_alone + states * state_alone
+    return Cost(
+        flops=flops,
+        bytes=tokens.moved(p, done, values),
+        ctas=ctas,
+        ctas_per_sm=ctas_per_sm(p, c, device, values),
+        efficiency=flops / max(1, ctas) / (rate * busy) if flops else 1.0,
+        alone=alone,
+        longest=(OUTPUT * warpgroups + longest) / alone,
+        uneven=True,
+    )
+
+
+def ctas_per_sm(p: ChunkedGradient, c: Config, device: Device, values: bool) -> int:
+    """CTAs that an SM holds at once, by their shared memory and an estimate of their registers."""
+    stage = max(tokens.block_bytes(p, c), p.stateful * max(state_tiles(p, c) * 128 * p.e, 2 * min(64, p.d) * p.d))
+    rows = c.rows * (p.dtype.bytes * p.d + max(p.dtype.bytes * p.e, 4 * p.d * over_w(p, c)))
+    apart = 4 * c.rows * p.d * (p.stateful and not kept(c) and not over_w(p, c))
+    smem = rows + apart + c.stages * (stage + 16 * c.block)
+    return max(1, Occupancy.of(device, threads=32 * c.warps, smem=smem, registers=taken_registers(p, c, device, values)).ctas)
 
 
 def _kernel(name: str, args: Arguments, values: bool) -> Kernel[ChunkedGradient, Config]:
