@@ -122,19 +122,21 @@ def rules(p: ChunkedGradient, c: Config, device: Device, values: bool) -> Iterat
     yield p.chunk % c.rows == 0, f"the {c.rows} rows of a CTA must divide chunk={p.chunk}"
     yield c.rows % c.block == 0, f"block={c.block} must divide the {c.rows} rows of a CTA"
     registers = min(255, device.registers_per_sm // (32 * c.warps * c.blocks) // 8 * 8)
-    roomy = not values or c.blocks < 3 or c.stages == 2 or (p.gated and p.normalized)
-    yield roomy, f"stages={c.stages}: without gates or a normaliser three CTAs per SM spill 4 to 8 bytes"
+    roomy = not values or c.blocks < 3 or (p.gated and p.normalized) or (c.stages == 2 and c.block == 32 and p.d == p.e == 64)
+    yield roomy, f"blocks={c.blocks} stages={c.stages} block={c.block}: without gates or a normaliser that spills 4 to 8 bytes"
     needed = least_registers(p, c, values)
     yield needed <= registers, f"ptxas needs some {needed} registers per thread: {c.blocks} CTAs of {c.warps} warps per SM leave {registers}"
 
 
 def least_registers(p: ChunkedGradient, c: Config, values: bool) -> int:
     """Registers per thread that ptxas makes do with, without a spill: seen in its reports. 256: it never does."""
-    wide = (p.d == 128) + 2 * (p.e == 128)
+    wide, half = (p.d == 128) + 2 * (p.e == 128), p.dtype == DType.float16
     if kept(c):
-        return 168 if p.d == 32 and p.e < 128 else 216 if p.e < 128 else 254
+        return 254 + 2 * half if p.e == 128 else 168 if p.d == 32 else 216
+    if values and c.block == 64:
+        return 256 if wide else 240
     if values:
-        return (168, 208, 252, 250)[wide] if c.block < 64 else 256 if wide else 240
+        return (184 if p.degree == 4 else 168, 208, 252, 256 if half and c.block > 16 else 250)[wide]
     return (127, 168, 168, 184)[wide] if c.block < 64 else 208 if wide else 168
 
 
