@@ -183,7 +183,9 @@ class Bench:
         plans = [cuda_plan(back.op, problem, 0)]
         if self.device.arch == HOPPER and plans[0].config.mma == "sync":
             plans.append(cuda_plan(back.op, problem, 0, (("mma", "wgmma"),)))
-        return "\n".join(f"{case.name} backward, mma={plan.config.mma}\n" + self._launches(back.op, problem, plan, tensors) for plan in plans)
+        return "\n".join(
+            f"{case.name} backward, mma={plan.config.mma}\n" + self._launches(back.op, problem, plan, tensors) for plan in plans
+        )
 
     def _launches(self, op: Op, problem: Any, plan: CudaPlan, tensors: Mapping[str, Any]) -> str:
         """Of each launch: time, share, and what it reaches by its own account of its work."""

@@ -9,9 +9,7 @@ from vidrial.host.target import SCHEDULES, Schedule
 from vidrial.kernels.power_retention.back.op import WORST_ROW, Config, errors, forward_pass, op, outputs, reference, row_errors, sample
 from vidrial.kernels.power_retention.back.problem import Gradient
 from vidrial.kernels.power_retention.back.scan import Config as Adjoint
-from vidrial.kernels.power_retention.back.scan_wgmma import Config as AdjointWgmma
 from vidrial.kernels.power_retention.back.tokens import Config as Tokens
-from vidrial.kernels.power_retention.back.tokens_wgmma import Config as TokensWgmma
 from vidrial.kernels.power_retention.scan import Config as Scan
 
 Arrays = dict[str, np.ndarray]

@@ -49,7 +49,10 @@ def rules(p: ChunkedGradient, c: Config, device: Device) -> Iterator[tuple[bool,
     yield from scan_wgmma.rules(p, c, device)
     yield c.tiles * c.columns < 384 or c.warps == 4, f"tiles={c.tiles} of columns={c.columns} with 8 warps spill 8 to 16 bytes"
     units = scan_wgmma.state_units(p, c)
-    yield units % (c.warps // 4) == 0, f"warps={c.warps}: the {units} warpgroups with pair tiles must fill CTAs, those of M read other weights"
+    yield (
+        units % (c.warps // 4) == 0,
+        f"warps={c.warps}: the {units} warpgroups with pair tiles must fill CTAs, those of M read other weights",
+    )
 
 
 def cost(p: ChunkedGradient, c: Config, device: Device) -> Cost:

@@ -125,7 +125,10 @@ def rules(p: ChunkedGradient, c: Config, device: Device, values: bool) -> Iterat
     roomy = not values or c.blocks < 3 or (p.gated and p.normalized) or (c.stages == 2 and c.block == 32 and p.d == p.e == 64)
     yield roomy, f"blocks={c.blocks} stages={c.stages} block={c.block}: without gates or a normaliser that spills 4 to 8 bytes"
     needed = least_registers(p, c, values)
-    yield needed <= registers, f"ptxas needs some {needed} registers per thread: {c.blocks} CTAs of {c.warps} warps per SM leave {registers}"
+    yield (
+        needed <= registers,
+        f"ptxas needs some {needed} registers per thread: {c.blocks} CTAs of {c.warps} warps per SM leave {registers}",
+    )
 
 
 def least_registers(p: ChunkedGradient, c: Config, values: bool) -> int:
@@ -158,7 +161,12 @@ def cost(p: ChunkedGradient, c: Config, device: Device, values: bool) -> Cost:
     block = c.warps * per_block / rate + WEIGHT[values] * weights
     state = per_state / rate + CONTRACTION * contracted
     busy = OUTPUT * warpgroups + waited * block + states * state
-    state_alone = per_state / rate / warpgroups + TILE_STEP[c.dx] * p.pair_tiles + STAGE * p.pair_tiles / state_tiles(p, c) + CROWDED * (warpgroups - 1) * state / warpgroups
+    state_alone = (
+        per_state / rate / warpgroups
+        + TILE_STEP[c.dx] * p.pair_tiles
+        + STAGE * p.pair_tiles / state_tiles(p, c)
+        + CROWDED * (warpgroups - 1) * state / warpgroups
+    )
     block_alone = BLOCK_ALONE * block + (pace.FETCH if c.stages < 3 and not p.stateful else 0.0)
     longest = min(p.chunk, p.t) / c.block * group * block_alone + p.stateful * state_alone
     alone = OUTPUT * warpgroups + waited * block_alone + states * state_alone
