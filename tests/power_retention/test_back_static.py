@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from back_host import NARROW, Adjoint, AdjointWgmma, Config, Tokens, TokensWgmma
+from back_host import NARROW, Adjoint, Config, Tokens
 
 from vidrial.build.cubins import build_many
 from vidrial.build.nvrtc import Cubin
@@ -17,6 +17,8 @@ from vidrial.host.plan import HostPlan, poison
 from vidrial.host.target import HostStats
 from vidrial.kernels.power_retention.back.op import example, op, outputs, sample, stages
 from vidrial.kernels.power_retention.back.problem import Gradient
+from vidrial.kernels.power_retention.back.scan_wgmma import Config as AdjointWgmma
+from vidrial.kernels.power_retention.back.tokens_wgmma import Config as TokensWgmma
 from vidrial.layout.access import flops, tiled_objects
 from vidrial.layout.mma import TiledMma
 from vidrial.layout.wgmma import WarpgroupMma

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from back_host import FEW_KEYS, NARROW, USUAL, AdjointWgmma, Arrays, Config, Gradient, TokensWgmma, run, with_gates, wrong
+from back_host import FEW_KEYS, NARROW, USUAL, Arrays, Config, Gradient, run, with_gates, wrong
 from planting import planted
 from power_host import PARTS
 
@@ -21,6 +21,8 @@ from vidrial.host import plan as plans
 from vidrial.host.plan import HostPlan, poison
 from vidrial.host.target import SCHEDULES, Schedule
 from vidrial.kernels.power_retention.back.op import example, forward_pass, op, sample
+from vidrial.kernels.power_retention.back.scan_wgmma import Config as AdjointWgmma
+from vidrial.kernels.power_retention.back.tokens_wgmma import Config as TokensWgmma
 from vidrial.spec.op import Buffer
 from vidrial.tune.pick import choose_config
 
