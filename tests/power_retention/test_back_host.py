@@ -166,7 +166,7 @@ WRONG = {
     "the state of another chunk": ("power_back_cross", "p.chunks + chunk + 1)", "p.chunks + chunk)"),
     "a token's own gate": ("power_back_gates", "float(prefix + x[i])", "float(prefix + (i ? x[i - 1] : 0.))"),
     "one head of the group in the adjoint": ("power_back_scan", " + q_head * p.q_stride[2];", ";"),
-    "one head of the group in dk": ("power_back_keys", " + g * p.q_stride[2];", ";"),
+    "one head of the group in dk": ("power_back_keys", "q_head = kv_head * p.group + g;", "q_head = kv_head * p.group;"),
     "no adjoint before the last chunk": ("power_back_keys", "chunk + 1 < p.chunks", "chunk + 2 < p.chunks"),
     "state not discounted to the row": ("power_back_query", "kGated ? exp2_approx(r0.x + r0.y) : 1.f", "1.f"),
     "adjoint not discounted to the tile": ("power_back_keys", "kGated ? exp2_approx(diff_split(a(c0 + p.chunk - 1), e)) : 1.f", "1.f"),
