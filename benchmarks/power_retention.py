@@ -3,7 +3,7 @@
     python benchmarks/power_retention.py                               # every case; the peer tunes itself for minutes
     python benchmarks/power_retention.py --cases P2,P7 --budget 200    # some of them
     python benchmarks/power_retention.py --no-peers --stages           # what each of our launches takes
-    python benchmarks/power_retention.py --backward --cases P2         # forward and backward together; prints, writes nothing
+    python benchmarks/power_retention.py --backward --cases P2         # forward and backward together, and each launch; prints, writes nothing
 
 GPU time by CUDA events on one stream, the L2 flushed before every sample, warm, implementations in turn, medians. Errors against
 float64 on some heads and rows. Writes results/power_retention_<gpu>.json after every case, and a plot; `--merge` keeps the rows of
@@ -16,7 +16,7 @@ import argparse
 import math
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +25,13 @@ from benchmarks.common import CASES, RESULTS, Case, bus_id, run_facts, select, s
 from benchmarks.peers import OverBudget, compile_ahead, inputs, peer_errors, retention, sdpa, within
 from benchmarks.record import CUBLAS, OURS, PEER, SDPA, Book, Entry, Row, plot, show
 from vidrial.call import cuda_plan
-from vidrial.device import Device
+from vidrial.device import HOPPER, Device
 from vidrial.kernels.power_retention import power_retention
+from vidrial.kernels.power_retention.back import op as back
 from vidrial.kernels.power_retention.op import example, op
 from vidrial.runtime.plan import CudaPlan
 from vidrial.spec.choices import describe
+from vidrial.spec.op import Op
 from vidrial.tune.pick import choose_config
 from vidrial.tune.timing import CudaClock, Timing, drift, measure, slowdowns
 
@@ -165,13 +167,30 @@ class Bench:
         return f"{case.name}\n" + table(("forward and backward", "ms (IQR)", "x ours", "peak GiB", ""), lines)
 
     def stages(self, case: Case) -> str:
-        """A table of our launches: time, share, and what each reaches by its own account of its work."""
+        """A table of our launches, forward."""
         x = inputs(case)
         problem = example(t=case.t, b=case.b, h=case.h, hq=case.query_heads, d=case.d)
-        plan: CudaPlan = cuda_plan(op, problem, 0)
-        y = self.torch.empty_like(x["q"])
+        return f"{case.name}\n" + self._launches(op, problem, cuda_plan(op, problem, 0), x | {"y": self.torch.empty_like(x["q"])})
+
+    def backward_stages(self, case: Case) -> str:
+        """Tables of our launches, backward: those that a call takes, and on Hopper those by wgmma, until a sweep has ranked them."""
+        x = inputs(case)
+        problem = back.example(t=case.t, b=case.b, h=case.h, hq=case.query_heads, d=case.d)
+        norm = self.torch.ones((case.b, case.query_heads, case.t), device="cuda")
+        y, dy = (self.torch.randn_like(x["q"]) for _ in range(2))
+        made = {"dq": "q", "dk": "k", "dv": "v", "dlog_g": "log_g"}
+        tensors = x | {"y": y, "norm": norm, "dy": dy} | {name: self.torch.empty_like(x[of]) for name, of in made.items()}
+        plans = [cuda_plan(back.op, problem, 0)]
+        if self.device.arch == HOPPER and plans[0].config.mma == "sync":
+            plans.append(cuda_plan(back.op, problem, 0, (("mma", "wgmma"),)))
+        return "\n".join(
+            f"{case.name} backward, mma={plan.config.mma}\n" + self._launches(back.op, problem, plan, tensors) for plan in plans
+        )
+
+    def _launches(self, op: Op, problem: Any, plan: CudaPlan, tensors: Mapping[str, Any]) -> str:
+        """Of each launch: time, share, and what it reaches by its own account of its work."""
         scratch = self.torch.empty(max(1, plan.workspace.bytes), device="cuda", dtype=self.torch.uint8)
-        pointers = {name: tensor.data_ptr() for name, tensor in (x | {"y": y}).items()}
+        pointers = {name: tensor.data_ptr() for name, tensor in tensors.items()}
 
         def launch(stage: int | None) -> Run:
             return lambda: plan.run(pointers, scratch.data_ptr(), self._stream.cuda_stream, stage)
@@ -196,7 +215,7 @@ class Bench:
                 )
             )
         lines.append(("all", f"{whole.median_ms:.4f} ({whole.iqr_ms:.4f})", "100", "-", "-", "-", f"chunk={plan.config.chunk}"))
-        return f"{case.name}\n" + table(("stage", "ms (IQR)", "%", "TFLOP/s", "GB/s", "CTAs", "config"), lines)
+        return table(("stage", "ms (IQR)", "%", "TFLOP/s", "GB/s", "CTAs", "config"), lines)
 
 
 def parse() -> argparse.Namespace:
@@ -229,6 +248,7 @@ def main() -> None:
         if options.backward:
             for case in cases:
                 print(bench.backward(case, not options.no_peers), end="\n\n", flush=True)
+                print(bench.backward_stages(case), end="\n\n", flush=True)
             return
         if options.stages:
             for case in cases:

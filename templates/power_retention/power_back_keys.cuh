@@ -20,7 +20,8 @@
 
 namespace vidrial {
 
-template <class Tiles, class Args>
+// State and Block: by which instruction (power_back_state.cuh and collective/gradient.cuh, or power_back_wgmma.cuh).
+template <class Tiles, template <class> class State, template <class> class Block, class Args>
 CUTE_DEVICE void power_back_keys(Args const& p) {
   using XA = typename Tiles::XA;
   using DX = typename Tiles::DX;
@@ -42,22 +43,20 @@ CUTE_DEVICE void power_back_keys(Args const& p) {
   auto at_head = [&](auto* x, int64_t const (&stride)[3], int h, int first) { return x + batch * stride[0] + first * stride[1] + h * stride[2]; };
   typename Tiles::CopyX const copy_k(at_head(p.k, p.k_stride, kv_head, m0), p.k_stride[1], smem + Smem::X, thread);
   typename Tiles::CopyW const copy_v(at_head(p.v, p.v_stride, kv_head, m0), p.v_stride[1], smem + Smem::W, thread);
-  typename Tiles::CopyA copy_q(at_head(p.q, p.q_stride, kv_head * p.group, 0), p.q_stride[1], ring_at, thread);
-  typename Tiles::CopyB copy_dy(at_head(p.dy, p.dy_stride, kv_head * p.group, 0), p.dy_stride[1], ring_at + Tiles::A::kBytes, thread);
-  StateStream<Tiles> state(Tiles::stateful ? p.adjoint + (int64_t(head) * p.chunks + chunk) * Tiles::snapshot : nullptr, ring_at, thread);
-  auto const *const q = copy_q.source, *const dy = copy_dy.source;
+  StateStream<Tiles> const state{Tiles::stateful ? p.adjoint + (int64_t(head) * p.chunks + chunk) * Tiles::snapshot : nullptr, ring_at, thread};
   // The ring's work items: the adjoint's, then blocks of queries behind the tile, head by head, then those in it, each with what its rows weigh.
   int const first_block = has_state ? kStateStages : 0;
-  auto fetch = [&](int item, int stage) {
-    if (item < first_block) return state(item, stage);
+  auto fetch_block = [&](int item, int stage) {
     int i = item - first_block, blocks = behind, t0 = m0 + kRows;
     bool const masked = i >= behind * p.group;
     if (masked) { i -= behind * p.group; blocks = inside; t0 = m0; }
     int const g = i / blocks;
     if (g >= p.group) return;
     t0 += (i - g * blocks) * kQueries;
-    copy_q.source = q + t0 * p.q_stride[1] + g * p.q_stride[2];
-    copy_dy.source = dy + t0 * p.dy_stride[1] + g * p.dy_stride[2];
+    // NOTE: made anew for each block: kept, their pointers would be registers that the state's loop has not.
+    int const q_head = kv_head * p.group + g;
+    typename Tiles::CopyA const copy_q(at_head(p.q, p.q_stride, q_head, t0), p.q_stride[1], ring_at, thread);
+    typename Tiles::CopyB const copy_dy(at_head(p.dy, p.dy_stride, q_head, t0), p.dy_stride[1], ring_at + Tiles::A::kBytes, thread);
     copy_q(stage * Tiles::stage_bytes, p.t - t0);
     copy_dy(stage * Tiles::stage_bytes, p.t - t0);
     uint32_t const table = tables + stage * (kQueries * 16);
@@ -66,26 +65,29 @@ CUTE_DEVICE void power_back_keys(Args const& p) {
     copy_vectors(p.rows + row, table, thread, kQueries / 2);
     if (kGated) copy_vectors(p.a + gates + t0, table + kQueries * 8, thread, kQueries / 2);
   };
-  typename Tiles::Ring ring;
+  auto fetch = [&](int item, int stage) {
+    if (item < first_block) state(item, stage);
+    else fetch_block(item, stage);
+  };
+  typename State<Tiles>::Ring ring;
   copy_k(0, p.t - m0);
   copy_v(0, p.t - m0);
   ring.first(fetch);
-  auto next = [&] { return ring.next(fetch); };
+  // Behind the state only blocks are fetched: what the state's copies need is dead there.
+  auto next = [&] { return ring.next(fetch_block); };
 
   int const row = m0 + DX::row(thread), column = DX::column(thread);
   float2 const e = a(m0 + kRows - 1);
   RowVector<M> dot = {};
   Fragment<DX> dk = {};
   Fragment<DW> dv = {};
-  BlockGradient<Tiles> const gradient(smem + Smem::X, smem + Smem::W, ring_at, thread);
+  Block<Tiles> const gradient(smem + Smem::X, smem + Smem::W, ring_at, thread);
   if constexpr (Tiles::stateful) {
     if (has_state) {
-      StateGradient<Tiles> const from_state(smem + Smem::X, smem + Smem::Dx, ring_at, thread);
+      State<Tiles> const from_state(smem, ring_at, thread);
       float const f = kGated ? exp2_approx(diff_split(a(c0 + p.chunk - 1), e)) : 1.f;
       ring.wait_first();
-      from_state.normaliser(gradient.x, next, [](int, int) { return 2.f; });
-      from_state.pairs(gradient.w, dv, next);
-      from_state.read(dk, dot, f);
+      from_state(dk, dv, dot, [&] { return ring.next(fetch); }, [](int, int) { return 2.f; }, f);
       dv.scale(f);
     }
   }
@@ -124,8 +126,8 @@ CUTE_DEVICE void power_back_keys(Args const& p) {
       }
     }
   }
-  // Blocks before a warp's rows only pass by.
-  int const band = m0 + thread / 32 * (kRows / (Tiles::threads / 32));
+  // Blocks before a band's rows only pass by.
+  int const band = m0 + band_of<XA>(thread) * band_rows<XA>(kRows, Tiles::threads);
   CUTE_NO_UNROLL
   for (int g = 0; g < p.group; ++g) {
     CUTE_NO_UNROLL

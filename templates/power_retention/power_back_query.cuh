@@ -13,7 +13,8 @@
 
 namespace vidrial {
 
-template <class Tiles, class Args>
+// State and Block: by which instruction (power_back_state.cuh and collective/gradient.cuh, or power_back_wgmma.cuh).
+template <class Tiles, template <class> class State, template <class> class Block, class Args>
 CUTE_DEVICE void power_back_query(Args const& p) {
   using XA = typename Tiles::XA;
   using DX = typename Tiles::DX;
@@ -35,11 +36,10 @@ CUTE_DEVICE void power_back_query(Args const& p) {
   typename Tiles::CopyW const copy_dy(at_head(p.dy, p.dy_stride, q_head, m0), p.dy_stride[1], smem + Smem::W, thread);
   typename Tiles::CopyA copy_k(at_head(p.k, p.k_stride, kv_head, c0), p.k_stride[1], ring_at, thread);
   typename Tiles::CopyB copy_v(at_head(p.v, p.v_stride, kv_head, c0), p.v_stride[1], ring_at + Tiles::A::kBytes, thread);
-  StateStream<Tiles> state(Tiles::stateful ? p.snapshots + (int64_t(head) * p.chunks + chunk) * Tiles::snapshot : nullptr, ring_at, thread);
+  StateStream<Tiles> const state{Tiles::stateful ? p.snapshots + (int64_t(head) * p.chunks + chunk) * Tiles::snapshot : nullptr, ring_at, thread};
   // The ring's work items: the state's, then blocks of keys and values with their gates.
   int const first_block = has_state ? kStateStages : 0;
-  auto fetch = [&](int item, int stage) {
-    if (item < first_block) return state(item, stage);
+  auto fetch_block = [&](int item, int stage) {
     int const j = item - first_block, j0 = c0 + j * kKeys;
     if (j >= blocks) return;
     copy_k(stage * Tiles::stage_bytes, p.t - j0); copy_k.source += kKeys * p.k_stride[1];
@@ -49,11 +49,16 @@ CUTE_DEVICE void power_back_query(Args const& p) {
       else copy_vectors(p.a + gates + j0, decay + stage * (kKeys * 8), thread, kKeys / 2);
     }
   };
-  typename Tiles::Ring ring;
+  auto fetch = [&](int item, int stage) {
+    if (item < first_block) state(item, stage);
+    else fetch_block(item, stage);
+  };
+  typename State<Tiles>::Ring ring;
   copy_q(0, p.t - m0);
   copy_dy(0, p.t - m0);
   ring.first(fetch);
-  auto next = [&] { return ring.next(fetch); };
+  // Behind the state only blocks are fetched: what the state's copies need is dead there.
+  auto next = [&] { return ring.next(fetch_block); };
 
   int const row = m0 + DX::row(thread);
   RowVector<M> r, delta, dot = {};
@@ -69,14 +74,12 @@ CUTE_DEVICE void power_back_query(Args const& p) {
   float2 const r0 = m0 > c0 ? a(m0 - 1) : make_float2(0.f, 0.f);
   Fragment<DX> dq = {};
   Fragment<typename Tiles::DW> unused;
-  BlockGradient<Tiles> const gradient(smem + Smem::X, smem + Smem::W, ring_at, thread);
+  Block<Tiles> const gradient(smem + Smem::X, smem + Smem::W, ring_at, thread);
   if constexpr (Tiles::stateful) {
     if (has_state) {
-      StateGradient<Tiles> const from_state(smem + Smem::X, smem + Smem::Dx, ring_at, thread);
+      State<Tiles> const from_state(smem, ring_at, thread);
       ring.wait_first();
-      from_state.normaliser(gradient.x, next, [&](int m, int h) { return -2.f * delta.x[m][h]; });
-      from_state.pairs(gradient.w, unused, next);
-      from_state.read(dq, dot, kGated ? exp2_approx(r0.x + r0.y) : 1.f);
+      from_state(dq, unused, dot, [&] { return ring.next(fetch); }, [&](int m, int h) { return -2.f * delta.x[m][h]; }, kGated ? exp2_approx(r0.x + r0.y) : 1.f);
     }
   }
   // Keys before the tile.
@@ -111,8 +114,8 @@ CUTE_DEVICE void power_back_query(Args const& p) {
       }
     }
   }
-  // And those in it, up to the diagonal; blocks beyond a warp's rows only pass by.
-  int const band_end = m0 + (thread / 32 + 1) * (kRows / (Tiles::threads / 32));
+  // And those in it, up to the diagonal; blocks beyond a band's rows only pass by.
+  int const band_end = m0 + (band_of<XA>(thread) + 1) * band_rows<XA>(kRows, Tiles::threads);
   CUTE_NO_UNROLL
   for (int j = diagonal; j < blocks; ++j) {
     int const stage = next(), j0 = c0 + j * kKeys;

@@ -14,6 +14,19 @@
 
 namespace vidrial {
 
+// Parts of eight features, over the four lanes of a row, of which each keeps the two that it owns; the parts begin anew.
+CUTE_DEVICE float2 sum_of_four(float (&x)[8], int thread) {
+  bool const upper = thread & 2, odd = thread & 1;
+  float y[4], d[2];
+  CUTE_UNROLL
+  for (int a = 0; a < 4; ++a) y[a] = (upper ? x[a + 4] : x[a]) + __shfl_xor_sync(~0u, upper ? x[a] : x[a + 4], 2);
+  CUTE_UNROLL
+  for (int a = 0; a < 2; ++a) d[a] = (odd ? y[a + 2] : y[a]) + __shfl_xor_sync(~0u, odd ? y[a] : y[a + 2], 1);
+  CUTE_UNROLL
+  for (int a = 0; a < 8; ++a) x[a] = 0.f;
+  return make_float2(d[0], d[1]);
+}
+
 template <class Tiles>
 struct StateGradient {
   using Pair = vidrial::Pair<typename Tiles::Elem>;
@@ -21,20 +34,34 @@ struct StateGradient {
   using DX = typename Tiles::DX;
   using DW = typename Tiles::DW;
   static constexpr int M = WS::M, kBlocks = Tiles::d / 8;
+  using Ring = typename Tiles::Ring;
   uint32_t dx, ring;
   int thread;
+  typename Tiles::XA::A load_x;
+  typename Tiles::WB::A load_w;
   typename Tiles::RowsI load_i;
   typename Tiles::RowsJ load_j;
 
-  CUTE_DEVICE StateGradient(uint32_t x, uint32_t dx, uint32_t ring, int thread)
-      : dx(dx + thread * 8), ring(ring), thread(thread), load_i(x, thread), load_j(x, thread) {}
+  CUTE_DEVICE StateGradient(uint32_t smem, uint32_t ring, int thread)
+      : dx(smem + Tiles::Smem::Dx + thread * 8), ring(ring), thread(thread), load_x(smem + Tiles::Smem::X, thread), load_w(smem + Tiles::Smem::W, thread),
+        load_i(smem + Tiles::Smem::X, thread), load_j(smem + Tiles::Smem::X, thread) {}
 
+  // c = f dx, as accumulators, and its product with x, a row's part in each of the four threads; with values, phi(x) S into dw. `next` hands out
+  // the stages of the ring: `z_stages`, then `s_stages`; factor(m, h): of Z x.
+  template <class Next, class Factor>
+  CUTE_DEVICE void operator()(Fragment<DX>& c, Fragment<DW>& dw, RowVector<M>& dot, Next&& next, Factor&& factor, float f) const {
+    normaliser(next, factor);
+    pairs(dw, next);
+    read(c, dot, f);
+  }
+
+ private:
   // The thread's two features of block J of row h of m.
   CUTE_DEVICE uint32_t at(int j, int m, int h) const { return dx + ((j * M + m) * 2 + h) * (Tiles::threads * 8); }
 
   // dx = f(m, h) Z x, `z_stages` stages of the ring, some rows of Z in each; 0 where there is none.
   template <class Next, class Factor>
-  CUTE_DEVICE void normaliser(typename Tiles::XA::A const& load_x, Next&& next, Factor&& factor) const {
+  CUTE_DEVICE void normaliser(Next&& next, Factor&& factor) const {
     using XZ = typename Tiles::XZ;
     typename XZ::B load_z(ring, thread);
     CUTE_NO_UNROLL
@@ -64,7 +91,7 @@ struct StateGradient {
 
   // Adds what S has, `s_stages` stages of the ring, `s_tiles` pair tiles (I, J) in each, lexicographic.
   template <class Next>
-  CUTE_DEVICE void pairs(typename Tiles::WB::A const& load_w, Fragment<DW>& dw, Next&& next) const {
+  CUTE_DEVICE void pairs(Fragment<DW>& dw, Next&& next) const {
     typename WS::B load_s(ring, thread);
     uint32_t fw[WS::K][M][4];
     CUTE_UNROLL
@@ -101,7 +128,7 @@ struct StateGradient {
           CUTE_UNROLL
           for (int m = 0; m < M; ++m) {
             CUTE_UNROLL
-            for (int h = 0; h < 2; ++h) add(at(i, m, h), sum_of_four(part[m][h]));
+            for (int h = 0; h < 2; ++h) add(at(i, m, h), sum_of_four(part[m][h], thread));
           }
           j = ++i;
         }
@@ -128,7 +155,6 @@ struct StateGradient {
     }
   }
 
- private:
   template <int N>
   CUTE_DEVICE static void to_bf16(uint32_t (&f)[N][4]) {
     CUTE_UNROLL
@@ -154,18 +180,6 @@ struct StateGradient {
       part[a] += acc[a][2 * h + 1] * high;
     }
     add(place, d);
-  }
-  // Over the four lanes of a row, of which each keeps the two features that it owns; the parts begin anew.
-  CUTE_DEVICE float2 sum_of_four(float (&x)[8]) const {
-    bool const upper = thread & 2, odd = thread & 1;
-    float y[4], d[2];
-    CUTE_UNROLL
-    for (int a = 0; a < 4; ++a) y[a] = (upper ? x[a + 4] : x[a]) + __shfl_xor_sync(~0u, upper ? x[a] : x[a + 4], 2);
-    CUTE_UNROLL
-    for (int a = 0; a < 2; ++a) d[a] = (odd ? y[a + 2] : y[a]) + __shfl_xor_sync(~0u, odd ? y[a] : y[a + 2], 1);
-    CUTE_UNROLL
-    for (int a = 0; a < 8; ++a) x[a] = 0.f;
-    return make_float2(d[0], d[1]);
   }
   // dw += phi(x) S of a pair tile, phi made in registers.
   CUTE_DEVICE void values(Fragment<DW>& dw, uint32_t const (&xi)[M][2][4], uint32_t const (&xj)[M][2], uint32_t place) const {

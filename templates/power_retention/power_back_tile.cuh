@@ -13,24 +13,31 @@ CUTE_DEVICE float slope(float s) {
   return Degree == 2 ? 2.f * s : 4.f * s * s * s;
 }
 
+// Rows that are multiplied together: a warp's, or by wgmma a warpgroup's; which of them are a thread's, and how many they are.
+template <class Mma>
+CUTE_DEVICE int band_of(int thread) { return Mma::kAsync ? __shfl_sync(~0u, thread / 128, 0) : thread / 32; }
+template <class Mma>
+CUTE_HOST_DEVICE constexpr int band_rows(int rows, int threads) { return rows / (threads / (Mma::kAsync ? 128 : 32)); }
+
 // A snapshot on its way through the ring: `z_stages` times some rows of Z, then `s_stages` times some pair tiles of S.
 template <class Tiles>
 struct StateStream {
-  typename Tiles::CopyZ copy_z;
-  typename Tiles::CopyS copy_s;
-  CUTE_DEVICE StateStream(cutlass::bfloat16_t const* snapshot, uint32_t ring, int thread)
-      : copy_z(snapshot, Tiles::d, ring, thread), copy_s(snapshot + (Tiles::normalized ? Tiles::d * Tiles::d : 0), Tiles::e, ring, thread) {}
+  cutlass::bfloat16_t const* snapshot;
+  uint32_t ring;
+  int thread;
 
-  CUTE_DEVICE void operator()(int item, int stage) {
+  CUTE_DEVICE void operator()(int item, int stage) const {
+    constexpr int kZSize = Tiles::normalized ? Tiles::d * Tiles::d : 0, kTile = 64 * Tiles::e;
     uint32_t const place = stage * Tiles::stage_bytes;
+    // NOTE: copies are made anew: kept, their pointers would be registers that the state's loop has not.
     if (item < Tiles::z_stages) {
-      copy_z.full(place);
-      copy_z.source += Tiles::z_rows * Tiles::d;
+      typename Tiles::CopyZ(snapshot + item * (Tiles::z_rows * Tiles::d), Tiles::d, ring, thread).full(place);
     } else {
+      typename Tiles::CopyS copy(snapshot + kZSize + (item - Tiles::z_stages) * (Tiles::s_tiles * kTile), Tiles::e, ring, thread);
       CUTE_NO_UNROLL
       for (int tile = 0; tile < Tiles::s_tiles; ++tile) {
-        copy_s.full(place + tile * Tiles::S::kBytes);
-        copy_s.source += 64 * Tiles::e;
+        copy.full(place + tile * Tiles::S::kBytes);
+        copy.source += kTile;
       }
     }
   }

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from back_host import FEW_KEYS, NARROW, USUAL, Adjoint, Arrays, Config, Gradient, Tokens, run, wrong
+from back_host import FEW_KEYS, NARROW, USUAL, Adjoint, Arrays, Config, Gradient, Tokens, run, with_gates, wrong
 from power_host import plant
 
 from vidrial.host.target import SCHEDULES, Schedule
@@ -80,24 +80,6 @@ def test_odd_lengths(t: int) -> None:
     exact = reference(p, inputs)
     for config in (whole(NARROW), NARROW) if t > 128 else (whole(NARROW),):
         assert not wrong(p, inputs, run(p, config, inputs), exact, USUAL if t > 2 else FEW_KEYS)
-
-
-def with_gates(p: Gradient, seed: int, kind: str) -> Arrays:
-    """A sample with other gates: open, short, some closed, some beyond the clamp, all closed."""
-    inputs, rng = sample(p, seed), np.random.default_rng(seed)
-    g = inputs["log_g"]
-    if kind == "open":
-        g[...] = 0
-    elif kind == "short":
-        g[...] = -np.log1p(np.exp(-rng.standard_normal(g.shape) - 1))
-    elif kind == "mixed":
-        g[...] = -np.exp(4 * rng.standard_normal(g.shape) - 4)
-        g[rng.random(g.shape) < 0.02], g[rng.random(g.shape) < 0.01] = -100, -np.inf
-    elif kind == "closed":
-        g[...] = -np.inf
-    elif kind == "above":
-        g[rng.random(g.shape) < 0.3] = 0.5
-    return inputs | forward_pass(p, inputs)
 
 
 @pytest.mark.parametrize("chunk", [0, 128])
@@ -184,7 +166,7 @@ WRONG = {
     "the state of another chunk": ("power_back_cross", "p.chunks + chunk + 1)", "p.chunks + chunk)"),
     "a token's own gate": ("power_back_gates", "float(prefix + x[i])", "float(prefix + (i ? x[i - 1] : 0.))"),
     "one head of the group in the adjoint": ("power_back_scan", " + q_head * p.q_stride[2];", ";"),
-    "one head of the group in dk": ("power_back_keys", " + g * p.q_stride[2];", ";"),
+    "one head of the group in dk": ("power_back_keys", "q_head = kv_head * p.group + g;", "q_head = kv_head * p.group;"),
     "no adjoint before the last chunk": ("power_back_keys", "chunk + 1 < p.chunks", "chunk + 2 < p.chunks"),
     "state not discounted to the row": ("power_back_query", "kGated ? exp2_approx(r0.x + r0.y) : 1.f", "1.f"),
     "adjoint not discounted to the tile": ("power_back_keys", "kGated ? exp2_approx(diff_split(a(c0 + p.chunk - 1), e)) : 1.f", "1.f"),

@@ -17,8 +17,11 @@ from vidrial.host.plan import HostPlan, poison
 from vidrial.host.target import HostStats
 from vidrial.kernels.power_retention.back.op import example, op, outputs, sample, stages
 from vidrial.kernels.power_retention.back.problem import Gradient
+from vidrial.kernels.power_retention.back.scan_wgmma import Config as AdjointWgmma
+from vidrial.kernels.power_retention.back.tokens_wgmma import Config as TokensWgmma
 from vidrial.layout.access import flops, tiled_objects
 from vidrial.layout.mma import TiledMma
+from vidrial.layout.wgmma import WarpgroupMma
 from vidrial.spec.choices import describe
 from vidrial.spec.op import Stage
 
@@ -44,7 +47,12 @@ def test_configs_compile_without_spills(device: Device) -> None:
         p = example(**keywords)
         best = op.predicted(p, device)
         others = [Tokens(block, 4, 3, blocks) for block, blocks in ((16, 3), (32, 2), (32, 3), (64, 1))]
-        for config in (best, *(replace(best, query=c, keys=c) for c in others)):
+        tried = [best, *(replace(best, query=c, keys=c) for c in others)]
+        if device is H200 and p.dtype is DType.bfloat16:
+            by_wgmma = op.predicted(p, device, {"mma": "wgmma"})
+            kept, three = TokensWgmma(32, 4, 4, 2, "registers"), TokensWgmma(32, 4, 2, 3)
+            tried += [by_wgmma, replace(by_wgmma, query_wgmma=kept, keys_wgmma=three)]
+        for config in tried:
             for stage in stages(p, config):
                 if stage.kernel.reject(stage.problem, stage.config, device) is None:
                     source = stage.kernel.source(stage.problem, stage.config)
@@ -96,11 +104,20 @@ def test_what_is_not_legal(case: str) -> None:
     assert reason in str(op.reject(example(**keywords), config, H200))
 
 
+WGMMA = replace(
+    NARROW,
+    mma="wgmma",
+    adjoint_wgmma=AdjointWgmma(64, 4, 4, 32, 2, 3),
+    query_wgmma=TokensWgmma(32, 4, 3, 2, "registers"),
+    keys_wgmma=TokensWgmma(32, 4, 2, 2),
+)
 COSTED: dict[str, tuple[dict[str, Any], Config]] = {
     "grouped": ({"t": 389, "h": 1, "hq": 2, "d": 32}, NARROW),
     "E < D": ({"t": 515, "h": 1, "d": 64, "e": 32}, NARROW),
     "small blocks": ({"t": 300, "h": 2, "d": 64}, replace(NARROW, query=Tokens(16, 2, 3, 1), keys=Tokens(16, 2, 3, 1))),
     "one chunk": ({"t": 129, "h": 2, "d": 64, "e": 32}, replace(NARROW, chunk=0)),
+    "wgmma, grouped": ({"t": 389, "h": 1, "hq": 2, "d": 32}, WGMMA),
+    "wgmma, D = 64, segments": ({"t": 389, "h": 1, "d": 64, "e": 32}, WGMMA),
     "one chunk, no sum": ({"t": 300, "h": 1, "hq": 3, "d": 64, "normalize": "none"}, replace(NARROW, chunk=0, keys=Tokens(64, 4, 3, 1))),
 }
 
@@ -118,7 +135,8 @@ def test_costs_are_what_is_counted(case: str, gated: bool) -> None:
         touched = stats.read_bytes + stats.written_bytes
         assert abs(cost.bytes - touched) <= BYTES_TOLERANCE * touched, (stage.kernel.name, cost.bytes, touched)
         launched += 1
-    assert launched == 3 + bool(config.chunk) + gated + (gated and bool(config.chunk))
+    joined = config.mma == "wgmma" and p.d == 64
+    assert launched == 3 + bool(config.chunk) + gated + (gated and bool(config.chunk)) + joined
 
 
 def counted(p: Gradient, config: Config) -> list[tuple[Stage, HostStats]]:
@@ -131,7 +149,11 @@ def counted(p: Gradient, config: Config) -> list[tuple[Stage, HostStats]]:
 def issued(stage: Stage, stats: HostStats) -> int:
     """Operations of all MMAs."""
     objects = tiled_objects(stage.kernel.resolve(stage.problem, stage.config).members)
-    return sum(flops(objects[names[0]], n) for names, n in stats.objects.items() if names and isinstance(objects[names[0]], TiledMma))
+    return sum(
+        flops(objects[names[0]], n)
+        for names, n in stats.objects.items()
+        if names and isinstance(objects[names[0]], TiledMma | WarpgroupMma)
+    )
 
 
 def test_the_dtypes_are_those_of_the_forward_pass() -> None:

@@ -319,6 +319,8 @@ class Op(Generic[P, C]):
         saving: this op with further outputs that `backward` reads; it runs in place of this one where gradients are wanted.
         batched: axis 0 of every input and output is a batch, whose entries know nothing of each other: what is mapped over joins it.
         example: keywords (`t=10007, d=64`) -> a problem, with defaults for the rest: what the command line's options become.
+        unmeasured: values of the config's own choices, by name, that no GPU has measured yet: sweeps, checks and configs that name them reach them,
+            but a call takes one only where a ranking says so, never by the cost model.
     """
 
     name: str
@@ -339,6 +341,7 @@ class Op(Generic[P, C]):
     backward: Op | None = None
     saving: Op | None = None
     batched: bool = False
+    unmeasured: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
     key: str = field(init=False, default="")
 
     @classmethod
@@ -590,6 +593,15 @@ class Op(Generic[P, C]):
         """The values of the config's own choices; `fixed` choices have one alone."""
         return {**own_axes(self.config), **{name: (value,) for name, value in (fixed or {}).items()}}
 
+    def measured(self, fixed: Mapping[str, object] | None = None) -> tuple[C, ...]:
+        """As `shared`, without what is unmeasured, unless it is asked for."""
+        left_out = {name: values for name, values in self.unmeasured.items() if name not in (fixed or {})}
+        return tuple(c for c in self.shared(fixed) if all(getattr(c, name) not in values for name, values in left_out.items()))
+
+    def ranked_for_calls(self, problem: P, device: Device, fixed: Mapping[str, object] | None = None) -> Iterator[Candidate[C]]:
+        """`ranked`, without what is unmeasured, unless it is asked for."""
+        return self.ranked(problem, device, fixed, Subset(self.measured(fixed), {}) if self.unmeasured else None)
+
     def launches(self, problem: P, config: C, part: str) -> bool:
         """Whether a part of a config launches anything for a problem."""
         return any(stage.part == part for stage in self.stages(problem, config))
@@ -700,12 +712,12 @@ class Op(Generic[P, C]):
         return Space(tuple(itertools.islice(self._ranked(survey), limit)), rejected)
 
     def predicted(self, problem: P, device: Device, fixed: Mapping[str, object] | None = None) -> C:
-        """The cost model's choice, the first of `ranked`: what a call takes that nothing was measured for.
+        """The cost model's choice, the first of `ranked_for_calls`: what a call takes that nothing was measured for.
 
         Raises:
             ConfigError: no config is legal.
         """
-        first = next(self.ranked(problem, device, fixed), None)
+        first = next(self.ranked_for_calls(problem, device, fixed), None)
         if first is None:
             reasons = list(self.space(problem, device, 0, fixed).reasons())
             if len(reasons) > 1:

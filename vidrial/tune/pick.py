@@ -77,7 +77,7 @@ def _pick(op: Op, problem: Any, device: Device, fixed: tuple[tuple[str, object],
     first = next(choices, None) or Choice(op.predicted(problem, device, asked), "predicted")
     if not build.frozen() or _compiled(op, problem, first.config, device):
         return first
-    others = (Choice(c.config, "predicted") for c in itertools.islice(op.ranked(problem, device, asked), FROZEN_DEPTH))
+    others = (Choice(c.config, "predicted") for c in itertools.islice(op.ranked_for_calls(problem, device, asked), FROZEN_DEPTH))
     for choice in itertools.chain(choices, others):
         if _compiled(op, problem, choice.config, device):
             log.warning("%s: frozen, so %s in place of %s for %s", op.name, describe(choice.config), describe(first.config), problem)

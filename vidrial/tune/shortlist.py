@@ -135,7 +135,7 @@ def _moved(op: Op, problem: Any, device: Device, config: Any, part: str, seconds
 
 def find_shortlist(op: Op, problem: Any, device: Device, fixed: Mapping[str, object] | None = None) -> Shortlist | None:
     """The shortlist of a problem's static facts; None: all configs are few enough to be asked at every size."""
-    shared = tuple(op.shared(fixed))
+    shared = op.measured(fixed)
     if len(shared) * max(1, sum(count(op.config_type(part)) for part in op.parts)) <= SMALL_SPACE:
         return None
     problems = [*_problems(op, problem, device, shared)] or [[problem]]

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 
-from vidrial import dynamic, static
-from vidrial.kernels.power_retention.problem import Problem
+from vidrial import dynamic
+from vidrial.kernels.power_retention.problem import Chunked, Problem
 
 
 @dataclass(frozen=True)
@@ -42,19 +42,8 @@ class Gradient(Problem):
 
 
 @dataclass(frozen=True)
-class ChunkedGradient(Gradient):
-    """The problem once the op's config has cut its sequence: what the stages are asked.
-
-    `chunk` tokens share a state; `stateful`: there is more than one chunk.
-    """
-
-    stateful: bool = static()
-    chunk: int = dynamic()
-
-    @property
-    def chunks(self) -> int:
-        """Chunks of a sequence, the last one perhaps shorter."""
-        return -(-self.t // self.chunk)
+class ChunkedGradient(Gradient, Chunked):
+    """The problem once the op's config has cut its sequence: what the stages are asked."""
 
     @property
     def padded(self) -> int:

@@ -63,11 +63,7 @@ def tiles(p: ChunkedGradient, c: Config, values: bool) -> Tiles:
     s, z = SmemLayout(bf16, 64, p.e), SmemLayout(bf16, Z_ROWS, p.d)
     s_tiles = state_tiles(p, a.bytes + b.bytes)
     stage_bytes = max(a.bytes + b.bytes, s_tiles * s.bytes, z.bytes)
-    copy, share, features = cp_async(16, zero_fill=True), (c.warps, 1), range(0, p.d, 8)
-
-    def row_of(thread: int) -> int:
-        return thread // 32 * 16
-
+    share = (c.warps, 1)
     # NOTE: gradients of scores and weights are bf16 whatever the tokens are stored as: squared scores overflow float16.
     mma = MMA_16x8x16[bf16]
     values_of = {"PS": TiledMma(mma, share, (c.rows, p.e, 64), b=s.transposed, bands=True)} if values else {}
@@ -86,16 +82,24 @@ def tiles(p: ChunkedGradient, c: Config, values: bool) -> Tiles:
         z_stages=p.d // Z_ROWS if p.normalized else 0,
         **gradient_tiles(x, w, a, b, c.warps).members,
         Ring=Pipeline(c.stages),
-        S=s,
         WS=TiledMma(mma, share, (c.rows, 64, p.e), b=s, bands=True),
         XZ=TiledMma(mma, share, (c.rows, Z_ROWS, p.d), b=z, bands=True),
         **values_of,
-        CopyS=TiledCopy(copy, s, threads),
-        CopyZ=TiledCopy(copy, z, threads),
-        # Features of block I as the pairs of one row; those of block J as the accumulators have them.
-        RowsI=LoadVector(x, threads, lambda t: (row_of(t) + t % 32 // 4, 0), tuple((8 * h, i) for h in range(2) for i in features)),
-        RowsJ=LoadMatrix(x, ldmatrix(2), threads, lambda t: (row_of(t) + t % 16, 0), tuple((0, j) for j in features)),
+        **state_members(x, s, z, threads),
     )
+
+
+def state_members(x: SmemLayout, s: SmemLayout, z: SmemLayout, threads: int) -> dict[str, object]:
+    """Of the tiles: copies of the state, and how features of a warp's 16 rows are read: of block I as the pairs of one row, of block J as the
+    accumulators have them."""
+    copy, features = cp_async(16, zero_fill=True), range(0, x.columns, 8)
+    return {
+        "S": s,
+        "CopyS": TiledCopy(copy, s, threads),
+        "CopyZ": TiledCopy(copy, z, threads),
+        "RowsI": LoadVector(x, threads, lambda t: (t // 32 * 16 + t % 32 // 4, 0), tuple((8 * h, i) for h in range(2) for i in features)),
+        "RowsJ": LoadMatrix(x, ldmatrix(2), threads, lambda t: (t // 32 * 16 + t % 16, 0), tuple((0, j) for j in features)),
+    }
 
 
 def accumulators(p: ChunkedGradient, c: Config, values: bool) -> int:
@@ -130,8 +134,8 @@ class Work:
     tabulated: int
 
 
-def work(p: ChunkedGradient, c: Config, values: bool) -> Work:
-    """What all CTAs of a head multiply and read: blocks up to their rows, or with `values` from their rows on."""
+def work(p: ChunkedGradient, c: Config, values: bool, band: int = 1) -> Work:
+    """What all CTAs of a head multiply and read: blocks up to their rows, or with `values` from their rows on; `band` warps multiply together."""
     blocks = stateful = rows = tabulated = 0
     whole, rest = divmod(p.t, p.chunk)
     for tokens, chunks in ((p.chunk, whole), (rest, 1 if rest else 0)):
@@ -141,7 +145,8 @@ def work(p: ChunkedGradient, c: Config, values: bool) -> Work:
             outside = -(-(tokens - i * c.rows - own) // c.block) if values else i * (c.rows // c.block)
             blocks += chunks * c.warps * outside
             for j in range(-(-own // c.block)):
-                blocks += chunks * (min(c.warps, (j + 1) * c.block // 16) if values else max(0, c.warps - j * c.block // 16))
+                seen = band * -(-(j + 1) * c.block // (16 * band)) if values else c.warps - band * (j * c.block // (16 * band))
+                blocks += chunks * max(0, min(c.warps, seen))
         rows += chunks * ctas * c.rows
         tabulated += chunks * max(0, tokens - c.rows if values else (ctas - 1) * c.rows)
     if p.stateful:
@@ -152,26 +157,44 @@ def work(p: ChunkedGradient, c: Config, values: bool) -> Work:
 
 def ctas_per_sm(p: ChunkedGradient, c: Config, device: Device, values: bool) -> int:
     """CTAs that an SM holds at once, by an estimate of their registers and of their shared memory."""
-    block_bytes = c.block * p.dtype.bytes * (p.d + p.e)
-    ring = c.stages * (max(block_bytes, state_tiles(p, block_bytes) * 128 * p.e) + 16 * c.block)
+    ring = c.stages * (max(block_bytes(p, c), state_tiles(p, block_bytes(p, c)) * 128 * p.e) + 16 * c.block)
     smem = c.rows * p.dtype.bytes * (p.d + p.e) + ring + 64 * c.warps * p.d * p.stateful
     registers = min(255, accumulators(p, c, values) + overhead(p, values))
     return max(1, Occupancy.of(device, threads=32 * c.warps, smem=smem, registers=registers).ctas)
 
 
-def cost(p: ChunkedGradient, c: Config, device: Device, values: bool) -> Cost:
-    done, heads, group = work(p, c, values), p.b * (p.h if values else p.hq), p.group if values else 1
-    per_block = 2 * 16 * c.block * (2 * p.d + p.e + p.e * values)
-    pairs = 64 * p.pair_tiles * p.e
-    flops = heads * (group * done.blocks * per_block + 2 * done.stateful_rows * (pairs * (2 if values else 1) + p.d * p.d * p.normalized))
-    ctas = done.rows // c.rows * heads
+def block_bytes(p: ChunkedGradient, c: Config) -> int:
+    """Bytes of a block of tokens that come by."""
+    return c.block * p.dtype.bytes * (p.d + p.e)
+
+
+def block_flops(p: ChunkedGradient, c: Config, values: bool) -> int:
+    """Operations of 16 rows with a block of tokens."""
+    return 2 * 16 * c.block * (2 * p.d + p.e + p.e * values)
+
+
+def state_flops(p: ChunkedGradient, values: bool) -> int:
+    """Operations of a row with a state."""
+    return 2 * (64 * p.pair_tiles * p.e * (2 if values else 1) + p.d * p.d * p.normalized)
+
+
+def moved(p: ChunkedGradient, done: Work, values: bool) -> int:
+    """Bytes that cross device memory."""
     tokens = p.t * p.dtype.bytes * (p.d + p.e) * (p.hq + p.h) + (p.chunks - 1) * p.h * p.snapshot * 2
     tables = 8 * p.hq * (done.rows + done.tabulated * values) + (8 * p.t + 4 * done.tabulated * (not values)) * p.h * p.gated
     written = p.t * ((p.dtype.bytes * (p.d + p.e) + 4) * p.h if values else (p.dtype.bytes * p.d + 4) * p.hq)
+    return p.b * (tokens + tables + written)
+
+
+def cost(p: ChunkedGradient, c: Config, device: Device, values: bool) -> Cost:
+    done, heads, group = work(p, c, values), p.b * (p.h if values else p.hq), p.group if values else 1
+    per_block = block_flops(p, c, values)
+    flops = heads * (group * done.blocks * per_block + done.stateful_rows * state_flops(p, values))
+    ctas = done.rows // c.rows * heads
     # NOTE: by the forward kernels' paces; none of the backward pass's own has been fitted yet.
-    units, warpgroups, block_bytes = c.rows / 128, c.warps / 4, c.block * p.dtype.bytes * (p.d + p.e)
+    units, warpgroups = c.rows / 128, c.warps / 4
     multiply = partial(pace.products, warpgroups=warpgroups, mma="sync", alone=pace.KEYS_PRODUCTS, device=device)
-    steps = p.snapshot / (state_tiles(p, block_bytes) * 64 * p.e)
+    steps = p.snapshot / (state_tiles(p, block_bytes(p, c)) * 64 * p.e)
     block = multiply(c.warps * per_block) + 2 * pace.WEIGHT * c.rows / warpgroups * c.block + pace.KEYS_STEP * units
     state = multiply(2 * c.rows * p.snapshot * (2 if values else 1)) + pace.STATE_STEP * steps * units
     state += pace.FEATURE * c.rows / warpgroups * 64 * p.pair_tiles
@@ -180,22 +203,23 @@ def cost(p: ChunkedGradient, c: Config, device: Device, values: bool) -> Cost:
     alone = pace.OUTPUT * units + waited * block + states * state
     return Cost(
         flops=flops,
-        bytes=p.b * (tokens + tables + written),
+        bytes=moved(p, done, values),
         ctas=ctas,
         ctas_per_sm=ctas_per_sm(p, c, device, values),
         efficiency=pace.efficiency("sync"),
         alone=alone,
         longest=(pace.OUTPUT * units + longest) / alone,
         uneven=True,
-        l2_bytes=ctas * (waited * block_bytes + states * 2 * p.snapshot),
+        l2_bytes=ctas * (waited * block_bytes(p, c) + states * 2 * p.snapshot),
     )
 
 
-def _kernel(name: str, args: Arguments, values: bool) -> Kernel[ChunkedGradient, Config]:
-    def grid(p: ChunkedGradient, c: Config) -> tuple[int, int, int]:
-        row_tiles = -(-p.t // c.rows)
-        return (row_tiles, p.b * p.h, 1) if values else (row_tiles, p.group, p.b * p.h)
+def grid(p: ChunkedGradient, c: Config, values: bool) -> tuple[int, int, int]:
+    row_tiles = -(-p.t // c.rows)
+    return (row_tiles, p.b * p.h, 1) if values else (row_tiles, p.group, p.b * p.h)
 
+
+def _kernel(name: str, args: Arguments, values: bool) -> Kernel[ChunkedGradient, Config]:
     return Kernel(
         name,
         Path(TEMPLATES, "power_retention", f"{name}.cu.j2"),
@@ -203,7 +227,7 @@ def _kernel(name: str, args: Arguments, values: bool) -> Kernel[ChunkedGradient,
         Config,
         args,
         lambda p, c: tiles(p, c, values),
-        grid,
+        lambda p, c: grid(p, c, values),
         lambda p, c, device: rules(p, c, device, values),
         lambda p, c, device: cost(p, c, device, values),
     )
@@ -213,37 +237,32 @@ _TOKENS = dict.fromkeys(("q", "k", "v", "dy"), "Elem const*")
 _STRIDES = {f"{name}_stride": "int64_t[3]" for name in ("q", "k", "v", "dy")}
 _SIZES = dict.fromkeys(("t", "h", "group", "chunk", "chunks", "padded"), "int")
 
-power_back_query = _kernel(
-    "power_back_query",
-    Arguments(
-        **_TOKENS,
-        snapshots="cutlass::bfloat16_t const*",
-        a="float2 const*",
-        to_block="float const*",
-        rows="float2 const*",
-        dq="Elem*",
-        dot_q="float*",
-        **_STRIDES,
-        dq_stride="int64_t[3]",
-        **_SIZES,
-    ),
-    values=False,
+QUERY_ARGS = Arguments(
+    **_TOKENS,
+    snapshots="cutlass::bfloat16_t const*",
+    a="float2 const*",
+    to_block="float const*",
+    rows="float2 const*",
+    dq="Elem*",
+    dot_q="float*",
+    **_STRIDES,
+    dq_stride="int64_t[3]",
+    **_SIZES,
 )
-power_back_keys = _kernel(
-    "power_back_keys",
-    Arguments(
-        **_TOKENS,
-        adjoint="cutlass::bfloat16_t const*",
-        a="float2 const*",
-        rows="float2 const*",
-        from_block="float2 const*",
-        dk="Elem*",
-        dv="Elem*",
-        dot_k="float*",
-        **_STRIDES,
-        dk_stride="int64_t[3]",
-        dv_stride="int64_t[3]",
-        **_SIZES,
-    ),
-    values=True,
+KEYS_ARGS = Arguments(
+    **_TOKENS,
+    adjoint="cutlass::bfloat16_t const*",
+    a="float2 const*",
+    rows="float2 const*",
+    from_block="float2 const*",
+    dk="Elem*",
+    dv="Elem*",
+    dot_k="float*",
+    **_STRIDES,
+    dk_stride="int64_t[3]",
+    dv_stride="int64_t[3]",
+    **_SIZES,
 )
+
+power_back_query = _kernel("power_back_query", QUERY_ARGS, values=False)
+power_back_keys = _kernel("power_back_keys", KEYS_ARGS, values=True)
