@@ -19,7 +19,7 @@ struct StateStream {
   typename Tiles::CopyZ copy_z;
   typename Tiles::CopyS copy_s;
   CUTE_DEVICE StateStream(cutlass::bfloat16_t const* snapshot, uint32_t ring, int thread)
-      : copy_z(snapshot, Tiles::d, ring, thread), copy_s(snapshot + (Tiles::normalized ? Tiles::d * Tiles::d : 0), Tiles::e, ring, thread) {}
+      : copy_z(snapshot, Tiles::d, ring, thread), copy_s(snapshot + (Tiles::keeps_z ? Tiles::d * Tiles::d : 0), Tiles::e, ring, thread) {}
 
   CUTE_DEVICE void operator()(int item, int stage) {
     uint32_t const place = stage * Tiles::stage_bytes;

@@ -11,9 +11,14 @@ from vidrial.kernels.power_retention.problem import Problem
 @dataclass(frozen=True)
 class Gradient(Problem):
     """The forward problem, with y [b, t, hq, e] and its normaliser [b, hq, t] float32, and dy, of y's shape and any strides -> dq, dk, dv of the
-    shapes of q, k, v, dlog_g [b, t, h] float32, all contiguous."""
+    shapes of q, k, v, dlog_g [b, t, h] float32, all contiguous.
+
+    `initial`: a state lay before the first token, whose gradient is asked for; `final`: there is a gradient of the one behind the last token;
+    `kept`: tokens of a chunk of the forward pass, if it left its snapshots, else 0.
+    """
 
     dy_stride: tuple[int, int, int] = dynamic(keyed=False)
+    kept: int = dynamic(keyed=False, default=0)
 
     @property
     def group(self) -> int:
@@ -45,16 +50,29 @@ class Gradient(Problem):
 class ChunkedGradient(Gradient):
     """The problem once the op's config has cut its sequence: what the stages are asked.
 
-    `chunk` tokens share a state; `stateful`: there is more than one chunk.
+    `chunk` tokens share a state; `stateful`: there is more than one chunk, or a state `enters` before the first one, or one that `leaves` behind
+    the last one has a gradient.
     """
 
     stateful: bool = static()
+    enters: bool = static()
+    leaves: bool = static()
     chunk: int = dynamic()
 
     @property
     def chunks(self) -> int:
         """Chunks of a sequence, the last one perhaps shorter."""
         return -(-self.t // self.chunk)
+
+    @property
+    def keeps_z(self) -> bool:
+        """Whether Z is part of the state and of its adjoint."""
+        return self.normalized or self.enters or self.leaves
+
+    @property
+    def adjoints(self) -> int:
+        """Chunks behind which the state has an adjoint."""
+        return max(0, self.chunks - (not self.leaves))
 
     @property
     def padded(self) -> int:

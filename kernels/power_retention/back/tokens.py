@@ -83,7 +83,7 @@ def tiles(p: ChunkedGradient, c: Config, values: bool) -> Tiles:
         s_tiles=s_tiles,
         s_stages=p.pair_tiles // s_tiles,
         z_rows=Z_ROWS,
-        z_stages=p.d // Z_ROWS if p.normalized else 0,
+        z_stages=p.d // Z_ROWS if (p.keeps_z if values else p.normalized) else 0,
         **gradient_tiles(x, w, a, b, c.warps).members,
         Ring=Pipeline(c.stages),
         S=s,
@@ -146,7 +146,7 @@ def work(p: ChunkedGradient, c: Config, values: bool) -> Work:
         tabulated += chunks * max(0, tokens - c.rows if values else (ctas - 1) * c.rows)
     if p.stateful:
         last = -(-(p.t - (p.chunks - 1) * p.chunk) // c.rows) * c.rows
-        stateful = rows - (last if values else p.chunk)
+        stateful = rows - (last * (not p.leaves) if values else min(rows, p.chunk) * (not p.enters))
     return Work(blocks, stateful, rows, tabulated)
 
 
@@ -163,9 +163,9 @@ def cost(p: ChunkedGradient, c: Config, device: Device, values: bool) -> Cost:
     done, heads, group = work(p, c, values), p.b * (p.h if values else p.hq), p.group if values else 1
     per_block = 2 * 16 * c.block * (2 * p.d + p.e + p.e * values)
     pairs = 64 * p.pair_tiles * p.e
-    flops = heads * (group * done.blocks * per_block + 2 * done.stateful_rows * (pairs * (2 if values else 1) + p.d * p.d * p.normalized))
+    flops = heads * (group * done.blocks * per_block + 2 * done.stateful_rows * (pairs * (2 if values else 1) + p.d * p.d * (p.keeps_z if values else p.normalized)))
     ctas = done.rows // c.rows * heads
-    tokens = p.t * p.dtype.bytes * (p.d + p.e) * (p.hq + p.h) + (p.chunks - 1) * p.h * p.snapshot * 2
+    tokens = p.t * p.dtype.bytes * (p.d + p.e) * (p.hq + p.h) + (p.adjoints if values else p.chunks - (not p.enters)) * p.h * p.snapshot * 2 * p.stateful
     tables = 8 * p.hq * (done.rows + done.tabulated * values) + (8 * p.t + 4 * done.tabulated * (not values)) * p.h * p.gated
     written = p.t * ((p.dtype.bytes * (p.d + p.e) + 4) * p.h if values else (p.dtype.bytes * p.d + 4) * p.hq)
     # NOTE: by the forward kernels' paces; none of the backward pass's own has been fitted yet.
