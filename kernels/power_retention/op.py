@@ -50,6 +50,28 @@ class Config:
 SCANS = {"sync": scan.power_scan, "wgmma": scan_wgmma.power_scan_wgmma}
 
 
+# Tokens of a chunk whose states a forward pass keeps for the backward pass; from how many chunks on it does so unasked, if they take no more memory
+# than q, k, v and y, and of the GPU's whole memory at most that share.
+KEPT_CHUNKS = {False: 1024, True: 2048}  # by whether a state has more than 64 x 64 elements for each of a feature's
+KEPT_FROM, KEPT_SHARE = 8, 64
+
+
+def kept_chunk(p: Problem, chunk: int | None, recompute: bool | None, memory: int) -> int:
+    """Tokens of a chunk whose states a forward pass shall keep; 0: none, the backward pass scans again. It depends on no pick and on nothing free.
+
+    `chunk`: what the caller asks for; `memory`: bytes of all of the GPU's, 0 if not known.
+    """
+    size = KEPT_CHUNKS[p.d * p.e > 64 * 64] if chunk is None else chunk
+    # NOTE: without a normaliser Z is part of a final state's scan alone, and its backward pass need not have a gradient of it.
+    if recompute or p.degree != 2 or not 0 < size < p.t or (p.final and not p.normalized):
+        return 0
+    if recompute is False:
+        return size
+    kept = sum(buffer.bytes for buffer in snapshot_buffer(chunked(p, size)).values())
+    arrays = p.b * p.t * p.dtype.bytes * (p.hq + p.h) * (p.d + p.e)
+    return size if p.t >= KEPT_FROM * size and kept <= min(arrays, (memory or kept * KEPT_SHARE) // KEPT_SHARE) else 0
+
+
 def strides(_: int, t: int, h: int, d: int) -> tuple[int, int, int]:
     """Strides in elements of a contiguous [b, t, h, d] array, all but the last axis."""
     return t * h * d, h * d, d
@@ -148,6 +170,8 @@ def rules(p: Problem, c: Config) -> Iterator[tuple[bool, str]]:
         yield False, f"degree {p.degree} has the attention form only: chunk=0"
     if (p.initial or p.final) and p.degree != 2:
         yield False, f"degree {p.degree} has no state"
+    if p.kept and p.kept != c.chunk:
+        yield False, f"chunk={c.chunk}: the states that are kept are of chunk={p.kept}"
     if c.chunk and c.chunk >= p.t:
         yield False, f"chunk={c.chunk} holds all {p.t} tokens: chunk=0 is the same without a state"
 
@@ -161,7 +185,8 @@ def inputs(p: Problem) -> dict[str, Buffer]:
 
 
 def outputs(p: Problem) -> dict[str, Buffer]:
-    return {"y": Buffer((p.b, p.t, p.hq, p.e), p.dtype)} | (state_buffers(p, "final") if p.final else {})
+    kept = snapshot_buffer(chunked(p, p.kept)) if p.kept else {}
+    return {"y": Buffer((p.b, p.t, p.hq, p.e), p.dtype)} | (state_buffers(p, "final") if p.final else {}) | kept
 
 
 def state_buffers(p: Problem, name: str) -> dict[str, Buffer]:
@@ -175,9 +200,9 @@ def snapshot_buffer(p: Chunked) -> dict[str, Buffer]:
 
 
 def scan_buffers(p: Chunked, segments: int) -> dict[str, Buffer]:
-    """What `scan_stages` writes."""
+    """What `scan_stages` writes beside what is given out."""
     ends = segments if p.leaves else segments - 1
-    return snapshot_buffer(p) | ({"ends": Buffer((p.b * p.h, ends, p.snapshot), DType.float32)} if ends else {})
+    return ({} if p.kept else snapshot_buffer(p)) | ({"ends": Buffer((p.b * p.h, ends, p.snapshot), DType.float32)} if ends else {})
 
 
 def workspace(p: Problem, c: Config) -> dict[str, Buffer]:

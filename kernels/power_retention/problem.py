@@ -11,7 +11,8 @@ from vidrial import DType, dynamic, static
 class Problem:
     """q [b, t, hq, d], k [b, t, h, d], v [b, t, h, e], log_g [b, t, h] -> y [b, t, hq, e]; strides in elements, of all but the last axis.
 
-    `initial`: a state lies before the first token; `final`: the one behind the last token is asked for. What ranks configs without states ranks
+    `initial`: a state lies before the first token; `final`: the one behind the last token is asked for; `kept`: tokens of
+    a chunk whose states are given out for the backward pass, which reads them then in place of its own, or 0. What ranks configs without states ranks
     them with states, too.
     """
 
@@ -33,6 +34,7 @@ class Problem:
     log_g_stride: tuple[int, int, int] = dynamic(keyed=False)
     initial: bool = dynamic(keyed=False, default=False)
     final: bool = dynamic(keyed=False, default=False)
+    kept: int = dynamic(keyed=False, default=0)
 
     @property
     def weight_scale(self) -> float:

@@ -221,7 +221,6 @@ BAD_STATES: dict[str, tuple[Any, dict[str, Any], type[Exception], str]] = {
     "float64": (PowerState(S.astype(np.float64), Z), {}, ArgumentTypeError, r"initial_state\.S: dtype 'float64' is not known"),
     "degree 4": (PowerState(S, Z), {"degree": 4}, UnsupportedError, r"initial_state with degree=4"),
     "float16": (PowerState(S.astype(np.float16), Z), {}, ArgumentTypeError, r"initial_state\.S is float16.*accepted: float32"),
-    "kernels": (PowerState(S, Z), {"target": "host"}, UnsupportedError, r"initial_state and output_final_state: kernels have none yet"),
 }
 
 

@@ -75,7 +75,8 @@ def test_static_facts_change_the_source() -> None:
 @pytest.mark.parametrize("kernel", op.kernels, ids=lambda kernel: kernel.name)
 def test_tiles_may_not_read_what_a_launch_decides(kernel: Any) -> None:
     configs = (Config(scan=scan.Config(segments=2, mma=mma)) for mma in ("sync", "wgmma"))
-    problem = next(s.problem for config in configs for s in stages(example(t=5000), config) if s.kernel is kernel)
+    problems = (example(t=5000), dataclasses.replace(example(t=5000), initial=True))
+    problem = next(s.problem for config in configs for p in problems for s in stages(p, config) if s.kernel is kernel)
     dynamic = fields(problem, "dynamic")
     assert {"t", "b", "h", "chunk"} <= set(dynamic)
     for name in dynamic:

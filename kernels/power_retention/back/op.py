@@ -63,13 +63,16 @@ def before(p: Gradient, chunk: int) -> Chunked:
 
 def stages(p: Gradient, c: Config) -> list[Stage]:
     asked, forward = chunked(p, c.chunk), before(p, c.chunk)
+    adjoint = Stage(back_scan.power_back_scan, asked, c.adjoint, "adjoint")
+    if p.t == 0:
+        return [adjoint] if p.initial else []
     launches: list[Stage] = []
     if p.gated:
         launches.append(Stage(forward_gates.power_gates, forward, forward_gates.Config(block=c.query.block)))
     launches.append(Stage(rows.power_back_rows, asked, rows.Config(block=c.keys.block)))
     if asked.stateful:
         launches += [] if p.kept else scan_stages(forward, c.scan)
-        launches.append(Stage(back_scan.power_back_scan, asked, c.adjoint, "adjoint"))
+        launches.append(adjoint)
     launches += [Stage(tokens.power_back_query, asked, c.query, "query"), Stage(tokens.power_back_keys, asked, c.keys, "keys")]
     if p.gated:
         if asked.stateful:
@@ -80,7 +83,6 @@ def stages(p: Gradient, c: Config) -> list[Stage]:
 
 def rules(p: Gradient, c: Config) -> Iterator[tuple[bool, str]]:
     yield from forward_rules(p, forward_config(c.chunk))
-    yield p.kept in (0, c.chunk), f"the snapshots that the forward pass left are of chunk={p.kept}"
 
 
 def inputs(p: Gradient) -> dict[str, Buffer]:

@@ -14,11 +14,10 @@ class Gradient(Problem):
     shapes of q, k, v, dlog_g [b, t, h] float32, all contiguous.
 
     `initial`: a state lay before the first token, whose gradient is asked for; `final`: there is a gradient of the one behind the last token;
-    `kept`: tokens of a chunk of the forward pass, if it left its snapshots, else 0.
+    `kept`: the snapshots of the forward pass are there, too.
     """
 
     dy_stride: tuple[int, int, int] = dynamic(keyed=False)
-    kept: int = dynamic(keyed=False, default=0)
 
     @property
     def group(self) -> int:
