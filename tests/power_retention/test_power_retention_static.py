@@ -97,8 +97,8 @@ def test_only_what_its_tiles_or_its_template_read_decides_a_binary() -> None:
     asked = {s.kernel.name: (s.kernel, s.problem, s.config) for s in stages(example(t=5000), config)}
     assert read(*asked["power_gates"]) == set()
     assert read(*asked["power_carry"]) == {"gated", "normalized", "d", "e"}
-    assert read(*asked["power_scan"]) == {"dtype", "d", "e", "gated", "normalized"}
-    assert read(*asked["power_attend"]) == {"dtype", "d", "e", "degree", "gated", "normalized", "stateful"}
+    assert read(*asked["power_scan"]) == {"dtype", "d", "e", "gated", "normalized", "leaves"}
+    assert read(*asked["power_attend"]) == {"dtype", "d", "e", "degree", "gated", "normalized", "stateful", "enters"}
 
     def binaries(config: Config, **facts: Any) -> dict[str, Any]:
         return {s.kernel.name: s.binary for s in stages(example(**{"t": 5000} | facts), config)}
