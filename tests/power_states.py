@@ -18,7 +18,9 @@ def draw_state(seed: int, x: Arrays, tokens: int = 3) -> tuple[np.ndarray, np.nd
     return np.einsum("bthp,bthe->bhpe", k[..., i] * k[..., j], v), np.einsum("bthi,bthj->bhij", k, k)
 
 
-def recurrent(x: Arrays, s: np.ndarray, z: np.ndarray, scale: float, normalize: str) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+def recurrent(
+    x: Arrays, s: np.ndarray, z: np.ndarray, scale: float, normalize: str
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """Degree 2, a token at a time in float64, from a state: y, the state after it, and the sums of the weights [B, HQ, T]."""
     (b, t, hq, d), h = x["q"].shape, x["k"].shape[2]
     i, j, count = pair_rows(d)

@@ -173,7 +173,10 @@ def power_retention_vjp(
         Those of `power_retention`; vjp: ArgumentError, ArgumentTypeError, naming dy or d_state.
     """
     check_options(degree, scale, normalize, chunk)
-    o, inputs = gradient.Options(degree, scale, normalize, chunk, current_target(target), recompute), (q, k, v) if log_g is None else (q, k, v, log_g)
+    o, inputs = (
+        gradient.Options(degree, scale, normalize, chunk, current_target(target), recompute),
+        (q, k, v) if log_g is None else (q, k, v, log_g),
+    )
     made = gradient.forward(inputs, o, initial_state, output_final_state)
 
     def vjp(dy: A, d_state: PowerState[A] | None = None) -> Gradients[A]:

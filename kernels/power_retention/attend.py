@@ -297,7 +297,9 @@ def cost(p: Chunked, c: Config, device: Device) -> Cost:
     alone = pace.OUTPUT * units + blocks * block + states * state
     # The last rows of a chunk read all its keys: of the first one, which has no state, of a later one and of the rest.
     whole, rest = divmod(p.t, p.chunk)
-    longest = max(-(-min(p.chunk, p.t) // c.keys) * block + (whole > 1 or p.enters) * state, (-(-rest // c.keys) * block + state) * p.stateful)
+    longest = max(
+        -(-min(p.chunk, p.t) // c.keys) * block + (whole > 1 or p.enters) * state, (-(-rest // c.keys) * block + state) * p.stateful
+    )
     return Cost(
         flops=flops,
         bytes=read,

@@ -337,8 +337,8 @@ def _function() -> Any:
             inputs = (q, k, v) if log_g is None else (q, k, v, log_g)
             d_final = None
             if any(x is not None for x in d_state):
-                given = (torch.zeros_like(x) if d is None else d.resolve_neg().contiguous() for x, d in zip(final, d_state, strict=True))
-                d_final = PowerState(*given)
+                d_s, d_z = (torch.zeros_like(x) if d is None else d.resolve_neg().contiguous() for x, d in zip(final, d_state, strict=True))
+                d_final = PowerState(d_s, d_z)
             state = None if s is None else PowerState(s, z)
             made = Result(y, PowerState(*final) if output_final_state else None, norm, snapshots)
             found = backward(inputs, made, torch.zeros_like(y) if dy is None else dy.resolve_neg(), o, state, d_final)

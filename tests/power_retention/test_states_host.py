@@ -136,7 +136,11 @@ BACKWARD = {
     "no gradient of the last state": ("power_back_scan", "acc.x[m][n][2 * h + i] = x / count;", ""),
     "multiplicity of the last state's gradient": ("power_back_scan", "= x / count;", "= x;"),
     "a gradient of Z that is not symmetric": ("power_back_scan", "x = 0.5f * (x + p.d_final_z[", "x = 0.5f * (x + 0.f * p.d_final_z["),
-    "multiplicity of the first state's gradient": ("power_back_scan", "store_row(row, acc.x[m], h, count,", "store_row(row, acc.x[m], h, 1.f,"),
+    "multiplicity of the first state's gradient": (
+        "power_back_scan",
+        "store_row(row, acc.x[m], h, count,",
+        "store_row(row, acc.x[m], h, 1.f,",
+    ),
     "no state in dq of the first chunk": ("power_back_query", "(Tiles::enters || chunk > 0)", "chunk > 0"),
     "no gradient of the state in the last chunk": ("power_back_keys", "(Tiles::leaves || chunk + 1 < p.chunks)", "chunk + 1 < p.chunks"),
     "no <dS, S> in the gates": ("power_back_cross", "dot(p.final_s, p.d_final_s, Tiles::snapshot - kZ) +", ""),
@@ -222,9 +226,21 @@ def test_what_is_kept_depends_on_no_pick_and_on_nothing_free() -> None:
 
 
 REFUSED: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
-    "heads": ({"initial_state": PowerState(state_of(1).S.repeat(2, 1), state_of(1).Z.repeat(2, 1))}, ArgumentError, r"initial_state\.S has shape"),
-    "D": ({"initial_state": state_of(1, d=64)}, ArgumentError, r"initial_state\.S has shape \[1, 1, 2304, 64\]; accepted: \[1, 1, 640, 32\]"),
-    "dtype": ({"initial_state": PowerState(state_of(1).S.astype(np.float16), state_of(1).Z)}, ArgumentTypeError, r"initial_state\.S is float16"),
+    "heads": (
+        {"initial_state": PowerState(state_of(1).S.repeat(2, 1), state_of(1).Z.repeat(2, 1))},
+        ArgumentError,
+        r"initial_state\.S has shape",
+    ),
+    "D": (
+        {"initial_state": state_of(1, d=64)},
+        ArgumentError,
+        r"initial_state\.S has shape \[1, 1, 2304, 64\]; accepted: \[1, 1, 640, 32\]",
+    ),
+    "dtype": (
+        {"initial_state": PowerState(state_of(1).S.astype(np.float16), state_of(1).Z)},
+        ArgumentTypeError,
+        r"initial_state\.S is float16",
+    ),
     "degree": ({"output_final_state": True, "degree": 4}, UnsupportedError, r"output_final_state with degree=4"),
     "recompute": ({"recompute": 1}, ArgumentError, r"recompute=1 is not served; accepted: None, True, False"),
     "degree 4 in chunks": ({"degree": 4, "chunk": 128, "recompute": False}, UnsupportedError, r"chunk=128 with degree=4"),

@@ -19,7 +19,17 @@ from vidrial.kernels.power_retention import scan as forward_scan
 from vidrial.kernels.power_retention.back import gates, rows, tokens
 from vidrial.kernels.power_retention.back import scan as back_scan
 from vidrial.kernels.power_retention.back.problem import ChunkedGradient, Gradient
-from vidrial.kernels.power_retention.op import CHUNKS, DRAWN, SCANS, SMALLEST, scan_buffers, scan_stages, snapshot_buffer, state_buffers, whole_chunk
+from vidrial.kernels.power_retention.op import (
+    CHUNKS,
+    DRAWN,
+    SCANS,
+    SMALLEST,
+    scan_buffers,
+    scan_stages,
+    snapshot_buffer,
+    state_buffers,
+    whole_chunk,
+)
 from vidrial.kernels.power_retention.op import Config as forward_config
 from vidrial.kernels.power_retention.op import chunked as forward_chunked
 from vidrial.kernels.power_retention.op import example as forward_example

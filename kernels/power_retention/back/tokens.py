@@ -163,9 +163,15 @@ def cost(p: ChunkedGradient, c: Config, device: Device, values: bool) -> Cost:
     done, heads, group = work(p, c, values), p.b * (p.h if values else p.hq), p.group if values else 1
     per_block = 2 * 16 * c.block * (2 * p.d + p.e + p.e * values)
     pairs = 64 * p.pair_tiles * p.e
-    flops = heads * (group * done.blocks * per_block + 2 * done.stateful_rows * (pairs * (2 if values else 1) + p.d * p.d * (p.keeps_z if values else p.normalized)))
+    flops = heads * (
+        group * done.blocks * per_block
+        + 2 * done.stateful_rows * (pairs * (2 if values else 1) + p.d * p.d * (p.keeps_z if values else p.normalized))
+    )
     ctas = done.rows // c.rows * heads
-    tokens = p.t * p.dtype.bytes * (p.d + p.e) * (p.hq + p.h) + (p.adjoints if values else p.chunks - (not p.enters)) * p.h * p.snapshot * 2 * p.stateful
+    tokens = (
+        p.t * p.dtype.bytes * (p.d + p.e) * (p.hq + p.h)
+        + (p.adjoints if values else p.chunks - (not p.enters)) * p.h * p.snapshot * 2 * p.stateful
+    )
     tables = 8 * p.hq * (done.rows + done.tabulated * values) + (8 * p.t + 4 * done.tabulated * (not values)) * p.h * p.gated
     written = p.t * ((p.dtype.bytes * (p.d + p.e) + 4) * p.h if values else (p.dtype.bytes * p.d + 4) * p.hq)
     # NOTE: by the forward kernels' paces; none of the backward pass's own has been fitted yet.

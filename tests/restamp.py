@@ -1,7 +1,7 @@
 """Rankings outlive an edit of templates that changes no machine code: this proves it, kernel by kernel, and then writes the present digest.
 
-    python sweeps/restamp.py OLD_TREE power_retention        # a checkout of the commit that the rankings were measured with
-    python sweeps/restamp.py OLD_TREE power_retention --check  # proves and writes nothing
+    python tests/restamp.py OLD_TREE power_retention        # a checkout of the commit that the rankings were measured with
+    python tests/restamp.py OLD_TREE power_retention --check  # proves and writes nothing
 
 Every config that a shipped ranking keeps is rendered and compiled for the ranking's device in both trees, each by its own Python sources: the
 same launches in the same order, the same grid, threads and shared memory, and byte for byte the same code and constants. A ranking of which
@@ -14,13 +14,13 @@ import argparse
 import hashlib
 import json
 import os
-import struct
 import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
 from typing import Any
+
+from machine_code import disassemble, sections
 
 from vidrial import describe
 from vidrial.build.cubins import build_many
@@ -30,8 +30,7 @@ from vidrial.spec.registry import find_op
 from vidrial.spec.source import Source
 from vidrial.tune.ranking import Ranking
 
-RESULTS = Path(__file__).parent / "results"
-NOBITS = 8  # an ELF section without bytes
+RESULTS = Path(__file__).resolve().parents[1] / "sweeps/results"
 SHOWN = 3  # differences of a ranking
 
 
@@ -59,14 +58,15 @@ def restamp(options: argparse.Namespace, path: Path) -> int:
         if entry["digest"] == new["digest"]:
             continue
         faults = [f"of {entry['digest'][:16]}, and {trees[0]} is {old['digest'][:16]}"] if entry["digest"] != old["digest"] else []
-        faults = faults or differences(old["rankings"][i], new["rankings"][i])
+        kept = sum(len(measured["configs"]) for measured in entry["measured"])
+        faults = faults or differences(old["rankings"][i], new["rankings"][i], kept)
         for fault in [*faults[:SHOWN], *([f"and {len(faults) - SHOWN} more"] if len(faults) > SHOWN else [])]:
             print(f"{path.parent.name}: ranking {i}: {fault}")
         left += bool(faults)
         entry["digest"] = entry["digest"] if faults else new["digest"]
     kernels = len({code.rsplit(" ", 1)[1] for ranking in new["rankings"] for config in ranking.values() for code in config})
-    configs = sum(map(len, new["rankings"]))
-    print(f"{path}: {len(data['rankings']) - left} of {len(data['rankings'])} rankings hold: {configs} configs of {kernels} kernels, {time.monotonic() - start:.0f} s")
+    configs, count = sum(map(len, new["rankings"])), len(data["rankings"])
+    print(f"{path}: {count - left} of {count} rankings hold: {configs} configs of {kernels} kernels, {time.monotonic() - start:.0f} s")
     if not options.check:
         staged = path.with_suffix(".new")
         staged.write_text(json.dumps(data, indent=1, allow_nan=False) + "\n", encoding="utf-8")
@@ -78,13 +78,15 @@ def asked(tree: Path, options: argparse.Namespace, path: Path) -> Any:
     """`launches` as a tree's own sources make them."""
     command = [sys.executable, str(Path(__file__).resolve()), str(tree), options.op, "--describe", str(path.resolve())]
     command += ["--jobs", str(options.jobs)] if options.jobs else []
-    return json.loads(subprocess.run(command, env=os.environ | {"PYTHONPATH": str(tree)}, stdout=subprocess.PIPE, check=True, text=True).stdout)
+    return json.loads(
+        subprocess.run(command, env=os.environ | {"PYTHONPATH": str(tree)}, stdout=subprocess.PIPE, check=True, text=True).stdout
+    )
 
 
-def differences(old: dict[str, list[str]], new: dict[str, list[str]]) -> list[str]:
-    """What is another for a ranking's configs, in words."""
-    if not old or old.keys() != new.keys():
-        return ["its configs are not read alike"]
+def differences(old: dict[str, list[str]], new: dict[str, list[str]], kept: int) -> list[str]:
+    """What is another for a ranking's `kept` configs, in words."""
+    if old.keys() != new.keys() or len(old) != kept or not kept:
+        return [f"of its {kept} configs {len(old)} were read and {len(new)} are"]
     found = []
     for config, codes in old.items():
         if len(codes) != len(new[config]):
@@ -113,50 +115,29 @@ def launches(name: str, path: Path, jobs: int | None) -> dict[str, Any]:
                     geometry = stage.kernel.geometry(stage.problem, stage.config)
                     configs[key].append((f"{stage.kernel.name} {geometry}", source.text))
         rankings.append(configs)
-    codes = {
-        text: code_of(cubin) if isinstance(cubin, Cubin) else f"no code ({hashlib.sha256(str(cubin).encode()).hexdigest()[:8]})"
-        for text, cubin in build_many(sources, device.arch, jobs=jobs)
-    }
+    codes = {}
+    for text, cubin in build_many(sources, device.arch, jobs=jobs):
+        if not isinstance(cubin, Cubin):
+            raise SystemExit(f"{sources[text][1]}: {cubin}")
+        codes[text] = code_of(cubin)
     told = [{key: [f"{words} {codes[text]}" for words, text in config] for key, config in ranking.items()} for ranking in rankings]
     return {"digest": op.digest(), "rankings": told}
 
 
 def code_of(cubin: Cubin) -> str:
-    """A digest of what a launch reads of a cubin: instructions, constants, relocations, and what it takes of an SM."""
-    found = [(name, data) for name, data in sections(cubin.image) if name.startswith((".text.", ".rela.text.", ".nv.constant"))]
-    found = [(name, data) for name, data in found if not name.startswith((".nv.constant0.", ".nv.constant4"))]  # what comes with the launch; below
-    if reads_globals(cubin.image):
-        found += [(name, data) for name, data in sections(cubin.image) if name.startswith((".nv.global", ".nv.constant4", ".rela.nv.constant4"))]
-    return hashlib.sha256(repr((sorted(found), cubin.resources)).encode()).hexdigest()[:16]
+    """A digest of what a launch reads of a cubin: instructions, relocations, constants, and what it takes of an SM.
 
-
-def sections(image: bytes) -> list[tuple[str, bytes]]:
-    """Name and bytes of the sections of an ELF image of 64 bits; those without bytes give their size."""
-    (table,) = struct.unpack_from("<Q", image, 0x28)
-    size, count, names_index = struct.unpack_from("<HHH", image, 0x3A)
-    # Name, type, flags, address, offset, bytes, and four more that do not matter here.
-    headers = [struct.unpack_from("<IIQQQQIIQQ", image, table + size * i) for i in range(count)]
-    names, found = headers[names_index][4], []
-    for at, kind, _, _, offset, length, *_ in headers:
-        name = image[names + at : image.index(b"\0", names + at)].decode()
-        found.append((name, str(length).encode() if kind == NOBITS else image[offset : offset + length]))
-    return found
-
-
-def reads_globals(image: bytes) -> bool:
-    """Whether the code asks for the address of a variable: bank 4 holds them. Members of `struct Tiles` are such, of which no code reads any."""
-    import nvidia
-
-    tool = next((t for folder in nvidia.__path__ for t in Path(folder).glob("cu*/bin/cuobjdump")), None)
-    if tool is None:
-        raise SystemExit("no cuobjdump; install requirements/test.txt")
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(image)
-        file.flush()
-        text = subprocess.run([tool, "-sass", file.name], stdout=subprocess.PIPE, text=True, check=True).stdout
-    if "EXIT" not in text:
+    Members of `struct Tiles` are variables of which no code reads any; where the code does ask for addresses, in bank 4, variables count, too.
+    """
+    every = sections(cubin.image)
+    code = disassemble(cubin.image)
+    if not code:
         raise SystemExit("cuobjdump shows no instruction of a cubin")
-    return "c[0x4]" in text
+    counted = [".text.", ".rela.text.", ".nv.constant1", ".nv.constant2", ".nv.constant3"]
+    if any("c[0x4]" in line for _, line in code):
+        counted += [".nv.global", ".nv.constant4", ".rela.nv.constant4"]
+    found = [(name, data) for name, data in sorted(every.items()) if name.startswith(tuple(counted))]
+    return hashlib.sha256(repr((found, cubin.resources)).encode()).hexdigest()[:16]
 
 
 if __name__ == "__main__":
