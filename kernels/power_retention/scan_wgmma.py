@@ -138,6 +138,7 @@ def rules(p: Chunked, c: Config, device: Device) -> Iterator[tuple[bool, str]]:
     yield from device.smem_rules(scan.ring_bytes(p, c), 8 // c.warps)
     roomy = accumulators < 192 or c.tokens < 128 or p.d == p.e
     yield roomy, f"tokens={c.tokens} with {accumulators} accumulators per thread and d={p.d}, e={p.e} spills 24 bytes"
+    yield not p.leaves or accumulators < 192, f"{accumulators} accumulators per thread, with the last chunk's tail to scan, spill 20 bytes"
     yield from scan.common_rules(p, c)
 
 

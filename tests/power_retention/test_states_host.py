@@ -142,7 +142,7 @@ BACKWARD = {
         "store_row(row, acc.x[m], h, 1.f,",
     ),
     "no state in dq of the first chunk": ("power_back_query", "(Tiles::enters || chunk > 0)", "chunk > 0"),
-    "no gradient of the state in the last chunk": ("power_back_keys", "(Tiles::leaves || chunk + 1 < p.chunks)", "chunk + 1 < p.chunks"),
+    "no gradient of the state in the last chunk": ("power_back_keys", "p.chunks + (Tiles::leaves ? 1 : 0)", "p.chunks"),
     "no <dS, S> in the gates": ("power_back_cross", "dot(p.final_s, p.d_final_s, Tiles::snapshot - kZ) +", ""),
     "no <dZ, Z> in the gates": ("power_back_cross", "+ dot(p.final_z, p.d_final_z, kZ)", ""),
     "no pairs behind the last chunk": ("power_back_gates", "(Tiles::leaves || chunk + 1 < p.chunks)", "chunk + 1 < p.chunks"),
