@@ -104,8 +104,8 @@ def grid(p: ChunkedGradient, c: Config) -> tuple[int, int, int]:
 def rules(p: ChunkedGradient, c: Config, device: Device) -> Iterator[tuple[bool, str]]:
     yield p.d % c.columns == 0 and p.e % c.columns == 0, f"columns={c.columns} must divide d={p.d} and e={p.e}"
     yield p.chunk % c.tokens == 0, f"tokens={c.tokens} must divide chunk={p.chunk}"
-    roomy = not p.leaves or p.dtype == DType.bfloat16 or c.tokens * c.columns < 64 * 64
-    yield roomy, f"tokens={c.tokens} columns={c.columns} of {p.dtype}, with a gradient of the last state to begin with, spill 4 bytes"
+    roomy = c.columns < 64 or p.dtype == DType.bfloat16 or not p.leaves or p.enters
+    yield roomy, f"columns={c.columns} of {p.dtype}, with a gradient of the last state to begin with, spill 8 bytes"
 
 
 def cost(p: ChunkedGradient, c: Config, device: Device) -> Cost:
