@@ -38,6 +38,7 @@ TABLE = Path(__file__).with_suffix(".json")
 OP, ARCH = "power_retention", "sm_90a"
 # Of an instruction of 128 bits the lowest 12 say which one it is.
 INSTRUCTION_BYTES, OPCODE, NOP = 16, 0xFFF, 0x918
+NOBITS = 8  # a section without bytes
 
 
 class Rendered(NamedTuple):
@@ -247,16 +248,23 @@ def section(image: bytes, name: str) -> bytes:
     Raises:
         LookupError: there is none of this name.
     """
+    found = sections(image)
+    if name not in found:
+        raise LookupError(f"the cubin has no section {name}")
+    return found[name]
+
+
+def sections(image: bytes) -> dict[str, bytes]:
+    """The bytes of all sections of an ELF image of 64 bits; of one without bytes of its own the size, as text."""
     (table,) = struct.unpack_from("<Q", image, 0x28)
     size, count, names_index = struct.unpack_from("<HHH", image, 0x3A)
     # Name, type, flags, address, offset, bytes, and four more that do not matter here.
     headers = [struct.unpack_from("<IIQQQQIIQQ", image, table + size * i) for i in range(count)]
-    names = headers[names_index][4]
-    for header in headers:
-        start = names + header[0]
-        if image[start : image.index(b"\0", start)] == name.encode():
-            return image[header[4] : header[4] + header[5]]
-    raise LookupError(f"the cubin has no section {name}")
+    names, found = headers[names_index][4], dict[str, bytes]()
+    for at, kind, _, _, offset, length, *_ in headers:
+        name = image[names + at : image.index(b"\0", names + at)].decode()
+        found[name] = str(length).encode() if kind == NOBITS else image[offset : offset + length]
+    return found
 
 
 def disassemble(image: bytes) -> list[tuple[int, str]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -45,3 +46,15 @@ def including(text: str, parts: Sequence[str]) -> str:
         text = text.replace(HEAD, f"{HEAD}\n#include <planted/tile/mma.cuh>\n#include <planted/tile/wgmma.cuh>")
         text = text.replace("namespace vidrial {", "namespace vidrial::planted {\nusing namespace vidrial;", 1)
     return text
+
+
+def reaches(text: str, name: str, op: str = "") -> bool:
+    """Whether a source includes a header of an op or of the library, itself or by way of others."""
+    seen, waiting = set[str](), [text]
+    while waiting:
+        for header in re.findall(r'#include ["<](?:vidrial/)?([\w/]+\.cuh)[">]', waiting.pop()):
+            path = (LIBRARY if "/" in header else Path(TEMPLATES, op)) / header
+            if header not in seen and path.is_file():
+                seen.add(header)
+                waiting.append(path.read_text())
+    return f"{name}.cuh" in seen

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from planting import planted
+from planting import planted, reaches
 
 from vidrial.host import plan as plans
 from vidrial.host.plan import HostPlan, poison
@@ -48,6 +48,8 @@ def plant(monkeypatch: pytest.MonkeyPatch, folder: Path, name: str, right: str, 
     includes, compile_host = planted(folder, name, right, wrong, PARTS, "power_retention"), plans.compile_host
 
     def compile_wrong(text: str, *arguments: Any, include_dirs: tuple[str, ...], **options: Any) -> Any:
+        if not reaches(text, name, "power_retention"):
+            return compile_host(text, *arguments, include_dirs=include_dirs, **options)
         # The store knows sources by their text.
         return compile_host(f"{text}\n// {name}: {wrong!r} for {right!r}", *arguments, include_dirs=(*includes, *include_dirs), **options)
 

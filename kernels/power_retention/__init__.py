@@ -35,6 +35,7 @@ def power_retention(
     normalize: str = ...,
     initial_state: PowerState[A] | None = ...,
     output_final_state: Literal[False] = ...,
+    recompute: bool | None = ...,
     chunk: int | None = ...,
     target: str | None = ...,
 ) -> A: ...
@@ -52,6 +53,7 @@ def power_retention(
     normalize: str = ...,
     initial_state: PowerState[A] | None = ...,
     output_final_state: Literal[True],
+    recompute: bool | None = ...,
     chunk: int | None = ...,
     target: str | None = ...,
 ) -> tuple[A, PowerState[A]]: ...
@@ -68,6 +70,7 @@ def power_retention(
     normalize: str = "sum",
     initial_state: PowerState[A] | None = None,
     output_final_state: bool = False,
+    recompute: bool | None = None,
     chunk: int | None = None,
     target: str | None = None,
 ) -> Any:
@@ -82,8 +85,11 @@ def power_retention(
         degree: 2, or 4 (quadratic in T).
         scale: multiplies q . k; 1 / sqrt(D) by default.
         normalize: "sum" divides by the sum of the weights (at least 1e-20), "none" does not.
-        initial_state: what lies before the first token; degree 2, NumPy arrays and CPU tensors only.
-        output_final_state: whether to return the state behind the last token, too; the same.
+        initial_state: what lies before the first token; degree 2.
+        output_final_state: whether to return the state behind the last token, too; degree 2.
+        recompute: of a call that torch records, whether its backward pass scans the states again (True) or the call keeps them (False), which
+            fixes the chunk of both. None: kept where there are many chunks and they take no more memory than q, k, v and y
+            (docs/power_retention.md). The results differ by rounding only; NumPy always computes them again.
         chunk: tokens that share a state (0: none, the attention form). By default what was measured fastest, else what is predicted so;
             results differ by rounding only.
         target: "cuda", or "host" for the GPU kernels themselves on the CPU; see vidrial.use_target.
@@ -102,14 +108,14 @@ def power_retention(
             return in_torch.call(inputs, target, degree=degree, scale=scale, normalize=normalize, chunk=chunk)
         in_torch.refuse_states()
     place = current_target(target)
-    if initial_state is not None or output_final_state is not False:
-        return _with_state(inputs, gradient.Options(degree, scale, normalize, chunk, place), initial_state, output_final_state)
+    if recompute is not None or initial_state is not None or output_final_state is not False:
+        return _with_state(inputs, gradient.Options(degree, scale, normalize, chunk, place, recompute), initial_state, output_final_state)
     try:
         key, pointers = signature_of(inputs, NAMES)
     except UnsupportedError:
         # It refuses what autograd shall record, so that other calls need not ask.
         if gradient.records(*inputs):
-            return _with_state(inputs, gradient.Options(degree, scale, normalize, chunk, place), None, False)
+            return _with_state(inputs, gradient.Options(degree, scale, normalize, chunk, place, recompute), None, False)
         if dispatched(inputs):
             return in_torch.call(inputs, target, degree=degree, scale=scale, normalize=normalize, chunk=chunk)
         if not is_traced(inputs):
@@ -133,7 +139,7 @@ def _with_state(inputs: tuple[Any, ...], o: gradient.Options, state: PowerState[
     if gradient.records(*tensors):
         y, final = gradient.recorded(inputs, o, state, output_final_state)
     else:
-        y, final, _ = gradient.forward(inputs, o, state, output_final_state)
+        y, final, _ = gradient.forward(inputs, o, state, output_final_state, saves=False)[:3]
     return (y, final) if output_final_state else y
 
 
@@ -148,6 +154,7 @@ def power_retention_vjp(
     normalize: str = "sum",
     initial_state: PowerState[A] | None = None,
     output_final_state: bool = False,
+    recompute: bool | None = None,
     chunk: int | None = None,
     target: str | None = None,
 ) -> tuple[Any, Callable[..., Gradients[A]]]:
@@ -169,7 +176,10 @@ def power_retention_vjp(
         Those of `power_retention`; vjp: ArgumentError, ArgumentTypeError, naming dy or d_state.
     """
     check_options(degree, scale, normalize, chunk)
-    o, inputs = gradient.Options(degree, scale, normalize, chunk, current_target(target)), (q, k, v) if log_g is None else (q, k, v, log_g)
+    o, inputs = (
+        gradient.Options(degree, scale, normalize, chunk, current_target(target), recompute),
+        (q, k, v) if log_g is None else (q, k, v, log_g),
+    )
     made = gradient.forward(inputs, o, initial_state, output_final_state)
 
     def vjp(dy: A, d_state: PowerState[A] | None = None) -> Gradients[A]:

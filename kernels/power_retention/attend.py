@@ -258,7 +258,7 @@ def _work(p: Chunked, c: Config) -> Work:
         rows += chunks * ctas * c.rows
         before += chunks * (ctas - 1) * c.rows
     first = -(-min(p.chunk, p.t) // c.rows) * c.rows
-    return Work(blocks, waited, rows - first if p.stateful else 0, rows, before)
+    return Work(blocks, waited, rows - first * (not p.enters) if p.stateful else 0, rows, before)
 
 
 def least_smem(p: Chunked, c: Config) -> int:
@@ -282,7 +282,7 @@ def cost(p: Chunked, c: Config, device: Device) -> Cost:
     work, (row_blocks, _, _), warpgroups, units = _work(p, c), grid(p, c), c.warps / 4, c.rows / 128
     heads, scores, bands = 2 * p.b * p.hq, c.rows_per_band * c.keys * (p.d + p.e), c.rows // c.rows_per_band
     flops = heads * (work.blocks * scores + work.stateful_rows * p.snapshot)
-    once = p.t * p.dtype.bytes * (p.hq + p.h) * (p.d + p.e) + (p.chunks - 1) * p.h * p.snapshot * 2
+    once = p.t * p.dtype.bytes * (p.hq + p.h) * (p.d + p.e) + (p.chunks - (not p.enters)) * p.h * p.snapshot * 2 * p.stateful
     read = p.b * (once + (8 * work.rows + 4 * work.rows_before) * p.h * p.gated)
     # What a CTA takes for a block of keys, and for the state; it steps through so many blocks on average, and such a part has a state.
     multiply = partial(pace.products, warpgroups=warpgroups, mma=c.mma, device=device)
@@ -297,7 +297,9 @@ def cost(p: Chunked, c: Config, device: Device) -> Cost:
     alone = pace.OUTPUT * units + blocks * block + states * state
     # The last rows of a chunk read all its keys: of the first one, which has no state, of a later one and of the rest.
     whole, rest = divmod(p.t, p.chunk)
-    longest = max(-(-min(p.chunk, p.t) // c.keys) * block + (whole > 1) * state, (-(-rest // c.keys) * block + state) * p.stateful)
+    longest = max(
+        -(-min(p.chunk, p.t) // c.keys) * block + (whole > 1 or p.enters) * state, (-(-rest // c.keys) * block + state) * p.stateful
+    )
     return Cost(
         flops=flops,
         bytes=read,

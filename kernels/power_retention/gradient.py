@@ -10,11 +10,24 @@ from typing import Any, Generic, NamedTuple, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from vidrial import CPU, ArgumentError, ArgumentTypeError, Array, Buffer, DType, UnsupportedError, apply, as_array, contiguous, signature_of
+from vidrial import (
+    CPU,
+    ArgumentError,
+    ArgumentTypeError,
+    Array,
+    Buffer,
+    Device,
+    DType,
+    UnsupportedError,
+    apply,
+    as_array,
+    contiguous,
+    signature_of,
+)
 from vidrial.kernels.power_retention.back.op import op as backward_op
 from vidrial.kernels.power_retention.back.problem import Gradient
 from vidrial.kernels.power_retention.cpu import power_retention_cpu, power_retention_cpu_gradients
-from vidrial.kernels.power_retention.op import op, outputs
+from vidrial.kernels.power_retention.op import kept_chunk, op, outputs
 from vidrial.kernels.power_retention.problem import Problem
 from vidrial.kernels.power_retention.request import NAMES, Request, request_of
 from vidrial.kernels.power_retention.state import PowerState
@@ -40,6 +53,7 @@ class Options:
     normalize: str
     chunk: int | None
     target: str
+    recompute: bool | None = True
 
     def request(self, inputs: tuple[Any, ...]) -> Request:
         """What arrays ask for with these options."""
@@ -57,15 +71,18 @@ class Gradients(NamedTuple, Generic[A]):
 
 
 class Result(NamedTuple):
-    """y, the final state if it was asked for, and, normalised, the normaliser [B, HQ, T] float32."""
+    """y, the final state if it was asked for, normalised, the normaliser [B, HQ, T] float32, and the states before the chunks if they were kept."""
 
     y: Any
     state: PowerState[Any] | None
     norm: Any
+    snapshots: Any = None
 
 
-def forward(inputs: tuple[Any, ...], o: Options, state: PowerState[Any] | None = None, output_final_state: bool = False) -> Result:
-    """y with what its gradient needs; `inputs`: q, k, v and log_g, if there is one.
+def forward(
+    inputs: tuple[Any, ...], o: Options, state: PowerState[Any] | None = None, output_final_state: bool = False, saves: bool = True
+) -> Result:
+    """y, and if it `saves` what its gradient needs; `inputs`: q, k, v and log_g, if there is one.
 
     Raises:
         ArgumentError, ArgumentTypeError, UnsupportedError: naming the argument.
@@ -92,13 +109,14 @@ def forward(inputs: tuple[Any, ...], o: Options, state: PowerState[Any] | None =
         )
         final = None if final is None else PowerState(_like(final.S, inputs[0], False), _like(final.Z, inputs[0], False))
         return Result(_like(made, inputs[0]), final, _like(norm, inputs[0], False) if p.normalized else None)
-    if state is not None or output_final_state:
-        raise UnsupportedError(
-            "initial_state and output_final_state: kernels have none yet; accepted: NumPy arrays and CPU tensors, without a target"
-        )
     arrays, asked = _vectorised(inputs, o)
-    found = apply(saving_op, asked.problem, arrays, o.target, **dict(asked.fixed))
-    return Result(found["y"], None, found.get("norm"))
+    problem = replace(asked.problem, initial=state is not None, final=bool(output_final_state))
+    arrays |= {} if state is None else _of_state("initial", state)
+    kept = kept_chunk(problem, asked.chunk, o.recompute, _memory(arrays["q"].device)) if saves else 0
+    problem, fixed = (replace(problem, kept=kept), {"chunk": kept}) if kept else (problem, dict(asked.fixed))
+    found = apply(saving_op if saves else op, problem, arrays, o.target, **fixed)
+    final = PowerState(found["final_s"], found["final_z"]) if output_final_state else None
+    return Result(found["y"], final, found.get("norm"), found.get("snapshots"))
 
 
 def plain(inputs: tuple[Any, ...], o: Options) -> Any:
@@ -152,9 +170,29 @@ def backward(
     if made.norm is not None:
         arrays |= {"y": as_array(made.y, "y"), "norm": as_array(made.norm, "norm")}
     b, t, h = arrays["dy"].strides[:3]
-    problem = Gradient(**vars(asked.problem), dy_stride=(b, t, h))
-    results = apply(backward_op, problem, arrays, o.target, **dict(asked.fixed))
-    return Gradients(results["dq"], results["dk"], results["dv"], results.get("dlog_g"), None)
+    fixed = dict(asked.fixed)
+    facts = vars(asked.problem) | {"initial": state is not None, "final": d_final is not None}
+    arrays |= {} if state is None else _of_state("initial", state)
+    if d_final is not None:
+        arrays |= _of_state("d_final", d_final) | (_of_state("final", made.state) if "log_g" in arrays else {})
+    if made.snapshots is not None:
+        arrays["snapshots"] = as_array(made.snapshots, "snapshots")
+        p = replace(asked.problem, initial=state is not None, final=made.state is not None)
+        fixed["chunk"] = facts["kept"] = kept_chunk(p, asked.chunk, o.recompute, _memory(arrays["q"].device))
+    problem = Gradient(**facts, dy_stride=(b, t, h))
+    results = apply(backward_op, problem, arrays, o.target, **fixed)
+    initial = PowerState(results["d_initial_s"], results["d_initial_z"]) if state is not None else None
+    return Gradients(results["dq"], results["dk"], results["dv"], results.get("dlog_g"), initial)
+
+
+def _of_state(name: str, state: Any) -> dict[str, Array[Any]]:
+    """A state's tensors as the op's arrays."""
+    return {f"{name}_{field.lower()}": contiguous(as_array(getattr(state, field), f"{name}.{field}")) for field in ("S", "Z")}
+
+
+def _memory(device: int) -> int:
+    """Bytes of all of a GPU's memory; 0, which is not known, where the kernels run on the CPU."""
+    return 0 if device == CPU else Device.current(device).memory_bytes
 
 
 def _vectorised(inputs: tuple[Any, ...], o: Options) -> tuple[dict[str, Array[Any]], Request]:
@@ -213,6 +251,8 @@ def check_states(o: Options, state: Any, output_final_state: Any) -> None:
         raise ArgumentError(f"output_final_state={output_final_state!r} is not served; accepted: True, False")
     if state is not None:
         _check_kind("initial_state", state)
+    if o.recompute is not None and not isinstance(o.recompute, bool | np.bool_):
+        raise ArgumentError(f"recompute={o.recompute!r} is not served; accepted: None, True, False")
     for name, asked in (("initial_state", state is not None), ("output_final_state", output_final_state)):
         if asked and o.degree != 2:
             raise UnsupportedError(f"{name} with degree={o.degree}: only degree 2 has a state small enough")
@@ -278,7 +318,8 @@ def _function() -> Any:
             inputs = (q, k, v) if log_g is None else (q, k, v, log_g)
             made = forward(inputs, o, None if s is None else PowerState(s, z), output_final_state)
             ctx.options = o, output_final_state
-            ctx.save_for_backward(*tensors, made.y, made.norm)
+            ctx.set_materialize_grads(False)
+            ctx.save_for_backward(*tensors, made.y, made.norm, made.snapshots, *((made.state.S, made.state.Z) if made.state else ()))
             return made.y if made.state is None else (made.y, made.state.S, made.state.Z)
 
         @staticmethod
@@ -288,11 +329,15 @@ def _function() -> Any:
                     "power_retention: a gradient of its gradient is not computed; call backward or grad without create_graph=True"
                 )
             o, output_final_state = ctx.options
-            q, k, v, log_g, s, z, y, norm = ctx.saved_tensors
+            q, k, v, log_g, s, z, y, norm, snapshots, *final = ctx.saved_tensors
             inputs = (q, k, v) if log_g is None else (q, k, v, log_g)
-            d_final = PowerState(*(x.resolve_neg().contiguous() for x in d_state)) if output_final_state else None
+            d_final = None
+            if any(x is not None for x in d_state):
+                d_s, d_z = (torch.zeros_like(x) if d is None else d.resolve_neg().contiguous() for x, d in zip(final, d_state, strict=True))
+                d_final = PowerState(d_s, d_z)
             state = None if s is None else PowerState(s, z)
-            found = backward(inputs, Result(y, None, norm), dy.resolve_neg(), o, state, d_final)
+            made = Result(y, PowerState(*final) if output_final_state else None, norm, snapshots)
+            found = backward(inputs, made, torch.zeros_like(y) if dy is None else dy.resolve_neg(), o, state, d_final)
             initial = (None, None) if found.initial_state is None else (found.initial_state.S, found.initial_state.Z)
             gradients = (*found[:4], *initial)
             return (None, None, *(x if wanted else None for x, wanted in zip(gradients, ctx.needs_input_grad[2:], strict=True)))

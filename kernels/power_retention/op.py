@@ -50,6 +50,28 @@ class Config:
 SCANS = {"sync": scan.power_scan, "wgmma": scan_wgmma.power_scan_wgmma}
 
 
+# Tokens of a chunk whose states a forward pass keeps for the backward pass; from how many chunks on it does so unasked, if they take no more memory
+# than q, k, v and y, and of the GPU's whole memory at most that share.
+KEPT_CHUNKS = {False: 1024, True: 2048}  # by whether a state has more than 64 x 64 elements for each of a feature's
+KEPT_FROM, KEPT_SHARE = 8, 64
+
+
+def kept_chunk(p: Problem, chunk: int | None, recompute: bool | None, memory: int) -> int:
+    """Tokens of a chunk whose states a forward pass shall keep; 0: none, the backward pass scans again. It depends on no pick and on nothing free.
+
+    `chunk`: what the caller asks for; `memory`: bytes of all of the GPU's, 0 if not known.
+    """
+    size = KEPT_CHUNKS[p.d * p.e > 64 * 64] if chunk is None else chunk
+    # NOTE: without a normaliser Z is part of a final state's scan alone, and its backward pass need not have a gradient of it.
+    if recompute or p.degree != 2 or not 0 < size < p.t or (p.final and not p.normalized):
+        return 0
+    if recompute is False:
+        return size
+    kept = sum(buffer.bytes for buffer in snapshot_buffer(chunked(p, size)).values())
+    arrays = p.b * p.t * p.dtype.bytes * (p.hq + p.h) * (p.d + p.e)
+    return size if p.t >= KEPT_FROM * size and kept <= min(arrays, (memory or kept * KEPT_SHARE) // KEPT_SHARE) else 0
+
+
 def strides(_: int, t: int, h: int, d: int) -> tuple[int, int, int]:
     """Strides in elements of a contiguous [b, t, h, d] array, all but the last axis."""
     return t * h * d, h * d, d
@@ -63,17 +85,28 @@ def whole_chunk(p: Problem) -> int:
 @lru_cache(maxsize=256)
 def chunked(p: Problem, chunk: int) -> Chunked:
     """What the stages are asked when a config has this `chunk`; of a whole space's configs these are the few that differ."""
-    return Chunked(**vars(p), stateful=chunk > 0, chunk=chunk or whole_chunk(p))
+    return Chunked(**vars(p), stateful=chunk > 0 or p.initial, enters=p.initial, leaves=p.final, chunk=chunk or whole_chunk(p))
+
+
+def scans(p: Chunked) -> bool:
+    """Whether tokens reach a state that is asked for."""
+    return p.t > 0 and (p.chunks > 1 or p.leaves)
+
+
+def scan_stages(p: Chunked, c: scan.Config) -> list[Stage]:
+    """The states before all chunks, and the one behind them if it is asked for."""
+    launches: list[Stage] = [Stage(SCANS[c.mma], p, c, "scan")] if scans(p) else []
+    if p.enters or p.leaves:
+        launches.append(Stage(scan.power_states, p, scan.CarryConfig(segments=c.segments), "scan"))
+    elif launches and c.segments > 1:
+        launches.append(Stage(scan.power_carry, p, scan.CarryConfig(segments=c.segments), "scan"))
+    return launches
 
 
 def stages(p: Problem, c: Config) -> list[Stage]:
     asked = chunked(p, c.chunk)
     launches: list[Stage] = [Stage(gates.power_gates, asked, gates.Config(block=c.attend.keys))] if p.gated else []
-    if c.chunk:
-        launches.append(Stage(SCANS[c.scan.mma], asked, c.scan, "scan"))
-        if c.scan.segments > 1:
-            launches.append(Stage(scan.power_carry, asked, scan.CarryConfig(segments=c.scan.segments), "scan"))
-    return [*launches, Stage(attend.power_attend, asked, c.attend, "attend")]
+    return [*launches, *scan_stages(asked, c.scan), Stage(attend.power_attend, asked, c.attend, "attend")]
 
 
 def degree_refusal(degree: Any, normalize: Any) -> UnsupportedError | None:
@@ -140,6 +173,10 @@ def rules(p: Problem, c: Config) -> Iterator[tuple[bool, str]]:
         yield False, str(refused)
     if c.chunk and p.degree != 2:
         yield False, f"degree {p.degree} has the attention form only: chunk=0"
+    if (p.initial or p.final) and p.degree != 2:
+        yield False, f"degree {p.degree} has no state"
+    if p.kept and p.kept != c.chunk:
+        yield False, f"chunk={c.chunk}: the states that are kept are of chunk={p.kept}"
     if c.chunk and c.chunk >= p.t:
         yield False, f"chunk={c.chunk} holds all {p.t} tokens: chunk=0 is the same without a state"
 
@@ -148,11 +185,29 @@ def inputs(p: Problem) -> dict[str, Buffer]:
     """Rows of q, k and v are read by vectors; log_g is read with whatever strides it has."""
     shapes = {"q": (p.b, p.t, p.hq, p.d), "k": (p.b, p.t, p.h, p.d), "v": (p.b, p.t, p.h, p.e)}
     buffers = {name: Buffer(shape, p.dtype, (*getattr(p, f"{name}_stride"), 1)) for name, shape in shapes.items()}
-    return buffers | ({"log_g": Buffer((p.b, p.t, p.h), DType.float32, p.log_g_stride, aligned=False)} if p.gated else {})
+    buffers |= {"log_g": Buffer((p.b, p.t, p.h), DType.float32, p.log_g_stride, aligned=False)} if p.gated else {}
+    return buffers | (state_buffers(p, "initial") if p.initial else {})
 
 
 def outputs(p: Problem) -> dict[str, Buffer]:
-    return {"y": Buffer((p.b, p.t, p.hq, p.e), p.dtype)}
+    kept = snapshot_buffer(chunked(p, p.kept)) if p.kept else {}
+    return {"y": Buffer((p.b, p.t, p.hq, p.e), p.dtype)} | (state_buffers(p, "final") if p.final else {}) | kept
+
+
+def state_buffers(p: Problem, name: str) -> dict[str, Buffer]:
+    """A state's S and Z, or their gradients."""
+    return {f"{name}_{field}": Buffer(shape, DType.float32) for field, shape in p.state_shapes.items()}
+
+
+def snapshot_buffer(p: Chunked) -> dict[str, Buffer]:
+    """The state before each chunk."""
+    return {"snapshots": Buffer((p.b * p.h, p.chunks, p.snapshot), DType.bfloat16)}
+
+
+def scan_buffers(p: Chunked, segments: int) -> dict[str, Buffer]:
+    """What `scan_stages` writes beside what is given out."""
+    ends = segments if p.leaves else segments - 1
+    return ({} if p.kept else snapshot_buffer(p)) | ({"ends": Buffer((p.b * p.h, ends, p.snapshot), DType.float32)} if ends else {})
 
 
 def workspace(p: Problem, c: Config) -> dict[str, Buffer]:
@@ -161,13 +216,9 @@ def workspace(p: Problem, c: Config) -> dict[str, Buffer]:
     if p.gated:
         padded, f32 = asked.chunks * asked.chunk, DType.float32
         buffers |= {"a": Buffer((heads, padded, 2), f32), "to_block": Buffer((heads, padded), f32)}
-        if c.chunk:
+        if scans(asked):
             buffers["to_end"] = Buffer((heads, padded), f32)
-    if c.chunk:
-        buffers["snapshots"] = Buffer((heads, asked.chunks, p.snapshot), DType.bfloat16)
-        if c.scan.segments > 1:
-            buffers["ends"] = Buffer((heads, c.scan.segments - 1, p.snapshot), DType.float32)
-    return buffers
+    return buffers | (scan_buffers(asked, c.scan.segments) if asked.stateful or asked.leaves else {})
 
 
 def example(
@@ -267,7 +318,7 @@ def check(p: Problem, inputs: Mapping[str, np.ndarray], results: Mapping[str, np
 
 op = Op(
     name="power_retention",
-    kernels=(gates.power_gates, *SCANS.values(), scan.power_carry, attend.power_attend),
+    kernels=(gates.power_gates, *SCANS.values(), scan.power_carry, scan.power_states, attend.power_attend),
     problem=Problem,
     config=Config,
     stages=stages,

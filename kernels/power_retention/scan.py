@@ -1,4 +1,5 @@
-"""Stage 2: the state before every chunk (`power_scan.cuh`), a state-stationary scan; and stage 3, which joins its segments.
+"""Stage 2: the state before every chunk (`power_scan.cuh`), a state-stationary scan; and stage 3, which joins its segments, or
+brings a state in and takes one out (`power_states.cuh`).
 
 A warp owns 64 rows x `columns` columns of the state in registers over all chunks: 36 pair tiles of phi and one block of Z for
 D = 64, 136 and 2 for D = 128. Few heads do not fill a GPU with such warps, so the sequence may be cut into `segments` that are
@@ -51,7 +52,7 @@ ARGS = Arguments(
 
 def units(p: Chunked, c: Config, z_rows: int | None = None) -> int:
     """Warps of work a head: the pair tiles', and those of Z in bands of `z_rows`."""
-    z = p.d // (z_rows or band_of_z(p, c)) * (p.d // c.columns) if p.normalized else 0
+    z = p.d // (z_rows or band_of_z(p, c)) * (p.d // c.columns) if p.keeps_z else 0
     return p.pair_tiles * (p.e // c.columns) + z
 
 
@@ -123,12 +124,13 @@ def common_rules(p: Chunked, c: Config) -> Iterator[tuple[bool, str]]:
 
 def longest_segment(p: Chunked, c: Config) -> int:
     """Tokens that the longest segment scans: all others wait for it."""
-    return min(-(-p.chunks // c.segments), p.chunks - 1) * p.chunk
+    return min(-(-p.chunks // c.segments) * p.chunk, scanned_tokens(p, c.tokens))
 
 
-def scanned_tokens(p: Chunked) -> int:
-    """Tokens of a head that reach a state: all but the last chunk's."""
-    return (p.chunks - 1) * p.chunk
+def scanned_tokens(p: Chunked, block: int = 1) -> int:
+    """Tokens of a head that reach a state, in whole blocks: all but the last chunk's, unless the state behind it is asked for."""
+    before = (p.chunks - 1) * p.chunk
+    return before + -(-(p.t - before) // block) * block * p.leaves
 
 
 def joined(p: Chunked, segments: int) -> tuple[int, int]:
@@ -142,7 +144,7 @@ def device_bytes(p: Chunked, c: Config) -> int:
     end is written as float instead."""
     _, segments = joined(p, c.segments)
     tokens = scanned_tokens(p) * (p.dtype.bytes * (p.d + p.e) + 4 * p.gated)
-    return p.b * p.h * (tokens + p.snapshot * (2 * (p.chunks - segments) + 4 * (segments - 1)))
+    return p.b * p.h * (tokens + p.snapshot * (2 * (p.chunks - segments) + 4 * (segments - 1 + p.leaves)))
 
 
 def timed(p: Chunked, c: Config, device: Device, flops: float, ctas: int, ctas_per_sm: int, pair_tiles: int = 4) -> Cost:
@@ -157,7 +159,7 @@ def timed(p: Chunked, c: Config, device: Device, flops: float, ctas: int, ctas_p
     # All that an SM holds write their snapshots at once.
     written = min(ctas_per_sm, -(-ctas // device.sms)) * warpgroups * pair_tiles * c.columns / 64
     token = update + pace.TOKENS_STEP * warpgroups / tokens + pace.SNAPSHOT * written / p.chunk
-    mean = scanned_tokens(p) / c.segments
+    mean = scanned_tokens(p, c.tokens) / c.segments
     return Cost(
         flops=flops,
         bytes=device_bytes(p, c),
@@ -171,7 +173,7 @@ def timed(p: Chunked, c: Config, device: Device, flops: float, ctas: int, ctas_p
 
 
 def cost(p: Chunked, c: Config, device: Device) -> Cost:
-    return timed(p, c, device, 2 * p.b * p.h * scanned_tokens(p) * p.snapshot, math.prod(grid(p, c)), 8 // c.warps)
+    return timed(p, c, device, 2 * p.b * p.h * scanned_tokens(p, c.tokens) * p.snapshot, math.prod(grid(p, c)), 8 // c.warps)
 
 
 power_scan = Kernel("power_scan", Path(TEMPLATES, "power_retention", "power_scan.cu.j2"), Chunked, Config, ARGS, tiles, grid, rules, cost)
@@ -213,5 +215,41 @@ power_carry = Kernel(
     carry_tiles,
     carry_grid,
     cost=carry_cost,
+    scalars=lambda p, c: {"segments": c.segments},
+)
+
+
+STATES_ARGS = Arguments(
+    a="float2 const*",
+    ends="float const*",
+    snapshots="cutlass::bfloat16_t*",
+    initial_s="float const*",
+    initial_z="float const*",
+    final_s="float*",
+    final_z="float*",
+    t="int",
+    chunk="int",
+    segments="int",
+)
+
+
+def states_cost(p: Chunked, c: CarryConfig, device: Device) -> Cost:
+    first, segments = joined(p, c.segments) if p.chunks else (0, 0)
+    # NOTE: as if the gates forgot nothing. Of the first segment there is something to add only where a state enters; first snapshots are only written.
+    snapshots = p.chunks if p.enters else p.chunks - first
+    read = 4 * (segments - 1 + p.leaves) + 2 * (snapshots - segments + (not p.enters)) + 4 * p.enters
+    size = p.b * p.h * p.snapshot
+    return Cost(flops=0, bytes=size * (read + 2 * snapshots + 4 * p.leaves), ctas=math.prod(carry_grid(p, c)), ctas_per_sm=8)
+
+
+power_states = Kernel(
+    "power_states",
+    Path(TEMPLATES, "power_retention", "power_states.cu.j2"),
+    Chunked,
+    CarryConfig,
+    STATES_ARGS,
+    carry_tiles,
+    carry_grid,
+    cost=states_cost,
     scalars=lambda p, c: {"segments": c.segments},
 )

@@ -66,7 +66,7 @@ def z_columns(p: Chunked, c: Config) -> int:
 
 def z_units(p: Chunked, c: Config) -> int:
     """Warpgroups of a head that own a part of Z."""
-    return p.d // 64 * (p.d // z_columns(p, c)) if p.normalized else 0
+    return p.d // 64 * (p.d // z_columns(p, c)) if p.keeps_z else 0
 
 
 def drops_last(p: Chunked, c: Config) -> bool:
@@ -138,6 +138,7 @@ def rules(p: Chunked, c: Config, device: Device) -> Iterator[tuple[bool, str]]:
     yield from device.smem_rules(scan.ring_bytes(p, c), 8 // c.warps)
     roomy = accumulators < 192 or c.tokens < 128 or p.d == p.e
     yield roomy, f"tokens={c.tokens} with {accumulators} accumulators per thread and d={p.d}, e={p.e} spills 24 bytes"
+    yield not p.leaves or accumulators < 192, f"{accumulators} accumulators per thread, with the last chunk's tail to scan, spill 20 bytes"
     yield from scan.common_rules(p, c)
 
 
@@ -152,7 +153,7 @@ def ctas_per_sm(p: Chunked, c: Config, device: Device) -> int:
 def cost(p: Chunked, c: Config, device: Device) -> Cost:
     found = multiplied(p, c)
     rows = found.units * c.columns + z_units(p, c) * z_columns(p, c)
-    flops = 2 * p.b * p.h * scan.scanned_tokens(p) * 64 * rows
+    flops = 2 * p.b * p.h * scan.scanned_tokens(p, c.tokens) * 64 * rows
     # A shorter CTA gives its place to the next one: so many of the longest take as long as all.
     ctas = math.ceil(found.ctas / found.most * c.segments * p.b * p.h)
     return scan.timed(p, c, device, flops, ctas, ctas_per_sm(p, c, device), found.most)

@@ -22,7 +22,8 @@ HERE = __name__
 
 
 def _request(specs: Mapping[str, ArraySpec], options: Mapping[str, Any]) -> Request:
-    return request_of(tuple(specs[name] for name in NAMES if name in specs), *options.values())
+    o, key = Options(**options), tuple(specs[name] for name in NAMES if name in specs)
+    return request_of(key, o.degree, o.scale, o.normalize, o.chunk, o.target)
 
 
 def _asks(specs: Mapping[str, ArraySpec], options: Mapping[str, Any]) -> Asked:

@@ -15,7 +15,7 @@ CUTE_DEVICE void power_back_gates(Args const& p) {
   __shared__ double sums[kWarps];
   int const thread = threadIdx.x, lane = thread % 32, warp = thread / 32, chunk = blockIdx.x, head = blockIdx.y, batch = head / p.h, kv_head = head % p.h;
   int const first = chunk * p.chunk, tokens = min(p.chunk, p.t - first), padded = p.chunks * p.chunk;
-  double carry = Tiles::stateful && chunk + 1 < p.chunks ? p.cross[int64_t(head) * p.chunks + chunk] : 0.f;
+  double carry = Tiles::stateful && (Tiles::leaves || chunk + 1 < p.chunks) ? p.cross[int64_t(head) * p.chunks + chunk] : 0.f;
   CUTE_NO_UNROLL
   for (int s = 0; s < tokens; s += kThreads * kTokens) {
     double x[kTokens], sum = 0;                    // from the last token on

@@ -37,7 +37,8 @@ CUTE_DEVICE void power_back_keys(Args const& p) {
   auto a = [&](int token) { return kGated ? p.a[gates + token] : make_float2(0.f, 0.f); };
   // Blocks of queries of each head of the group: behind the tile, and in it.
   int const behind = max(0, end - m0 - kRows + kQueries - 1) / kQueries, inside = (min(m0 + kRows, end) - m0 + kQueries - 1) / kQueries;
-  bool const has_state = Tiles::stateful && chunk + 1 < p.chunks;
+  // NOTE: asked in the kernel, though with a state that leaves it is always so: code without the branch spills 24 bytes, at d = 128.
+  bool const has_state = Tiles::stateful && chunk + 1 < p.chunks + (Tiles::leaves ? 1 : 0);
   uint32_t const smem = shared_address(raw), ring_at = smem + Smem::Ring, tables = smem + Smem::Table;
 
   auto at_head = [&](auto* x, int64_t const (&stride)[3], int h, int first) { return x + batch * stride[0] + first * stride[1] + h * stride[2]; };

@@ -28,7 +28,7 @@ CUTE_DEVICE void power_back_query(Args const& p) {
   // NOTE: rows of the tables fit an int, since the arrays have at most 2^31 elements.
   int const gates = head * p.padded, table = (batch * p.h * p.group + q_head) * p.padded;
   auto a = [&](int token) { return kGated ? p.a[gates + token] : make_float2(0.f, 0.f); };
-  bool const has_state = Tiles::stateful && chunk > 0;
+  bool const has_state = Tiles::stateful && (Tiles::enters || chunk > 0);
   uint32_t const smem = shared_address(raw), ring_at = smem + Smem::Ring, decay = smem + Smem::Table;
 
   auto at_head = [&](auto* x, int64_t const (&stride)[3], int h, int first) { return x + batch * stride[0] + first * stride[1] + h * stride[2]; };

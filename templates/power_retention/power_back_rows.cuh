@@ -2,7 +2,7 @@
 //
 //   rows          (r, delta)     r = scale^p / norm, delta = dy . y: dw_ij = r (dy_i . v_j - delta_i). 0 where the normaliser is at its floor
 //   from_start    2^a_i r        what the row weighs seen from before its chunk (not asked for without a state)
-//   from_start_z  -delta 2^a_i r
+//   from_start_z  -delta 2^a_i r (not asked for without a Z)
 //   from_block    (c, c delta)   c = 2^(a_i - a_before) r, `before` the token before its block of queries
 //
 // Rows at and beyond T weigh 0.
@@ -48,7 +48,7 @@ CUTE_DEVICE void power_back_rows(Args const& p) {
   p.from_block[place] = make_float2(block, block * delta);
   if constexpr (Tiles::stateful) {
     p.from_start[place] = start;
-    if (Tiles::normalized) p.from_start_z[place] = -delta * start;
+    if (Tiles::keeps_z) p.from_start_z[place] = -delta * start;
   }
 }
 

@@ -2,7 +2,8 @@
 //
 //   L_{n-1} = 2^(a_end) L_n + sum_i 2^(a_i) r_i phi(q_i) dy_i^T        M_{n-1} = 2^(a_end) M_n - sum_i delta_i 2^(a_i) r_i q_i q_i^T
 //
-// n is the chunk of the tokens i; L_n is what the state behind it is worth to all later chunks, 0 for the last one. As there, a warp owns 64
+// n is the chunk of the tokens i; L_n is what the state behind it is worth to all later chunks, and of the last one to whoever asked for the state
+// behind it, else 0. What a state before the first chunk is worth goes out in float, without the multiplicity's place in a snapshot. As there, a warp owns 64
 // rows of L, or some of M, times `columns` columns in float over all chunks, and writes a bf16 snapshot for each chunk that has later ones:
 // M [D][D] (if normalised), then pair tiles [64][E], those with I < J times 2: each of their products stands for two of the square.
 #pragma once
@@ -12,7 +13,7 @@
 
 namespace vidrial {
 
-// The ring's work items: chunks from the last one down to the second, of each the heads of the group, of each the blocks of queries, with dy and
+// The ring's work items: chunks from the last one down to the second, or to the first where a state lies before it, of each the heads of the group, of each the blocks of queries, with dy and
 // what they weigh at their chunk's start.
 template <class Tiles, class Args>
 struct QueryStream {
@@ -32,7 +33,7 @@ struct QueryStream {
   // Blocks of a chunk's tokens that exist.
   CUTE_DEVICE int blocks(int n) const { return (min(p.chunk, p.t - n * p.chunk) + kTokens - 1) / kTokens; }
   CUTE_DEVICE void operator()(int, int stage) {
-    if (chunk == 0) return;
+    if (chunk < (Tiles::enters ? 0 : 1)) return;
     int const t0 = chunk * p.chunk + block * kTokens;
     copy_q.source = q + t0 * p.q_stride[1] + q_head * p.q_stride[2];
     copy_dy.source = dy + t0 * p.dy_stride[1] + q_head * p.dy_stride[2];
@@ -40,7 +41,7 @@ struct QueryStream {
     copy_dy(stage * Tiles::G::kBytes, p.t - t0);
     int64_t const row = (int64_t(head) * p.group + q_head) * p.padded + t0;
     copy_vectors(p.from_start + row, weights + stage * (kTokens * 8), thread, kTokens / 4);
-    if (Tiles::normalized) copy_vectors(p.from_start_z + row, weights + stage * (kTokens * 8) + kTokens * 4, thread, kTokens / 4);
+    if (Tiles::keeps_z) copy_vectors(p.from_start_z + row, weights + stage * (kTokens * 8) + kTokens * 4, thread, kTokens / 4);
     if (++block < blocks(chunk)) return;
     block = 0;
     if (++q_head < p.group) return;
@@ -62,7 +63,7 @@ CUTE_DEVICE void power_back_scan(Args const& p) {
   using Smem = typename Tiles::Smem;
   constexpr int D = Tiles::d, E = Tiles::e, kTokens = Tiles::tokens, kColumns = Tiles::columns;
   constexpr int kBlocks = D / 8, kPairs = kBlocks * (kBlocks + 1) / 2, kStateUnits = kPairs * (E / kColumns);
-  constexpr int kZRows = Tiles::z_rows, kZUnits = Tiles::normalized ? (D / kZRows) * (D / kColumns) : 0, kZSize = Tiles::normalized ? D * D : 0;
+  constexpr int kZRows = Tiles::z_rows, kZUnits = Tiles::keeps_z ? (D / kZRows) * (D / kColumns) : 0, kZSize = Tiles::keeps_z ? D * D : 0;
   VIDRIAL_SHARED_MEMORY(raw);
 
   // NOTE: through a shuffle, so that the compiler knows the warp's index to be uniform.
@@ -148,11 +149,38 @@ CUTE_DEVICE void power_back_scan(Args const& p) {
       for (int h = 0; h < 2; ++h) store_row(out + Mma::row_of(m, 2 * h) * width, acc.x[m], h, count, Mma::N);
     }
   };
+  // f(row, m, h) of this thread's rows in S or Z of a state, float.
+  auto each_row = [&](auto* s, auto* z, auto&& f) {
+    auto* first = is_z ? z + int64_t(head) * (D * D) + place : s + int64_t(head) * (kPairs * 64 * E) + place - kZSize;
+    CUTE_UNROLL
+    for (int m = 0; m < Mma::M; ++m) {
+      if (m * 16 >= rows) break;
+      CUTE_UNROLL
+      for (int h = 0; h < 2; ++h) f(first + Mma::row_of(m, 2 * h) * width, m, h);
+    }
+  };
+  if constexpr (Tiles::leaves) {
+    if (active) {
+      each_row(p.d_final_s, p.d_final_z, [&](float const* row, int m, int h) {
+        CUTE_UNROLL
+        for (int n = 0; n < Mma::N; ++n) {
+          CUTE_UNROLL
+          for (int i = 0; i < 2; ++i) {
+            int const at = lane % 4 * 2 + n * 8 + i;
+            float x = row[at];
+            // Of Z the symmetric part counts.
+            if (is_z) x = 0.5f * (x + p.d_final_z[(int64_t(head) * D + column + at) * D + tile * kZRows + own_row + Mma::row_of(m, 2 * h)]);
+            acc.x[m][n][2 * h + i] = x / count;
+          }
+        }
+      });
+    }
+  }
   typename Tiles::Ring ring;
   ring.first(stream);
   CUTE_NO_UNROLL
-  for (int n = p.chunks - 1; n > 0; --n) {
-    if (n + 1 < p.chunks) {
+  for (int n = p.chunks - 1; n > (Tiles::enters ? -1 : 0); --n) {
+    if (Tiles::leaves || n + 1 < p.chunks) {
       if (active) store(n);
       if constexpr (Tiles::gated) {
         float2 const total = p.a[int64_t(head) * p.padded + (n + 1) * p.chunk - 1];
@@ -166,7 +194,11 @@ CUTE_DEVICE void power_back_scan(Args const& p) {
       else if (active) update_z(stage);
     }
   }
-  if (active) store(0);
+  if constexpr (Tiles::enters) {
+    if (active) each_row(p.d_initial_s, p.d_initial_z, [&](float* row, int m, int h) { store_row(row, acc.x[m], h, count, Mma::N); });
+  } else if (active && p.chunks > 0) {
+    store(0);
+  }
 }
 
 }  // namespace vidrial

@@ -67,7 +67,7 @@ struct StateGradient {
     CUTE_NO_UNROLL
     for (int s = 0; s < Tiles::d / Tiles::z_rows; ++s) {
       float z[M][XZ::N][4] = {};
-      if constexpr (Tiles::normalized) {
+      if constexpr (Tiles::z_stages > 0) {
         int const stage = next();
         CUTE_UNROLL
         for (int k = 0; k < XZ::K; ++k) {

@@ -27,7 +27,7 @@ struct StateStream {
   int thread;
 
   CUTE_DEVICE void operator()(int item, int stage) const {
-    constexpr int kZSize = Tiles::normalized ? Tiles::d * Tiles::d : 0, kTile = 64 * Tiles::e;
+    constexpr int kZSize = Tiles::keeps_z ? Tiles::d * Tiles::d : 0, kTile = 64 * Tiles::e;
     uint32_t const place = stage * Tiles::stage_bytes;
     // NOTE: copies are made anew: kept, their pointers would be registers that the state's loop has not.
     if (item < Tiles::z_stages) {

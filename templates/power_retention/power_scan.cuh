@@ -23,8 +23,8 @@ CUTE_DEVICE void power_scan(Args const& p) {
   using Smem = typename Tiles::Smem;
   constexpr int D = Tiles::d, E = Tiles::e, kTokens = Tiles::tokens, kColumns = Tiles::columns;
   constexpr int kBlocks = D / 8, kPairs = kBlocks * (kBlocks + 1) / 2, kStateUnits = kPairs * (E / kColumns);
-  constexpr int kZRows = Tiles::z_rows, kZUnits = Tiles::normalized ? (D / kZRows) * (D / kColumns) : 0;
-  constexpr int kZSize = Tiles::normalized ? D * D : 0, kSnapshot = kZSize + kPairs * 64 * E;
+  constexpr int kZRows = Tiles::z_rows, kZUnits = Tiles::keeps_z ? (D / kZRows) * (D / kColumns) : 0;
+  constexpr int kZSize = Tiles::keeps_z ? D * D : 0, kSnapshot = kZSize + kPairs * 64 * E;
   constexpr int kWarps = Tiles::threads / 32;
   VIDRIAL_SHARED_MEMORY(raw);
 
@@ -134,10 +134,10 @@ CUTE_DEVICE void power_scan(Args const& p) {
   CUTE_NO_UNROLL
   for (int n = segment.first; n < segment.last; ++n) {
     if (n > segment.first && active) store(segment.snapshot(n, kSnapshot));
-    if (n + 1 == segment.chunks) break;
+    if (!Tiles::leaves && n + 1 == segment.chunks) break;
     if (Tiles::gated && n > segment.first) acc.scale(segment.decay(n));
     CUTE_NO_UNROLL
-    for (int end = block + segment.blocks_per_chunk(); block < end; ++block) {
+    for (int end = block + segment.blocks_of(n); block < end; ++block) {
       int const stage = ring.next(stream);
       if (is_state) {
         update_state(stage, block % 2);
@@ -148,7 +148,7 @@ CUTE_DEVICE void power_scan(Args const& p) {
     }
   }
   // What this segment adds to the states of the next ones (power_carry).
-  if (active && segment.last < segment.chunks) store(segment.end(kSnapshot));
+  if (active && segment.has_end()) store(segment.end(kSnapshot));
 }
 
 }  // namespace vidrial

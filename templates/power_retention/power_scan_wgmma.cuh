@@ -20,7 +20,7 @@ CUTE_DEVICE void power_scan_wgmma(Args const& p) {
   using Smem = typename Tiles::Smem;
   constexpr int D = Tiles::d, E = Tiles::e, kTokens = Tiles::tokens, kColumns = State::N * 8;
   constexpr int kBlocks = D / 8, kParts = E / kColumns, M = State::M, kPairs = kBlocks * (kBlocks + 1) / 2;
-  constexpr int kZSize = Tiles::normalized ? D * D : 0, kSnapshot = kZSize + kPairs * 64 * E;
+  constexpr int kZSize = Tiles::keeps_z ? D * D : 0, kSnapshot = kZSize + kPairs * 64 * E;
   // Groups of products that run on while the next one's factors are made: some 128 cycles of them.
   constexpr int kRunning = State::N > 8 && M < 3 ? 2 : 1;
   // Groups of products for which factors are loaded ahead; 192 accumulators leave no registers for it.
@@ -154,11 +154,11 @@ CUTE_DEVICE void power_scan_wgmma(Args const& p) {
     State::template wait<0>();
     acc.fence();
     if (n > segment.first) store(segment.snapshot(n, kSnapshot));
-    if (n + 1 == segment.chunks) break;
+    if (!Tiles::leaves && n + 1 == segment.chunks) break;
     if (Tiles::gated && n > segment.first) acc.scale(segment.decay(n));
     acc.fence();
     // NOTE: the branch stands around the whole loop: between products that run, it would keep ptxas from letting them run (C7513).
-    int const end = block + segment.blocks_per_chunk();
+    int const end = block + segment.blocks_of(n);
     auto each_block = [&](auto update) {
       CUTE_NO_UNROLL
       for (; block < end; ++block) update(ring.next(stream));
@@ -178,7 +178,7 @@ CUTE_DEVICE void power_scan_wgmma(Args const& p) {
     }
   }
   // What this segment adds to the states of the next ones (power_carry).
-  if (segment.last < segment.chunks) {
+  if (segment.has_end()) {
     State::template wait<0>();
     acc.fence();
     store(segment.end(kSnapshot));

@@ -32,7 +32,7 @@ struct QueryTile {
     // What the gates have forgotten altogether by the first query, the state or the first blocks of keys, weighs 0.
     r0 = kGated && m0 > c0 ? a(m0 - 1) : make_float2(0.f, 0.f);
     state_decay = kGated ? exp2_approx(r0.x + r0.y) : 1.f;
-    has_state = Tiles::stateful && chunk > 0 && state_decay > 0.f;
+    has_state = Tiles::stateful && (Tiles::enters || chunk > 0) && state_decay > 0.f;
     if (kGated) {
       for (unsigned zeros = ~0u; forgotten < first_diagonal_block && zeros == ~0u;) {
         int const j = forgotten + lane;
@@ -69,7 +69,7 @@ struct PowerStream {
         copy_k(first(tile.p.k, tile.p.k_stride), tile.p.k_stride[1], ring, tile.thread),
         copy_v(first(tile.p.v, tile.p.v_stride), tile.p.v_stride[1], ring + Tiles::K::kBytes, tile.thread),
         copy_z(snapshot(), Tiles::d, ring, tile.thread),
-        copy_s(snapshot() + (Tiles::normalized ? Tiles::d * Tiles::d : 0), Tiles::e, ring, tile.thread) {}
+        copy_s(snapshot() + (Tiles::keeps_z ? Tiles::d * Tiles::d : 0), Tiles::e, ring, tile.thread) {}
 
   // `State`: whether it may still be a part of the state; false costs neither instructions nor registers.
   template <bool State>

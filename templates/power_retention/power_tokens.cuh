@@ -18,17 +18,24 @@ struct Segment {
     head = blockIdx.z, chunks = (sequence.length() + p.chunk - 1) / p.chunk;
     int const per_segment = (chunks + gridDim.y - 1) / gridDim.y;
     first = blockIdx.y * per_segment, last = min(first + per_segment, chunks);
-    // The last chunk of all updates nothing: no state is asked for behind it. So every token read here exists.
+    // The last chunk of all updates nothing unless a state is asked for behind it. So else every token read here exists.
     blocks = (min(last, chunks - 1) - first) * blocks_per_chunk();
+    if (Tiles::leaves && last == chunks) blocks += blocks_of(chunks - 1);
   }
   CUTE_DEVICE int blocks_per_chunk() const { return p.chunk / Tiles::tokens; }
+  CUTE_DEVICE int blocks_of(int n) const {
+    if (!Tiles::leaves || n + 1 < chunks) return blocks_per_chunk();
+    return (sequence.length() - n * p.chunk + Tiles::tokens - 1) / Tiles::tokens;
+  }
+  // Whether what a segment adds is asked for behind it.
+  CUTE_DEVICE bool has_end() const { return Tiles::leaves || last < chunks; }
   // Before chunk n: what the state up to the chunk before it still counts.
   CUTE_DEVICE float decay(int n) const {
     float2 const total = p.a[(head * chunks + n + 1) * p.chunk - 1];
     return exp2_approx(total.x + total.y);
   }
   CUTE_DEVICE cutlass::bfloat16_t* snapshot(int n, int size) const { return p.snapshots + int64_t(head * chunks + n) * size; }
-  CUTE_DEVICE float* end(int size) const { return p.ends + (int64_t(head) * (gridDim.y - 1) + blockIdx.y) * size; }
+  CUTE_DEVICE float* end(int size) const { return p.ends + (int64_t(head) * (gridDim.y - (Tiles::leaves ? 0 : 1)) + blockIdx.y) * size; }
 };
 
 // The ring's work items: a block of keys and values each, with their decay to the end of their chunk.
@@ -51,8 +58,15 @@ struct TokenStream {
   CUTE_DEVICE void operator()(int block, int stage) {
     auto const& p = segment.p;
     if (block < segment.blocks) {
-      copy_k.full(stage * Tiles::K::kBytes); copy_k.source += kTokens * p.k_stride[1];
-      copy_v.full(stage * Tiles::V::kBytes); copy_v.source += kTokens * p.v_stride[1];
+      if constexpr (Tiles::leaves) {
+        int const rows = segment.sequence.length() - segment.first * p.chunk - block * kTokens;
+        copy_k(stage * Tiles::K::kBytes, rows);
+        copy_v(stage * Tiles::V::kBytes, rows);
+      } else {
+        copy_k.full(stage * Tiles::K::kBytes);
+        copy_v.full(stage * Tiles::V::kBytes);
+      }
+      copy_k.source += kTokens * p.k_stride[1]; copy_v.source += kTokens * p.v_stride[1];
       if (Tiles::gated) copy_vectors(p.to_end + row + block * kTokens, decay + stage * (kTokens * 4), thread, kTokens / 4);
     }
   }

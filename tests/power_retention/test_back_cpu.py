@@ -6,14 +6,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+from power_states import Arrays, draw_state, recurrent, relative
 
 from vidrial.errors import ArgumentError, ArgumentTypeError, UnsupportedError
 from vidrial.kernels.power_retention import PowerState, power_retention, power_retention_vjp
-from vidrial.kernels.power_retention.reference import attention_form, gradients, pair_rows
+from vidrial.kernels.power_retention.reference import attention_form, gradients
 
 # float32 inside: of the norm of each gradient.
 CPU = 2e-5
-Arrays = dict[str, np.ndarray]
 
 
 def draw(seed: int, t: int, *, b: int = 1, hq: int = 2, h: int = 1, d: int = 32, e: int = 32, gates: float | None = 1.0) -> Arrays:
@@ -23,33 +23,6 @@ def draw(seed: int, t: int, *, b: int = 1, hq: int = 2, h: int = 1, d: int = 32,
     if gates is not None:
         arrays["log_g"] = (-gates * np.log1p(np.exp(-rng.standard_normal((b, t, h)) - 3))).astype(np.float32)
     return arrays
-
-
-def draw_state(seed: int, x: Arrays, tokens: int = 3) -> tuple[np.ndarray, np.ndarray]:
-    """S and Z of some keys and values."""
-    (b, _, h, d), e = x["k"].shape, x["v"].shape[-1]
-    rng = np.random.default_rng(seed)
-    k, v = rng.standard_normal((b, tokens, h, d)), rng.standard_normal((b, tokens, h, e))
-    i, j, _ = pair_rows(d)
-    return np.einsum("bthp,bthe->bhpe", k[..., i] * k[..., j], v), np.einsum("bthi,bthj->bhij", k, k)
-
-
-def recurrent(x: Arrays, s: np.ndarray, z: np.ndarray, scale: float, normalize: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Degree 2, a token at a time in float64, from a state: y, and the state after it."""
-    (b, t, hq, d), h = x["q"].shape, x["k"].shape[2]
-    i, j, count = pair_rows(d)
-    y = np.zeros((b, t, hq, x["v"].shape[-1]))
-    s, z = s.copy(), z.copy()
-    for n in range(t):
-        g = np.exp(x["log_g"][:, n])[..., None, None] if "log_g" in x else 1.0
-        k, v = x["k"][:, n], x["v"][:, n]
-        s, z = g * s + (k[..., i] * k[..., j])[..., None] * v[..., None, :], g * z + k[..., None] * k[..., None, :]
-        for m in range(hq):
-            q, at = x["q"][:, n, m], m // (hq // h)
-            num = scale**2 * np.einsum("bp,bpe->be", count * q[:, i] * q[:, j], s[:, at])
-            norm = scale**2 * np.einsum("bi,bij,bj->b", q, z[:, at], q)
-            y[:, n, m] = num / norm[:, None] if normalize == "sum" else num
-    return y, s, z
 
 
 @pytest.mark.parametrize("normalize", ["sum", "none"])
@@ -76,7 +49,7 @@ def test_float64_gradients_through_states_are_finite_differences(t: int, normali
     d_final, scale, rng = draw_state(2, x), 0.3, np.random.default_rng(t)
 
     def loss() -> float:
-        y, s, z = recurrent(x, x["s"], x["z"], scale, normalize)
+        y, s, z, _ = recurrent(x, x["s"], x["z"], scale, normalize)
         return float((y * x["dy"]).sum() + (s * d_final[0]).sum() + (z * d_final[1]).sum())
 
     found = gradients(
@@ -98,10 +71,6 @@ def agree(x: Arrays, loss: Any, found: dict[str, Any], rng: np.random.Generator)
             low = loss()
             x[name][at] = kept
             assert abs((high - low) / (2 * step) - gradient[at]) <= 1e-6 * max(1.0, float(np.abs(gradient).max())), name
-
-
-def relative(found: Any, exact: np.ndarray) -> float:
-    return float(np.linalg.norm(np.asarray(found, np.float64) - exact) / max(np.linalg.norm(exact), 1e-30))
 
 
 def assert_gradients(x: Arrays, chunk: int | None, bound: float = CPU, **options: Any) -> None:
@@ -173,7 +142,7 @@ def test_states_in_and_out(t: int, gates: float | None, normalize: str) -> None:
         x["q"], x["k"], x["v"], log_g, normalize=normalize, initial_state=initial, output_final_state=True, chunk=128
     )
     wide = {name: a.astype(np.float64) for name, a in x.items()}
-    exact_y, exact_s, exact_z = recurrent(wide, initial.S.astype(np.float64), initial.Z.astype(np.float64), 32**-0.5, normalize)
+    exact_y, exact_s, exact_z, _ = recurrent(wide, initial.S.astype(np.float64), initial.Z.astype(np.float64), 32**-0.5, normalize)
     assert relative(y, exact_y) <= 1e-4 and relative(final.S, exact_s) <= CPU and relative(final.Z, exact_z) <= CPU
     found = vjp(x["dy"], PowerState(d_s, d_z))
     exact = gradients(x["q"], x["k"], x["v"], log_g, x["dy"], normalize=normalize, initial=(initial.S, initial.Z), d_final=(d_s, d_z))
@@ -221,7 +190,6 @@ BAD_STATES: dict[str, tuple[Any, dict[str, Any], type[Exception], str]] = {
     "float64": (PowerState(S.astype(np.float64), Z), {}, ArgumentTypeError, r"initial_state\.S: dtype 'float64' is not known"),
     "degree 4": (PowerState(S, Z), {"degree": 4}, UnsupportedError, r"initial_state with degree=4"),
     "float16": (PowerState(S.astype(np.float16), Z), {}, ArgumentTypeError, r"initial_state\.S is float16.*accepted: float32"),
-    "kernels": (PowerState(S, Z), {"target": "host"}, UnsupportedError, r"initial_state and output_final_state: kernels have none yet"),
 }
 
 
@@ -290,14 +258,49 @@ def test_autograd_of_some_arguments_and_odd_gradients_of_y() -> None:
         assert not power_retention(q, k, v).requires_grad
 
 
-def test_autograd_under_checkpointing_and_through_states() -> None:
-    torch, x = tensors(draw(13, 90, hq=2))
+@pytest.mark.parametrize(("target", "dtype"), [("cuda", "float32"), ("host", "bfloat16")])
+def test_autograd_under_checkpointing_through_states_and_added_up(target: str, dtype: str) -> None:
+    torch, x = tensors(draw(13, 140, hq=2), dtype)
     from torch.utils.checkpoint import checkpoint
 
+    (s, z), (d_s, d_z) = ([torch.from_numpy(a.astype(np.float32)) for a in draw_state(seed, draw(13, 140), tokens=40)] for seed in (5, 6))
+    inputs = [*(x[n] for n in ("q", "k", "v", "log_g")), s.requires_grad_(), z.requires_grad_()]
+
+    def call(q: Any, k: Any, v: Any, log_g: Any, s: Any, z: Any) -> tuple[Any, ...]:
+        y, final = power_retention(q, k, v, log_g, initial_state=PowerState(s, z), output_final_state=True, chunk=128, target=target)
+        return y, final.S, final.Z
+
+    # dy comes as a view that is not contiguous, and of a constant expanded; S's gradient transposed in memory.
+    d_y = x["dy"].transpose(1, 2).contiguous().transpose(1, 2)
+    d_s = d_s.transpose(2, 3).contiguous().transpose(2, 3)
+    plain = torch.autograd.grad(call(*inputs), inputs, (d_y, d_s, d_z))
+    exact = gradients(
+        *(a.detach().double().numpy() for a in (*inputs[:4], d_y)),
+        initial=(s.detach().double().numpy(), z.detach().double().numpy()),
+        d_final=(d_s.double().numpy(), d_z.double().numpy()),
+    )
+    for found, right in zip(plain, (exact.dq, exact.dk, exact.dv, exact.dlog_g, exact.d_s, exact.d_z), strict=True):
+        assert found.dtype is not None and relative(found.float().numpy(), right) <= (2e-4 if target == "cuda" else 8e-3)
+    for reentrant in (False, True):
+        for a in inputs:
+            a.grad = None
+        # Twice: gradients add up.
+        for _ in range(2):
+            torch.autograd.backward(checkpoint(call, *inputs, use_reentrant=reentrant), (d_y, d_s, d_z))
+        assert all(torch.equal(a.grad, b + b) for a, b in zip(inputs, plain, strict=True))
+    # Of one result alone: the others count nothing.
+    (of_state,) = torch.autograd.grad(call(*inputs)[1], inputs[2], d_s, retain_graph=True)
+    (with_zeros,) = torch.autograd.grad(call(*inputs), inputs[2], (torch.zeros_like(d_y), d_s, torch.zeros_like(d_z)))
+    (expanded,) = torch.autograd.grad(call(*inputs)[0].sum(), inputs[2])
+    (dense,) = torch.autograd.grad(call(*inputs)[0], inputs[2], torch.ones_like(d_y))
+    assert torch.equal(of_state, with_zeros) and of_state.abs().sum() > 0
+    assert torch.equal(expanded, dense) and dense.abs().sum() > 0
+
+
+def test_autograd_of_a_sequence_that_is_split() -> None:
+    torch, x = tensors(draw(13, 90, hq=2))
     inputs = [x[n] for n in ("q", "k", "v", "log_g")]
     plain = torch.autograd.grad(power_retention(*inputs), inputs, x["dy"])
-    again = torch.autograd.grad(checkpoint(power_retention, *inputs, use_reentrant=False), inputs, x["dy"])
-    assert all(torch.equal(a, b) for a, b in zip(plain, again, strict=True))
     # Cut in two, the state passed on: the same gradients.
     first, state = power_retention(*(a[:, :33] for a in inputs), output_final_state=True)
     second = power_retention(*(a[:, 33:] for a in inputs), initial_state=state)

@@ -75,7 +75,8 @@ def test_static_facts_change_the_source() -> None:
 @pytest.mark.parametrize("kernel", op.kernels, ids=lambda kernel: kernel.name)
 def test_tiles_may_not_read_what_a_launch_decides(kernel: Any) -> None:
     configs = (Config(scan=scan.Config(segments=2, mma=mma)) for mma in ("sync", "wgmma"))
-    problem = next(s.problem for config in configs for s in stages(example(t=5000), config) if s.kernel is kernel)
+    problems = (example(t=5000), dataclasses.replace(example(t=5000), initial=True))
+    problem = next(s.problem for config in configs for p in problems for s in stages(p, config) if s.kernel is kernel)
     dynamic = fields(problem, "dynamic")
     assert {"t", "b", "h", "chunk"} <= set(dynamic)
     for name in dynamic:
@@ -96,8 +97,8 @@ def test_only_what_its_tiles_or_its_template_read_decides_a_binary() -> None:
     asked = {s.kernel.name: (s.kernel, s.problem, s.config) for s in stages(example(t=5000), config)}
     assert read(*asked["power_gates"]) == set()
     assert read(*asked["power_carry"]) == {"gated", "normalized", "d", "e"}
-    assert read(*asked["power_scan"]) == {"dtype", "d", "e", "gated", "normalized"}
-    assert read(*asked["power_attend"]) == {"dtype", "d", "e", "degree", "gated", "normalized", "stateful"}
+    assert read(*asked["power_scan"]) == {"dtype", "d", "e", "gated", "normalized", "leaves"}
+    assert read(*asked["power_attend"]) == {"dtype", "d", "e", "degree", "gated", "normalized", "stateful", "enters"}
 
     def binaries(config: Config, **facts: Any) -> dict[str, Any]:
         return {s.kernel.name: s.binary for s in stages(example(**{"t": 5000} | facts), config)}

@@ -20,10 +20,11 @@ from vidrial.device import Device
 from vidrial.dtypes import DType
 from vidrial.errors import ConfigError, FrozenError, SweepError
 from vidrial.spec.choices import config_order
-from vidrial.spec.fields import choice, size_class
+from vidrial.spec.fields import choice, dynamic, size_class, static
 from vidrial.spec.kernel import Kernel
 from vidrial.spec.op import Stage
 from vidrial.tune import ranking as ranking_module
+from vidrial.tune.codec import decode, encode
 from vidrial.tune.pick import choose_config, freeze
 from vidrial.tune.ranking import ProblemTimings, RankedConfig, Ranking, forget, local, publish, rank, shipped
 from vidrial.tune.timing import Timing
@@ -428,3 +429,19 @@ def test_a_damaged_local_ranking_is_ignored(caplog: pytest.LogCaptureFixture) ->
 def test_ranked_keeps_problem_facts() -> None:
     found = ranking({Config(64): 1.0})
     assert found.measured == (ProblemTimings(Problem(DType.float16, 10007, 1.0), (RankedConfig(Config(64), Timing(1.0, 1e-3, 20)),)),)
+
+
+def test_a_problem_that_has_gained_a_field_with_a_default_is_read() -> None:
+    @dataclass(frozen=True)
+    class Before:
+        n: int = dynamic()
+
+    @dataclass(frozen=True)
+    class Since:
+        n: int = dynamic()
+        state: bool = dynamic(keyed=False, default=False)
+        size: int = static()
+
+    assert decode(Since, encode(Before(3)) | {"size": 4}) == Since(3, 4) == Since(3, 4, state=False) != Since(3, 4, state=True)
+    with pytest.raises(SweepError, match="missing or unknown: size"):
+        decode(Since, encode(Before(3)))

@@ -41,12 +41,16 @@ def static() -> T:  # type: ignore[type-var]  # T is what the field is declared 
     return cast(T, dataclasses.field(metadata={KIND: "static"}))
 
 
-def dynamic(*, keyed: bool = True, least: int = 1) -> T:  # type: ignore[type-var]
+def dynamic(*, keyed: bool = True, least: int = 1, default: object = dataclasses.MISSING) -> T:  # type: ignore[type-var]
     """A field that reaches the kernel as an argument; `keyed=False` (strides, say) keeps it out of the ranking's size class.
 
-    `least`: what a keyed one is at least; the command line refuses less.
+    `least`: what a keyed one is at least; the command line refuses less. `default`: its value where it is not named; such a field is
+    given by keyword alone, and a ranking from before there was one still counts.
     """
-    return cast(T, dataclasses.field(metadata={KIND: "dynamic", KEYED: keyed, LEAST: least}))
+    metadata = {KIND: "dynamic", KEYED: keyed, LEAST: least}
+    if default is dataclasses.MISSING:
+        return cast(T, dataclasses.field(metadata=metadata))
+    return cast(T, dataclasses.field(default=default, kw_only=True, metadata=metadata))
 
 
 def choice(default: T, *others: T) -> T:

@@ -50,7 +50,7 @@ def encode(value: Any) -> Any:
 def decode(kind: Any, data: Any, fields: Mapping[str, Any] | None = None) -> Any:
     """The value of type `kind` that `encode` wrote as `data`; `fields` gives the types of fields that are annotated `Any`, or by a type parameter.
 
-    A config may have gained choices and parts since: they take their defaults.
+    A config may have gained choices and parts since, a problem fields with a default: they take their defaults.
 
     Raises:
         SweepError: `data` is not such a value.
@@ -84,7 +84,12 @@ def decode(kind: Any, data: Any, fields: Mapping[str, Any] | None = None) -> Any
 
 @functools.lru_cache(maxsize=256)
 def _hints(kind: type) -> tuple[Mapping[str, Any], Set[str]]:
-    """The types of a dataclass's fields, and the fields that may be missing: a config's choices and parts, and what was added."""
+    """The types of a dataclass's fields, and the fields that may be missing: a config's choices and parts, a problem's fields with a default, and
+    what was added."""
     every, fields = typing.get_type_hints(kind), dataclasses.fields(kind)
-    optional = {field.name for field in fields if field.metadata.get(KIND) in ("choice", "part", ADDED)}
+    optional = {field.name for field in fields if field.metadata.get(KIND) in ("choice", "part", ADDED) or _has_default(field)}
     return {field.name: every[field.name] for field in fields}, optional
+
+
+def _has_default(field: dataclasses.Field[Any]) -> bool:
+    return field.metadata.get(KIND) == "dynamic" and field.default is not dataclasses.MISSING

@@ -23,8 +23,8 @@ def tiles(p: ChunkedGradient, c: Config) -> Tiles:
 
 
 def cross_cost(p: ChunkedGradient, c: Config, device: Device) -> Cost:
-    ctas = (p.chunks - 1) * p.b * p.h
-    return Cost(flops=0, bytes=4 * ctas * p.snapshot, ctas=ctas, ctas_per_sm=4)
+    ctas = p.adjoints * p.b * p.h
+    return Cost(flops=0, bytes=4 * p.b * p.h * (p.adjoints + p.leaves) * p.snapshot, ctas=ctas, ctas_per_sm=4)
 
 
 power_back_cross = Kernel(
@@ -32,9 +32,15 @@ power_back_cross = Kernel(
     Path(TEMPLATES, "power_retention", "power_back_cross.cu.j2"),
     ChunkedGradient,
     Config,
-    Arguments(snapshots="cutlass::bfloat16_t const*", adjoint="cutlass::bfloat16_t const*", cross="float*", chunks="int"),
+    Arguments(
+        snapshots="cutlass::bfloat16_t const*",
+        adjoint="cutlass::bfloat16_t const*",
+        **dict.fromkeys(("final_s", "final_z", "d_final_s", "d_final_z"), "float const*"),
+        cross="float*",
+        chunks="int",
+    ),
     tiles,
-    lambda p, c: (p.chunks - 1, p.b * p.h, 1),
+    lambda p, c: (p.adjoints, p.b * p.h, 1),
     cost=cross_cost,
 )
 

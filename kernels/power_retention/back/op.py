@@ -7,7 +7,7 @@ chunk of the backward pass's own; those behind them, the adjoint, are scanned in
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache, wraps
 from typing import Any
 
@@ -19,7 +19,17 @@ from vidrial.kernels.power_retention import scan as forward_scan
 from vidrial.kernels.power_retention.back import gates, rows, scan_wgmma, tokens, tokens_wgmma
 from vidrial.kernels.power_retention.back import scan as back_scan
 from vidrial.kernels.power_retention.back.problem import ChunkedGradient, Gradient
-from vidrial.kernels.power_retention.op import CHUNKS, DRAWN, SCANS, SMALLEST, whole_chunk
+from vidrial.kernels.power_retention.op import (
+    CHUNKS,
+    DRAWN,
+    SCANS,
+    SMALLEST,
+    scan_buffers,
+    scan_stages,
+    snapshot_buffer,
+    state_buffers,
+    whole_chunk,
+)
 from vidrial.kernels.power_retention.op import Config as forward_config
 from vidrial.kernels.power_retention.op import chunked as forward_chunked
 from vidrial.kernels.power_retention.op import example as forward_example
@@ -27,6 +37,7 @@ from vidrial.kernels.power_retention.op import inputs as forward_inputs
 from vidrial.kernels.power_retention.op import rules as forward_rules
 from vidrial.kernels.power_retention.op import sample as forward_sample
 from vidrial.kernels.power_retention.op import small as forward_small
+from vidrial.kernels.power_retention.problem import Chunked
 from vidrial.kernels.power_retention.reference import attention_form, gradients
 
 NAMES = ("dq", "dk", "dv", "dlog_g")
@@ -70,19 +81,26 @@ def adjoint_segments(p: Gradient, c: Config) -> int:
 @lru_cache(maxsize=256)
 def chunked(p: Gradient, chunk: int) -> ChunkedGradient:
     """What the stages are asked when a config has this `chunk`."""
-    return ChunkedGradient(**vars(p), stateful=chunk > 0, chunk=chunk or whole_chunk(p))
+    stateful = chunk > 0 or p.initial or p.final
+    return ChunkedGradient(**vars(p), stateful=stateful, enters=p.initial, leaves=p.final, chunk=chunk or whole_chunk(p))
+
+
+@lru_cache(maxsize=256)
+def before(p: Gradient, chunk: int) -> Chunked:
+    """The forward problem whose states before all chunks are asked for again; of Z there is as much as in the adjoint."""
+    return replace(forward_chunked(p.forward, chunk), normalized=p.keeps_z, final=False, leaves=False)
 
 
 def stages(p: Gradient, c: Config) -> list[Stage]:
-    asked, before = chunked(p, c.chunk), forward_chunked(p.forward, c.chunk)
+    asked, forward = chunked(p, c.chunk), before(p, c.chunk)
+    if p.t == 0:
+        return adjoint_stages(p, c) if p.initial else []
     launches: list[Stage] = []
     if p.gated:
-        launches.append(Stage(forward_gates.power_gates, before, forward_gates.Config(block=c.of_query.block)))
+        launches.append(Stage(forward_gates.power_gates, forward, forward_gates.Config(block=c.of_query.block)))
     launches.append(Stage(rows.power_back_rows, asked, rows.Config(block=c.of_keys.block)))
-    if c.chunk:
-        launches.append(Stage(SCANS[c.scan.mma], before, c.scan, "scan"))
-        if c.scan.segments > 1:
-            launches.append(Stage(forward_scan.power_carry, before, forward_scan.CarryConfig(segments=c.scan.segments), "scan"))
+    if asked.stateful:
+        launches += [] if p.kept else scan_stages(forward, c.scan)
         launches += adjoint_stages(p, c)
     if c.mma == "wgmma":
         launches.append(Stage(tokens_wgmma.power_back_query_wgmma, asked, c.query_wgmma, "query_wgmma"))
@@ -90,7 +108,7 @@ def stages(p: Gradient, c: Config) -> list[Stage]:
     else:
         launches += [Stage(tokens.power_back_query, asked, c.query, "query"), Stage(tokens.power_back_keys, asked, c.keys, "keys")]
     if p.gated:
-        if c.chunk:
+        if asked.stateful:
             launches.append(Stage(gates.power_back_cross, asked, gates.Config()))
         launches.append(Stage(gates.power_back_gates, asked, gates.Config()))
     return launches
@@ -109,19 +127,26 @@ def adjoint_stages(p: Gradient, c: Config) -> list[Stage]:
 
 def rules(p: Gradient, c: Config) -> Iterator[tuple[bool, str]]:
     yield from forward_rules(p, forward_config(c.chunk))
+    if c.mma == "wgmma":
+        yield not (p.initial or p.final), "by wgmma no state comes before the first token or is read behind the last: mma=sync"
 
 
 def inputs(p: Gradient) -> dict[str, Buffer]:
-    """What the forward pass was given, what it made, and the gradient of y."""
+    """What the forward pass was given, what it made, and the gradient of y and of the state behind the last token."""
     y = (p.b, p.t, p.hq, p.e)
     made = {"y": Buffer(y, p.dtype), "norm": Buffer((p.b, p.hq, p.t), DType.float32)} if p.normalized else {}
+    if p.final:
+        made |= state_buffers(p, "d_final") | (state_buffers(p, "final") if p.gated else {})
+    if p.kept:
+        made |= snapshot_buffer(before(p, p.kept))
     return {**forward_inputs(p.forward), **made, "dy": Buffer(y, p.dtype, (*p.dy_stride, 1))}
 
 
 def outputs(p: Gradient) -> dict[str, Buffer]:
     shapes = {"dq": (p.b, p.t, p.hq, p.d), "dk": (p.b, p.t, p.h, p.d), "dv": (p.b, p.t, p.h, p.e)}
     buffers = {name: Buffer(shape, p.dtype) for name, shape in shapes.items()}
-    return buffers | ({"dlog_g": Buffer((p.b, p.t, p.h), DType.float32)} if p.gated else {})
+    buffers |= {"dlog_g": Buffer((p.b, p.t, p.h), DType.float32)} if p.gated else {}
+    return buffers | (state_buffers(p, "d_initial") if p.initial else {})
 
 
 def workspace(p: Gradient, c: Config) -> dict[str, Buffer]:
@@ -131,15 +156,16 @@ def workspace(p: Gradient, c: Config) -> dict[str, Buffer]:
     buffers |= {"dot_q": Buffer((q_heads, padded), f32), "dot_k": Buffer((heads, padded), f32)}
     if p.gated:
         buffers |= {"a": Buffer((heads, padded, 2), f32), "to_block": Buffer((heads, padded), f32)}
-    if c.chunk:
+    if asked.stateful:
         buffers["from_start"] = Buffer((q_heads, padded), f32)
-        if p.normalized:
+        if asked.keeps_z:
             buffers["from_start_z"] = Buffer((q_heads, padded), f32)
         if p.gated:
             buffers |= {"to_end": Buffer((heads, padded), f32), "cross": Buffer((heads, asked.chunks), f32)}
-        buffers |= {name: Buffer((heads, asked.chunks, p.snapshot), DType.bfloat16) for name in ("snapshots", "adjoint")}
+        buffers["adjoint"] = Buffer((heads, asked.chunks, p.snapshot), DType.bfloat16)
+        buffers |= {} if p.kept else scan_buffers(before(p, c.chunk), c.scan.segments)
         # Of the state's segments, and once these are joined of the adjoint's.
-        if (segments := max(c.scan.segments, adjoint_segments(p, c))) > 1:
+        if (segments := adjoint_segments(p, c)) > (1 if p.kept else c.scan.segments):
             buffers["ends"] = Buffer((heads, segments - 1, p.snapshot), f32)
     return buffers
 
@@ -222,6 +248,7 @@ op = Op(
         rows.power_back_rows,
         *SCANS.values(),
         forward_scan.power_carry,
+        forward_scan.power_states,
         back_scan.power_back_scan,
         tokens.power_back_query,
         tokens.power_back_keys,

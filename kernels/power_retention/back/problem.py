@@ -11,7 +11,11 @@ from vidrial.kernels.power_retention.problem import Chunked, Problem
 @dataclass(frozen=True)
 class Gradient(Problem):
     """The forward problem, with y [b, t, hq, e] and its normaliser [b, hq, t] float32, and dy, of y's shape and any strides -> dq, dk, dv of the
-    shapes of q, k, v, dlog_g [b, t, h] float32, all contiguous."""
+    shapes of q, k, v, dlog_g [b, t, h] float32, all contiguous.
+
+    `initial`: a state lay before the first token, whose gradient is asked for; `final`: there is a gradient of the one behind the last token;
+    `kept`: the snapshots of the forward pass are there, too.
+    """
 
     dy_stride: tuple[int, int, int] = dynamic(keyed=False)
 
@@ -43,7 +47,15 @@ class Gradient(Problem):
 
 @dataclass(frozen=True)
 class ChunkedGradient(Gradient, Chunked):
-    """The problem once the op's config has cut its sequence: what the stages are asked."""
+    """The problem once the op's config has cut its sequence: what the stages are asked.
+
+    `leaves`: the state behind the last token has a gradient.
+    """
+
+    @property
+    def adjoints(self) -> int:
+        """Chunks behind which the state has an adjoint."""
+        return max(0, self.chunks - (not self.leaves))
 
     @property
     def padded(self) -> int:

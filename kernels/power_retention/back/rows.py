@@ -53,7 +53,7 @@ def grid(p: ChunkedGradient, c: Config) -> tuple[int, int, int]:
 
 def cost(p: ChunkedGradient, c: Config, device: Device) -> Cost:
     read = p.t * (2 * p.e * p.dtype.bytes * p.normalized + 4 * p.normalized)
-    tables = p.padded * (16 + (4 + 4 * p.normalized) * p.stateful)
+    tables = p.padded * (16 + (4 + 4 * p.keeps_z) * p.stateful)
     return Cost(
         flops=0, bytes=p.b * p.hq * (read + tables) + 8 * p.b * p.h * p.padded * p.gated, ctas=grid(p, c)[0] * p.b * p.hq, ctas_per_sm=8
     )

@@ -31,6 +31,10 @@ ARGS = Arguments(
     from_start="float const*",
     from_start_z="float const*",
     adjoint="cutlass::bfloat16_t*",
+    d_final_s="float const*",
+    d_final_z="float const*",
+    d_initial_s="float*",
+    d_initial_z="float*",
     q_stride="int64_t[3]",
     dy_stride="int64_t[3]",
     t="int",
@@ -49,7 +53,7 @@ def z_rows(p: ChunkedGradient) -> int:
 
 def units(p: ChunkedGradient, c: Config) -> int:
     """Warps of work a head."""
-    return p.pair_tiles * (p.e // c.columns) + (p.d // z_rows(p) * (p.d // c.columns) if p.normalized else 0)
+    return p.pair_tiles * (p.e // c.columns) + (p.d // z_rows(p) * (p.d // c.columns) if p.keeps_z else 0)
 
 
 def tiles(p: ChunkedGradient, c: Config) -> Tiles:
@@ -100,15 +104,21 @@ def grid(p: ChunkedGradient, c: Config) -> tuple[int, int, int]:
 def rules(p: ChunkedGradient, c: Config, device: Device) -> Iterator[tuple[bool, str]]:
     yield p.d % c.columns == 0 and p.e % c.columns == 0, f"columns={c.columns} must divide d={p.d} and e={p.e}"
     yield p.chunk % c.tokens == 0, f"tokens={c.tokens} must divide chunk={p.chunk}"
+    roomy = c.columns < 64 or p.dtype == DType.bfloat16 or not p.leaves or p.enters
+    yield roomy, f"columns={c.columns} of {p.dtype}, with a gradient of the last state to begin with, spill 8 bytes"
 
 
 def cost(p: ChunkedGradient, c: Config, device: Device) -> Cost:
+    # All chunks but the first one; that one, too, where a state lies before it.
+    first = 0 if p.enters else p.chunk
     last = p.t - (p.chunks - 1) * p.chunk
-    tokens, blocks = (p.t - p.chunk) * p.group, ((p.chunks - 2) * p.chunk + -(-last // c.tokens) * c.tokens) * p.group
-    tables = blocks * (8 if p.normalized else 4) + 32 * p.chunks * p.gated
+    tokens = max(0, p.t - first) * p.group
+    blocks = ((p.chunks - 1) * p.chunk - first + -(-last // c.tokens) * c.tokens) * p.group if tokens else 0
+    tables = blocks * (8 if p.keeps_z else 4) + 32 * p.chunks * p.gated
+    states = 2 * p.adjoints + 4 * (p.leaves + p.enters)
     return Cost(
         flops=2 * p.b * p.h * blocks * p.snapshot,
-        bytes=p.b * p.h * (tokens * p.dtype.bytes * (p.d + p.e) + tables + (p.chunks - 1) * p.snapshot * 2),
+        bytes=p.b * p.h * (tokens * p.dtype.bytes * (p.d + p.e) + tables + states * p.snapshot),
         ctas=math.prod(grid(p, c)),
         ctas_per_sm=8 // c.warps,
         efficiency=pace.efficiency("sync"),

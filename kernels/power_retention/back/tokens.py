@@ -79,7 +79,7 @@ def tiles(p: ChunkedGradient, c: Config, values: bool) -> Tiles:
         s_tiles=s_tiles,
         s_stages=p.pair_tiles // s_tiles,
         z_rows=Z_ROWS,
-        z_stages=p.d // Z_ROWS if p.normalized else 0,
+        z_stages=p.d // Z_ROWS if (p.keeps_z if values else p.normalized) else 0,
         **gradient_tiles(x, w, a, b, c.warps).members,
         Ring=Pipeline(c.stages),
         WS=TiledMma(mma, share, (c.rows, 64, p.e), b=s, bands=True),
@@ -151,7 +151,7 @@ def work(p: ChunkedGradient, c: Config, values: bool, band: int = 1) -> Work:
         tabulated += chunks * max(0, tokens - c.rows if values else (ctas - 1) * c.rows)
     if p.stateful:
         last = -(-(p.t - (p.chunks - 1) * p.chunk) // c.rows) * c.rows
-        stateful = rows - (last if values else p.chunk)
+        stateful = rows - (last * (not p.leaves) if values else min(rows, p.chunk) * (not p.enters))
     return Work(blocks, stateful, rows, tabulated)
 
 
@@ -175,12 +175,14 @@ def block_flops(p: ChunkedGradient, c: Config, values: bool) -> int:
 
 def state_flops(p: ChunkedGradient, values: bool) -> int:
     """Operations of a row with a state."""
-    return 2 * (64 * p.pair_tiles * p.e * (2 if values else 1) + p.d * p.d * p.normalized)
+    z = p.keeps_z if values else p.normalized
+    return 2 * (64 * p.pair_tiles * p.e * (2 if values else 1) + p.d * p.d * z)
 
 
 def moved(p: ChunkedGradient, done: Work, values: bool) -> int:
     """Bytes that cross device memory."""
-    tokens = p.t * p.dtype.bytes * (p.d + p.e) * (p.hq + p.h) + (p.chunks - 1) * p.h * p.snapshot * 2
+    states = (p.adjoints if values else p.chunks - (not p.enters)) * p.stateful
+    tokens = p.t * p.dtype.bytes * (p.d + p.e) * (p.hq + p.h) + states * p.h * p.snapshot * 2
     tables = 8 * p.hq * (done.rows + done.tabulated * values) + (8 * p.t + 4 * done.tabulated * (not values)) * p.h * p.gated
     written = p.t * ((p.dtype.bytes * (p.d + p.e) + 4) * p.h if values else (p.dtype.bytes * p.d + 4) * p.hq)
     return p.b * (tokens + tables + written)
