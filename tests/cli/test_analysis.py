@@ -46,7 +46,7 @@ def rows_of(out: str, title: str) -> dict[str, list[str]]:
 
 def analysis(op: Op, problem: Any) -> str:
     console = Console(record=True, width=200, file=io.StringIO())
-    show_analysis(console, op, problem, H200)
+    show_analysis(console, op, problem, H200, op.predicted(problem, H200))
     return console.export_text()
 
 

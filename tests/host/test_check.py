@@ -13,7 +13,7 @@ import pytest
 
 import vidrial as vd
 from vidrial.cli import main as cli
-from vidrial.errors import ArgumentError, CheckError, ConfigError, LaunchError, ToolchainError, UnsupportedError
+from vidrial.errors import ArgumentError, CheckError, ConfigError, DescriptionError, LaunchError, ToolchainError, UnsupportedError
 from vidrial.host.check import GUARD_BYTES, Outcome, Report, assert_op_correct, check
 from vidrial.host.cover import Case, cases, covering, diverse_configs, features, small_problems
 from vidrial.host.plan import HostPlan
@@ -162,8 +162,11 @@ def test_sizes_that_are_left_open_are_aligned_and_odd() -> None:
     long = [case for case in cases(scan) if not case.spare][-1]
     assert (long.asked.t, long.run.t) == (1_000_003, 70_001)
     # Of several lengths no two are equal.
-    both = dataclasses.replace(softmax, example=lambda *, m, n: softmax.example(m=m, n=n))
-    both.example.__annotations__ = {"m": int, "n": int}  # type: ignore[attr-defined]
+
+    def example(*, m: int, n: int) -> Any:
+        return softmax.example(m=m, n=n)
+
+    both = dataclasses.replace(softmax, example=example)
     assert [(c.asked.m, c.asked.n) for c in cases(both)] == [
         (1, 1),
         (129, 131),
@@ -250,7 +253,7 @@ def test_wrong_values_name_the_output_and_the_first_element() -> None:
 def test_a_reference_without_an_output_is_refused() -> None:
     op = find_op(SOFTMAX)
     other = dataclasses.replace(op, reference=lambda p, x: {"out": np.zeros((p.m, p.n))})
-    with pytest.raises(ArgumentError, match="softmax: its reference gives out, and not y; the op's outputs are y: give each by its name"):
+    with pytest.raises(DescriptionError, match=r"op softmax: reference\(\) gives out; its outputs have y"):
         check(other, [op.example(m=2, n=5)], 1, (None,))
 
 
@@ -372,7 +375,7 @@ def test_what_is_not_emulated_is_refused(monkeypatch: pytest.MonkeyPatch) -> Non
 
 def test_inputs_are_read_only(tmp_path: Path) -> None:
     op = regions_op(tmp_path, "first[t] = 2.f;")
-    wrong = dataclasses.replace(op, sample=lambda p, seed: {"y": np.zeros(32, np.float32)}, outputs=lambda p: {})
+    wrong = dataclasses.replace(op, sample=lambda p, seed: {"y": np.zeros(32, np.float32)}, outputs=lambda p: {}, inputs=op.outputs)
     report = check(wrong, [Nothing(1)], 1, (None,))
     assert "which is read-only" in str(report)
     with pytest.raises(LaunchError, match="read-only"):
