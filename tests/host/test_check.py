@@ -175,7 +175,10 @@ def test_sizes_that_are_left_open_are_aligned_and_odd() -> None:
         (4099, 4101),
         (130, 134),
         (132, 140),
-        (265, 280),
+        # Rows are cut to 37: only the other size alone makes problems that are not there yet.
+        (264, 281),
+        (264, 282),
+        (264, 284),
     ]
 
 
