@@ -6,9 +6,12 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import fake_op
 import numpy as np
 import pytest
 
@@ -107,6 +110,46 @@ def test_a_users_op_runs_on_the_host_target() -> None:
         jax.grad(lambda x: softmax(x).sum())(x)
 
 
+def scaled_of(x: vd.ArraySpec, factor: float = 3.0) -> fake_op.Problem:
+    return fake_op.Problem(vd.DType.float32, x.shape[0], factor)
+
+
+def gradient_of(x: vd.ArraySpec, dy: vd.ArraySpec, factor: float = 3.0) -> fake_op.Problem:
+    return scaled_of(dy, factor)
+
+
+def vectors(*names: str) -> Any:
+    return lambda p: {name: vd.Buffer((p.n,), vd.DType.float32) for name in names}
+
+
+SQUARED_BACKWARD = replace(fake_op.op, name="squared_backward", problem_of=gradient_of, inputs=vectors("x", "dy"), outputs=vectors("dx"))
+SQUARED = replace(fake_op.op, name="squared", problem_of=scaled_of, inputs=vectors("x"), outputs=vectors("y"), backward=SQUARED_BACKWARD)
+
+
+def test_a_users_op_with_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
+    """y = factor x^2, by a stand-in for its kernels."""
+
+    def computed(op: Any, problem: Any) -> Any:
+        def run(arrays: dict[str, Any]) -> None:
+            if op is SQUARED:
+                arrays["y"][:] = problem.scale * arrays["x"] ** 2
+            else:
+                arrays["dx"][:] = 2 * problem.scale * arrays["x"] * arrays["dy"]
+
+        return SimpleNamespace(run=run)
+
+    monkeypatch.setattr(traced, "predicted_plan", computed)
+    monkeypatch.setattr(traced, "reference_of", lambda op: f"{__name__}:{'SQUARED_BACKWARD' if op is SQUARED_BACKWARD else 'SQUARED'}")
+    traced._traceable.cache_clear()
+    x = jnp.asarray([1.0, -2.0, 3.0])
+    function = lambda x: traced.traced(f"{__name__}:SQUARED", {"x": x}, factor=2.5)["y"]  # noqa: E731
+    same(jax.jit(function)(x), 2.5 * x**2)
+    same(jax.jit(jax.grad(lambda x: (function(x) * jnp.asarray([1.0, 10.0, 100.0])).sum()))(x), 5.0 * x * jnp.asarray([1.0, 10.0, 100.0]))
+    same(jax.vmap(jax.grad(lambda x: function(x).sum()))(jnp.stack([x, -x])), jnp.stack([5.0 * x, -5.0 * x]))
+    with pytest.raises(vd.UnsupportedError, match="^squared_backward: its gradient is not computed"):
+        jax.grad(lambda x: jax.grad(lambda x: function(x).sum())(x).sum())(x)
+
+
 def test_flash_attention() -> None:
     q, k, v, _ = as_jax(inputs(65), "float16")
     options = {"causal": True, "window": (20, None), "scale": 0.2}
@@ -143,7 +186,7 @@ def test_refused_while_jax_traces() -> None:
         jax.jit(power_retention)(q, k.astype("float16"), v, log_g)
     with pytest.raises(vd.ArgumentError, match="^chunk=3"):
         jax.jit(lambda *a: power_retention(*a, chunk=3))(q, k, v)
-    with pytest.raises(vd.UnsupportedError, match="its gradient is not computed"):
+    with pytest.raises(vd.UnsupportedError, match="^power_retention(_backward)?: its gradient is not computed"):
         jax.grad(lambda q: jax.grad(loss)(q, k, v, log_g).sum())(q)
     with pytest.raises(TypeError, match="forward-mode"):
         jax.jvp(lambda q: power_retention(q, k, v), (q,), (q,))

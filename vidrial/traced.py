@@ -7,6 +7,7 @@ another process. On a CPU it runs what the op runs there; on a GPU the launches 
 from __future__ import annotations
 
 import ctypes
+import inspect
 import json
 import math
 import sys
@@ -54,12 +55,19 @@ class Traceable:
         on_cpu: (NumPy arrays by name, options by name) -> NumPy arrays by the names of the op's outputs.
         folds: every input and output has the batch as its first axis, so that vmap may make one larger batch of it. Else vmap calls once
             for each of what it maps over.
+        backward: `module:name` of what makes the gradients: it reads inputs and outputs of this one by their names, and `dy`, the gradient of
+            the output y; its output `dx` is the gradient of the input x. "": there are none.
+        saving: `module:name` of the same with further outputs that `backward` reads; it runs in place of this one where gradients are wanted.
+        reads: what may be given as inputs, by name.
     """
 
     op: Op
     asks: Callable[[Mapping[str, ArraySpec], Mapping[str, Any]], Asked]
     on_cpu: Callable[[dict[str, Any], dict[str, Any]], Mapping[str, Any]]
     folds: bool = False
+    backward: str = ""
+    saving: str = ""
+    reads: tuple[str, ...] = ()
 
     @staticmethod
     def of(op: Op) -> Traceable:
@@ -84,7 +92,8 @@ class Traceable:
             predicted_plan(op, problem).run({name: x.view(_bits(DType.of(x.dtype))) for name, x in arrays.items()} | made)
             return made
 
-        return Traceable(op, asks, on_cpu)
+        backward, saving = (reference_of(other) if other is not None else "" for other in (op.backward, op.saving))
+        return Traceable(op, asks, on_cpu, op.batched, backward, saving, tuple(inspect.signature(problem_of).parameters))
 
 
 def _bits(dtype: DType) -> Any:
@@ -145,16 +154,32 @@ def _mappable(path: str, names: tuple[str, ...], options: Options) -> Any:
     import jax.numpy as jnp
     from jax.custom_batching import custom_vmap
 
-    name = _traceable(path).op.name
+    asked = _traceable(path)
 
-    def refused(*_: object) -> Any:
-        raise UnsupportedError(f"{name}: its gradient is not computed; wrap the call in a jax.custom_vjp, or in jax.lax.stop_gradient")
+    def forward(*arrays: Any) -> tuple[tuple[Any, ...], Any]:
+        given = dict(zip(names, arrays, strict=True))
+        if not asked.backward:
+            raise UnsupportedError(
+                f"{asked.op.name}: its gradient is not computed; wrap the call in a jax.custom_vjp, or in jax.lax.stop_gradient"
+            )
+        found = traced(asked.saving or path, given, **dict(options))
+        return tuple(found[name] for name in _outputs(path, _specs(given), options)), (given, found)
+
+    def backward(saved: Any, gradients: tuple[Any, ...]) -> tuple[Any, ...]:
+        # NOTE: JAX gives dicts back in the order of their keys.
+        given, found = {name: saved[0][name] for name in names}, saved[1]
+        behind = _traceable(asked.backward)
+        dy = {f"d{name}": gradient for name, gradient in zip(_outputs(path, _specs(given), options), gradients, strict=True)}
+        there = {name: x for name, x in {**found, **given, **dy}.items() if name in behind.reads}
+        declared = behind.op.inputs(_asked(asked.backward, _specs(there), options).problem)
+        made = traced(asked.backward, {name: x for name, x in there.items() if name in declared}, **dict(options))
+        return tuple(made[f"d{name}"] if f"d{name}" in made else jnp.zeros_like(x) for name, x in given.items())
 
     def one(*arrays: Any) -> tuple[Any, ...]:
         return _call(path, dict(zip(names, arrays, strict=True)), options)
 
     def several(size: int, mapped: list[bool], *arrays: Any) -> tuple[tuple[Any, ...], tuple[bool, ...]]:
-        if not _traceable(path).folds:
+        if not asked.folds:
             one_by_one = [x for x, is_mapped in zip(arrays, mapped, strict=True) if is_mapped]
 
             def once(slices: list[Any]) -> Any:
@@ -170,7 +195,7 @@ def _mappable(path: str, names: tuple[str, ...], options: Options) -> Any:
     call = custom_vmap(one)
     call.def_vmap(several)
     found = jax.custom_vjp(call)
-    found.defvjp(refused, refused)
+    found.defvjp(forward, backward)
     return found
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict
-from functools import cache
 from typing import Any
 
 import numpy as np
@@ -17,8 +16,6 @@ from vidrial.kernels.power_retention.gradient import Options, Result, saving_op
 from vidrial.kernels.power_retention.op import op
 from vidrial.kernels.power_retention.request import NAMES, Request, check_options, request_of
 from vidrial.traced import Asked, Traceable, traced
-
-HERE = __name__
 
 
 def _request(specs: Mapping[str, ArraySpec], options: Mapping[str, Any]) -> Request:
@@ -54,9 +51,10 @@ def _run_backward(arrays: dict[str, Any], options: dict[str, Any]) -> dict[str, 
     return gradient.backward(_inputs(arrays), Result(arrays["y"], None, norm), arrays["dy"], o)._asdict()
 
 
-PLAIN = Traceable(op, _asks, _run, folds=True)
+HERE = __name__
+BACKWARD = Traceable(backward_op, _asks_gradients, _run_backward, folds=True, reads=(*NAMES, "y", "norm", "dy"))
 SAVING = Traceable(saving_op, _asks, _run, folds=True)
-BACKWARD = Traceable(backward_op, _asks_gradients, _run_backward, folds=True)
+PLAIN = Traceable(op, _asks, _run, folds=True, backward=f"{HERE}:BACKWARD", saving=f"{HERE}:SAVING")
 
 
 def power_retention_traced(inputs: tuple[Any, ...], o: Options) -> Any:
@@ -67,26 +65,5 @@ def power_retention_traced(inputs: tuple[Any, ...], o: Options) -> Any:
     """
     check_options(o.degree, o.scale, o.normalize, o.chunk)
     scale, chunk = (None if o.scale is None else float(o.scale)), (None if o.chunk is None else int(o.chunk))
-    return _differentiable()(Options(int(o.degree), scale, o.normalize, chunk, o.target), inputs)
-
-
-@cache
-def _differentiable() -> Any:
-    """NOTE: made when it is first needed, since importing this loads no JAX."""
-    import jax
-
-    def call(name: str, arrays: tuple[Any, ...], o: Options, **saved: Any) -> dict[str, Any]:
-        return traced(f"{HERE}:{name}", dict(zip(NAMES, arrays, strict=False)) | saved, **asdict(o))
-
-    def forward(o: Options, inputs: tuple[Any, ...]) -> Any:
-        found = call("SAVING", inputs, o)
-        return found["y"], (inputs, found)
-
-    def backward(o: Options, saved: Any, dy: Any) -> Any:
-        inputs, found = saved
-        made = call("BACKWARD", inputs, o, **(found if "norm" in found else {}), dy=dy)
-        return (tuple(made[f"d{name}"] for name, _ in zip(NAMES, inputs, strict=False)),)
-
-    power_retention = jax.custom_vjp(lambda o, inputs: call("PLAIN", inputs, o)["y"], nondiff_argnums=(0,))
-    power_retention.defvjp(forward, backward)
-    return power_retention
+    options = asdict(Options(int(o.degree), scale, o.normalize, chunk, o.target))
+    return traced(f"{HERE}:PLAIN", dict(zip(NAMES, inputs, strict=False)), **options)["y"]

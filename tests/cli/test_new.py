@@ -31,7 +31,9 @@ def test_the_whole_thing(tmp_path: Path) -> None:
         f"kernels/mine/{file}" for file in ("my_axpy.py", "my_axpy.cu.j2", "test_my_axpy.py", "sweep_my_axpy.py")
     }
     checked = run("vidrial", "check", "kernels/mine/my_axpy.py:op", "--quick", "--configs", "2", cwd=tmp_path)
-    assert checked.returncode == 0 and "all 5 right" in checked.stdout and "n=4097: cut from n=1000003" in checked.stdout, checked.stdout + checked.stderr
+    assert checked.returncode == 0 and "all 5 right" in checked.stdout and "n=4097: cut from n=1000003" in checked.stdout, (
+        checked.stdout + checked.stderr
+    )
     compiled = run("vidrial", "compile", "kernels/mine/my_axpy.py:op", "--n", "100000", "--arch", "sm_90a", "--top", "1", cwd=tmp_path)
     assert compiled.returncode == 0 and "threads=256 vector=4 unroll=2" in compiled.stdout, compiled.stdout + compiled.stderr
     tested = run("pytest", "-q", "-p", "no:cacheprovider", "kernels/mine/test_my_axpy.py", cwd=tmp_path)
