@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 import tempfile
 from pathlib import Path
 
@@ -38,8 +39,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(autouse=True)
 def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
-    """No test touches the user's cache: the tests of one run share one of their own."""
-    monkeypatch.setenv("VIDRIAL_CACHE_DIR", str(tmp_path_factory.getbasetemp() / "cache"))
+    """No test touches the user's cache: the tests of one run, in all its processes, share one of their own."""
+    base = tmp_path_factory.getbasetemp()
+    monkeypatch.setenv("VIDRIAL_CACHE_DIR", str((base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "cache"))
 
 
 @pytest.fixture

@@ -78,8 +78,7 @@ def op(tmp_path_factory: pytest.TempPathFactory) -> vd.Op[Problem, Config]:
 
 
 @pytest.fixture(autouse=True)
-def _cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setenv("VIDRIAL_CACHE_DIR", str(tmp_path_factory.getbasetemp() / "cache"))
+def _cache() -> Iterator[None]:
     yield
     call._request.cache_clear()
     call._request_of.cache_clear()
