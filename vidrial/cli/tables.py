@@ -88,9 +88,9 @@ def split_words(texts: Sequence[str]) -> tuple[str, list[str]]:
 
 
 def facts(problem: Any) -> str:
-    """A problem on one line, strides and other tuples left out."""
-    values = ((f.name, getattr(problem, f.name)) for f in dataclasses.fields(problem))
-    return " ".join(f"{name}={value}" for name, value in values if not isinstance(value, tuple))
+    """A problem on one line, strides and other tuples left out, and what has the value that it has where it is not named."""
+    values = ((f, getattr(problem, f.name)) for f in dataclasses.fields(problem))
+    return " ".join(f"{f.name}={value}" for f, value in values if not isinstance(value, tuple) and value != f.default)
 
 
 def show_space(console: Console, op: Op, problem: Any, device: Device, limit: int) -> Space:
