@@ -16,6 +16,7 @@ from in_torch import BETAS, CLIP, EPS, LOWEST_LOG_GATE, LOWEST_NORMALISER, gpt
 from lab import Preset
 from torch import Tensor
 
+import vidrial as vd
 from vidrial.kernels.flash_attention import flash_attention
 from vidrial.kernels.power_retention import power_retention
 
@@ -104,13 +105,23 @@ def step_of(state: Mapping[str, Params], tokens: Any, lr: Any, n: Any, **how: An
 
 
 class JaxTrainer:
-    """A model and Adam; bfloat16 products on a GPU, float32 on a CPU."""
+    """A model and Adam; bfloat16 products on a GPU, float32 on a CPU.
+
+    Raises:
+        vd.ToolchainError: JAX finds no GPU.
+    """
 
     def __init__(self, preset: Preset, attention: str, seed: int = 0) -> None:
+        platform = "cpu" if preset.device == "cpu" else "cuda"
+        try:
+            self._device = jax.devices(platform)[0]
+        except RuntimeError as error:
+            raise vd.ToolchainError(f"--device {preset.device}: JAX finds no GPU; use --device cpu, or install jax[cuda12]") from error
         dtype = jnp.float32 if preset.device == "cpu" else jnp.bfloat16
         how = {"shape": Shape.of(preset.config), "attend": ATTENDS[attention], "dtype": dtype}
-        params = {name: jnp.asarray(x.detach().numpy()) for name, x in gpt(preset.config, attention, seed).named_parameters()}
-        self._state: Any = {"params": params} | {name: {n: jnp.zeros_like(x) for n, x in params.items()} for name in "mv"}
+        params = {name: x.detach().numpy() for name, x in gpt(preset.config, attention, seed).named_parameters()}
+        zeros = {name: np.zeros_like(x) for name, x in params.items()}
+        self._state: Any = jax.device_put({"params": params, "m": zeros, "v": zeros}, self._device)
         self._logits, self._step = jax.jit(partial(logits_of, **how)), jax.jit(partial(step_of, **how), donate_argnums=0)
         self._compiled: Any = None
         self._steps = 0
@@ -118,7 +129,7 @@ class JaxTrainer:
     def step(self, tokens: Tensor, lr: float) -> float:
         """The loss of windows [batch, t + 1] in nats per byte, before the step along its gradient."""
         self._steps += 1
-        given = (self._state, jnp.asarray(tokens.numpy(), jnp.int32), jnp.float32(lr), jnp.float32(self._steps))
+        given = (self._state, self._tokens(tokens), np.float32(lr), np.float32(self._steps))
         if self._compiled is None:
             self._compiled = self._step.lower(*given).compile()
         loss, self._state = self._compiled(*given)
@@ -126,7 +137,10 @@ class JaxTrainer:
 
     def logits(self, tokens: Tensor) -> Tensor:
         """[batch, t, 256] of tokens [batch, t]."""
-        return torch.from_numpy(np.array(self._logits(self._state["params"], jnp.asarray(tokens.numpy(), jnp.int32))))
+        return torch.from_numpy(np.array(self._logits(self._state["params"], self._tokens(tokens))))
+
+    def _tokens(self, tokens: Tensor) -> Any:
+        return jax.device_put(tokens.numpy().astype(np.int32), self._device)
 
     def peak_bytes(self) -> int | None:
         """What XLA plans for a step: arguments, results and what lies between; None before the first step."""

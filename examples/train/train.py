@@ -9,6 +9,7 @@ python examples/train/train.py --device cuda --attention power flash sdpa --benc
 from __future__ import annotations
 
 import argparse
+import copy
 import dataclasses
 import importlib.metadata
 import json
@@ -29,7 +30,7 @@ sys.path.append(str(Path(__file__).parents[1] / "charlm"))
 from in_torch import GATED, MIXERS, TorchTrainer
 from lab import PRESETS, Preset, Text
 
-# Of a step: on a CPU that is 4 windows of 256 bytes.
+# Of a step: on a CPU that is 2 windows of 512 bytes.
 TOKENS = {"cpu": 1024, "cuda": 65536}
 # A cell of the bench: steps before its clock starts, and how long it runs at most.
 WARM_STEPS, CELL_STEPS, CELL_SECONDS = 2, 20, 3.0
@@ -59,9 +60,11 @@ def preset_of(o: argparse.Namespace, context: int) -> Preset:
     return dataclasses.replace(base, config=config, t=context, batch=o.batch or max(1, TOKENS[o.device] // context), evaluate=16)
 
 
-def text_of(o: argparse.Namespace, preset: Preset) -> Text:
-    """The corpus where the framework takes it from: JAX copies each batch to its device."""
-    text = Text(preset if o.framework == "torch" else dataclasses.replace(preset, device="cpu"))
+def text_of(o: argparse.Namespace, preset: Preset, like: Text | None = None) -> Text:
+    """The corpus where the framework takes it from (JAX copies each batch to its device); `like` was read before, for another context."""
+    preset = preset if o.framework == "torch" else dataclasses.replace(preset, device="cpu")
+    text = copy.copy(like) if like else Text(preset)
+    text.preset = preset
     if min(len(text.train), len(text.held)) < preset.t + 2:
         raise vd.ArgumentError(f"context {preset.t}: the text has {len(text.held)} held-out bytes; choose a shorter one")
     return text
@@ -78,12 +81,9 @@ def maker(o: argparse.Namespace) -> Make:
             raise vd.ToolchainError("--device cuda: torch finds no GPU; use --device cpu")
         return TorchTrainer
     try:
-        import jax
+        from in_jax import JaxTrainer
     except ImportError as error:
         raise vd.ToolchainError(f"--framework jax: {error}; pip install jax, or use --framework torch") from error
-    jax.config.update("jax_platforms", o.device)
-    from in_jax import JaxTrainer
-
     return JaxTrainer
 
 
@@ -127,7 +127,7 @@ def cell(trainer: Trainer, text: Text, seconds: float) -> dict[str, Any]:
     return {"tokens_per_second": round(steps * p.batch * p.t / took), "steps": steps, "batch": p.batch, "peak_bytes": trainer.peak_bytes()}
 
 
-def bench(o: argparse.Namespace, attention: str) -> dict[str, Any]:
+def bench(o: argparse.Namespace, attention: str, text: Text) -> dict[str, Any]:
     """Context -> what was measured at it; what memory or time did not suffice for is said, not left out in silence."""
     found: dict[str, Any] = {}
     began, make = time.monotonic(), maker(o)
@@ -137,9 +137,8 @@ def bench(o: argparse.Namespace, attention: str) -> dict[str, Any]:
             say(f"  {context:7}   left out: --seconds {o.seconds:g} are over")
             continue
         preset = preset_of(o, context)
-        text = text_of(o, preset)
         try:
-            one = cell(make(preset, attention, o.seed), text, CELL_SECONDS)
+            one = cell(make(preset, attention, o.seed), text_of(o, preset, text), CELL_SECONDS)
         except RuntimeError as error:
             # Of torch and of XLA.
             if "out of memory" not in str(error).lower():
@@ -207,7 +206,7 @@ def device_name(device: str) -> str:
 
 def main(o: argparse.Namespace) -> dict[str, Any]:
     """Train or measure each attention in turn; write the JSON after each, the picture at the end."""
-    make, preset = maker(o), preset_of(o, o.context)
+    make, preset = maker(o), preset_of(o, o.bench[-1] if o.bench else o.context)
     held: dict[str, Any] = {
         "framework": f"{o.framework} {importlib.metadata.version(o.framework)}",
         "device": device_name(o.device),
@@ -220,19 +219,19 @@ def main(o: argparse.Namespace) -> dict[str, Any]:
     folder = Path(o.out)
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / f"{'bench' if o.bench else 'losses'}_{o.framework}_{o.device}.json"
+    text = text_of(o, preset)
     for attention in o.attention:
         say(f"{attention}, {held['framework']}, {held['device']}")
         if o.bench:
-            held["runs"][attention] = bench(o, attention)
+            held["runs"][attention] = bench(o, attention, text)
         else:
-            text = text_of(o, preset)
             run = learn(make(preset, attention, o.seed), text, o.steps, o.seed, o.seconds)
             say(f"  {run['held_out']:.4f} nats per held-out byte after {run['steps']} steps, {run['tokens_per_second']} tokens/s")
             held["runs"][attention] = run
         if o.bench and "power" in held["runs"]:
             others = (name for name in held["runs"] if name not in GATED)
             held["crossing"] = {name: crossing(held["runs"]["power"], held["runs"][name]) for name in others}
-        file.write_text(json.dumps(held, indent=1) + "\n", encoding="utf-8")
+        file.write_text(json.dumps(held) + "\n", encoding="utf-8")
     for name, at in held.get("crossing", {}).items():
         say(f"power retention is faster than {name} {'at none of these contexts' if at is None else f'from {at:.0f} bytes of context on'}")
     drawn = draw(held, file.with_suffix(".png"))
@@ -274,8 +273,8 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--attention", choices=sorted(MIXERS), nargs="+", default=["power"], help="one curve each; default: power")
     top.add_argument("--framework", choices=["torch", "jax"], default="torch")
     top.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    top.add_argument("--steps", type=number(1), default=400, metavar="N", help="default: 400")
-    top.add_argument("--context", type=number(2), default=256, metavar="T", help="bytes of a window; default: 256")
+    top.add_argument("--steps", type=number(1), default=300, metavar="N", help="default: 300")
+    top.add_argument("--context", type=number(2), default=512, metavar="T", help="bytes of a window; default: 512")
     top.add_argument("--batch", type=number(1), metavar="B", help="windows per step; default: as many as make 1024 bytes, on a GPU 64k")
     top.add_argument("--seconds", type=seconds, default=math.inf, metavar="S", help="per attention: ends a training, leaves out contexts")
     top.add_argument("--bench", type=contexts, metavar="1k,4k,16k", help="tokens per second at these contexts in place of loss curves")
