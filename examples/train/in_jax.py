@@ -111,7 +111,7 @@ class JaxTrainer:
         vd.ToolchainError: JAX finds no GPU.
     """
 
-    def __init__(self, preset: Preset, attention: str, seed: int = 0) -> None:
+    def __init__(self, preset: Preset, attention: str, seed: int = 0, nudge: int = 0) -> None:
         platform = "cpu" if preset.device == "cpu" else "cuda"
         try:
             self._device = jax.devices(platform)[0]
@@ -119,7 +119,7 @@ class JaxTrainer:
             raise vd.ToolchainError(f"--device {preset.device}: JAX finds no GPU; use --device cpu, or install jax[cuda12]") from error
         dtype = jnp.float32 if preset.device == "cpu" else jnp.bfloat16
         how = {"shape": Shape.of(preset.config), "attend": ATTENDS[attention], "dtype": dtype}
-        params = {name: x.detach().numpy() for name, x in gpt(preset.config, attention, seed).named_parameters()}
+        params = {name: x.detach().numpy() for name, x in gpt(preset.config, attention, seed, nudge).named_parameters()}
         zeros = {name: np.zeros_like(x) for name, x in params.items()}
         self._state: Any = jax.device_put({"params": params, "m": zeros, "v": zeros}, self._device)
         self._logits, self._step = jax.jit(partial(logits_of, **how)), jax.jit(partial(step_of, **how), donate_argnums=0)

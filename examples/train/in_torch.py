@@ -76,8 +76,11 @@ MIXERS: dict[str, Mixer] = {"power": power, "attention-form": attention_form, "f
 GATED = ("power", "attention-form")
 
 
-def gpt(config: dict[str, Any], attention: str, seed: int = 0) -> Decoder:
-    """A decoder with nothing learnt; of one seed all begin with the same weights, and gates read nothing yet."""
+def gpt(config: dict[str, Any], attention: str, seed: int = 0, nudge: int = 0) -> Decoder:
+    """A decoder with nothing learnt; of one seed all begin with the same weights, and gates read nothing yet.
+
+    A `nudge` other than 0 seeds relative changes of 1e-7, a bit or two of float32, in all weights: what rounding makes of a training.
+    """
     model = fresh(config, seed)
     layers: Any = model.model.layers
     for one in (layer.self_attn for layer in layers):
@@ -88,14 +91,19 @@ def gpt(config: dict[str, Any], attention: str, seed: int = 0) -> Decoder:
             with torch.no_grad():
                 one.g_proj.weight.zero_()
                 one.g_proj.bias.copy_(torch.from_numpy(np.log(np.geomspace(*MEMORIES, heads) - 1)))
+    if nudge:
+        generator = torch.Generator().manual_seed(nudge)
+        with torch.no_grad():
+            for x in model.parameters():
+                x.mul_(1 + 1e-7 * torch.randn(x.shape, generator=generator))
     return model
 
 
 class TorchTrainer:
     """A model and Adam; bfloat16 products on a GPU, float32 on a CPU."""
 
-    def __init__(self, preset: Preset, attention: str, seed: int = 0) -> None:
-        self.preset, self.model = preset, gpt(preset.config, attention, seed).to(preset.device)
+    def __init__(self, preset: Preset, attention: str, seed: int = 0, nudge: int = 0) -> None:
+        self.preset, self.model = preset, gpt(preset.config, attention, seed, nudge).to(preset.device)
         self.optimizer = torch.optim.Adam(self.model.parameters(), betas=BETAS, eps=EPS)
         if preset.device != "cpu":
             gc.collect()

@@ -45,7 +45,8 @@ class Trainer(Protocol):
     def peak_bytes(self) -> int | None: ...
 
 
-Make = Callable[[Preset, str, int], Trainer]
+# Of a preset, an attention, a seed and a nudge.
+Make = Callable[[Preset, str, int, int], Trainer]
 
 
 def say(*words: object) -> None:
@@ -138,7 +139,7 @@ def bench(o: argparse.Namespace, attention: str, text: Text) -> dict[str, Any]:
             continue
         preset = preset_of(o, context)
         try:
-            one = cell(make(preset, attention, o.seed), text_of(o, preset, text), CELL_SECONDS)
+            one = cell(make(preset, attention, o.seed, o.nudge), text_of(o, preset, text), CELL_SECONDS)
         except RuntimeError as error:
             # Of torch and of XLA.
             if "out of memory" not in str(error).lower():
@@ -212,6 +213,7 @@ def main(o: argparse.Namespace) -> dict[str, Any]:
         "device": device_name(o.device),
         "config": preset.config,
         "seed": o.seed,
+        "nudge": o.nudge,
         "runs": {},
     }
     if not o.bench:
@@ -225,7 +227,7 @@ def main(o: argparse.Namespace) -> dict[str, Any]:
         if o.bench:
             held["runs"][attention] = bench(o, attention, text)
         else:
-            run = learn(make(preset, attention, o.seed), text, o.steps, o.seed, o.seconds)
+            run = learn(make(preset, attention, o.seed, o.nudge), text, o.steps, o.seed, o.seconds)
             say(f"  {run['held_out']:.4f} nats per held-out byte after {run['steps']} steps, {run['tokens_per_second']} tokens/s")
             held["runs"][attention] = run
         if o.bench and "power" in held["runs"]:
@@ -279,6 +281,7 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--seconds", type=seconds, default=math.inf, metavar="S", help="per attention: ends a training, leaves out contexts")
     top.add_argument("--bench", type=contexts, metavar="1k,4k,16k", help="tokens per second at these contexts in place of loss curves")
     top.add_argument("--seed", type=int, default=0, help="of the weights and the batches; default: 0")
+    top.add_argument("--nudge", type=int, default=0, metavar="N", help="begin with weights a bit or two of float32 beside; default: 0, not")
     top.add_argument("--out", default="build/train", metavar="FOLDER", help="of the JSON and the picture; default: build/train")
     return top
 

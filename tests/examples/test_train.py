@@ -18,7 +18,8 @@ from in_torch import MIXERS, TorchTrainer
 
 from vidrial.errors import ArgumentError, ToolchainError
 
-HELD_ERRORS = 3e-6
+# Of a loss in float32, six bits.
+ROUNDING = 3e-6
 EVERY = sorted(MIXERS)
 EXAMPLE = Path(train.__file__).parent
 
@@ -58,12 +59,13 @@ def curve(trainer: Any, text: lab.Text, steps: int, of: int) -> Any:
 
 
 def test_power_retention_learns_as_its_attention_form(library: lab.Text, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Measured: 4.8e-7, a bit of float32, over 20 steps, then 1.3e-4 at most; 3.1e-2 on average from other weights at the beginning.
+    """Measured: 4.8e-7, a bit of float32, over 20 steps, then 1.3e-4 at most, as the attention form and itself with eight nudged beginnings
+    (2.4e-6 to 1.4e-4); with other weights at the beginning 3.1e-2 on average.
     Mistakes in the attention form, within 10 steps: 7.7e-3 without gates, 2.0e-4 where gates do not learn, 2.3e-5 where they are a token late."""
     steps, p = 40, library.preset
     mine, exact = (curve(TorchTrainer(p, name), library, steps, steps) for name in ("power", "attention-form"))
     error, noise = np.abs(mine - exact), np.abs(curve(TorchTrainer(p, "attention-form", 1), library, steps, steps) - exact).mean()
-    assert error[:10].max() < HELD_ERRORS
+    assert error[:10].max() < ROUNDING
     assert error.max() < noise / 10
     assert mine[0] > 5.0 and mine[-10:].mean() < 3.9  # 5.24 and 3.46
     gates = in_torch.log_gates
@@ -71,12 +73,12 @@ def test_power_retention_learns_as_its_attention_form(library: lab.Text, monkeyp
     for mistake in mistakes:
         monkeypatch.setattr(in_torch, "log_gates", lambda *given, mistake=mistake: mistake(gates(*given)))
         wrong = np.abs(curve(TorchTrainer(p, "attention-form"), library, 10, steps) - mine[:10]).max()
-        assert wrong > 3 * HELD_ERRORS
+        assert wrong > 3 * ROUNDING
 
 
 def test_flash_learns_as_sdpa(tiny: lab.Text) -> None:
     mine, exact, power = (curve(TorchTrainer(tiny.preset, name), tiny, 5, 40) for name in ("flash", "sdpa", "power"))
-    assert np.abs(mine - exact).max() < HELD_ERRORS and np.abs(power - exact).max() > 1e-4
+    assert np.abs(mine - exact).max() < ROUNDING and np.abs(power - exact).max() > 1e-4
 
 
 def test_gradients_of_flash_are_those_of_sdpa() -> None:
@@ -117,7 +119,7 @@ def test_jax_learns_as_torch(library: lab.Text) -> None:
     """Power retention, the same weights and batches; measured: at most 4.8e-7, a bit of float32, over 10 steps."""
     in_jax = pytest.importorskip("in_jax")
     mine, theirs = (curve(make(library.preset, "power"), library, 10, 40) for make in (in_jax.JaxTrainer, TorchTrainer))
-    assert np.abs(mine - theirs).max() < HELD_ERRORS
+    assert np.abs(mine - theirs).max() < ROUNDING
 
 
 @pytest.mark.parametrize("attention", ["attention-form", "flash", "sdpa"])
@@ -125,7 +127,7 @@ def test_jaxs_other_attentions_learn_as_torchs(attention: str, tiny: lab.Text) -
     in_jax = pytest.importorskip("in_jax")
     made = in_jax.JaxTrainer(tiny.preset, attention), TorchTrainer(tiny.preset, attention)
     mine, theirs = (curve(one, tiny, 4, 40) for one in made)
-    assert np.abs(mine - theirs).max() < HELD_ERRORS
+    assert np.abs(mine - theirs).max() < ROUNDING
     tokens = next(tiny.batches(1))
     torch.testing.assert_close(made[0].logits(tokens), made[1].logits(tokens), rtol=1e-4, atol=1e-4)
     # A value and Adam's two moments for each parameter, and not ten times as much beside.
@@ -164,7 +166,7 @@ def test_a_bench_says_what_it_leaves_out(tiny: lab.Text, tmp_path: Path, monkeyp
     class Fake:
         """A step takes 16 seconds with power, with softmax a second for each token of context."""
 
-        def __init__(self, preset: lab.Preset, attention: str, seed: int) -> None:
+        def __init__(self, preset: lab.Preset, attention: str, *_: int) -> None:
             self.softmax, self.t = attention == "sdpa", preset.t
 
         def step(self, tokens: torch.Tensor, lr: float) -> float:
@@ -281,7 +283,9 @@ def test_the_page_says_what_the_results_say() -> None:
         for name, run in runs.items():
             assert f"| {framework} | {name} | {np.mean(run['losses'][-20:]):.4f} | {run['held_out']:.4f} |" in page
         error = np.abs(np.subtract(runs["power"]["losses"], runs["attention-form"]["losses"]))
-        assert error.max() < 0.01 and f"{framework}: {error[:20].max():.0e} in the first 20 steps, {error.max():.0e} in all 300" in page
+        assert error[:20].max() < ROUNDING
+        # What rounding alone makes of the held-out loss: a standard deviation of 0.008.
+        assert abs(runs["power"]["held_out"] - runs["attention-form"]["held_out"]) < 0.024
         assert (EXAMPLE / f"results/losses_{framework}_cpu.png").read_bytes()[:4] == b"\x89PNG"
 
 
