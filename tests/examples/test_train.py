@@ -18,7 +18,7 @@ from in_torch import MIXERS, TorchTrainer
 
 from vidrial.errors import ArgumentError, ToolchainError
 
-# Of a loss in float32, six bits.
+# Of a loss: six units in the last place of float32.
 ROUNDING = 3e-6
 EVERY = sorted(MIXERS)
 EXAMPLE = Path(train.__file__).parent
