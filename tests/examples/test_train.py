@@ -123,8 +123,11 @@ def test_jax_learns_as_torch(library: lab.Text) -> None:
 
 
 @pytest.mark.parametrize("attention", ["attention-form", "flash", "sdpa"])
-def test_jaxs_other_attentions_learn_as_torchs(attention: str, tiny: lab.Text) -> None:
+def test_jaxs_other_attentions_learn_as_torchs(attention: str, tiny: lab.Text, monkeypatch: pytest.MonkeyPatch) -> None:
     in_jax = pytest.importorskip("in_jax")
+    # Of gradients between 2.7 and 2.94 some are clipped.
+    for module in (in_torch, in_jax):
+        monkeypatch.setattr(module, "CLIP", 2.75)
     made = in_jax.JaxTrainer(tiny.preset, attention), TorchTrainer(tiny.preset, attention)
     mine, theirs = (curve(one, tiny, 4, 40) for one in made)
     assert np.abs(mine - theirs).max() < ROUNDING
