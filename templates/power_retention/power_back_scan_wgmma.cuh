@@ -22,6 +22,8 @@ struct Segment<Reversed<Inner>, Args> {
   }
   // Of all heads of the group. NOTE: those beyond the end of the last chunk weigh nothing.
   CUTE_DEVICE int blocks_per_chunk() const { return p.group * (p.chunk / Inner::tokens); }
+  CUTE_DEVICE int blocks_of(int) const { return blocks_per_chunk(); }
+  CUTE_DEVICE bool has_end() const { return last < chunks; }
   CUTE_DEVICE float decay(int n) const {
     if (!Inner::gated) return 1.f;
     float2 const total = p.a[(head * chunks + chunks - n) * p.chunk - 1];

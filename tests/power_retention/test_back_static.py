@@ -39,6 +39,9 @@ PROBLEMS: dict[str, dict[str, Any]] = {
 BYTES_TOLERANCE = 0.02
 
 
+ON_HOPPER = ("power_back_scan_wgmma", "power_back_carry", "power_back_query_wgmma", "power_back_keys_wgmma")
+
+
 @pytest.mark.parametrize("device", [A100, H200], ids=lambda device: device.arch)
 def test_configs_compile_without_spills(device: Device) -> None:
     """Those predicted best, and with every block and number of CTAs that the rules allow."""
@@ -57,7 +60,8 @@ def test_configs_compile_without_spills(device: Device) -> None:
                 if stage.kernel.reject(stage.problem, stage.config, device) is None:
                     source = stage.kernel.source(stage.problem, stage.config)
                     sources[source.text] = source, f"{name}: {stage.kernel.name} {describe(stage.config)}"
-    assert {source.entry for source, _ in sources.values()} >= {kernel.name for kernel in op.kernels if "back" in kernel.name}
+    there = {kernel.name for kernel in op.kernels if "back" in kernel.name and (device is H200 or kernel.name not in ON_HOPPER)}
+    assert {source.entry for source, _ in sources.values()} >= there
     wrong = []
     for text, cubin in build_many(sources, device.arch, jobs=2):
         if not isinstance(cubin, Cubin) or cubin.resources.spill_stores or cubin.resources.spill_loads:

@@ -135,7 +135,7 @@ def least_registers(p: ChunkedGradient, c: Config, values: bool) -> int:
     """Registers per thread that ptxas makes do with, without a spill: seen in its reports. 256: it never does."""
     wide, half = (p.d == 128) + 2 * (p.e == 128), p.dtype == DType.float16
     if kept(c):
-        return 254 + 2 * half if p.e == 128 else 168 if p.d == 32 else 216
+        return 256 if p.e == 128 else 168 if p.d == 32 else 216
     if values and c.block == 64:
         return 256 if wide else 240
     if values:
