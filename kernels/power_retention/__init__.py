@@ -169,7 +169,7 @@ def power_retention_vjp(
     dq, dk, dv, dlog_g, _ = vjp(dy)
 
     Args:
-        Those of `power_retention`, of NumPy, CuPy, or torch without autograd (tensors that do not require a gradient).
+        Those of `power_retention`, of NumPy, CuPy, JAX (not traced), or torch without autograd (tensors that do not require a gradient).
 
     Returns:
         What `power_retention` returns, and vjp(dy, d_state=None) -> Gradients: `dy` of y's shape, dtype, library and device, any strides;
