@@ -27,7 +27,7 @@ import vidrial
 from vidrial import call
 from vidrial.device import Device
 from vidrial.dtypes import DType
-from vidrial.errors import ArgumentError, CompileError, FrozenError
+from vidrial.errors import ArgumentError, CompileError, FrozenError, ToolchainError
 from vidrial.kernels.power_retention.op import example as power_example
 from vidrial.kernels.power_retention.op import op as power_op
 from vidrial.runtime import arrays, plan
@@ -157,6 +157,16 @@ def test_prepare_makes_a_first_call_in_a_capture_possible(driver: Driver, monkey
         call.prepare(op, example(), depth=3)
     with pytest.raises(ArgumentError, match="no choice of its own named depth; accepted: tile, width"):
         call.apply(op, example(), {"x": as_array(np.zeros(1, np.float32), "x")}, depth=3)
+
+
+def test_prepare_without_a_gpu_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(cls: type[Device], index: int | None = None) -> Device:
+        raise ToolchainError("no usable CUDA GPU")
+
+    monkeypatch.setattr(Device, "current", classmethod(missing))
+    for prepare in (lambda: call.prepare(op, example()), lambda: call.prepare_many(op, [example()])):
+        with pytest.raises(ToolchainError, match="^no usable CUDA GPU"):
+            prepare()
 
 
 def test_many_problems_compile_each_binary_once_and_side_by_side(driver: Driver, monkeypatch: pytest.MonkeyPatch) -> None:

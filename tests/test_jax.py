@@ -190,8 +190,11 @@ def test_refused_while_jax_traces() -> None:
         jax.grad(lambda q: jax.grad(loss)(q, k, v, log_g).sum())(q)
     with pytest.raises(TypeError, match="forward-mode"):
         jax.jvp(lambda q: power_retention(q, k, v), (q,), (q,))
-    with pytest.raises(vd.UnsupportedError, match="^q is traced by JAX"):
-        jax.jit(lambda q: power_retention(q, k, v, output_final_state=True))(q)
+    for options in ({"output_final_state": True}, {"recompute": True}):
+        with pytest.raises(
+            vd.UnsupportedError, match="^q, k or v is traced by JAX, where initial_state.* are not served yet; call it outside of jit"
+        ):
+            jax.jit(lambda q, options=options: power_retention(q, k, v, **options))(q)
 
 
 @pytest.mark.parametrize("error", [ValueError("planted"), vd.OutOfMemoryError("planted"), KeyboardInterrupt("planted")])

@@ -34,7 +34,7 @@ from vidrial.runtime.arrays import (
 from vidrial.runtime.inputs import check_inputs, layout_fault
 from vidrial.runtime.plan import CudaPlan
 from vidrial.runtime.torch_ops import Run, bind, call_torch_op, called_when_traced, declare, dispatched, dispatching
-from vidrial.settings import Settings, prepare_cupy
+from vidrial.settings import Settings
 from vidrial.spec.choices import describe, own_axes
 from vidrial.spec.fields import C, P
 from vidrial.spec.op import Op, op_of
@@ -162,7 +162,7 @@ def prepare(op: Op[P, C], problem: P, index: int | None = None, **fixed: object)
     """
     _check_own(op, fixed)
     if index is None:
-        prepare_cupy()
+        Device.current()  # without a GPU, a sentence that says what to do, not CUDA's error
         from cupy.cuda import runtime
 
         index = int(runtime.getDevice())

@@ -85,10 +85,11 @@ class Curve:
         Raises:
             ArgumentError: fewer than two are.
         """
-        kept = (self.context >= (low or 0)) & (self.context <= (np.inf if high is None else high))
+        low, high = low or 0, np.inf if high is None else high
+        kept = (self.context >= low) & (self.context <= high)
         if kept.sum() < 2:
             raise ArgumentError(
-                f"{kept.sum()} points of the curve lie between {low} and {high} tokens; its contexts: {self.context.tolist()}"
+                f"{kept.sum()} points of the curve lie between {low:g} and {high:g} tokens; its contexts: {self.context.tolist()}"
             )
         return Curve(self.context[kept], self.log2[kept], self.weight[kept], self.values[:, kept], self.targets)
 
@@ -268,7 +269,8 @@ def load(path: str | Path) -> Losses | Curve:
         ArgumentError: there is no such file, or it holds neither.
     """
     try:
-        with np.load(path, allow_pickle=False) as file:
+        with open(path, "rb") as opened:
+            file = np.load(opened, allow_pickle=False)
             held = {name: file[name] for name in file.files} if isinstance(file, np.lib.npyio.NpzFile) else {}
     except FileNotFoundError:
         raise ArgumentError(f"{path}: no such file") from None

@@ -135,6 +135,11 @@ def power_retention(
 def _with_state(inputs: tuple[Any, ...], o: gradient.Options, state: PowerState[Any] | None, output_final_state: bool) -> Any:
     check_options(o.degree, o.scale, o.normalize, o.chunk)
     gradient.check_states(o, state, output_final_state)
+    if is_traced(inputs):
+        raise UnsupportedError(
+            "q, k or v is traced by JAX, where initial_state, output_final_state and recompute are not served yet; call it outside of jit, "
+            "grad and vmap (power_retention_vjp gives the gradients there)"
+        )
     tensors = inputs if state is None else (*inputs, state.S, state.Z)
     if gradient.records(*tensors):
         y, final = gradient.recorded(inputs, o, state, output_final_state)
@@ -164,7 +169,7 @@ def power_retention_vjp(
     dq, dk, dv, dlog_g, _ = vjp(dy)
 
     Args:
-        Those of `power_retention`, of NumPy, CuPy, or torch without autograd (tensors that do not require a gradient).
+        Those of `power_retention`, of NumPy, CuPy, JAX (not traced), or torch without autograd (tensors that do not require a gradient).
 
     Returns:
         What `power_retention` returns, and vjp(dy, d_state=None) -> Gradients: `dy` of y's shape, dtype, library and device, any strides;

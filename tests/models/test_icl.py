@@ -190,6 +190,9 @@ def test_what_holds_no_losses_is_refused(arrays: dict[str, Any], why: str, tmp_p
     with pytest.raises((ArgumentError, ArgumentTypeError), match=why):
         load(tmp_path / "x.npz")
     (tmp_path / "text.npz").write_text("text")
+    np.save(tmp_path / "array.npy", np.ones((2, 3)))
+    with pytest.raises(ArgumentError, match="array.npy holds no named arrays; accepted: losses"):
+        load(tmp_path / "array.npy")
     for path, reason in ((tmp_path / "text.npz", "cannot be read"), (tmp_path / "none", "no such file"), (tmp_path, "cannot be read")):
         with pytest.raises(ArgumentError, match=reason):
             load(path)
@@ -222,7 +225,7 @@ CURVE = by_context(known(9), STREAM, [1, 2, 4, 8, 16], 4, 5)
         (lambda: by_position(np.ones(4)), "losses: float64"),
         (lambda: excess(CURVE, by_context(known(9), STREAM, [1, 2, 4, 8, 32], 4, 5)), "of the same windows and points"),
         (lambda: excess(CURVE, by_context(known(9), STREAM[1:], [1, 2, 4, 8, 16], 4, 5)), "predict different tokens"),
-        (lambda: slope(CURVE, 16), r"1 points of the curve lie between 16 and None tokens; its contexts: \[1, 2, 4, 8, 16\]"),
+        (lambda: slope(CURVE, 16), r"1 points of the curve lie between 16 and inf tokens; its contexts: \[1, 2, 4, 8, 16\]"),
         (lambda: knee(CURVE, 4), "3 points of 5 windows"),
         (lambda: knee(dataclasses.replace(CURVE, values=CURVE.values[:1])), "5 points of 1 windows"),
         (lambda: knee(CURVE, confidence=1.0), "confidence=1.0"),

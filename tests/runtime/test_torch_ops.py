@@ -322,6 +322,10 @@ def test_an_op_of_a_user() -> None:
     assert set(torch.library.opcheck(torch.ops.vidrial.tripled.default, (x,), {"factor": 2.0}).values()) == {"SUCCESS"}
     # It has no batch: what is mapped over is called one after another.
     assert torch.equal(torch.vmap(function)(torch.ones(3, 4)), torch.full((3, 4), 2.5))
+    # What the backward op gives no gradient of is refused, not left as it is.
+    other = replace(backward, name="elsewhere_backward", outputs=vector("d_x"))
+    with pytest.raises(vd.UnsupportedError, match=r"^x requires a gradient, which elsewhere_backward does not compute \(it gives d_x\)"):
+        vd.call_op(own_op("elsewhere", problem_of=tripled_of, backward=other), {"x": x}, factor=2.5)
     # Another op of this name has a name of its own.
     assert vd.torch_op(own_op("tripled", problem_of=tripled_of), run_tripled) == "tripled_2 y"
 

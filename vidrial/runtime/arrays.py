@@ -236,7 +236,7 @@ def _read_cupy(x: Any, name: str) -> Array:
 def _read_jax(x: Any, name: str) -> Array:
     if isinstance(x, sys.modules["jax"].core.Tracer):
         raise TracedError(
-            f"{name} is traced by JAX (jit, grad, vmap), which vidrial.apply does not serve; accepted there: what vidrial.traced calls"
+            f"{name} is traced by JAX (jit, grad, vmap), which this call does not serve; accepted there: vidrial.call_op, and an op's own function"
         )
     devices = x.devices()
     if len(devices) != 1:

@@ -42,8 +42,9 @@ def called_when_traced(function: F) -> F:
 
 def dispatching(x: object) -> bool:
     """Whether a call of these tensors must go through the dispatcher: Dynamo traces it, autocast is on, or a mode of torch watches."""
-    torch = sys.modules.get("torch")
-    if torch is None or not (
+    torch: Any = sys.modules.get("torch")
+    # NOTE: while another thread imports torch, it has no compiler yet, and no array is its.
+    if not hasattr(torch, "compiler") or not (
         torch.compiler.is_dynamo_compiling() or torch._C._is_any_autocast_enabled() or torch._C._len_torch_dispatch_stack()
     ):
         return False
@@ -314,7 +315,7 @@ class Entry:
         return (found,) if len(self.outputs) == 1 else tuple(found)
 
     def refuse_recording(self, names: Sequence[str]) -> None:
-        """Refuse inputs that require a gradient where there is none."""
+        """Refuse inputs that require a gradient where there is none, rather than train them by nothing."""
         if self.inner:
             raise UnsupportedError(
                 f"{self.name}: a gradient of its gradient is not computed; call backward or grad without create_graph=True ({names[0]} "
@@ -325,6 +326,12 @@ class Entry:
                 f"{names[0]} requires a gradient, which {self.name} does not compute; call it under torch.no_grad(), or pass "
                 f"{names[0]}.detach()"
             )
+        for name in names:
+            if f"d{name}" not in self.backward.outputs:
+                raise UnsupportedError(
+                    f"{name} requires a gradient, which {self.backward.op.name} does not compute (it gives {', '.join(self.backward.outputs)}); pass "
+                    f"{name}.detach(), or give it an output d{name}"
+                )
 
     def saved(self, inputs: Mapping[str, Any], options: Mapping[str, Any], outputs: Mapping[str, Any]) -> dict[str, Any]:
         """The tensors that the backward op reads, but for the gradients."""
