@@ -59,7 +59,8 @@ WGMMA = power.Config(
 )
 WHOLE = replace(SYNC, chunk=0)
 NARROW = tokens.Config(block=32, warps=4, stages=3, blocks=1)
-BACK = back.Config(128, SYNC.scan, back_scan.Config(tokens=64, stages=3, warps=4, columns=32), NARROW, NARROW)
+ADJOINT = back_scan.Config(tokens=64, stages=3, warps=4, columns=32)
+BACK = back.Config(chunk=128, scan=SYNC.scan, adjoint=ADJOINT, query=NARROW, keys=NARROW)
 SM80 = FlashConfig(path="sm80", sm80=sm80.Config(keys=32, m=1, warps=2, stages=3, blocks=1))
 SPLIT = FlashConfig(path="sm80", sm80=sm80.Config(keys=32, m=2, warps=2, stages=2, blocks=1, splits=2))
 SM90 = FlashConfig(path="sm90", sm90=sm90.Config(groups=1, keys=64, stages=2, overlap=1, schedule="one"))
@@ -105,7 +106,7 @@ def pinned(op: Any, problem: Any, fixed: tuple[Any, ...] = ()) -> Any:
     family: Family | None = getattr(_asked, "family", None)
     if family is None:
         return _chosen(op, problem, fixed)
-    for config in family.backward if op is back.op else family.configs:
+    for config in family.backward if op.name == back.op.name else family.configs:
         if op.reject(problem, config, H200) is None:
             return _plan(op, problem, config)
     return _chosen(op, problem, fixed)  # which refuses it, or the fuzzer's families are incomplete and it compiles

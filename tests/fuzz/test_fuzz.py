@@ -171,8 +171,8 @@ def _strange_strides(f: Any, *x: Any) -> Any:
 
 
 def _state_forgets_less(f: Any, q: Any, k: Any, v: Any, log_g: Any, **options: Any) -> Any:
-    y, state = f(q, k, v, log_g, **options)
-    return y, state if state is None else type(state)(state.S * np.float32(1.001), state.Z)
+    y, state, norm = f(q, k, v, log_g, **options)
+    return y, state if state is None else type(state)(state.S * np.float32(1.001), state.Z), norm
 
 
 POWER, FLASH = "power_retention", "flash_attention"
