@@ -103,12 +103,14 @@ def power_retention(
         CompileError, LaunchError, ToolchainError: the kernel could not be built or launched.
     """
     inputs = (q, k, v) if log_g is None else (q, k, v, log_g)
+    if recompute is not None:
+        gradient.check_recompute(recompute)
     if dispatching(q):
         if initial_state is None and output_final_state is False:
             return in_torch.call(inputs, target, degree=degree, scale=scale, normalize=normalize, chunk=chunk)
         in_torch.refuse_states()
     place = current_target(target)
-    if recompute is not None or initial_state is not None or output_final_state is not False:
+    if initial_state is not None or output_final_state is not False or (recompute is not None and gradient.records(*inputs)):
         return _with_state(inputs, gradient.Options(degree, scale, normalize, chunk, place, recompute), initial_state, output_final_state)
     try:
         key, pointers = signature_of(inputs, NAMES)

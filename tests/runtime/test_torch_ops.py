@@ -225,6 +225,24 @@ def test_vmap_joins_the_batch() -> None:
     assert all(torch.allclose(a, b, atol=1e-4) for a, b in zip(found, exact, strict=True))
 
 
+def test_a_map_over_none_has_the_shapes_of_one() -> None:
+    none = [torch.stack([x, x])[:0].requires_grad_() for x in draw(5)]
+    y = torch.vmap(power_retention)(*none)
+    assert y.shape == (0, 1, 5, 4, 64) and y.requires_grad
+    assert [g.shape for g in torch.autograd.grad(y.sum(), none)] == [x.shape for x in none]
+
+
+def test_a_trace_of_torch_jit_holds_the_call_and_not_its_result() -> None:
+    for call, count in ((power_retention, 4), (flash_attention, 3)):
+        program = torch.jit.trace(lambda *x, call=call: call(*x), tuple(draw(5)[:count]), check_trace=False)
+        other = draw(9)[:count]
+        assert torch.equal(program(*other), call(*other))
+    traced = torch.jit.trace(lambda *x: power_retention(*x), tuple(draw(5, grad=True)), check_trace=False)
+    x = draw(7, grad=True)
+    found, exact = (torch.autograd.grad(made(*x).square().sum(), x) for made in (traced, power_retention))
+    assert all(torch.equal(a, b) for a, b in zip(found, exact, strict=True))
+
+
 # ------------------------------------------------------------------------------------------------------------ refused
 
 
@@ -249,6 +267,12 @@ def test_what_is_not_served_is_refused_by_name() -> None:
             with pytest.raises(vd.UnsupportedError, match="forward-mode"):
                 torch.ops.vidrial.power_retention(torch.autograd.forward_ad.make_dual(q, plain[0]), *plain[1:])
     with torch.autocast("cpu", dtype=torch.bfloat16):
+        with pytest.raises(vd.ArgumentTypeError, match=r"^k is a numpy\.ndarray among torch's tensors"):
+            power_retention(plain[0], plain[1].numpy(), *plain[2:])
+        with pytest.raises(vd.ArgumentTypeError, match=r"^k is None; accepted: torch\.Tensor"):
+            power_retention(plain[0], None, *plain[2:])
+        with pytest.raises(vd.ArgumentError, match=r"^recompute='no' is not served"):
+            power_retention(*plain, recompute="no")
         with pytest.raises(vd.ArgumentTypeError, match=r"^power_retention: q: dtype 'float64' is not known; accepted: bfloat16"):
             power_retention(plain[0].double(), *plain[1:])
         with pytest.raises(vd.ArgumentTypeError, match="^q: dtype int32 is not served; accepted: bfloat16, float16, float32"):
@@ -272,8 +296,10 @@ def test_what_is_not_served_is_refused_by_name() -> None:
             lambda q, k, v, g: power_retention(q, k, v, g, output_final_state=True)[0],
             r"initial_state and output_final_state are not compiled",
         ),
+        (lambda q, k, v, g: power_retention(q, k, v, g, scale=np.float32(0.5)), r"scale is no constant under torch\.compile"),
+        (lambda q, k, v, g: power_retention(q, k, v, g, recompute="no"), r"recompute='no' is not served"),
     ],
-    ids=["shape", "dtype", "degree", "no backward", "state"],
+    ids=["shape", "dtype", "degree", "no backward", "state", "an option of NumPy", "recompute"],
 )
 def test_what_a_graph_cannot_hold_is_refused_while_it_is_made(call: Callable[..., Any], said: str) -> None:
     with pytest.raises(Exception, match=f"(?s){said}") as raised:

@@ -41,10 +41,13 @@ def called_when_traced(function: F) -> F:
 
 
 def dispatching(x: object) -> bool:
-    """Whether a call of these tensors must go through the dispatcher: Dynamo traces it, autocast is on, or a mode of torch watches."""
+    """Whether a call of these tensors must go through the dispatcher: Dynamo or torch.jit traces it, autocast is on, or a mode of torch watches."""
     torch = sys.modules.get("torch")
     if torch is None or not (
-        torch.compiler.is_dynamo_compiling() or torch._C._is_any_autocast_enabled() or torch._C._len_torch_dispatch_stack()
+        torch.compiler.is_dynamo_compiling()
+        or torch._C._is_any_autocast_enabled()
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._get_tracing_state() is not None
     ):
         return False
     return isinstance(x, torch.Tensor)
@@ -66,10 +69,18 @@ def call_torch_op(known: str, inputs: Mapping[str, Any], target: str | None, opt
     """The outputs by name of an op that `torch_op` calls `known`, by way of torch's dispatcher. Dynamo traces this.
 
     Raises:
-        Whatever the op refuses, under torch.compile as the cause of torch's own error.
+        ArgumentTypeError: an input is no tensor; or whatever the op refuses. Under torch.compile as the cause of torch's own error.
     """
     name, *outputs = ready(known).split()
-    found = getattr(sys.modules["torch"].ops.vidrial, name).default(**inputs, **options, target=target)
+    torch = sys.modules["torch"]
+    for key, x in inputs.items():
+        if x is not None and not isinstance(x, torch.Tensor):
+            raise ArgumentTypeError(f"{key} is a {type(x).__module__}.{type(x).__name__} among torch's tensors; accepted: torch.Tensor")
+    if torch.compiler.is_dynamo_compiling():
+        for key, value in options.items():
+            if value is not None and not isinstance(value, bool | int | float | str):
+                raise ArgumentTypeError(f"{key} is no constant under torch.compile; accepted: Python's int, float, bool, str")
+    found = getattr(torch.ops.vidrial, name).default(**inputs, **options, target=target)
     return {output: found[i] for i, output in enumerate(outputs)} if len(outputs) > 1 else {outputs[0]: found}
 
 
@@ -250,8 +261,15 @@ class Entry:
         torch.library.register_vmap(full, self.fold, lib=library)
 
     def bind(self, args: Sequence[Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Tensors and options by name."""
+        """Tensors and options by name.
+
+        Raises:
+            ArgumentTypeError: a tensor that the op cannot do without is None.
+        """
         args = (*args, *self.defaults[len(args) :])
+        for p, x in zip(self.parameters, args, strict=True):
+            if x is None and p.type == "Tensor":
+                raise ArgumentTypeError(f"{p.name} is None; accepted: torch.Tensor")
         tensors = {name: x for name, x in zip(self.tensors, args, strict=False) if x is not None}
         return tensors, dict(zip(self.options, args[len(self.tensors) :], strict=True))
 
@@ -301,7 +319,11 @@ class Entry:
         inputs, options = self.bind(args)
         n, dims = info.batch_size, dict(zip(self.tensors, in_dims, strict=False))
         rows = {name: x.expand(n, *x.shape) if dims[name] is None else x.movedim(dims[name], 0) for name, x in inputs.items()}
-        if self.op.batched:
+        if n == 0:
+            # Of one more, which keeps the results in autograd's graph.
+            one = {name: sys.modules["torch"].cat((x, x.new_zeros(1, *x.shape[1:])))[0] for name, x in rows.items()}
+            made = tuple(x[None][:0] for x in self._found(one, options))
+        elif self.op.batched:
             found = self._found({name: x.flatten(0, 1) for name, x in rows.items()}, options)
             made = tuple(x.unflatten(0, (n, x.shape[0] // n)) for x in found)
         else:
