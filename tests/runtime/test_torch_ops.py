@@ -336,7 +336,7 @@ def test_an_op_of_a_user() -> None:
     backward = replace(backward, inputs=vector("dy"), outputs=vector("dx"))
     op = own_op("tripled", problem_of=tripled_of, backward=backward)
     known = vd.torch_op(op, run_tripled)
-    assert known == "tripled y" and vd.torch_op(op) == known
+    assert known == "tripled y|x factor" and vd.torch_op(op) == known
     x = torch.randn(7, requires_grad=True)
     function = lambda x: vd.call_op(op, {"x": x}, factor=2.5)["y"]  # noqa: E731
     for call in (function, compiled(function, dynamic=True)):
@@ -349,7 +349,7 @@ def test_an_op_of_a_user() -> None:
     # It has no batch: what is mapped over is called one after another.
     assert torch.equal(torch.vmap(function)(torch.ones(3, 4)), torch.full((3, 4), 2.5))
     # Another op of this name has a name of its own.
-    assert vd.torch_op(own_op("tripled", problem_of=tripled_of), run_tripled) == "tripled_2 y"
+    assert vd.torch_op(own_op("tripled", problem_of=tripled_of), run_tripled) == "tripled_2 y|x factor"
 
 
 def of_shape(x: vd.ArraySpec, shape: tuple[int, ...]) -> fake_op.Problem:
@@ -377,6 +377,48 @@ def not_annotated(x) -> fake_op.Problem:  # type: ignore[no-untyped-def]
 def test_a_problem_that_cannot_be_made_of_tensors(problem_of: Any, said: str) -> None:
     with pytest.raises(vd.ArgumentError, match=said):
         vd.torch_op(own_op("odd", problem_of=problem_of))
+
+
+def of_factor(default: Any) -> Callable[..., fake_op.Problem]:
+    def problem_of(x: vd.ArraySpec, factor: float = default) -> fake_op.Problem:
+        return fake_op.Problem(vd.DType.float32, x.shape[0], factor)
+
+    return problem_of
+
+
+def of_mode(x: vd.ArraySpec, mode: str = 'a"b') -> fake_op.Problem:
+    return fake_op.Problem(vd.DType.float32, x.shape[0], 1.0)
+
+
+def of_target(x: vd.ArraySpec, target: int = 3) -> fake_op.Problem:
+    return fake_op.Problem(vd.DType.float32, x.shape[0], 1.0)
+
+
+@pytest.mark.parametrize(
+    ("problem_of", "said"),
+    [
+        (of_factor(float("inf")), r"infinite: factor=inf of problem_of is a default that torch's schemas cannot hold"),
+        (of_mode, r"infinite: mode='a\"b' of problem_of is a default"),
+        (of_target, r"infinite: target of problem_of is what a call says where it runs with"),
+    ],
+    ids=["infinite", "a quote", "target"],
+)
+def test_what_torchs_schemas_cannot_hold(problem_of: Any, said: str) -> None:
+    for _ in range(2):
+        with pytest.raises(vd.ArgumentError, match=said):
+            vd.torch_op(own_op("infinite", problem_of=problem_of))
+        # With its gradients or not at all: what was refused is not half known at the next call.
+        with pytest.raises(vd.ArgumentError, match=said):
+            vd.torch_op(own_op("outer", problem_of=tripled_of, backward=own_op("infinite", problem_of=problem_of)))
+
+
+@pytest.mark.parametrize("name", ["class", "1st", "name", "__init__", "p\u00e9"])
+def test_a_name_that_torchs_schemas_do_not_have(name: str) -> None:
+    known = vd.torch_op(own_op(name, problem_of=of_factor(np.float32(0.5))), run_tripled)
+    call = lambda **options: vd.call_torch_op(known, {"x": torch.ones(3)}, None, options)["y"]  # noqa: E731
+    assert torch.equal(call(), torch.full((3,), 0.5)) and torch.equal(call(factor=2.0), torch.full((3,), 2.0))
+    with pytest.raises(vd.ArgumentError, match="nope is no input or option of it; accepted: x, factor"):
+        call(nope=1)
 
 
 # ------------------------------------------------------------------------------------------------------ host time
