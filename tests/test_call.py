@@ -27,7 +27,7 @@ import vidrial
 from vidrial import call
 from vidrial.device import Device
 from vidrial.dtypes import DType
-from vidrial.errors import ArgumentError, CompileError, FrozenError, ToolchainError
+from vidrial.errors import ArgumentError, ArgumentTypeError, CompileError, FrozenError, ToolchainError
 from vidrial.kernels.power_retention.op import example as power_example
 from vidrial.kernels.power_retention.op import op as power_op
 from vidrial.runtime import arrays, plan
@@ -186,6 +186,8 @@ def test_many_problems_compile_each_binary_once_and_side_by_side(driver: Driver,
     monkeypatch.setattr(plan, "capturing", lambda: True)
     assert call.cuda_plan(op, example(n=700), 0, (("width", 4),)).config == configs[1]
     assert call.prepare_many(op, []) == []
+    with pytest.raises(ArgumentTypeError, match="^problems is a Problem; accepted: several of them"):
+        call.prepare_many(op, example())
 
 
 def test_one_of_many_that_does_not_compile(driver: Driver, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -239,6 +241,7 @@ class Torch:
         _cuda_getCurrentRawStream = staticmethod(lambda index: 77)  # noqa: N815
         _is_any_autocast_enabled = staticmethod(lambda: False)
         _len_torch_dispatch_stack = staticmethod(lambda: 0)
+        _get_tracing_state = staticmethod(lambda: None)
 
         @staticmethod
         def _cuda_cudaCachingAllocator_raw_alloc(size: int, stream: int) -> int:  # noqa: N802
@@ -392,3 +395,13 @@ def test_facts_of_arrays() -> None:
     assert facts == ((3, 5, 8), (40, 8, 1), DType.float32, CPU, "numpy", x.ctypes.data % 16 == 0) == as_array(x, "x").facts
     assert contiguous_strides((3, 5, 8)) == (40, 8, 1) and contiguous_strides(()) == ()
     assert as_array(x[:, :, 1:], "x").facts.vectorised is False and as_array(x[:, :, :4], "x").facts.vectorised is facts.aligned
+
+
+def test_without_a_gpu_prepare_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    def current(index: int | None = None) -> Device:
+        raise ToolchainError("no usable CUDA GPU")
+
+    monkeypatch.setattr(Device, "current", staticmethod(current))
+    for prepare in (lambda: call.prepare(op, example()), lambda: call.prepare_many(op, [example()])):
+        with pytest.raises(ToolchainError, match="no usable CUDA GPU"):
+            prepare()

@@ -178,6 +178,26 @@ def test_no_tokens_no_call() -> None:
     assert jax.grad(loss)(*(x[:, :0] for x in given)).shape == (2, 0, 4, 32)
 
 
+def test_a_row_without_keys_is_what_a_call_gives() -> None:
+    q, k, v, _ = as_jax(inputs(7))
+    options = {"return_lse": True}
+    found = jax.jit(lambda *a: flash_attention(*a, **options))(q, k[:, :0], v[:, :0])
+    for mine, exact in zip(found, flash_attention(q, k[:, :0], v[:, :0], **options), strict=True):
+        same(mine, exact)
+    assert np.all(np.asarray(found[1]) == -np.inf)
+
+
+def test_a_map_over_none_has_the_shapes_of_one() -> None:
+    none = [jnp.stack([x, x])[:0] for x in as_jax(inputs(7))]
+    assert jax.vmap(power_retention)(*none).shape == (0, 2, 7, 4, 32)
+    assert jax.jit(jax.vmap(jax.grad(loss, 3)))(*none).shape == (0, 2, 7, 2)
+
+
+def test_recompute_concerns_what_torch_records() -> None:
+    given = as_jax(inputs(7))
+    same(jax.jit(lambda *a: power_retention(*a, recompute=False))(*given), power_retention(*given))
+
+
 def test_refused_while_jax_traces() -> None:
     q, k, v, log_g = as_jax(inputs(7))
     with pytest.raises(vd.ArgumentError, match="^q has 3 heads and k has 2"):
@@ -190,11 +210,15 @@ def test_refused_while_jax_traces() -> None:
         jax.grad(lambda q: jax.grad(loss)(q, k, v, log_g).sum())(q)
     with pytest.raises(TypeError, match="forward-mode"):
         jax.jvp(lambda q: power_retention(q, k, v), (q,), (q,))
-    for options in ({"output_final_state": True}, {"recompute": True}):
+    for options in ({"output_final_state": True}, {"initial_state": 3}):
         with pytest.raises(
             vd.UnsupportedError, match="^q, k or v is traced by JAX, where initial_state.* are not served yet; call it outside of jit"
         ):
             jax.jit(lambda q, options=options: power_retention(q, k, v, **options))(q)
+    with pytest.raises(vd.ArgumentTypeError, match="^q: dtype 'bool' is not known"):
+        jax.jit(power_retention)(q.astype(bool), k, v)
+    with pytest.raises(vd.ArgumentTypeError, match="^k: builtins.list is not an array"):
+        jax.jit(lambda q: power_retention(q, k.tolist(), v))(q)
 
 
 @pytest.mark.parametrize("error", [ValueError("planted"), vd.OutOfMemoryError("planted"), KeyboardInterrupt("planted")])
@@ -255,6 +279,18 @@ same += [np.array_equal(sharded(*arrays), power_retention(*arrays))]
 loss = lambda f: lambda *a: (f(*a) ** 2).sum()
 for mine, exact in zip(*(jax.grad(loss(f), (0, 1, 2, 3))(*map(jax.numpy.asarray, arrays)) for f in (sharded, power_retention))):
     same += [np.allclose(mine, exact, rtol=1e-5, atol=1e-6) and float(abs(exact).max()) > 0]
+# Replicated beside what is cut: the outputs differ where any input does, and gradients of the copies add up.
+for cuts in ((None, "b", "b", "b"), ("b", None, None, None)):
+    some = [jax.numpy.asarray(x if cut else x[:1]) for x, cut in zip(arrays, cuts)]
+    mixed = jax.shard_map(power_retention, mesh=mesh, in_specs=tuple(P(cut) for cut in cuts), out_specs=P("b"))
+    whole = lambda *a: power_retention(*(x if cut else jax.numpy.concatenate([x, x]) for x, cut in zip(a, cuts)))
+    same += [np.array_equal(mixed(*some), whole(*some))]
+    for mine, exact in zip(*(jax.grad(loss(f), (0, 1, 2, 3))(*some) for f in (mixed, whole))):
+        same += [np.allclose(mine, exact, rtol=1e-5, atol=1e-5)]
+try:
+    jax.shard_map(lambda *a: power_retention(*a).sum(), mesh=mesh, in_specs=(P(), P(), P(), P("b")), out_specs=P())(*(x[:1] for x in arrays[:3]), arrays[3])
+except ValueError as error:
+    same += ["out_specs" in str(error)]
 print(same)
 """
 
@@ -270,10 +306,27 @@ def test_an_export_runs_in_another_process_and_shard_map_over_batch_and_heads(tm
     np.save(tmp_path / "y.npy", power_retention(*arrays))
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     ran = subprocess.run([sys.executable, "-c", ELSEWHERE, tmp_path], capture_output=True, text=True, env=environment, check=False)
-    assert ran.stdout == f"{[True] * 6}\n", ran.stderr[-3000:]
+    assert ran.stdout == f"{[True] * 17}\n", ran.stderr[-3000:]
 
 
 def test_a_program_names_no_object_of_this_process() -> None:
     text = jax.jit(power_retention).lower(*as_jax(inputs(7))).as_text()
     asked = json.loads(text.partition('asked = "')[2].partition('"}')[0].replace("\\22", '"').replace('\\"', '"'))
     assert asked["call"] == "vidrial.kernels.power_retention.traced:PLAIN" and asked["inputs"] == ["q", "k", "v", "log_g"]
+
+
+@pytest.mark.parametrize(("scale", "said"), [(np.float32(2), None), ([2], "scale is a list"), (jnp.float32(2), "scale is a ArrayImpl")])
+def test_an_option_is_what_a_program_can_hold(scale: Any, said: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Any] = []
+    monkeypatch.setattr(
+        sys.modules[__name__], "GEMM", traced.Traceable(gemm.op, lambda s, o: seen.append(o) or gemm_asks(s, o), gemm_on_cpu)
+    )
+    traced._traceable.cache_clear()
+    call = jax.jit(lambda a: traced.traced(f"{__name__}:GEMM", {"a": a, "b": a}, scale=scale)["c"])
+    if said is None:
+        same(call(jnp.ones((16, 32), jnp.float16)), jnp.full((16, 16), 32, jnp.float16))
+        assert type(seen[0]["scale"]) is float
+    else:
+        with pytest.raises(vd.ArgumentTypeError, match=f"^{said}; accepted of an option"):
+            call(jnp.ones((16, 32), jnp.float16))
+    traced._traceable.cache_clear()

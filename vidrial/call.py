@@ -158,7 +158,8 @@ def prepare(op: Op[P, C], problem: P, index: int | None = None, **fixed: object)
         The config that such calls take.
 
     Raises:
-        ArgumentError: a name in `fixed` is no choice of the op's. ToolchainError, CompileError, LaunchError: it cannot be built.
+        ArgumentError: a name in `fixed` is no choice of the op's. ToolchainError, CompileError, LaunchError: there is no GPU, or it cannot be
+            built.
     """
     _check_own(op, fixed)
     if index is None:
@@ -176,9 +177,11 @@ def prepare_many(op: Op[P, C], problems: Iterable[P], index: int | None = None, 
         The config of each.
 
     Raises:
-        Those of `prepare`.
+        Those of `prepare`. ArgumentTypeError: `problems` is one problem.
     """
     _check_own(op, fixed)
+    if not isinstance(problems, Iterable):
+        raise ArgumentTypeError(f"problems is a {type(problems).__name__}; accepted: several of them, as [problem]")
     asked, device, choices = list(problems), Device.current(index), tuple(fixed.items())
     sources = {}
     for problem in asked:

@@ -268,10 +268,12 @@ def load(path: str | Path) -> Losses | Curve:
     Raises:
         ArgumentError: there is no such file, or it holds neither.
     """
+    # NOTE: of what is no zip NumPy makes one array, or advises to unpickle it.
+    if Path(path).is_file() and not zipfile.is_zipfile(path):
+        raise ArgumentError(f"{path} is no .npz; accepted: losses [windows, length] by that name, or what Curve.save writes")
     try:
-        with open(path, "rb") as opened:
-            file = np.load(opened, allow_pickle=False)
-            held = {name: file[name] for name in file.files} if isinstance(file, np.lib.npyio.NpzFile) else {}
+        with np.load(path, allow_pickle=False) as file:
+            held = {name: file[name] for name in file.files}
     except FileNotFoundError:
         raise ArgumentError(f"{path}: no such file") from None
     except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:

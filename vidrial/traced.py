@@ -13,17 +13,17 @@ import math
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from functools import cache, lru_cache, partial
+from functools import cache, lru_cache
 from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 
 from vidrial.device import Device
 from vidrial.dtypes import DType
-from vidrial.errors import ArgumentError, UnsupportedError
+from vidrial.errors import ArgumentError, ArgumentTypeError, UnsupportedError
 from vidrial.host.plan import predicted_plan
 from vidrial.runtime import xla
-from vidrial.runtime.arrays import CPU, ArraySpec, contiguous_strides
+from vidrial.runtime.arrays import CPU, ArraySpec, contiguous_strides, library_of
 from vidrial.runtime.inputs import check_inputs
 from vidrial.runtime.plan import CudaPlan, Workspace
 from vidrial.spec.op import ALIGNMENT, Buffer, Op
@@ -31,7 +31,7 @@ from vidrial.spec.registry import reference_of, resolve
 from vidrial.tune.codec import decode, encode
 from vidrial.tune.pick import choose_config
 
-__all__ = ["Asked", "Traceable", "is_traced", "register", "traced"]
+__all__ = ["Asked", "Traceable", "alike", "is_traced", "register", "traced"]
 
 TARGET = "vidrial"  # the custom call's name in XLA's programs
 Options: TypeAlias = tuple[tuple[str, Any], ...]  # (name, value), of numbers, bools, strings, None, and tuples of these
@@ -114,12 +114,46 @@ def traced(path: str, arrays: Arrays, **options: Any) -> dict[str, Any]:
         options: numbers, bools, strings, None, and tuples of these, for the Traceable's functions or the op's `problem_of`.
 
     Raises:
-        ArgumentError, ArgumentTypeError, UnsupportedError: the op does not serve such arrays.
+        ArgumentError, ArgumentTypeError, UnsupportedError: the op does not serve such arrays, or an option is none of these.
     """
-    names, asked = tuple(arrays), tuple(options.items())
+    names, asked = tuple(arrays), tuple((name, _plain(name, value)) for name, value in options.items())
     outputs = _outputs(path, _specs(arrays), asked)
-    found = _mappable(path, names, asked)(*arrays.values())
+    found = _mappable(path, names, asked)(*alike(arrays).values())
     return dict(zip(outputs, found, strict=True))
+
+
+def alike(arrays: Arrays) -> dict[str, Any]:
+    """The arrays, inside shard_map varying over every axis of the mesh over which one of them does, as their results do.
+
+    A function with a gradient of its own takes them so: JAX then adds up what the copies of a replicated array get.
+
+    Raises:
+        ArgumentTypeError: one is no array of JAX or NumPy.
+    """
+    for name, x in arrays.items():
+        if (library := _library(name, x)) not in ("jax", "numpy"):
+            raise ArgumentTypeError(f"{name} is a {library} array among those that JAX traces; accepted: arrays of JAX and NumPy")
+    wanted = {axis: None for x in arrays.values() for axis in _axes(x)}
+    return {name: _varying(x, tuple(axis for axis in wanted if axis not in _axes(x))) for name, x in arrays.items()}
+
+
+def _library(name: str, x: Any) -> str:
+    try:
+        return library_of(x)
+    except ArgumentTypeError as error:
+        raise ArgumentTypeError(f"{name}: {error}") from None
+
+
+def _plain(name: str, value: Any) -> Any:
+    """An option as a program's text holds it."""
+    if isinstance(value, np.generic):
+        return value.item()
+    if isinstance(value, tuple):
+        return tuple(_plain(name, x) for x in value)
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    kind = "traced by JAX" if is_traced([value]) else f"a {type(value).__name__}"
+    raise ArgumentTypeError(f"{name} is {kind}; accepted of an option under JAX's jit: a number, bool, string, None, or a tuple of these")
 
 
 def is_traced(arrays: Iterable[object]) -> bool:
@@ -129,7 +163,17 @@ def is_traced(arrays: Iterable[object]) -> bool:
 
 
 def _specs(arrays: Arrays) -> tuple[tuple[str, ArraySpec], ...]:
-    return tuple((name, _spec(tuple(x.shape), DType.of(x.dtype))) for name, x in arrays.items())
+    found = []
+    for name, x in arrays.items():
+        try:
+            found.append((name, _spec(tuple(x.shape), DType.of(x.dtype))))
+        except ArgumentTypeError as error:
+            raise ArgumentTypeError(f"{name}: {error}") from None
+        if not all(isinstance(n, int) for n in x.shape):
+            raise UnsupportedError(
+                f"{name} has shape [{', '.join(map(str, x.shape))}]; accepted under JAX's export: sizes that are numbers"
+            )
+    return tuple(found)
 
 
 @lru_cache(maxsize=4096)
@@ -190,7 +234,10 @@ def _mappable(path: str, names: tuple[str, ...], options: Options) -> Any:
             return found, (True,) * len(found)
         whole = [x if is_mapped else jnp.broadcast_to(x, (size, *x.shape)) for x, is_mapped in zip(arrays, mapped, strict=True)]
         found = call(*(x.reshape(size * x.shape[1], *x.shape[2:]) for x in whole))
-        return tuple(y.reshape(size, y.shape[0] // size, *y.shape[1:]) for y in found), (True,) * len(found)
+        once_asked = _outputs(
+            path, _specs({name: jax.ShapeDtypeStruct(x.shape[1:], x.dtype) for name, x in zip(names, whole, strict=True)}), options
+        )
+        return tuple(y.reshape(size, *b.shape) for y, b in zip(found, once_asked.values(), strict=True)), (True,) * len(found)
 
     call = custom_vmap(one)
     call.def_vmap(several)
@@ -207,9 +254,8 @@ def _call(path: str, arrays: dict[str, Any], options: Options) -> tuple[Any, ...
     specs = _specs(arrays)
     outputs = _outputs(path, specs, options)
     shapes = [jax.ShapeDtypeStruct(b.shape, getattr(jnp, b.dtype.label)) for b in outputs.values()]
-    if any(0 in s.shape for s in shapes) or any(0 in spec.shape for _, spec in specs):
-        # XLA gives an array without elements no address.
-        return tuple(jnp.zeros(s.shape, s.dtype) for s in shapes)
+    if all(0 in s.shape for s in shapes):
+        return tuple(_varying(jnp.zeros(s.shape, s.dtype), _axes(next(iter(arrays.values())))) for s in shapes)
     register()
 
     def on_cpu(*given: Any) -> tuple[Any, ...]:
@@ -222,7 +268,8 @@ def _call(path: str, arrays: dict[str, Any], options: Options) -> tuple[Any, ...
 
     given = tuple(arrays.values())
     found: tuple[Any, ...] = jax.lax.platform_dependent(*given, cpu=on_cpu, cuda=on_gpu) if _gpus() else on_cpu(*given)
-    return _varying(found, given[0])
+    # JAX takes the results for the same everywhere.
+    return tuple(_varying(y, _axes(given[0])) for y in found)
 
 
 def _on_gpu(path: str, specs: tuple[tuple[str, ArraySpec], ...], options: Options, device: Device) -> tuple[str, int]:
@@ -234,17 +281,22 @@ def _on_gpu(path: str, specs: tuple[tuple[str, ArraySpec], ...], options: Option
     return json.dumps(asked, sort_keys=True), Workspace(op, problem, config).bytes + ALIGNMENT
 
 
-def _varying(found: tuple[Any, ...], like: Any) -> tuple[Any, ...]:
-    """Inside shard_map: that the outputs differ over the axes of the mesh over which an input does. JAX takes them for the same everywhere."""
+def _axes(x: Any) -> tuple[str, ...]:
+    """Inside shard_map: the axes of the mesh over which an array differs."""
     import jax
 
     # NOTE: later versions of JAX call it by other names.
-    seen: Any = jax.typeof(like) if hasattr(jax, "typeof") else None
-    axes = tuple(seen.manual_axis_type.varying if hasattr(seen, "manual_axis_type") else getattr(seen, "vma", ()))
+    seen: Any = jax.typeof(x) if hasattr(jax, "typeof") else None
+    return tuple(seen.manual_axis_type.varying if hasattr(seen, "manual_axis_type") else getattr(seen, "vma", ()))
+
+
+def _varying(x: Any, axes: tuple[str, ...]) -> Any:
+    """The array, differing over these axes, too."""
+    import jax
+
     if not axes:
-        return found
-    vary = partial(jax.lax.pcast, to="varying") if hasattr(jax.lax, "pcast") else jax.lax.pvary
-    return tuple(vary(y, axes) for y in found)
+        return x
+    return jax.lax.pcast(x, axes, to="varying") if hasattr(jax.lax, "pcast") else jax.lax.pvary(x, axes)
 
 
 @cache
@@ -277,7 +329,7 @@ def _run_on_cpu(call: xla.Call) -> None:
     options = {name: tuple(value) if isinstance(value, list) else value for name, value in asked["options"].items()}
     made = _traceable(asked["call"]).on_cpu({name: views[name] for name in asked["inputs"]}, options)
     for name in asked["outputs"]:
-        views[name].view(np.uint8)[...] = np.ascontiguousarray(made[name]).view(np.uint8)
+        views[name].reshape(-1).view(np.uint8)[...] = np.ascontiguousarray(made[name]).reshape(-1).view(np.uint8)
 
 
 def _view(x: xla.Operand) -> Any:
@@ -285,6 +337,8 @@ def _view(x: xla.Operand) -> Any:
     from jax.numpy import dtype  # NOTE: of ml_dtypes, too, which NumPy's own names lack
 
     size = math.prod(x.shape) * x.dtype.bytes
+    if not size:  # XLA gives it no address
+        return np.empty(x.shape, dtype(x.dtype.label))
     memory = memoryview((ctypes.c_char * size).from_address(x.pointer))
     return np.frombuffer(memory, dtype(x.dtype.label)).reshape(x.shape)
 

@@ -249,7 +249,9 @@ def flops_of(o: argparse.Namespace) -> None:
 def generate(o: argparse.Namespace) -> None:
     """The likeliest bytes after a prompt: from the states, at a constant size, or recomputed where attention is softmax."""
     model = read(o.model) if o.model else toy()
-    text = torch.tensor([list(o.prompt.encode())])
+    text = torch.tensor([list(o.prompt.encode())], dtype=torch.int64)
+    if not text.numel():
+        raise vd.ArgumentError("--prompt is empty; accepted: at least one byte, from which the model goes on")
     began, states = time.monotonic(), 0
     with torch.no_grad():
         if "vidrial" in model.config:
@@ -267,6 +269,17 @@ def generate(o: argparse.Namespace) -> None:
     print(f"({o.tokens / (time.monotonic() - began):.0f} bytes/s; {kept})", file=sys.stderr)
 
 
+def count(text: str) -> int:
+    """An argument that counts something.
+
+    Raises:
+        ValueError: it is none.
+    """
+    if (found := int(text)) < 1:
+        raise ValueError(f"{found} is not at least 1")
+    return found
+
+
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     top = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
@@ -280,17 +293,17 @@ def parser() -> argparse.ArgumentParser:
 
     one = command("demo", demo)
     one.add_argument("--layerwise", type=int, default=40, help="steps layer by layer")
-    one.add_argument("--steps", type=int, default=30, help="steps end to end")
+    one.add_argument("--steps", type=count, default=30, help="steps end to end")
     one = command("train", train_one)
     one.add_argument("--mixer", default="softmax", help="softmax, window:16, degree1, power:2, power:4")
-    one.add_argument("--steps", type=int)
+    one.add_argument("--steps", type=count)
     one.add_argument("--out", required=True, help="folder of the model")
     one = command("metamorphose", metamorphose_one)
     one.add_argument("model", help="folder of a softmax model")
     one.add_argument("--degree", type=int, default=2)
     one.add_argument("--gates", type=float, nargs=2, default=[12.0, 128.0], metavar="TOKENS", help="shortest and longest memory of heads")
     one.add_argument("--layerwise", type=int, help="steps layer by layer")
-    one.add_argument("--steps", type=int, help="steps end to end")
+    one.add_argument("--steps", type=count, help="steps end to end")
     one.add_argument("--out", required=True, help="folder of the model")
     one = command("curves", curves)
     one.add_argument("models", nargs="+", help="folders")
@@ -299,7 +312,7 @@ def parser() -> argparse.ArgumentParser:
     one = command("generate", generate)
     one.add_argument("model", nargs="?", help="folder; the softmax model that comes along if none is given")
     one.add_argument("--prompt", default="def main(")
-    one.add_argument("--tokens", type=int, default=100)
+    one.add_argument("--tokens", type=count, default=100)
     one = command("results", results)
     one.add_argument("--work", default="build/charlm", help="folder of the models")
     return top
@@ -308,6 +321,8 @@ def parser() -> argparse.ArgumentParser:
 if __name__ == "__main__":
     given = parser().parse_args()
     try:
+        if PRESETS[given.preset].device != "cpu" and not torch.cuda.is_available():
+            raise vd.ToolchainError(f"--preset {given.preset} needs a GPU, and torch finds none; accepted: cpu")
         given.run(given)
     except vd.VidrialError as error:
         sys.exit(f"{type(error).__name__}: {error}")

@@ -211,9 +211,10 @@ def fresh(config: dict[str, Any], seed: int = 0) -> Decoder:
 def with_mixer(model: Decoder, mixer: str) -> Decoder:
     """A model with another mixer in every layer: `softmax`, `window:16`, `degree1`, `power:2` or `power:4`; what it is stays in its config."""
     kind, _, number = mixer.partition(":")
-    if kind == "power":
+    counted = number.isdecimal() and int(number) > 0
+    if kind == "power" and (counted or not number):
         return metamorphose(model, degree=int(number or 2))
-    if kind not in ("softmax", "window", "degree1") or (kind == "window") != number.isdecimal():
+    if kind not in ("softmax", "window", "degree1") or (not counted if kind == "window" else number):
         raise vd.ArgumentError(f"mixer {mixer!r} is not known; accepted: softmax, window:16, degree1, power:2, power:4")
     layers: Any = model.model.layers
     for attention in (layer.self_attn for layer in layers):

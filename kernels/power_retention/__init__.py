@@ -103,12 +103,14 @@ def power_retention(
         CompileError, LaunchError, ToolchainError: the kernel could not be built or launched.
     """
     inputs = (q, k, v) if log_g is None else (q, k, v, log_g)
+    if recompute is not None:
+        gradient.check_recompute(recompute)
     if dispatching(q):
         if initial_state is None and output_final_state is False:
             return in_torch.call(inputs, target, degree=degree, scale=scale, normalize=normalize, chunk=chunk)
         in_torch.refuse_states()
     place = current_target(target)
-    if recompute is not None or initial_state is not None or output_final_state is not False:
+    if initial_state is not None or output_final_state is not False or (recompute is not None and gradient.records(*inputs)):
         return _with_state(inputs, gradient.Options(degree, scale, normalize, chunk, place, recompute), initial_state, output_final_state)
     try:
         key, pointers = signature_of(inputs, NAMES)
@@ -137,7 +139,7 @@ def _with_state(inputs: tuple[Any, ...], o: gradient.Options, state: PowerState[
     gradient.check_states(o, state, output_final_state)
     if is_traced(inputs):
         raise UnsupportedError(
-            "q, k or v is traced by JAX, where initial_state, output_final_state and recompute are not served yet; call it outside of jit, "
+            "q, k or v is traced by JAX, where initial_state and output_final_state are not served yet; call it outside of jit, "
             "grad and vmap (power_retention_vjp gives the gradients there)"
         )
     tensors = inputs if state is None else (*inputs, state.S, state.Z)

@@ -251,11 +251,20 @@ def check_states(o: Options, state: Any, output_final_state: Any) -> None:
         raise ArgumentError(f"output_final_state={output_final_state!r} is not served; accepted: True, False")
     if state is not None:
         _check_kind("initial_state", state)
-    if o.recompute is not None and not isinstance(o.recompute, bool | np.bool_):
-        raise ArgumentError(f"recompute={o.recompute!r} is not served; accepted: None, True, False")
+    check_recompute(o.recompute)
     for name, asked in (("initial_state", state is not None), ("output_final_state", output_final_state)):
         if asked and o.degree != 2:
             raise UnsupportedError(f"{name} with degree={o.degree}: only degree 2 has a state small enough")
+
+
+def check_recompute(value: Any) -> None:
+    """Refuse what is neither None nor a bool.
+
+    Raises:
+        ArgumentError: it is not.
+    """
+    if value is not None and not isinstance(value, bool | np.bool_):
+        raise ArgumentError(f"recompute={value!r} is not served; accepted: None, True, False")
 
 
 def _check_kind(name: str, state: Any) -> None:

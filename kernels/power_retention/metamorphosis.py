@@ -244,7 +244,8 @@ def _attend(
     q, k, v = (getattr(attention, name)(hidden).unflatten(-1, (-1, one.d)) for name in PROJECTIONS[:3])
     if hasattr(attention, "q_norm"):
         q, k = attention.q_norm(q), attention.k_norm(k)
-    cos, sin = (x.reshape(-1, q.shape[1], 1, one.d) for x in position_embeddings)
+    # NOTE: of no tokens torch cannot tell how many batches there are.
+    cos, sin = (x.reshape(-1 if x.numel() else 1, q.shape[1], 1, one.d) for x in position_embeddings)
     q, k = (x * cos + torch.cat((-x[..., one.d // 2 :], x[..., : one.d // 2]), -1) * sin for x in (q, k))
     if torch.is_autocast_enabled(q.device.type):
         q, k, v = (x.to(torch.get_autocast_dtype(q.device.type)) for x in (q, k, v))
@@ -309,7 +310,7 @@ def _only(output: Any) -> Any:
 
 def _attentions(model: Any) -> list[Any]:
     """Every `self_attn`, in the order of the model's layers."""
-    found = [module.self_attn for module in model.modules() if hasattr(module, "self_attn")]
+    found = [module.self_attn for module in model.modules() if hasattr(module, "self_attn")] if hasattr(model, "modules") else []
     if not found:
         raise ArgumentError(
             f"model: a {type(model).__name__} has no layer with a self_attn; accepted: one with {', '.join(PROJECTIONS)} in it"

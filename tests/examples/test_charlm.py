@@ -255,3 +255,16 @@ def test_the_recipe_does_what_the_pages_say(one_thread: None) -> None:
     assert text.loss(taught(gates=(1000, 1000))) > layered + 0.25  # +0.56
     nothing = metamorphose(lab.fresh(CPU.config))
     assert lab.train(nothing, text, 26, lr, 10, seed=9).losses[26] > before + 0.8
+
+
+def test_what_no_command_can_do(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(ArgumentError, match="--prompt is empty"):
+        run("generate", "--prompt", "")
+    for words in (("train", "--out", tiny / "model", "--steps", "-1"), ("generate", "--tokens", "0")):
+        with pytest.raises(SystemExit):
+            run(*words)
+        assert "invalid count value" in capsys.readouterr().err
+    assert not (tiny / "model").exists()
+    for mixer in ("window:0", "power:two", "softmax:3"):
+        with pytest.raises(ArgumentError, match=f"^mixer '{mixer}' is not known"):
+            run("train", "--out", tiny / "model", "--mixer", mixer)

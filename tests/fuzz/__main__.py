@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import math
 import sys
 import time
 
@@ -32,8 +33,8 @@ def main() -> int:
     parser.add_argument("--family", choices=sorted(FAMILIES), action="append", help="of the host target: these alone, in turn")
     parser.add_argument("--stop", type=int, default=5, help="failures after which to end (default 5)")
     asked = parser.parse_args()
-    if asked.minutes <= 0 or asked.stop < 1 or (asked.cases is not None and asked.cases < 1):
-        parser.error("--minutes, --cases and --stop must be positive")
+    if not 0 < asked.minutes < math.inf or asked.stop < 1 or asked.seed < 0 or (asked.cases is not None and asked.cases < 1):
+        parser.error("--minutes, --cases and --stop must be positive, --seed not negative")
     targets = ("host",) if asked.family else {"both": ("cuda", "host")}.get(asked.target, (asked.target,))
     families = asked.family or [None]
     until, counts, failures = time.monotonic() + 60 * asked.minutes, dict.fromkeys(targets, 0), 0

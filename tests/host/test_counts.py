@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 import numpy as np
 import pytest
+from power_states import draw_state
 
 from vidrial.device import Device
 from vidrial.dtypes import DType
@@ -391,7 +392,25 @@ def test_every_kernel_has_had_its_cost_counted() -> None:
         if power_retention.reject(problem, config, H200) is None
     ]
     for kernel in power_retention.kernels:
-        assert sum(kernel.name in launched for launched in names) >= 2, kernel.name
+        assert sum(kernel.name in launched for launched in names) >= 2 or kernel is scan.power_states, kernel.name
+
+
+@pytest.mark.parametrize("gated", [False, True])
+def test_costs_with_states_are_what_is_counted(gated: bool) -> None:
+    """A state comes before the first token, and the one behind the last is asked for: power_states, too."""
+    launched = []
+    for sizes in SIZES[:3]:
+        plain = example(**sizes, gated=gated)
+        problem, arrays = dataclasses.replace(plain, initial=True, final=True), power_retention.sample(plain, 0)
+        arrays |= {f"initial_{name}": x.astype(np.float32) for name, x in zip("sz", draw_state(1, arrays), strict=True)}
+        op = dataclasses.replace(power_retention, sample=lambda p, seed, arrays=arrays: arrays)
+        for config in (NARROW, WIDE):
+            if op.reject(problem, config, H200) is None:
+                stats = run(op, problem, config, "accesses")
+                for stage in op.stages(problem, config):
+                    assert disagreements(stage, stats[stage.kernel.name], cost_of(stage)) == []
+                    launched.append(stage.kernel.name)
+    assert launched.count("power_states") >= 2
 
 
 def wrong_attends() -> dict[str, Callable[[Stage, Cost], Cost]]:

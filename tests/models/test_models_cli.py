@@ -169,3 +169,20 @@ def test_icl_of_losses_by_position(run, tmp_path: Path) -> None:
 def test_numbers_and_lengths_as_they_are_read() -> None:
     assert [metric(x) for x in (0.5, 999, 1536, 26.424e9, 3e12, 5e15)] == ["0.5", "999", "1.54 k", "26.4 G", "3 T", "5e+03 T"]
     assert [length_name(t) for t in (1000, 1024, 102400, 2**20, 3 * 2**19)] == ["1000", "1k", "100k", "1M", "1536k"]
+
+
+def test_a_picture_is_a_png_whatever_its_name(run, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    held = tmp_path / "losses.npz"
+    np.savez(held, losses=np.random.default_rng(0).random((4, 64)))
+    for words in (("flops", "gpt2", "--t", "1k"), ("icl", held)):
+        picture = tmp_path / "picture.txt"
+        assert run(*words, "--png", picture)[0] == 0
+        assert picture.read_bytes().startswith(b"\x89PNG")
+        picture.unlink()
+
+
+def test_nan_is_no_amount(run) -> None:
+    for words in (("icl", "losses.npz", "--low"), ("check", "power_retention", "--minutes"), ("sweep", "power_retention", "--seconds")):
+        code, _, err = run(*words, "nan")
+        assert code == 2 and "nan is no number" in err

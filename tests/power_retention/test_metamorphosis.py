@@ -177,6 +177,22 @@ class Transformers(nn.Module):
         return self.o_proj(y.transpose(1, 2).flatten(-2)), None
 
 
+def test_what_is_no_module_is_refused() -> None:
+    for call in (lambda: metamorphose(3), lambda: distill_layers(metamorphose(model_of()), None, [], 1, 1e-3)):
+        with pytest.raises(ArgumentError, match=r"model: a \w+ has no layer with a self_attn"):
+            call()
+
+
+def test_an_empty_prompt_leaves_an_empty_state() -> None:
+    model = metamorphose(model_of())
+    with torch.no_grad(), carry_states(model) as states:
+        model(tokens(t=0))
+        assert all(one is not None and not one.S.any() and not one.Z.any() for one in states)
+        y = model(tokens(), start=0)
+    with torch.no_grad():
+        assert torch.allclose(y, model(tokens()), atol=1e-5)
+
+
 def test_an_attention_called_as_transformers_do() -> None:
     ours = model_of()
     theirs = copy.deepcopy(ours)
@@ -194,9 +210,11 @@ def test_an_attention_called_as_transformers_do() -> None:
         set_interpolate(theirs, share)
         assert attention(hidden_states=x, position_embeddings=positions)[1] is None
     set_interpolate(theirs, 0)
-    with pytest.raises(UnsupportedError, match="attention_mask: padding is not served"):
-        attention(hidden_states=x, position_embeddings=positions, attention_mask=torch.ones(2, 9))
-    with pytest.raises(UnsupportedError, match="past_key_values: keys are not kept; pass use_cache=False"):
+    masked = attention(hidden_states=x, position_embeddings=positions, attention_mask=torch.ones(2, 9))
+    assert torch.equal(masked[0], wanted)
+    with pytest.raises(UnsupportedError, match="attention_mask: 3 dimensions"):
+        attention(hidden_states=x, position_embeddings=positions, attention_mask=torch.ones(2, 9, 9))
+    with pytest.raises(UnsupportedError, match=r"past_key_values: this cache keeps keys; pass power_cache\(model\)"):
         attention(hidden_states=x, position_embeddings=positions, past_key_values=object())
     with pytest.raises(ArgumentError, match="position_embeddings: power retention is called as softmax attention was"):
         attention(hidden_states=x)

@@ -174,8 +174,8 @@ def test_a_broken_rule_says_so(device: Device, case: str) -> None:
 
 
 UNSERVED: dict[str, tuple[dict[str, Any], str]] = {
-    "float32": ({"dtype": "float32"}, "dtype float32 is not served; accepted: bfloat16, float16"),
-    "int32": ({"dtype": "int32"}, "dtype int32 is not served"),
+    "float32": ({"dtype": "float32"}, "q: dtype float32 is not served; accepted: bfloat16, float16"),
+    "int32": ({"dtype": "int32"}, "q: dtype int32 is not served"),
     "d": ({"d": 77}, "D=77 is not served; accepted: 32, 64, 128. Pad with zeros"),
     "d = 0": ({"d": 0}, "D=0 is not served"),
     "d below 0": ({"d": -64}, "D=-64 is not served"),

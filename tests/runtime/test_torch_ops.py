@@ -225,6 +225,24 @@ def test_vmap_joins_the_batch() -> None:
     assert all(torch.allclose(a, b, atol=1e-4) for a, b in zip(found, exact, strict=True))
 
 
+def test_a_map_over_none_has_the_shapes_of_one() -> None:
+    none = [torch.stack([x, x])[:0].requires_grad_() for x in draw(5)]
+    y = torch.vmap(power_retention)(*none)
+    assert y.shape == (0, 1, 5, 4, 64) and y.requires_grad
+    assert [g.shape for g in torch.autograd.grad(y.sum(), none)] == [x.shape for x in none]
+
+
+def test_a_trace_of_torch_jit_holds_the_call_and_not_its_result() -> None:
+    for call, count in ((power_retention, 4), (flash_attention, 3)):
+        program = torch.jit.trace(lambda *x, call=call: call(*x), tuple(draw(5)[:count]), check_trace=False)
+        other = draw(9)[:count]
+        assert torch.equal(program(*other), call(*other))
+    traced = torch.jit.trace(lambda *x: power_retention(*x), tuple(draw(5, grad=True)), check_trace=False)
+    x = draw(7, grad=True)
+    found, exact = (torch.autograd.grad(made(*x).square().sum(), x) for made in (traced, power_retention))
+    assert all(torch.equal(a, b) for a, b in zip(found, exact, strict=True))
+
+
 # ------------------------------------------------------------------------------------------------------------ refused
 
 
@@ -249,6 +267,12 @@ def test_what_is_not_served_is_refused_by_name() -> None:
             with pytest.raises(vd.UnsupportedError, match="forward-mode"):
                 torch.ops.vidrial.power_retention(torch.autograd.forward_ad.make_dual(q, plain[0]), *plain[1:])
     with torch.autocast("cpu", dtype=torch.bfloat16):
+        with pytest.raises(vd.ArgumentTypeError, match=r"^k is a numpy\.ndarray among torch's tensors"):
+            power_retention(plain[0], plain[1].numpy(), *plain[2:])
+        with pytest.raises(vd.ArgumentTypeError, match=r"^k is None; accepted: torch\.Tensor"):
+            power_retention(plain[0], None, *plain[2:])
+        with pytest.raises(vd.ArgumentError, match=r"^recompute='no' is not served"):
+            power_retention(*plain, recompute="no")
         with pytest.raises(vd.ArgumentTypeError, match=r"^power_retention: q: dtype 'float64' is not known; accepted: bfloat16"):
             power_retention(plain[0].double(), *plain[1:])
         with pytest.raises(vd.ArgumentTypeError, match="^q: dtype int32 is not served; accepted: bfloat16, float16, float32"):
@@ -272,8 +296,10 @@ def test_what_is_not_served_is_refused_by_name() -> None:
             lambda q, k, v, g: power_retention(q, k, v, g, output_final_state=True)[0],
             r"initial_state and output_final_state are not compiled",
         ),
+        (lambda q, k, v, g: power_retention(q, k, v, g, scale=np.float32(0.5)), r"scale is no constant under torch\.compile"),
+        (lambda q, k, v, g: power_retention(q, k, v, g, recompute="no"), r"recompute='no' is not served"),
     ],
-    ids=["shape", "dtype", "degree", "no backward", "state"],
+    ids=["shape", "dtype", "degree", "no backward", "state", "an option of NumPy", "recompute"],
 )
 def test_what_a_graph_cannot_hold_is_refused_while_it_is_made(call: Callable[..., Any], said: str) -> None:
     with pytest.raises(Exception, match=f"(?s){said}") as raised:
@@ -310,7 +336,7 @@ def test_an_op_of_a_user() -> None:
     backward = replace(backward, inputs=vector("dy"), outputs=vector("dx"))
     op = own_op("tripled", problem_of=tripled_of, backward=backward)
     known = vd.torch_op(op, run_tripled)
-    assert known == "tripled y" and vd.torch_op(op) == known
+    assert known == "tripled y|x factor" and vd.torch_op(op) == known
     x = torch.randn(7, requires_grad=True)
     function = lambda x: vd.call_op(op, {"x": x}, factor=2.5)["y"]  # noqa: E731
     for call in (function, compiled(function, dynamic=True)):
@@ -327,7 +353,7 @@ def test_an_op_of_a_user() -> None:
     with pytest.raises(vd.UnsupportedError, match=r"^x requires a gradient, which elsewhere_backward does not compute \(it gives d_x\)"):
         vd.call_op(own_op("elsewhere", problem_of=tripled_of, backward=other), {"x": x}, factor=2.5)
     # Another op of this name has a name of its own.
-    assert vd.torch_op(own_op("tripled", problem_of=tripled_of), run_tripled) == "tripled_2 y"
+    assert vd.torch_op(own_op("tripled", problem_of=tripled_of), run_tripled) == "tripled_2 y|x factor"
 
 
 def of_shape(x: vd.ArraySpec, shape: tuple[int, ...]) -> fake_op.Problem:
@@ -355,6 +381,48 @@ def not_annotated(x) -> fake_op.Problem:  # type: ignore[no-untyped-def]
 def test_a_problem_that_cannot_be_made_of_tensors(problem_of: Any, said: str) -> None:
     with pytest.raises(vd.ArgumentError, match=said):
         vd.torch_op(own_op("odd", problem_of=problem_of))
+
+
+def of_factor(default: Any) -> Callable[..., fake_op.Problem]:
+    def problem_of(x: vd.ArraySpec, factor: float = default) -> fake_op.Problem:
+        return fake_op.Problem(vd.DType.float32, x.shape[0], factor)
+
+    return problem_of
+
+
+def of_mode(x: vd.ArraySpec, mode: str = 'a"b') -> fake_op.Problem:
+    return fake_op.Problem(vd.DType.float32, x.shape[0], 1.0)
+
+
+def of_target(x: vd.ArraySpec, target: int = 3) -> fake_op.Problem:
+    return fake_op.Problem(vd.DType.float32, x.shape[0], 1.0)
+
+
+@pytest.mark.parametrize(
+    ("problem_of", "said"),
+    [
+        (of_factor(float("inf")), r"infinite: factor=inf of problem_of is a default that torch's schemas cannot hold"),
+        (of_mode, r"infinite: mode='a\"b' of problem_of is a default"),
+        (of_target, r"infinite: target of problem_of is what a call says where it runs with"),
+    ],
+    ids=["infinite", "a quote", "target"],
+)
+def test_what_torchs_schemas_cannot_hold(problem_of: Any, said: str) -> None:
+    for _ in range(2):
+        with pytest.raises(vd.ArgumentError, match=said):
+            vd.torch_op(own_op("infinite", problem_of=problem_of))
+        # With its gradients or not at all: what was refused is not half known at the next call.
+        with pytest.raises(vd.ArgumentError, match=said):
+            vd.torch_op(own_op("outer", problem_of=tripled_of, backward=own_op("infinite", problem_of=problem_of)))
+
+
+@pytest.mark.parametrize("name", ["class", "1st", "name", "__init__", "p\u00e9"])
+def test_a_name_that_torchs_schemas_do_not_have(name: str) -> None:
+    known = vd.torch_op(own_op(name, problem_of=of_factor(np.float32(0.5))), run_tripled)
+    call = lambda **options: vd.call_torch_op(known, {"x": torch.ones(3)}, None, options)["y"]  # noqa: E731
+    assert torch.equal(call(), torch.full((3,), 0.5)) and torch.equal(call(factor=2.0), torch.full((3,), 2.0))
+    with pytest.raises(vd.ArgumentError, match="nope is no input or option of it; accepted: x, factor"):
+        call(nope=1)
 
 
 # ------------------------------------------------------------------------------------------------------ host time

@@ -70,6 +70,16 @@ def vidrial() -> None:
     """
 
 
+class Amount(click.FloatRange):
+    """A number in a range, which nan is not, although it is neither below nor above."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        found = super().convert(value, param, ctx)
+        if found != found:
+            self.fail(f"{value} is no number.", param, ctx)
+        return found
+
+
 def op_command(name: str) -> Callable[[F], F]:
     """A command on an op: OP, then any of its keywords among the options."""
 
@@ -183,7 +193,7 @@ def compile_(reference: str, keywords: tuple[str, ...], arch: str | None, top: i
 
 
 @op_command("sweep")
-@click.option("--seconds", type=click.FloatRange(0, min_open=True), help="Time to take for each problem, about.")
+@click.option("--seconds", type=Amount(0, min_open=True), help="Time to take for each problem, about.")
 @click.option("--trials", type=click.IntRange(1), help="Configs to try at most.  [default: 64, or as many as --seconds allows]")
 @click.option("--exhaustive", is_flag=True, help="Try every legal config.")
 @click.option(
@@ -300,7 +310,7 @@ def analyse(reference: str, keywords: tuple[str, ...], arch: str | None, choices
 @target_option
 @config_option
 @click.option("--configs", type=click.IntRange(1), help="At most so many unlike configs.  [default: until every choice was made]")
-@click.option("--minutes", type=click.FloatRange(0), help="Begin nothing new after so many.  [default: 3, for pairs of choices 0.75]")
+@click.option("--minutes", type=Amount(0), help="Begin nothing new after so many.  [default: 3, for pairs of choices 0.75]")
 @click.option("--quick", is_flag=True, help="Values only, no sanitizers.")
 def check_(
     reference: str,
@@ -414,8 +424,8 @@ def flops(model: str, lengths: tuple[str, ...], mixers: tuple[str, ...], head: b
 @vidrial.command()
 @click.argument("losses", type=click.Path(path_type=Path))
 @click.option("--against", type=click.Path(path_type=Path), help="Another model's, of the same tokens: show the excess over it.")
-@click.option("--low", type=click.FloatRange(0), help="Tokens of context that the table and the fits begin at.")
-@click.option("--high", type=click.FloatRange(0), help="Tokens of context that they end at.")
+@click.option("--low", type=Amount(0), help="Tokens of context that the table and the fits begin at.")
+@click.option("--high", type=Amount(0), help="Tokens of context that they end at.")
 @click.option("--png", type=click.Path(dir_okay=False, path_type=Path), help="Also draw the curves as a PNG; needs matplotlib.")
 def icl(losses: Path, against: Path | None, low: float | None, high: float | None, png: Path | None) -> None:
     """Show what context is worth: loss by context, its slope per doubling with its error, and its knee, if there is one.

@@ -39,7 +39,7 @@ def write_balance_png(model: Model, rows: Sequence[Row], out: Path) -> Path:
     flops.legend(frameon=False, fontsize=8)
     figure.suptitle(f"{model.name}: {model.layers} layers of {model.layer_weights / 1e6:.1f} M weights", fontsize=9)
     with writing(out, "--png"):
-        figure.savefig(out)
+        figure.savefig(out, format="png")
     return out
 
 
@@ -64,5 +64,5 @@ def write_curves_png(curves: Mapping[str, Curve], out: Path) -> Path:
         axes.legend(frameon=False, fontsize=8)
     panels[-1].set(xlabel="tokens of context")
     with writing(out, "--png"):
-        figure.savefig(out)
+        figure.savefig(out, format="png")
     return out

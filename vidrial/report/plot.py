@@ -60,5 +60,5 @@ def write_png(trials: Sequence[PlainTrial], out: Path) -> Path:
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, fontsize=8)
     with writing(out, "--png"):
-        figure.savefig(out)
+        figure.savefig(out, format="png")
     return out

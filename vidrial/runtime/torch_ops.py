@@ -7,6 +7,8 @@ in eager mode never come here.
 from __future__ import annotations
 
 import inspect
+import keyword
+import math
 import re
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -16,6 +18,8 @@ from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType, NoneType, UnionType
 from typing import Any, TypeVar, Union, get_args, get_origin
+
+import numpy as np
 
 from vidrial.dtypes import DType
 from vidrial.errors import ArgumentError, ArgumentTypeError, UnsupportedError, VidrialError
@@ -41,11 +45,14 @@ def called_when_traced(function: F) -> F:
 
 
 def dispatching(x: object) -> bool:
-    """Whether a call of these tensors must go through the dispatcher: Dynamo traces it, autocast is on, or a mode of torch watches."""
+    """Whether a call of these tensors must go through the dispatcher: Dynamo or torch.jit traces it, autocast is on, or a mode of torch watches."""
     torch: Any = sys.modules.get("torch")
     # NOTE: while another thread imports torch, it has no compiler yet, and no array is its.
     if not hasattr(torch, "compiler") or not (
-        torch.compiler.is_dynamo_compiling() or torch._C._is_any_autocast_enabled() or torch._C._len_torch_dispatch_stack()
+        torch.compiler.is_dynamo_compiling()
+        or torch._C._is_any_autocast_enabled()
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._get_tracing_state() is not None
     ):
         return False
     return isinstance(x, torch.Tensor)
@@ -67,10 +74,23 @@ def call_torch_op(known: str, inputs: Mapping[str, Any], target: str | None, opt
     """The outputs by name of an op that `torch_op` calls `known`, by way of torch's dispatcher. Dynamo traces this.
 
     Raises:
-        Whatever the op refuses, under torch.compile as the cause of torch's own error.
+        ArgumentError: an input or an option is not known. ArgumentTypeError: an input is no tensor. Or whatever the op refuses. Under
+            torch.compile as the cause of torch's own error.
     """
-    name, *outputs = ready(known).split()
-    found = getattr(sys.modules["torch"].ops.vidrial, name).default(**inputs, **options, target=target)
+    made, _, accepted = ready(known).partition("|")
+    name, *outputs = made.split()
+    for key in (*inputs, *options):
+        if key not in accepted.split():
+            raise ArgumentError(f"{name}: {key} is no input or option of it; accepted: {', '.join(accepted.split())}")
+    torch = sys.modules["torch"]
+    for key, x in inputs.items():
+        if x is not None and not isinstance(x, torch.Tensor):
+            raise ArgumentTypeError(f"{key} is a {type(x).__module__}.{type(x).__name__} among torch's tensors; accepted: torch.Tensor")
+    if torch.compiler.is_dynamo_compiling():
+        for key, value in options.items():
+            if value is not None and not isinstance(value, bool | int | float | str):
+                raise ArgumentTypeError(f"{key} is no constant under torch.compile; accepted: Python's int, float, bool, str")
+    found = getattr(torch.ops.vidrial, name).default(**inputs, **options, target=target)
     return {output: found[i] for i, output in enumerate(outputs)} if len(outputs) > 1 else {outputs[0]: found}
 
 
@@ -105,18 +125,26 @@ def bind(op: Op, args: Sequence[Any]) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def _declare(op: Op, run: Run, inner: bool) -> Entry:
-    plain = re.sub(r"\W", "_", op.name)
+    plain = re.sub(r"[^0-9A-Za-z_]", "_", op.name)
+    # Words of torch's schemas, and attributes of torch.ops.vidrial itself.
+    if keyword.iskeyword(plain) or plain[:1].isdigit() or plain.startswith("_") or plain in ("name", "NoneType"):
+        plain = f"op_{plain}"
     taken, name, number = {entry.name for entry in _ENTRIES.values()}, plain, 1
     while name in taken:
         number += 1
         name = f"{plain}_{number}"
-    _ENTRIES[op.key] = entry = Entry(op, run, name, inner)
+    entry = Entry(op, run, name, inner)
+    if op.saving is not None and _parameters(op.saving) != entry.parameters:
+        raise ArgumentError(f"{op.name}: problem_of of its saving op has other parameters; accepted: the same ones")
+    # What is refused is refused again at the next call: an op is known with its gradients, or not at all.
+    if op.backward is not None:
+        _parameters(op.backward)
+        _outputs(op.backward)
+    _ENTRIES[op.key] = entry
     _WAITING.append(entry)
     if op.backward is not None:
         entry.backward = _declare(op.backward, run, inner=True)
         entry.saving = entry if op.saving is None else _declare(op.saving, run, inner=True)
-        if entry.saving.parameters != entry.parameters:
-            raise ArgumentError(f"{op.name}: problem_of of its saving op has other parameters; accepted: the same ones")
     return entry
 
 
@@ -171,7 +199,9 @@ def _parameters(op: Op) -> list[_Parameter]:
         found = inspect.signature(op.problem_of, eval_str=True).parameters.values()
     except NameError as error:
         raise ArgumentError(f"{op.name}: an annotation of problem_of cannot be read: {error}; import what it names at run time") from error
-    read = [_Parameter(p.name, _type_of(op, p), p.default) for p in found]
+    read = [_Parameter(p.name, _type_of(op, p), _default_of(op, p)) for p in found]
+    if any(p.name == "target" for p in read):
+        raise ArgumentError(f"{op.name}: target of problem_of is what a call says where it runs with; give the option another name")
     ordered = [p for p in read if p.tensor] + [p for p in read if not p.tensor]
     if any(p.default is _REQUIRED for p in ordered if not p.tensor):
         ordered = [_Parameter(p.name, p.type, _REQUIRED) for p in ordered]
@@ -196,6 +226,23 @@ def _type_of(op: Op, p: inspect.Parameter) -> str:
     return _TYPES[wanted] + optional
 
 
+def _default_of(op: Op, p: inspect.Parameter) -> Any:
+    """As torch's schemas can hold it."""
+    value = p.default.item() if isinstance(p.default, np.generic) else p.default
+    if isinstance(value, float):
+        served = math.isfinite(value)
+    elif isinstance(value, str):
+        served = value.isprintable() and '"' not in value
+    else:
+        served = not isinstance(value, int) or abs(value) < 2**63
+    if not served:
+        raise ArgumentError(
+            f"{op.name}: {p.name}={value!r} of problem_of is a default that torch's schemas cannot hold; accepted: finite numbers, integers of "
+            "64 bits, printable text without quotes. Make it None, which problem_of then reads so"
+        )
+    return value
+
+
 def _outputs(op: Op) -> list[str]:
     """Names of its outputs, as an example has them, where what an example must be told is how long it is."""
     needed = [p.name for p in inspect.signature(op.example).parameters.values() if p.default is _REQUIRED and p.kind is not p.VAR_KEYWORD]
@@ -218,7 +265,8 @@ class Entry:
         self.defaults = tuple(p.default for p in self.parameters)
         self.backward: Entry | None = None
         self.saving: Entry = self
-        self.known = " ".join((name, *self.outputs))
+        # What `call_torch_op` takes apart.
+        self.known = f"{' '.join((name, *self.outputs))}|{' '.join(p.name for p in self.parameters[:-1])}"
 
     @property
     def schema(self) -> str:
@@ -251,8 +299,15 @@ class Entry:
         torch.library.register_vmap(full, self.fold, lib=library)
 
     def bind(self, args: Sequence[Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Tensors and options by name."""
+        """Tensors and options by name.
+
+        Raises:
+            ArgumentTypeError: a tensor that the op cannot do without is None.
+        """
         args = (*args, *self.defaults[len(args) :])
+        for p, x in zip(self.parameters, args, strict=True):
+            if x is None and p.type == "Tensor":
+                raise ArgumentTypeError(f"{p.name} is None; accepted: torch.Tensor")
         tensors = {name: x for name, x in zip(self.tensors, args, strict=False) if x is not None}
         return tensors, dict(zip(self.options, args[len(self.tensors) :], strict=True))
 
@@ -302,7 +357,11 @@ class Entry:
         inputs, options = self.bind(args)
         n, dims = info.batch_size, dict(zip(self.tensors, in_dims, strict=False))
         rows = {name: x.expand(n, *x.shape) if dims[name] is None else x.movedim(dims[name], 0) for name, x in inputs.items()}
-        if self.op.batched:
+        if n == 0:
+            # Of one more, which keeps the results in autograd's graph.
+            one = {name: sys.modules["torch"].cat((x, x.new_zeros(1, *x.shape[1:])))[0] for name, x in rows.items()}
+            made = tuple(x[None][:0] for x in self._found(one, options))
+        elif self.op.batched:
             found = self._found({name: x.flatten(0, 1) for name, x in rows.items()}, options)
             made = tuple(x.unflatten(0, (n, x.shape[0] // n)) for x in found)
         else:
