@@ -175,7 +175,7 @@ def test_a_case_from_end_to_end(fake: bench.Bench) -> None:
     assert len(set(errors.values())) == 1 and 5e-4 < errors[OURS] < 3e-3 and row.error_ratio == 1.0
     assert {name: e.ms for name, e in row.sustained.items()} == {OURS: 2.0, FA2: 4.0, FA4: 3.0, CUBLAS: 1.0}
     assert row.entries[OURS].samples == 5 and row.sustained[OURS].samples == 3 and row.run == 3
-    assert row.config.startswith("sm90 groups=2 keys=80 stages=3") and row.origin == "predicted"
+    assert row.config.startswith("sm90 groups=1 keys=80 stages=3") and row.origin == "predicted"
     assert fake.clock.leads == 4
     alone = fake.case(Case("x", 1, 2, 33, d=64, causal=False, dtype="float16"), (), run=0)
     assert list(alone.entries) == [OURS, CUBLAS] and alone.sustained == {} and alone.best() is None and 1e-5 < alone.error(OURS) < 4e-4

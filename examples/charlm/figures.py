@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import Any
-
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
+from typing import TYPE_CHECKING, Any
 
 import vidrial as vd
 import vidrial.flops as fl
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 RESULTS = Path(__file__).parent / "results"
 LABELS = {
@@ -29,6 +30,12 @@ MODELS = {"gpt2": "C0", "powercoder-3b": "C1", "qwen3-14b": "C2"}
 MIXERS = {"attention": "o", "window:1024": "s", "power:2": "D", "power:3": "^", "degree1": "v"}
 
 
+def _figure(width: float, height: float) -> Figure:
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height), dpi=140, layout="constrained")
+
+
 def _panel(figure: Figure, rows: int = 1, ratios: tuple[float, ...] = (1.0,)) -> list[Axes]:
     found = figure.subplots(rows, 1, sharex=True, squeeze=False, height_ratios=ratios)[:, 0]
     for axes in found:
@@ -39,7 +46,7 @@ def _panel(figure: Figure, rows: int = 1, ratios: tuple[float, ...] = (1.0,)) ->
 
 def recovery(found: dict[str, Any], out: Path) -> None:
     """The held-out loss over steps after the swap, and that of the model before."""
-    figure = Figure(figsize=(7.5, 4.5), dpi=140, layout="constrained")
+    figure = _figure(7.5, 4.5)
     (axes,) = _panel(figure)
     base, steps = found["base"]["loss"]["held_out"], 1
     for name, run in found["recovery"].items():
@@ -60,7 +67,7 @@ def recovery(found: dict[str, Any], out: Path) -> None:
 
 def context(found: dict[str, Any], out: Path) -> None:
     """The loss of the same bytes under growing context; below, how much more than the softmax model's."""
-    figure = Figure(figsize=(7.5, 6), dpi=140, layout="constrained")
+    figure = _figure(7.5, 6)
     above, below = _panel(figure, 2, (3, 2))
     for name, curve in found["curves"].items():
         above.errorbar(curve["context"], curve["mean"], curve["error"], marker="o", markersize=3, capsize=2, label=LABELS.get(name, name))
@@ -77,7 +84,7 @@ def context(found: dict[str, Any], out: Path) -> None:
 
 def balance(out: Path) -> None:
     """Weight FLOPs against state FLOPs per token, of published shapes, at lengths from 1k to 1M."""
-    figure = Figure(figsize=(7.5, 5.5), dpi=140, layout="constrained")
+    figure = _figure(7.5, 5.5)
     (axes,) = _panel(figure)
     for name, color in MODELS.items():
         model = fl.Model.of(name)

@@ -130,7 +130,14 @@ MUTATIONS = (
     Mutation(RETURN, "two warps copy", "gemm", GEMM, "if (warp == 0) each_tile", "if (warp < 2) each_tile"),
     Mutation(FRAGMENT, "the first warpgroup's rows for all", "gemm", GEMM, "row + group * (Tiles::rows", "row + 0 * (Tiles::rows"),
     Mutation(FRAGMENT, "one staged tile for all warpgroups", "gemm", GEMM, "Smem::C + group * Tiles::C::kBytes", "Smem::C"),
-    Mutation(FRAGMENT, "an element counted twice", "scan", "scan_offsets.cu.j2", "carry + (sum - x)", "carry + sum"),
+    Mutation(
+        FRAGMENT,
+        "an element counted twice",
+        "scan",
+        "scan_offsets.cu.j2",
+        "args.blocks) args.offsets[row + i + 1] = carry + sum",
+        "args.blocks) args.offsets[row + i + 1] = carry + sum + x",
+    ),
     Mutation(FRAGMENT, "blocks of the first round left out of the second", "scan", "scan_offsets.cu.j2", "    carry += total;\n", ""),
     Mutation(
         FRAGMENT,
