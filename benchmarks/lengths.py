@@ -4,9 +4,9 @@
     python benchmarks/lengths.py --systems "ours, flash; ours, power" --count 20
     python benchmarks/lengths.py --show benchmarks/results/lengths_h200.json    # its table and plot; needs no GPU
 
-Each system has a process and empty caches of its own. It is warmed at one length, its first call ever, which is reported apart (with ours comes
-`vidrial.prepare_many` for 97 lengths over the range, which compiles what serves them side by side); then come the
-same random lengths for all: the first call at each (wall time, until the result is there), what was compiled and which configs were timed
+Each system has a process and empty caches of its own. It is warmed at one length, its first call ever, which is reported apart; then come the same
+random lengths for all. "Prepared" is told of 97 lengths over the range before that first call, by `vidrial.prepare_many`, which compiles what serves
+them side by side. Reported are the first call at each (wall time, until the result is there), what was compiled and which configs were timed
 meanwhile, and the median of a few calls after it (GPU time by CUDA events). Softmax attention: B 1, H 16, d 128, causal; power retention and
 its kin: B 1, H 16, d 64, gated. Writes results/lengths_<gpu>.json and a plot.
 """
@@ -179,11 +179,13 @@ def _prepare_power() -> None:
 OURS_COMPILED, TRITON_COMPILED = _files("VIDRIAL_CACHE_DIR", "kernel.cubin*"), _files("TRITON_CACHE_DIR", "*.cubin")
 # No call of ours times configs: there is nothing to count. Of cuDNN nothing can be seen.
 SYSTEMS = {
-    "ours, flash": System(128, _ours_flash, OURS_COMPILED, _nothing, _prepare_flash),
+    "ours, flash": System(128, _ours_flash, OURS_COMPILED, _nothing),
+    "ours, flash, prepared": System(128, _ours_flash, OURS_COMPILED, _nothing, _prepare_flash),
     "FlashAttention-4": System(128, lambda x: flash_attention_4(x, causal=True), _compiled_by_cute),
     "SDPA cuDNN": System(128, lambda x: sdpa(x, "SDPA cuDNN")),
     "fla, forgetting attention": System(128, _forgetting, TRITON_COMPILED, _timed_by_triton),
-    "ours, power": System(64, _ours_power, OURS_COMPILED, _nothing, _prepare_power),
+    "ours, power": System(64, _ours_power, OURS_COMPILED, _nothing),
+    "ours, power, prepared": System(64, _ours_power, OURS_COMPILED, _nothing, _prepare_power),
     "fla, simple GLA": System(64, _simple_gla, TRITON_COMPILED, _timed_by_triton),
     "retention": System(64, lambda x: retention(x, CHUNK), TRITON_COMPILED, _timed_by_triton),
 }

@@ -21,7 +21,7 @@ import numpy as np
 from vidrial.device import Device
 from vidrial.dtypes import DType
 from vidrial.errors import ArgumentError, ArgumentTypeError, UnsupportedError
-from vidrial.host.plan import predicted_plan
+from vidrial.host.plan import poison, predicted_plan
 from vidrial.runtime import xla
 from vidrial.runtime.arrays import CPU, ArraySpec, contiguous_strides, library_of
 from vidrial.runtime.inputs import check_inputs
@@ -31,7 +31,7 @@ from vidrial.spec.registry import reference_of, resolve
 from vidrial.tune.codec import decode, encode
 from vidrial.tune.pick import choose_config
 
-__all__ = ["Asked", "Traceable", "alike", "is_traced", "register", "traced"]
+__all__ = ["Asked", "Traceable", "is_traced", "register", "traced"]
 
 TARGET = "vidrial"  # the custom call's name in XLA's programs
 Options: TypeAlias = tuple[tuple[str, Any], ...]  # (name, value), of numbers, bools, strings, None, and tuples of these
@@ -88,16 +88,13 @@ class Traceable:
         def on_cpu(arrays: dict[str, Any], options: dict[str, Any]) -> dict[str, Any]:
             specs = {name: _spec(x.shape, DType.of(x.dtype)) for name, x in arrays.items()}
             problem = problem_of(**specs, **options)
-            made = {name: np.empty(b.shape, _bits(b.dtype)) for name, b in op.outputs(problem).items()}
-            predicted_plan(op, problem).run({name: x.view(_bits(DType.of(x.dtype))) for name, x in arrays.items()} | made)
+            made = {name: poison(b.shape, b.dtype) for name, b in op.outputs(problem).items()}
+            bits = {name: x.view(np.uint16) if specs[name].dtype is DType.bfloat16 else x for name, x in arrays.items()}
+            predicted_plan(op, problem).run(bits | made)
             return made
 
         backward, saving = (reference_of(other) if other is not None else "" for other in (op.backward, op.saving))
         return Traceable(op, asks, on_cpu, op.batched, backward, saving, tuple(inspect.signature(problem_of).parameters))
-
-
-def _bits(dtype: DType) -> Any:
-    return np.uint16 if dtype is DType.bfloat16 else dtype.label
 
 
 def _spec(shape: tuple[int, ...], dtype: DType) -> ArraySpec:
@@ -116,13 +113,13 @@ def traced(path: str, arrays: Arrays, **options: Any) -> dict[str, Any]:
     Raises:
         ArgumentError, ArgumentTypeError, UnsupportedError: the op does not serve such arrays, or an option is none of these.
     """
-    names, asked = tuple(arrays), tuple((name, _plain(name, value)) for name, value in options.items())
-    outputs = _outputs(path, _specs(arrays), asked)
-    found = _mappable(path, names, asked)(*alike(arrays).values())
+    asked, given = tuple((name, _plain(name, value)) for name, value in options.items()), _alike(arrays)
+    outputs = _outputs(path, _specs(given), asked)
+    found = _mappable(path, tuple(given), asked)(*given.values())
     return dict(zip(outputs, found, strict=True))
 
 
-def alike(arrays: Arrays) -> dict[str, Any]:
+def _alike(arrays: Arrays) -> dict[str, Any]:
     """The arrays, inside shard_map varying over every axis of the mesh over which one of them does, as their results do.
 
     A function with a gradient of its own takes them so: JAX then adds up what the copies of a replicated array get.

@@ -15,7 +15,7 @@ from vidrial.kernels.power_retention.back.problem import Gradient
 from vidrial.kernels.power_retention.gradient import Options, Result, saving_op
 from vidrial.kernels.power_retention.op import op
 from vidrial.kernels.power_retention.request import NAMES, Request, check_options, request_of
-from vidrial.traced import Asked, Traceable, alike, traced
+from vidrial.traced import Asked, Traceable, traced
 
 
 def _request(specs: Mapping[str, ArraySpec], options: Mapping[str, Any]) -> Request:
@@ -66,4 +66,4 @@ def power_retention_traced(inputs: tuple[Any, ...], o: Options) -> Any:
     check_options(o.degree, o.scale, o.normalize, o.chunk)
     scale, chunk = (None if o.scale is None else float(o.scale)), (None if o.chunk is None else int(o.chunk))
     options = asdict(Options(int(o.degree), scale, o.normalize, chunk, o.target))
-    return traced(f"{HERE}:PLAIN", alike(dict(zip(NAMES, inputs, strict=False))), **options)["y"]
+    return traced(f"{HERE}:PLAIN", dict(zip(NAMES, inputs, strict=False)), **options)["y"]

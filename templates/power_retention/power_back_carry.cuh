@@ -1,17 +1,13 @@
 // Joins the segments of power_back_scan_wgmma: every snapshot of a later segment, which holds earlier chunks, gets what the ones before carry into
 // it. As power_carry.cuh, with chunks from the last one down: step n is the chunk chunks - 1 - n.
-//
-//   C_1 = end_0,  C_{s+1} = end_s + decay(segment s) C_s,  snapshot_n += decay(segment start .. n) C_s
 #pragma once
-#include "power_gates.cuh"
+#include "power_join.cuh"
 
 namespace vidrial {
 
 template <class Tiles, class Args>
 CUTE_DEVICE void power_back_carry(Args const& p) {
-  constexpr int kVector = 8, kInFlight = 4;
-  int const element = (blockIdx.x * Tiles::threads + threadIdx.x) * kVector, head = blockIdx.z, chunks = p.chunks;
-  int const per_segment = (chunks + p.segments - 1) / p.segments;
+  int const element = (blockIdx.x * Tiles::threads + threadIdx.x) * kJoined, head = blockIdx.z, chunks = p.chunks;
   if (element >= Tiles::snapshot) return;
   auto decay_of = [&](int n) {
     if (!Tiles::gated) return 1.f;
@@ -19,38 +15,8 @@ CUTE_DEVICE void power_back_carry(Args const& p) {
     return exp2_approx(total.x + total.y);
   };
   auto snapshot = [&](int n) { return reinterpret_cast<uint4*>(p.adjoint + (int64_t(head) * chunks + chunks - 1 - n) * Tiles::snapshot + element); };
-  float carry[kVector] = {};
-  float decay = 0.f;                                   // of the carry over the segment before: before the first there is none
-  for (int first = per_segment, s = 0; first < chunks; first += per_segment, ++s) {
-    float4 const* const end = reinterpret_cast<float4 const*>(p.ends + (int64_t(head) * (p.segments - 1) + s) * Tiles::snapshot + element);
-    float4 const low = end[0], high = end[1];
-    float const add[kVector] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
-    CUTE_UNROLL
-    for (int i = 0; i < kVector; ++i) carry[i] = add[i] + decay * carry[i];
-    int const last = min(first + per_segment, chunks);
-    decay = 1.f;
-    for (int n = first; n < last && decay != 0.f; n += kInFlight) {
-      float before[kInFlight];
-      CUTE_UNROLL
-      for (int i = 0; i < kInFlight; ++i) {
-        before[i] = n + i < last ? decay : 0.f;
-        if (n + i < last) decay *= decay_of(n + i);
-      }
-      // NOTE: all loads before any store: the compiler cannot know that they do not meet. A segment's own first snapshot is written here only.
-      uint4 old[kInFlight];
-      CUTE_UNROLL
-      for (int i = 0; i < kInFlight; ++i) old[i] = n + i == first || before[i] == 0.f ? make_uint4(0, 0, 0, 0) : *snapshot(n + i);
-      CUTE_UNROLL
-      for (int i = 0; i < kInFlight; ++i) {
-        if (before[i] == 0.f) break;                   // forgotten: x + 0 is x
-        uint32_t const x[4] = {old[i].x, old[i].y, old[i].z, old[i].w};
-        uint32_t y[4];
-        CUTE_UNROLL
-        for (int j = 0; j < 4; ++j) y[j] = pack_bf16(low_bf16(x[j]) + before[i] * carry[2 * j], high_bf16(x[j]) + before[i] * carry[2 * j + 1]);
-        *snapshot(n + i) = make_uint4(y[0], y[1], y[2], y[3]);
-      }
-    }
-  }
+  auto end = [&](int s) { return reinterpret_cast<float4 const*>(p.ends + (int64_t(head) * (p.segments - 1) + s) * Tiles::snapshot + element); };
+  join_segments(chunks, p.segments, end, snapshot, decay_of);
 }
 
 }  // namespace vidrial

@@ -4,6 +4,9 @@
 //
 // Memory-bound: a thread owns 8 neighbouring elements of one head's state and goes through all segments. Each end is read once, and of the
 // snapshots none that the gates let nothing reach.
+//
+// NOTE: join_segments of power_join.cuh says the same, and takes this one's place when the forward pass is swept again: by it the kernel has one
+// instruction more, and rankings hold for the code that was measured.
 #pragma once
 #include "power_gates.cuh"
 

@@ -188,7 +188,7 @@ WRONG_SCAN = {
         "chunk(segment.chunks - 1)",
         SCANNED,
     ),
-    "segments not joined over two": ("power_back_carry", "add[i] + decay * carry[i]", "add[i]", CARRY),
+    "segments not joined over two": ("power_join", "add[i] + decay * carry[i]", "add[i]", CARRY),
     "a segment's decay from the first chunk on": ("power_back_carry", "chunks + chunks - n)", "chunks + n + 1)", CARRY),
 }
 

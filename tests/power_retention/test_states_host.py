@@ -124,7 +124,7 @@ def test_a_sequence_may_be_split_at_any_token(cut: int) -> None:
 # One change of the device code each, which the bounds must see: file, what stands there, what stands there instead.
 FORWARD = {
     "no state before the first chunk": ("power_tile", "(Tiles::enters || chunk > 0)", "chunk > 0"),
-    "the state is not discounted": ("power_states", "decay *= decay_of(n + i);", "decay *= 1.f;"),
+    "the state is not discounted": ("power_join", "decay *= decay_of(n + i);", "decay *= 1.f;"),
     "multiplicity of the first state": ("power_states", "count * p.initial_s[", "p.initial_s["),
     "multiplicity of the last state": ("power_states", "carry[i] / count", "carry[i]"),
     "the last segment alone": ("power_states", "end[i] + decay * carry[i]", "end[i]"),

@@ -32,6 +32,7 @@ from vidrial.tune.timing import Timing
 from vidrial.tune.trial import Status, Trial
 
 H200 = power_cost.H200
+SHIPPED_FOLDER = ranking_module.shipped_folder
 # "Never slower than without the sweep", and what may be between them.
 SLACK = 1.05
 Times = Mapping[Config, float]
@@ -235,6 +236,26 @@ def test_the_shortlist_is_as_good_as_all_configs(case: str) -> None:
         assert found is not None
         ratios = [ratio(of, p, found.best(of, p, device), device) for p in problems]
         assert max(ratios) < 1.2 and math.exp(sum(map(math.log, ratios)) / len(ratios)) < 1.03, ratios
+
+
+@pytest.mark.parametrize(
+    ("of", "problem", "most"),
+    [
+        (flash_op, lambda t: flash_example(t=t, d=128, causal=True), 10),
+        (flash_op, lambda t: flash_example(t=t, d=64), 10),
+        (op, lambda t: example(t=t, d=64), 13),
+    ],
+    ids=["flash, causal", "flash, D = 64", "power"],
+)
+def test_a_hundred_lengths_need_few_binaries(of: Any, problem: Any, most: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the rankings that come along: each one more is a compile in somebody's first call at a new length."""
+    monkeypatch.setattr(ranking_module, "shipped_folder", SHIPPED_FOLDER)
+    forget()
+    rng, needed = random.Random(1), set()
+    for _ in range(100):
+        p = problem(int(math.exp(rng.uniform(math.log(100), math.log(40_000)))))
+        needed |= {stage.binary for stage in of.stages(p, choose_config(of, p, H200).config)}
+    assert 3 < len(needed) <= most
 
 
 def test_a_part_that_launches_nothing_stays_as_it_is_by_default() -> None:
