@@ -16,10 +16,11 @@ from vidrial.kernels.flash_attention.op import op as flash_attention
 from vidrial.kernels.power_retention.op import op as power_retention
 from vidrial.spec.choices import axes, configs, parts
 from vidrial.spec.fields import choice, part
-from vidrial.spec.op import Op, _Survey
+from vidrial.spec.op import Op
 from vidrial.spec.outcomes import Outcomes, noting
 from vidrial.spec.registry import find_op
 from vidrial.spec.space import Rejected
+from vidrial.spec.survey import Survey
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 H200 = Device.of("h200")
@@ -137,7 +138,7 @@ def test_a_space_is_what_asking_about_each_config_gives(name: str, gpu: str) -> 
     rejected, seconds = one_by_one(op, problem, device)
     space = op.space(problem, device, limit=10**6)
     assert list(space.rejected) == rejected
-    survey, legal = _Survey(op, problem, device), [s for s in op.shared() if op.reject(problem, s, device, "") is None]
+    survey, legal = Survey(op, problem, device), [s for s in op.shared() if op.reject(problem, s, device, "") is None]
     found = {(c.config, "", c.config): c.seconds for _, c in survey.bases()} if not op.parts else {}
     for shared, part_name in ((s, name) for s in legal for name in op.parts if op.launches(problem, s, name)):
         found |= {(shared, part_name, c.config): c.seconds for c in survey.estimates(shared, part_name)}
@@ -147,12 +148,12 @@ def test_a_space_is_what_asking_about_each_config_gives(name: str, gpu: str) -> 
 def test_a_space_of_17_000_configs_is_asked_about_few_of_them() -> None:
     op = find_op(f"{EXAMPLES}/gemm/gemm.py:op")
     problem = op.example()
-    survey = _Survey(op, problem, H200, exact=True)
+    survey = Survey(op, problem, H200, exact=True)
     rejected = list(survey.rejected())
     assert sum(len(configs(kind)) for kind in parts(op.config).values()) == 6912 + 10080
     assert len(rejected) == 16364 and survey.asked() < 1000
-    first = _Survey(op, problem, H200)
-    next(op._ranked(first))
+    first = Survey(op, problem, H200)
+    next(first.ranked())
     assert first.asked() < 1500
 
 

@@ -6,33 +6,27 @@ in eager mode never come here.
 
 from __future__ import annotations
 
-import inspect
 import keyword
-import math
 import re
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from functools import cached_property, partial
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec
-from types import ModuleType, NoneType, UnionType
-from typing import Any, TypeVar, Union, get_args, get_origin
-
-import numpy as np
+from types import ModuleType
+from typing import Any, TypeVar
 
 from vidrial.dtypes import DType
-from vidrial.errors import ArgumentError, ArgumentTypeError, UnsupportedError, VidrialError
+from vidrial.errors import ArgumentError, ArgumentTypeError, UnsupportedError
 from vidrial.runtime.arrays import CPU, ArraySpec, contiguous_strides
 from vidrial.runtime.inputs import check_inputs
+from vidrial.runtime.torch_schema import outputs_of, parameters_of
 from vidrial.spec.op import Op
 
 F = TypeVar("F", bound=Callable[..., Any])
 # (op, tensors in the order of `problem_of`, options in theirs, target) -> outputs by name: what computes it.
 Run = Callable[..., Mapping[str, Any]]
 
-_TYPES = {ArraySpec: "Tensor", int: "int", float: "float", bool: "bool", str: "str"}
-_REQUIRED = inspect.Parameter.empty
 _ENTRIES: dict[str, Entry] = {}  # by Op.key
 _WAITING: list[Entry] = []  # for torch to be imported
 _LIBRARY: list[Any] = []
@@ -134,12 +128,12 @@ def _declare(op: Op, run: Run, inner: bool) -> Entry:
         number += 1
         name = f"{plain}_{number}"
     entry = Entry(op, run, name, inner)
-    if op.saving is not None and _parameters(op.saving) != entry.parameters:
+    if op.saving is not None and parameters_of(op.saving) != entry.parameters:
         raise ArgumentError(f"{op.name}: problem_of of its saving op has other parameters; accepted: the same ones")
     # What is refused is refused again at the next call: an op is known with its gradients, or not at all.
     if op.backward is not None:
-        _parameters(op.backward)
-        _outputs(op.backward)
+        parameters_of(op.backward)
+        outputs_of(op.backward)
     _ENTRIES[op.key] = entry
     _WAITING.append(entry)
     if op.backward is not None:
@@ -171,94 +165,12 @@ class _WhenImported(MetaPathFinder):
         return spec
 
 
-@dataclass(frozen=True)
-class _Parameter:
-    """One of an op's `problem_of`: a tensor or an option, as torch's schemas write it."""
-
-    name: str
-    type: str
-    default: Any
-
-    @property
-    def tensor(self) -> bool:
-        return self.type.startswith("Tensor")
-
-    @property
-    def text(self) -> str:
-        default = f'"{self.default}"' if isinstance(self.default, str) else repr(self.default)
-        return f"{self.type} {self.name}" + ("" if self.default is _REQUIRED else f"={default}")
-
-
-def _parameters(op: Op) -> list[_Parameter]:
-    """Tensors first, then options; `target` behind them."""
-    if op.problem_of is None:
-        raise ArgumentError(
-            f"{op.name} does not say which problem its inputs ask, so that torch cannot compile, map or trace it; give Op(problem_of=...)"
-        )
-    try:
-        found = inspect.signature(op.problem_of, eval_str=True).parameters.values()
-    except NameError as error:
-        raise ArgumentError(f"{op.name}: an annotation of problem_of cannot be read: {error}; import what it names at run time") from error
-    read = [_Parameter(p.name, _type_of(op, p), _default_of(op, p)) for p in found]
-    if any(p.name == "target" for p in read):
-        raise ArgumentError(f"{op.name}: target of problem_of is what a call says where it runs with; give the option another name")
-    ordered = [p for p in read if p.tensor] + [p for p in read if not p.tensor]
-    if any(p.default is _REQUIRED for p in ordered if not p.tensor):
-        ordered = [_Parameter(p.name, p.type, _REQUIRED) for p in ordered]
-    # A default behind one that is missing cannot be left out.
-    firm = max((i for i, p in enumerate(ordered) if p.default is _REQUIRED), default=-1)
-    ordered = [_Parameter(p.name, p.type, _REQUIRED if i < firm else p.default) for i, p in enumerate(ordered)]
-    return [*ordered, _Parameter("target", "str?", None)]
-
-
-def _type_of(op: Op, p: inspect.Parameter) -> str:
-    optional, wanted = "", p.annotation
-    if get_origin(wanted) in (Union, UnionType):
-        several = [kind for kind in get_args(wanted) if kind is not NoneType]
-        if len(several) < len(get_args(wanted)) and len(several) == 1:
-            optional, wanted = "?", several[0]
-    if wanted not in _TYPES or p.kind in (p.VAR_KEYWORD, p.VAR_POSITIONAL, p.POSITIONAL_ONLY):
-        shown = "not annotated" if p.annotation is _REQUIRED else f"of {getattr(p.annotation, '__name__', p.annotation)}"
-        raise ArgumentError(
-            f"{op.name}: {p.name} of problem_of is {shown}, which torch's dispatcher does not know; accepted: ArraySpec, int, float, bool, str, "
-            "each perhaps | None, named one by one"
-        )
-    return _TYPES[wanted] + optional
-
-
-def _default_of(op: Op, p: inspect.Parameter) -> Any:
-    """As torch's schemas can hold it."""
-    value = p.default.item() if isinstance(p.default, np.generic) else p.default
-    if isinstance(value, float):
-        served = math.isfinite(value)
-    elif isinstance(value, str):
-        served = value.isprintable() and '"' not in value
-    else:
-        served = not isinstance(value, int) or abs(value) < 2**63
-    if not served:
-        raise ArgumentError(
-            f"{op.name}: {p.name}={value!r} of problem_of is a default that torch's schemas cannot hold; accepted: finite numbers, integers of "
-            "64 bits, printable text without quotes. Make it None, which problem_of then reads so"
-        )
-    return value
-
-
-def _outputs(op: Op) -> list[str]:
-    """Names of its outputs, as an example has them, where what an example must be told is how long it is."""
-    needed = [p.name for p in inspect.signature(op.example).parameters.values() if p.default is _REQUIRED and p.kind is not p.VAR_KEYWORD]
-    try:
-        return list(op.outputs(op.example(**dict.fromkeys(needed, 64))))
-    except (VidrialError, TypeError) as error:
-        given = ", ".join(f"{name}=64" for name in needed)
-        raise ArgumentError(f"{op.name}: what its outputs are named cannot be told: example({given}) fails: {error}") from error
-
-
 class Entry:
     """One op as torch's dispatcher knows it."""
 
     def __init__(self, op: Op, run: Run, name: str, inner: bool) -> None:
         self.op, self.run, self.name, self.inner = op, run, name, inner
-        self.parameters, self.outputs = _parameters(op), _outputs(op)
+        self.parameters, self.outputs = parameters_of(op), outputs_of(op)
         self.tensors = [p.name for p in self.parameters if p.tensor]
         self.options = [p.name for p in self.parameters if not p.tensor]
         # NOTE: torch leaves trailing arguments out that equal their defaults.
