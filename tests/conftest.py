@@ -4,6 +4,11 @@ import os
 import tempfile
 from pathlib import Path
 
+# Before NumPy and torch are imported, here and in children: there is a process of tests per core already, and idle threads of BLAS spin.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    for threads in ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS"):
+        os.environ.setdefault(threads, "1")
+
 import pytest
 from durations import function_of, read_slow
 
