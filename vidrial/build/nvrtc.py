@@ -9,7 +9,8 @@ import time
 from functools import lru_cache
 from pathlib import Path
 
-from vidrial.build.store import Store, binary_key
+from vidrial.build.formats import binary_key
+from vidrial.build.store import Store
 from vidrial.build.toolchain import Toolchain, loaded_library, nvrtc, nvrtc_version, supported_archs
 from vidrial.device import arch_name
 from vidrial.errors import CompileError, ToolchainError

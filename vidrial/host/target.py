@@ -24,8 +24,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from vidrial.build.formats import Entry, binary_key
 from vidrial.build.once import once
-from vidrial.build.store import Entry, Store, binary_key
+from vidrial.build.store import Store
 from vidrial.device import CTA_THREADS, PARAMETER_BYTES
 from vidrial.errors import ArgumentError, LaunchError, ToolchainError
 from vidrial.events import FIELDS, Counts
