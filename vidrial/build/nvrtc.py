@@ -1,4 +1,4 @@
-"""Source text to cubin by NVRTC, which needs neither a GPU nor a driver; and a pool of processes that compiles many."""
+"""Source text to cubin by NVRTC, which needs neither a GPU nor a driver; what ptxas says of it, and what is refused for that."""
 
 from __future__ import annotations
 

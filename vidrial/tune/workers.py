@@ -209,8 +209,9 @@ class _Worker:
         # A process is told to prepare, and a job at the earliest when it has answered that.
         self._child: Child | None = None
         self._prepared = False
+        # What it is at, the seconds that this may take, and the config of it that runs, if it has said so.
+        self.job, self._limit = Job("prepare"), PREPARE_SECONDS
         self._at: int | None = None
-        self.job = Job("prepare")
 
     def begin(self, prepare: Job) -> Child:
         """Send what has to come before the first job, and do not wait for it."""
