@@ -526,7 +526,7 @@ def test_progress_is_told() -> None:
         (example(), {"gpus": (1, 1)}, ArgumentError, "different CUDA indices"),
         (example(), {"gpus": "both"}, ArgumentError, "gpus='both'.*'all', or different CUDA indices"),
         (example(), {"trials": 0}, ArgumentError, "trials=0"),
-        (example(), {"seconds": -1.0}, ArgumentError, "seconds=-1.0: more than 0"),
+        (example(), {"seconds": -1.0}, ArgumentError, "seconds=-1.0; accepted: more than 0"),
         (example(), {"limit": math.nan}, ArgumentError, "limit=nan"),
         (example(), {"trails": 3}, ArgumentTypeError, "trails.*accepted: device, gpus, ray, trials"),
         (example(), {"bench": "fake_op:Nothing"}, ArgumentError, "names nothing"),

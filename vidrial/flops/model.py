@@ -52,7 +52,7 @@ class Model:
             names = ", ".join(CONFIGS)
             raise ArgumentError(f"{config}: {error.strerror}; accepted: a config.json, its folder, or one of {names}") from None
         except ValueError as error:
-            raise ArgumentError(f"{path} is no JSON: {error}") from None
+            raise ArgumentError(f"{path} is no JSON ({error}); accepted: an object with the keys of a config.json") from None
         if not isinstance(found, dict):
             raise ArgumentError(f"{path} holds a {type(found).__name__}; accepted: an object with the keys of a config.json")
         return _read(found, path.resolve().parent.name if path.name == "config.json" else path.stem)

@@ -243,7 +243,9 @@ class Memory:
             new = changed[LENGTH.size : LENGTH.size + len(view)]
             for at, array in enumerate(self._arrays):
                 if not array.flags.writeable and start <= _extent(array)[0] < start + len(view) and _differs(array, new, start):
-                    raise LaunchError(f"kernel {kernel} wrote to array {at}, {array.dtype}{list(array.shape)}, which is read-only")
+                    raise LaunchError(
+                        f"kernel {kernel} wrote to array {at}, {array.dtype}{list(array.shape)}, which is read-only; pass one that may be written"
+                    )
             view[:] = new
             changed = changed[LENGTH.size + len(view) :]
 
