@@ -158,6 +158,13 @@ def test_a_deep_import_is_seen(tmp_path: Path) -> None:
     assert list(deep_imports(path)) == ["vidrial.spec.op", "vidrial.nonsense", "vidrial.layout.smem", "vidrial.tune.sweeper.sweep"]
 
 
+@pytest.mark.parametrize("package", ["build", "host", "report", "runtime", "spec", "tune"])
+def test_a_package_names_modules_that_exist(package: str) -> None:
+    text = ast.get_docstring(ast.parse((VIDRIAL / package / "__init__.py").read_text())) or ""
+    named = set(re.findall(r"`([a-z]\w*)`", text))
+    assert named and named <= {path.stem for path in (VIDRIAL / package).glob("*.py")}
+
+
 def test_the_framework_names_no_kernel() -> None:
     ops = [path.name for path in (ROOT / "kernels").iterdir() if path.is_dir() and path.name != "__pycache__"]
     assert "power_retention" in ops

@@ -34,7 +34,7 @@ from vidrial.runtime.arrays import (
 from vidrial.runtime.inputs import check_inputs, layout_fault
 from vidrial.runtime.plan import CudaPlan
 from vidrial.runtime.torch_ops import Run, bind, call_torch_op, called_when_traced, declare, dispatched, dispatching
-from vidrial.settings import Settings
+from vidrial.settings import TARGETS, Settings
 from vidrial.spec.choices import describe, own_axes
 from vidrial.spec.fields import C, P
 from vidrial.spec.op import Op, op_of
@@ -43,7 +43,6 @@ from vidrial.traced import traced
 from vidrial.tune.pick import choose_config
 from vidrial.tune.ranking import generation, log
 
-TARGETS = ("cuda", "host")
 _target: list[str] = []
 
 

@@ -89,7 +89,8 @@ class Curve:
         kept = (self.context >= low) & (self.context <= high)
         if kept.sum() < 2:
             raise ArgumentError(
-                f"{kept.sum()} points of the curve lie between {low:g} and {high:g} tokens; its contexts: {self.context.tolist()}"
+                f"{kept.sum()} points of the curve lie between {low:g} and {high:g} tokens; its contexts: {self.context.tolist()}. "
+                "Accepted: limits that two or more of them lie between"
             )
         return Curve(self.context[kept], self.log2[kept], self.weight[kept], self.values[:, kept], self.targets)
 
@@ -275,9 +276,9 @@ def load(path: str | Path) -> Losses | Curve:
         with np.load(path, allow_pickle=False) as file:
             held = {name: file[name] for name in file.files}
     except FileNotFoundError:
-        raise ArgumentError(f"{path}: no such file") from None
+        raise ArgumentError(f"{path}: no such file; accepted: an .npz of losses, or one that Curve.save wrote") from None
     except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
-        raise ArgumentError(f"{path} cannot be read as an .npz: {error}") from None
+        raise ArgumentError(f"{path} cannot be read as an .npz ({error}); accepted: one of losses, or one that Curve.save wrote") from None
     targets = str(held.get("targets", ""))
     if "losses" in held:
         return Losses(_matrix(held["losses"], f"losses of {path}"), targets)
@@ -328,7 +329,9 @@ def _matrix(values: ArrayLike, name: str) -> Floats:
     if found.dtype.kind != "f" or found.ndim != 2 or 0 in found.shape:
         raise ArgumentTypeError(f"{name}: {found.dtype} {list(found.shape)}; accepted: floating point [windows, positions]")
     if not np.isfinite(found).all():
-        raise ArgumentError(f"{name}: {int((~np.isfinite(found)).sum())} of {found.size} are not finite")
+        raise ArgumentError(
+            f"{name}: {int((~np.isfinite(found)).sum())} of {found.size} are not finite; accepted: finite numbers. Leave such windows out"
+        )
     return found.astype(np.float64, copy=False)
 
 

@@ -1,6 +1,6 @@
 """A byte model of 0.8 M parameters whose softmax attention becomes power retention: trained, swapped, measured, on a CPU or an H200.
 
-python examples/charlm/charlm.py demo                     # in half a minute: the model that comes along, swapped, with three context curves
+python examples/charlm/charlm.py demo                     # 50 processor seconds: the model that comes along, swapped, with three context curves
 python examples/charlm/charlm.py train --out build/mine   # a model from nothing
 python examples/charlm/charlm.py metamorphose build/mine --out build/power
 python examples/charlm/charlm.py curves build/mine build/power

@@ -214,8 +214,9 @@ def _request(
     """What arrays that were described ask for; refuses what is not served. This is the one look-up of the warm path."""
     _check_options(causal, window, scale, softcap, return_lse)
     facts = {name: ArraySpec.of(seen, name) for name, seen in zip(NAMES, key, strict=True)}
+    device, library = facts["q"].device, facts["q"].library
+    on_cpu = device == CPU and target == "cuda"
     left, right = window or (None, None)
-    on_cpu = facts["q"].device == CPU and target == "cuda"
     problem = _problem(facts, _served(on_cpu), causal, left, right, scale, softcap)
     _check_places(facts)
     if (refused := refusal(problem, _served(on_cpu))) is not None:
@@ -223,9 +224,8 @@ def _request(
     # Beyond all keys there is no limit.
     left, right = (UNLIMITED if side >= problem.tq + problem.tk else side for side in (problem.left, problem.right))
     problem = replace(problem, left=left, right=right, windowed=max(left, right) >= 0)
-    device = facts["q"].device
     ready = device != CPU and target == "cuda" and all(f.vectorised for f in facts.values())
-    return Request(problem, facts["q"].library, device == CPU and target == "cuda", ready, CachedPlan(op, problem, device))
+    return Request(problem, library, on_cpu, ready, CachedPlan(op, problem, device))
 
 
 def _served(on_cpu: bool) -> tuple[DType, ...]:
@@ -336,13 +336,16 @@ def _check_places(facts: dict[str, ArraySpec]) -> None:
     _, _, dtype, device, library, _ = facts["q"]
     for name, (_, _, other, place, owner, _) in facts.items():
         if (place, owner) != (device, library):
-            where = {CPU: "the CPU"}
             raise ArgumentTypeError(
-                f"{name} is a {owner} array on {where.get(place, f'CUDA device {place}')}, q a {library} array on "
-                f"{where.get(device, f'CUDA device {device}')}; accepted: one library and one device for all"
+                f"{name} is a {owner} array on {_place(place)}, q a {library} array on {_place(device)}; "
+                "accepted: one library and one device for all"
             )
         if other is not dtype:
             raise ArgumentTypeError(f"{name} is {other} and q is {dtype}; accepted: one dtype for q, k and v")
+
+
+def _place(device: int) -> str:
+    return "the CPU" if device == CPU else f"CUDA device {device}"
 
 
 def _on_cpu(arrays: dict[str, Array[Any]], problem: Problem) -> dict[str, Any]:

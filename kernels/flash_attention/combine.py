@@ -9,14 +9,12 @@ from vidrial import Arguments, Buffer, Cost, Device, DType, Kernel, Tiles
 from vidrial.kernels.flash_attention.problem import Problem
 from vidrial.templates import TEMPLATES
 
-# A lane has the lse of a part.
-MAX_SPLITS = 32
 WARPS = 4
 
 
 @dataclass(frozen=True)
 class Config:
-    """`splits`: parts that there are; no choice of this kernel's own."""
+    """`splits`: parts that there are, at most 32, since a lane holds one's lse; no choice of this kernel's own."""
 
     splits: int
 

@@ -11,12 +11,11 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from vidrial import Buffer, Check, DType, Op, Stage, choice, part
+from vidrial.kernels.arrays import normal, strides
 from vidrial.kernels.flash_attention import combine, sm80, sm90
 from vidrial.kernels.flash_attention.problem import UNLIMITED, Problem, heads_refusal, refusal
 from vidrial.kernels.flash_attention.reference import attention
 
-# Elements of an input that are drawn.
-DRAWN = 2**24
 # y relative to the norm, and of the worst element to sum_j weight |v_j|. Rounding a weight, and rounding the result, each change an element
 # by half an ulp at most, 2^-8 in bf16 and 2^-11 in fp16; the norm by some 0.43 of that, each, independently.
 Y_BOUNDS = {DType.bfloat16: (3e-3, 2.0**-7), DType.float16: (4e-4, 2.0**-10)}
@@ -59,11 +58,6 @@ def outputs(p: Problem) -> dict[str, Buffer]:
 
 def workspace(p: Problem, c: Config) -> dict[str, Buffer]:
     return sm90.workspace(p, c.sm90) if c.path == "sm90" else combine.workspace(p, c.sm80.splits)
-
-
-def strides(t: int, h: int, d: int) -> tuple[int, int, int]:
-    """Strides in elements of a contiguous [b, t, h, d] array, all but the last axis."""
-    return t * h * d, h * d, d
 
 
 def example(
@@ -136,9 +130,7 @@ def sample(p: Problem, seed: int) -> dict[str, np.ndarray]:
     """Normal q, k and v."""
     rng = np.random.default_rng(seed)
     shapes = {"q": (p.b, p.tq, p.hq, p.d), "k": (p.b, p.tk, p.h, p.d), "v": (p.b, p.tk, p.h, p.e)}
-    # Drawing a gigabyte takes longer than sweeping it: beyond DRAWN elements the values repeat.
-    drawn = {name: p.dtype.round(rng.standard_normal(min(DRAWN, int(np.prod(shape))), np.float32)) for name, shape in shapes.items()}
-    return {name: np.resize(values, shapes[name]) for name, values in drawn.items()}
+    return {name: normal(rng, shape, p.dtype) for name, shape in shapes.items()}
 
 
 def reference(p: Problem, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from numbers import Real
 from typing import Any
@@ -16,6 +17,7 @@ MAX_GROUP = 1024  # query heads of a key head
 MAX_ELEMENTS = 2**31  # of q, of k, of v
 # Of scale and softcap: a score's logarithms to base 2 stay float32, and largest scores are largest logarithms.
 MIN_SCALE, MAX_SCALE = 1e-9, 1e9
+LOG2_E = math.log2(math.e)
 
 
 @dataclass(frozen=True)
@@ -108,6 +110,17 @@ def refusal(p: Problem, dtypes: tuple[DType, ...] = DTYPES) -> VidrialError | No
         if p.b * elements > MAX_ELEMENTS:
             return UnsupportedError(f"{name} has {p.b * elements} elements; accepted: at most 2^31. Split the batch or the heads")
     return scale_refusal(p.scale) or (softcap_refusal(p.softcap) if p.capped else None)
+
+
+def score_scalars(p: Problem) -> dict[str, float]:
+    """What every path's kernel is told of scores: the window in keys, and the factors to base-2 logarithms and into the cap."""
+    unlimited = p.tq + p.tk
+    return {
+        "left": unlimited if p.left < 0 else min(p.left, unlimited),
+        "right": 0 if p.causal else unlimited if p.right < 0 else min(p.right, unlimited),
+        "to_log2": (p.softcap if p.capped else p.scale) * LOG2_E,
+        "to_cap": p.scale / p.softcap if p.capped else 0.0,
+    }
 
 
 # What the last CTAs of unlike ones add, of a CTA's time, where the heaviest come first.

@@ -5,7 +5,6 @@ A CTA owns `rows` = 16 m warps rows of a key head, the heads of its group side b
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -15,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from vidrial import Arguments, Cost, Device, Kernel, Tiles, choice
-from vidrial.kernels.flash_attention.problem import Problem, heaviest_first
+from vidrial.kernels.flash_attention.problem import Problem, heaviest_first, score_scalars
 from vidrial.layout import (
     MMA_16x8x16,
     Pipeline,
@@ -36,7 +35,6 @@ FEW_TILES = 2
 START_SECONDS = 4.5e-6
 # What keys and values of the heads that are worked on at once may take of L2: half of an A100's.
 CACHE_BYTES = 20 << 20
-LOG2_E = math.log2(math.e)
 
 
 @dataclass(frozen=True)
@@ -116,16 +114,13 @@ def row_blocks(p: Problem, c: Config) -> int:
 
 
 def scalars(p: Problem, c: Config) -> Mapping[str, object]:
-    columns, unlimited = p.b * p.h, p.tq + p.tk
+    columns = p.b * p.h
     return {
         "row_blocks": row_blocks(p, c),
         "columns": columns,
         "column_groups": equal_groups(columns, p.tk * (p.d + p.e) * p.dtype.bytes, CACHE_BYTES),
         "splits": c.splits,
-        "left": unlimited if p.left < 0 else min(p.left, unlimited),
-        "right": 0 if p.causal else unlimited if p.right < 0 else min(p.right, unlimited),
-        "to_log2": (p.softcap if p.capped else p.scale) * LOG2_E,
-        "to_cap": p.scale / p.softcap if p.capped else 0.0,
+        **score_scalars(p),
     }
 
 

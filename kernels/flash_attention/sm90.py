@@ -5,7 +5,6 @@ A CTA owns 64 `groups` rows of one head, of all heads of a group where these div
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -15,7 +14,7 @@ from typing import Literal
 import numpy as np
 
 from vidrial import Arguments, Buffer, Cost, Device, DType, Kernel, Tiles, choice
-from vidrial.kernels.flash_attention.problem import Problem, heaviest_first
+from vidrial.kernels.flash_attention.problem import Problem, heaviest_first, score_scalars
 from vidrial.layout import (
     Barrier,
     Barriers,
@@ -44,7 +43,6 @@ VECTOR_BYTES = 16
 # Until a CTA's first tiles have come it has no work; of that, what is left to a persistent one, which fetches them while it still works. These
 # and the shares of the tensor rate in `cost` were fitted to the trials of the shipped rankings.
 START_SECONDS, AHEAD = 2.2e-6, 0.67
-LOG2_E = math.log2(math.e)
 
 
 @dataclass(frozen=True)
@@ -162,17 +160,13 @@ def scalars(p: Problem, c: Config) -> dict[str, float]:
     packed, many = pack(p, c), columns(p, c)
     column_bytes = p.tk * (p.d + p.e) * p.dtype.bytes * packed // p.group
     cache = int(CACHE_SHARE * Device.of("h200").l2_bytes)
-    unlimited = p.tq + p.tk
     return {
         "heads": p.hq // packed,
         "columns": many,
         "row_blocks": row_blocks(p, c),
         "tiles": row_blocks(p, c) * many,
         "column_groups": equal_groups(many, column_bytes, cache) if p.causal else many,
-        "left": unlimited if p.left < 0 else p.left,
-        "right": 0 if p.causal else unlimited if p.right < 0 else p.right,
-        "to_log2": (p.softcap if p.capped else p.scale) * LOG2_E,
-        "to_cap": p.scale / p.softcap if p.capped else 0.0,
+        **score_scalars(p),
     }
 
 

@@ -98,23 +98,7 @@ def tiles(p: Chunked, c: Config) -> Tiles:
     stage_bytes = max(kv_bytes, s.bytes, z.bytes)
     # The weights are bf16 whatever V is stored as: squared scores overflow float16.
     attention = attention_tiles(q, k, v, c.warps, mma=c.mma, weights=bf16)
-    copy, warps_per_band, step = cp_async(16, zero_fill=True), c.warps_per_band, 16 * c.warps_per_band
-
-    def row_of(thread: int) -> int:
-        warp = thread // 32
-        return warp // warps_per_band * c.rows_per_band + warp % warps_per_band * 16
-
-    # phi(q) S and q Z.
-    ps: TiledMma | WarpgroupMma
-    qz: TiledMma | WarpgroupMma
-    if c.mma == "wgmma":
-        ps = WarpgroupMma(p.dtype, c.warps // 4, (c.rows, p.e, s.rows), s.transposed)
-        # NOTE: d=128 takes fewer columns at once: 0.03 s less to compile, for 1 % more time.
-        qz = WarpgroupMma(p.dtype, c.warps // 4, (c.rows, min(z.block, 4096 // p.d), z.rows), z.transposed, q)
-    else:
-        ps = TiledMma(MMA_16x8x16[bf16], (c.warps, 1), (c.rows, p.e, s.rows), b=s.transposed, bands=True)
-        qz = TiledMma(MMA_16x8x16[bf16], (c.warps, 1), (c.rows, 32, z.rows), b=z.transposed, bands=True)
-    blocks = range(0, p.d, 8)
+    copy, (ps, qz) = cp_async(16, zero_fill=True), state_products(p, c, q, s, z)
     return Tiles(
         threads=threads,
         min_blocks=c.blocks,
@@ -134,29 +118,61 @@ def tiles(p: Chunked, c: Config) -> Tiles:
         QZ=qz,
         CopyS=TiledCopy(copy, s, threads),
         CopyZ=TiledCopy(copy, z, threads),
-        # q beside q Z, as the accumulator holds its columns: two atoms' at once.
-        RowsZ=LoadMatrix(
+        **query_loads(p, c, q),
+    )
+
+
+def state_products(
+    p: Chunked, c: Config, q: SmemLayout, s: SmemLayout, z: SmemLayout
+) -> tuple[TiledMma | WarpgroupMma, TiledMma | WarpgroupMma]:
+    """phi(q) S and q Z, of a stage of the ring each."""
+    if c.mma == "wgmma":
+        # NOTE: d=128 takes fewer columns at once: 0.03 s less to compile, for 1 % more time.
+        columns = min(z.block, 4096 // p.d)
+        return (
+            WarpgroupMma(p.dtype, c.warps // 4, (c.rows, p.e, s.rows), s.transposed),
+            WarpgroupMma(p.dtype, c.warps // 4, (c.rows, columns, z.rows), z.transposed, q),
+        )
+    atom, warps = MMA_16x8x16[DType.bfloat16], (c.warps, 1)
+    return (
+        TiledMma(atom, warps, (c.rows, p.e, s.rows), b=s.transposed, bands=True),
+        TiledMma(atom, warps, (c.rows, 32, z.rows), b=z.transposed, bands=True),
+    )
+
+
+def query_loads(p: Chunked, c: Config, q: SmemLayout) -> dict[str, LoadMatrix | LoadVector]:
+    """How the rows of q are read for the state: `RowsZ` beside q Z, `RowsJ` and `RowsI` for the products of features, phi(q)."""
+    threads, step, blocks = 32 * c.warps, 16 * c.warps_per_band, range(0, p.d, 8)
+
+    def row_of(thread: int) -> int:
+        """A warp's first row."""
+        band, within = divmod(thread // 32, c.warps_per_band)
+        return band * c.rows_per_band + within * 16
+
+    return {
+        # As the accumulator of q Z holds its columns: two atoms' at once.
+        "RowsZ": LoadMatrix(
             q,
             ldmatrix(4),
             threads,
             lambda t: (row_of(t) + t % 16, t % 32 // 16 * 8),
             tuple((step * m, j) for m in range(c.m) for j in range(0, p.d, 16)),
         ),
-        # For phi(q): features of block J as fragments, features of block I as the pairs of one row.
-        RowsJ=LoadMatrix(
+        # Features of block J as fragments, features of block I as the pairs of one row.
+        "RowsJ": LoadMatrix(
             q,
             ldmatrix(4),
             threads,
             lambda t: (row_of(t) + t % 16 + t % 32 // 16 * step, 0),
             tuple((step * m, j) for m in range(0, c.m, 2) for j in blocks),
         ),
-        RowsI=LoadVector(
+        "RowsI": LoadVector(
             q,
             threads,
             lambda t: (row_of(t) + t % 32 // 4, 0),
-            tuple((step * m + 8 * h, i) for m in range(c.m) for h in range(2) for i in blocks),
+            tuple((step * m + 8 * half, i) for m in range(c.m) for half in range(2) for i in blocks),
         ),
-    )
+    }
 
 
 def state_tiles(p: Chunked, key_bytes: int) -> int:

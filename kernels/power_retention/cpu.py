@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -169,6 +169,25 @@ class _Chunk:
         values = self.tokens.with_one(self.v) * self.to_end
         return state * self.total + self.tokens.phi(self.k).swapaxes(-1, -2) @ values
 
+    def through_state_before(self, state: Float32, dnum: Float32) -> tuple[Float32, NDArray[Any]]:
+        """Gradients of its queries and of its rows' sums of gates [B, H, rows] by what it read from the state."""
+        products = self.tokens.phi(self.q)
+        dphi: Float32 = np.matmul(dnum, state.swapaxes(-1, -2)) * self.from_start * self.tokens.multiplicity
+        return self.tokens.phi_gradient(self.q, dphi), (dphi * products).sum(-1).sum(2)
+
+    def through_state_behind(self, adjoint: Float32) -> tuple[Float32, NDArray[Any], NDArray[Any]]:
+        """Gradients of its keys and values, and of its keys' sums of gates [B, H, keys] turned round, by what it added to the state."""
+        products = self.tokens.phi(self.k)
+        dphi: Float32 = np.matmul(self.tokens.with_one(self.v) * self.to_end, adjoint.swapaxes(-1, -2))
+        dv = (products * self.to_end) @ adjoint[..., :-1]
+        return self.tokens.phi_gradient(self.k, dphi), dv, (dphi * products).sum(-1)[:, :, 0]
+
+    def adjoint_before(self, adjoint: Float32 | None, dnum: Float32) -> Float32:
+        """The gradient of the state before it, by that of the one behind it and what its rows read."""
+        queries = self.tokens.phi(self.q) * self.tokens.multiplicity * self.from_start
+        read: Float32 = (queries.swapaxes(-1, -2) @ dnum).sum(2, keepdims=True)
+        return read if adjoint is None else adjoint * self.total + read
+
 
 def power_retention_cpu(
     q: Float32,
@@ -237,15 +256,7 @@ def power_retention_cpu_gradients(
     adjoint: Float32 | None = None if d_final is None else _State(tokens.d).gather(d_final.S, d_final.Z, mean=False)
     for n, part in reversed(list(enumerate(parts))):
         before, rows, keys = states[n], part.rows, part.keys
-        num, norm = part.sums(before)
-        r = np.full_like(norm, factor)
-        delta = np.zeros_like(norm)
-        if normalize == "sum":
-            seen = norm * factor > LOWEST_NORMALISER
-            r = np.where(seen, 1 / np.where(seen, norm, 1), 0).astype(np.float32)
-            delta = (dys[..., rows, :] * num).sum(-1) * r
-        # dy and what the normaliser gets, as columns beside each other, times r.
-        dnum = np.concatenate([dys[..., rows, :], -delta[..., None]], -1) * r[..., None]
+        dnum = _through_normaliser(*part.sums(before), dys[..., rows, :], factor, normalize)
         dweight = dnum @ tokens.with_one(part.v).swapaxes(-1, -2)
         weight, slope = part.weigh(_power(part.score, degree)), part.weigh(_power(part.score, degree - 1))
         dscore = degree * slope * dweight
@@ -257,21 +268,18 @@ def power_retention_cpu_gradients(
         da[..., keys] -= moved.sum(-2).sum(2)
         behind = states[n + 1]
         if adjoint is not None and behind is not None:
-            values, products = tokens.with_one(part.v), tokens.phi(part.k)
-            dphi: Float32 = np.matmul(values * part.to_end, adjoint.swapaxes(-1, -2))
-            dk[..., keys, :] += tokens.phi_gradient(part.k, dphi)
-            dv[..., keys, :] += (products * part.to_end) @ adjoint[..., :-1]
-            da[..., keys] -= (dphi * products).sum(-1)[:, :, 0]
+            from_keys, from_values, from_gates = part.through_state_behind(adjoint)
+            dk[..., keys, :] += from_keys
+            dv[..., keys, :] += from_values
+            da[..., keys] -= from_gates
             # What the gates of the whole chunk are worth to all that lies behind it: pairs of tokens on either side of its end.
             da[..., rows.stop - 1] += (adjoint * behind).sum((-1, -2))[:, :, 0]
         if before is not None:
-            products = tokens.phi(part.q)
-            dphi = np.matmul(dnum, before.swapaxes(-1, -2)) * part.from_start * tokens.multiplicity
-            dq[..., rows, :] += tokens.phi_gradient(part.q, dphi)
-            da[..., rows] += (dphi * products).sum(-1).sum(2)
+            from_queries, from_gates = part.through_state_before(before, dnum)
+            dq[..., rows, :] += from_queries
+            da[..., rows] += from_gates
         if degree == 2 and (n > 0 or initial_state is not None):
-            update = ((tokens.phi(part.q) * tokens.multiplicity * part.from_start).swapaxes(-1, -2) @ dnum).sum(2, keepdims=True)
-            adjoint = update if adjoint is None else adjoint * part.total + update
+            adjoint = part.adjoint_before(adjoint, dnum)
     dlog_g = None
     if log_g is not None:
         inside = (log_g > LOWEST_LOG_GATE) & (log_g <= 0) | np.isnan(log_g)
@@ -281,6 +289,17 @@ def power_retention_cpu_gradients(
         d_initial = _State(tokens.d).scatter(adjoint if adjoint is not None else tokens.empty_state(), mean=True)
     dk, dv = (np.ascontiguousarray(x[:, :, 0].transpose(0, 2, 1, 3)) for x in (dk, dv))
     return CpuGradients(tokens.to_queries(dq), dk, dv, dlog_g, d_initial)
+
+
+def _through_normaliser(num: Float32, norm: Float32, dy: Float32, factor: np.float32, normalize: str) -> Float32:
+    """The gradient of a chunk's sums by that of y: of its numerators, and as a further column of its normalisers."""
+    if normalize == "sum":
+        seen = norm * factor > LOWEST_NORMALISER
+        times = np.where(seen, 1 / np.where(seen, norm, 1), 0).astype(np.float32)
+        to_norm = (dy * num).sum(-1) * times
+    else:
+        times, to_norm = np.full_like(norm, factor), np.zeros_like(norm)
+    return np.concatenate([dy, -to_norm[..., None]], -1) * times[..., None]
 
 
 def _within_chunks(da: NDArray[np.float64], tokens: _Tokens) -> NDArray[np.float64]:

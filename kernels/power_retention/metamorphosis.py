@@ -14,34 +14,19 @@ import math
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from functools import cache
 from inspect import signature
 from numbers import Integral, Real
 from typing import Any, TypeVar
 
 from vidrial import ArgumentError, UnsupportedError
-from vidrial.kernels.power_retention import PowerState, power_retention
+from vidrial.kernels.power_retention import PowerState
 from vidrial.kernels.power_retention.op import DIMS
 from vidrial.kernels.power_retention.request import check_options
+from vidrial.kernels.power_retention.swapped import PROJECTIONS, Metamorphosis, hidden_states_of, read_config, swapped_class
 
 __all__ = ["metamorphose", "set_interpolate", "distill_layers", "carry_states"]
 
 M = TypeVar("M")  # a torch module
-PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
-
-
-@dataclass
-class Metamorphosis:
-    """What a swapped attention is: `states` is the list that its calls begin from and leave their states in, while one is carried."""
-
-    index: int
-    d: int
-    degree: int
-    normalize: str
-    interpolate: float
-    pair: bool  # it returns (y, None), as the attention of transformers does
-    states: list[PowerState[Any] | None] | None = field(default=None)
 
 
 def metamorphose(
@@ -92,7 +77,7 @@ def metamorphose(
         pair = "attention_mask" in signature(attention.forward).parameters
         attention.metamorphosis = Metamorphosis(index, d, int(degree), normalize, share, pair)
         kind: type = type(attention)
-        attention.__class__ = _swapped(kind)
+        attention.__class__ = swapped_class(kind)
     _record(model, {"layers": chosen, "degree": int(degree), "gates": [float(m) for m in gates], "normalize": normalize})
     transformers = sys.modules.get("transformers")
     if transformers is not None and isinstance(model, transformers.PreTrainedModel):
@@ -141,9 +126,9 @@ def distill_layers(model: Any, teacher: Any, batches: Iterable[Any], steps: int,
 
     def learn(attention: Any) -> Callable[..., None]:
         def hook(_: Any, args: Any, kwargs: Any, output: Any) -> None:
-            wanted = _only(output).float()
+            wanted = hidden_states_of(output).float()
             with torch.enable_grad():
-                made = _only(attention(*args, **kwargs)).float()
+                made = hidden_states_of(attention(*args, **kwargs)).float()
                 error = (made - wanted).square().sum() / wanted.square().sum()
                 error.backward()
             errors.append(error.detach())
@@ -162,7 +147,7 @@ def distill_layers(model: Any, teacher: Any, batches: Iterable[Any], steps: int,
             with torch.no_grad():
                 teacher(tokens)
             for group in optimizer.param_groups:
-                group["lr"] = lr * min(1.0, (step + 1) / 5) * (0.1 + 0.45 * (1 + math.cos(math.pi * step / steps)))
+                group["lr"] = _learning_rate(lr, step, steps)
             optimizer.step()
     finally:
         for one in hooks:
@@ -208,104 +193,6 @@ def carry_states(model: Any) -> Iterator[list[PowerState[Any] | None]]:
     finally:
         for attention in swapped:
             attention.metamorphosis.states = None
-
-
-@cache
-def _swapped(kind: type) -> type:
-    """The class of an attention whose class was `kind`, and whose parameters are that one's."""
-    softmax: Callable[..., Any] = kind.forward  # type: ignore[attr-defined]
-
-    def forward(self: Any, hidden_states: Any, *args: Any, **kwargs: Any) -> Any:
-        one: Metamorphosis = self.metamorphosis
-        if one.interpolate == 1:
-            return softmax(self, hidden_states, *args, **kwargs)
-        y = _attend(self, one, hidden_states, *args, **kwargs)
-        if one.interpolate > 0:
-            y = one.interpolate * _only(softmax(self, hidden_states, *args, **kwargs)) + (1 - one.interpolate) * y
-        return (y, None) if one.pair else y
-
-    return type(f"Power{kind.__name__}", (kind,), {"forward": forward})
-
-
-def _attend(
-    attention: Any,
-    one: Metamorphosis,
-    hidden: Any,
-    position_embeddings: Any = None,
-    attention_mask: Any = None,
-    past_key_values: Any = None,
-    **_: Any,
-) -> Any:
-    """What the attention returns with power retention for softmax."""
-    import torch
-
-    if not isinstance(position_embeddings, tuple | list) or len(position_embeddings) != 2:
-        raise ArgumentError("position_embeddings: power retention is called as softmax attention was, with a pair of cosines and sines")
-    q, k, v = (getattr(attention, name)(hidden).unflatten(-1, (-1, one.d)) for name in PROJECTIONS[:3])
-    if hasattr(attention, "q_norm"):
-        q, k = attention.q_norm(q), attention.k_norm(k)
-    # NOTE: of no tokens torch cannot tell how many batches there are.
-    cos, sin = (x.reshape(-1 if x.numel() else 1, q.shape[1], 1, one.d) for x in position_embeddings)
-    q, k = (x * cos + torch.cat((-x[..., one.d // 2 :], x[..., : one.d // 2]), -1) * sin for x in (q, k))
-    if torch.is_autocast_enabled(q.device.type):
-        q, k, v = (x.to(torch.get_autocast_dtype(q.device.type)) for x in (q, k, v))
-    log_g = torch.nn.functional.logsigmoid(attention.g_proj(hidden).float())
-    if attention_mask is not None:
-        # Padding weighs nothing and decays nothing.
-        padding = ~_alive(attention, attention_mask, hidden.shape[1])
-        k, v = (x.masked_fill(padding[..., None, None], 0.0) for x in (k, v))
-        log_g = log_g.masked_fill(padding[..., None], 0.0)
-    if past_key_values is not None:
-        layer = _cache_layer(past_key_values, one)
-        y, state = power_retention(q, k, v, log_g, normalize=one.normalize, initial_state=layer.power_state, output_final_state=True)
-        layer.keep(state, q.shape[1])
-    elif one.states is None:
-        y = power_retention(q, k, v, log_g, degree=one.degree, normalize=one.normalize)
-    else:
-        y, one.states[one.index] = power_retention(
-            q, k, v, log_g, normalize=one.normalize, initial_state=one.states[one.index], output_final_state=True
-        )
-    return attention.o_proj(y.flatten(-2))
-
-
-def _alive(attention: Any, mask: Any, t: int) -> Any:
-    """Which of the last `t` tokens are no padding, [B, t], by a mask [B, keys], or [B, 1, t, keys], boolean or added to scores."""
-    import torch
-
-    if not isinstance(mask, torch.Tensor) or mask.ndim not in (2, 4):
-        what = f"{mask.ndim} dimensions" if isinstance(mask, torch.Tensor) else f"a {type(mask).__name__}"
-        raise UnsupportedError(f"attention_mask: {what}; accepted: [B, keys], or [B, 1, T, keys] as eager attention and SDPA take it")
-    if mask.ndim == 2:
-        return mask[:, -t:].bool()
-    seen = (mask[:, 0] if mask.dtype == torch.bool else mask[:, 0] == 0)[..., -t:]
-    # A token sees itself unless it is padding.
-    alive = seen.diagonal(dim1=-2, dim2=-1)
-    i = torch.arange(t, device=mask.device)
-    causal = i[:, None] >= i
-    window = (
-        getattr(attention, "sliding_window", None) if hasattr(attention, "sliding_window") else _read(attention.config, "sliding_window")
-    )
-    if window:
-        causal &= i[:, None] - i < window
-    if bool(((seen != causal & alive[:, None]) & alive[..., None]).any()):
-        raise UnsupportedError("attention_mask: tokens do not see all before them; accepted: a causal mask, and padding")
-    return alive
-
-
-def _cache_layer(cache: Any, one: Metamorphosis) -> Any:
-    """The layer of a cache that holds this attention's state."""
-    layers = getattr(cache, "layers", ())
-    layer = layers[one.index] if one.index < len(layers) else None
-    if not hasattr(layer, "power_state"):
-        raise UnsupportedError(
-            "past_key_values: this cache keeps keys; pass power_cache(model), or use_cache=False, or call within carry_states"
-        )
-    return layer
-
-
-def _only(output: Any) -> Any:
-    """The hidden states of what an attention returns."""
-    return output[0] if isinstance(output, tuple) else output
 
 
 def _attentions(model: Any) -> list[Any]:
@@ -354,15 +241,10 @@ def _chosen(layers: Any, count: int, windows: list[int]) -> list[int]:
     return sorted(int(i) for i in chosen)
 
 
-def _read(config: Any, key: str, default: Any = None) -> Any:
-    """A key of a config, an object or a dict."""
-    return config.get(key, default) if isinstance(config, Mapping) else getattr(config, key, default)
-
-
 def _windows(config: Any, there: list[Any]) -> list[int]:
     """Layers of a sliding window: by the attention's own word, else by the config's."""
-    kinds = _read(config, "layer_types")
-    window = _read(config, "sliding_window") if _read(config, "use_sliding_window", True) else None
+    kinds = read_config(config, "layer_types")
+    window = read_config(config, "sliding_window") if read_config(config, "use_sliding_window", True) else None
     found = []
     for i, attention in enumerate(there):
         own = [getattr(attention, name) for name in ("sliding_window", "window") if hasattr(attention, name)]
@@ -376,10 +258,10 @@ def _check_config(config: Any) -> None:
     if config is None:
         raise ArgumentError("model: it has no config; accepted: one whose config has num_attention_heads")
     for key in ("attn_logit_softcapping", "attention_dropout", "attn_pdrop"):
-        if _read(config, key):
+        if read_config(config, key):
             what = "drops nothing" if "drop" in key else "has no logits to cap"
-            raise UnsupportedError(f"{key}={_read(config, key)}: power retention {what}; accepted: 0 or None in the model's config")
-    if _read(config, "alibi") or _read(config, "position_embedding_type") == "alibi":
+            raise UnsupportedError(f"{key}={read_config(config, key)}: power retention {what}; accepted: 0 or None in the model's config")
+    if read_config(config, "alibi") or read_config(config, "position_embedding_type") == "alibi":
         raise UnsupportedError("alibi: power retention adds nothing to scores; accepted: rotary position embeddings")
 
 
@@ -390,8 +272,8 @@ def _head(config: Any, attention: Any, index: int) -> tuple[int, int]:
         raise ArgumentError(
             f"layer {index}: its self_attn, a {type(attention).__name__}, has no {', '.join(lacking)}; accepted: {', '.join(PROJECTIONS)}"
         )
-    count = _read(config, "num_attention_heads")
-    d = _read(config, "head_dim") or (attention.q_proj.out_features // count if count else None)
+    count = read_config(config, "num_attention_heads")
+    d = read_config(config, "head_dim") or (attention.q_proj.out_features // count if count else None)
     if not d:
         raise ArgumentError("model: its config has neither num_attention_heads nor head_dim, of which one is needed")
     if d not in DIMS:
@@ -408,6 +290,11 @@ def _record(model: Any, what: dict[str, Any]) -> None:
         model.config = {**model.config, "vidrial": what}
     else:
         model.config.vidrial = what
+
+
+def _learning_rate(highest: float, step: int, steps: int) -> float:
+    """Up in 5 steps, then down to a tenth along a cosine."""
+    return highest * min(1.0, (step + 1) / 5) * (0.1 + 0.45 * (1 + math.cos(math.pi * step / steps)))
 
 
 def _check_distill(model: Any, teacher: Any, steps: Any, lr: Any) -> tuple[list[Any], Any]:

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from vidrial import ArgumentError, ArgumentTypeError, Buffer, Check, DType, Op, Stage, UnsupportedError, VidrialError, choice, part
+from vidrial.kernels.arrays import normal, strides
 from vidrial.kernels.power_retention import attend, gates, scan, scan_wgmma
 from vidrial.kernels.power_retention.problem import Chunked, Problem
 from vidrial.kernels.power_retention.reference import attention_form
@@ -27,8 +28,6 @@ MAX_HEADS = 65535  # batch times heads: a dimension of the grid
 MAX_FACTOR = 1e18  # of scale^degree: times a sum of weights it is a float32
 # Rows of tables are padded to this many tokens when the sequence is one chunk: every tile's rows divide it.
 PADDING = 512
-# Elements of an input that are drawn.
-DRAWN = 2**24
 # Tokens over which the gates of a sample add up to some e^-30.
 MEMORY = 1000
 # Relative to the norm, and of the worst element weighted by its conditioning, for outputs rounded to 16 bits:
@@ -49,10 +48,9 @@ class Config:
 # By the instruction that a config names.
 SCANS = {"sync": scan.power_scan, "wgmma": scan_wgmma.power_scan_wgmma}
 
-
-# Tokens of a chunk whose states a forward pass keeps for the backward pass; from how many chunks on it does so unasked, if they take no more memory
-# than q, k, v and y, and of the GPU's whole memory at most that share.
-KEPT_CHUNKS = {False: 1024, True: 2048}  # by whether a state has more than 64 x 64 elements for each of a feature's
+# Tokens of a chunk whose states a forward pass keeps for the backward pass, by whether D E is more than 64 x 64.
+KEPT_CHUNKS = {False: 1024, True: 2048}
+# From how many chunks on they are kept unasked, if they take no more memory than q, k, v and y, and at most 1 / KEPT_SHARE of the GPU's.
 KEPT_FROM, KEPT_SHARE = 8, 64
 
 
@@ -70,11 +68,6 @@ def kept_chunk(p: Problem, chunk: int | None, recompute: bool | None, memory: in
     kept = sum(buffer.bytes for buffer in snapshot_buffer(chunked(p, size)).values())
     arrays = p.b * p.t * p.dtype.bytes * (p.hq + p.h) * (p.d + p.e)
     return size if p.t >= KEPT_FROM * size and kept <= min(arrays, (memory or kept * KEPT_SHARE) // KEPT_SHARE) else 0
-
-
-def strides(_: int, t: int, h: int, d: int) -> tuple[int, int, int]:
-    """Strides in elements of a contiguous [b, t, h, d] array, all but the last axis."""
-    return t * h * d, h * d, d
 
 
 def whole_chunk(p: Problem) -> int:
@@ -235,7 +228,7 @@ def example(
     dtype: str = "bfloat16",
     scale: float | None = None,
 ) -> Problem:
-    """A problem with contiguous arrays.
+    """A problem with contiguous arrays: `h` heads of keys, `hq` of queries (as many), keys `d` wide, values `e` (as wide).
 
     Raises:
         ArgumentError: `normalize` is not known.
@@ -244,22 +237,22 @@ def example(
         raise refused
     hq, e = h if hq is None else hq, d if e is None else e
     return Problem(
-        DType.of(dtype),
-        d,
-        e,
-        degree,
-        gated,
-        normalize == "sum",
-        b,
-        t,
-        hq,
-        h,
-        max(d, 1) ** -0.5 if scale is None else scale,
-        strides(b, t, hq, d),
-        strides(b, t, h, d),
-        strides(b, t, h, e),
-        strides(b, t, hq, e),
-        (t * h, h, 1),
+        dtype=DType.of(dtype),
+        d=d,
+        e=e,
+        degree=degree,
+        gated=gated,
+        normalized=normalize == "sum",
+        b=b,
+        t=t,
+        hq=hq,
+        h=h,
+        scale=max(d, 1) ** -0.5 if scale is None else scale,
+        q_stride=strides(t, hq, d),
+        k_stride=strides(t, h, d),
+        v_stride=strides(t, h, e),
+        y_stride=strides(t, hq, e),
+        log_g_stride=(t * h, h, 1),
     )
 
 
@@ -289,9 +282,7 @@ def sample(p: Problem, seed: int) -> dict[str, np.ndarray]:
     """
     rng = np.random.default_rng(seed)
     shapes = {"q": (p.b, p.t, p.hq, p.d), "k": (p.b, p.t, p.h, p.d), "v": (p.b, p.t, p.h, p.e)}
-    # Drawing a gigabyte takes longer than sweeping it: beyond DRAWN elements the values repeat.
-    drawn = {name: p.dtype.round(rng.standard_normal(min(DRAWN, int(np.prod(shape))), np.float32)) for name, shape in shapes.items()}
-    arrays = {name: np.resize(values, shapes[name]) for name, values in drawn.items()}
+    arrays = {name: normal(rng, shape, p.dtype) for name, shape in shapes.items()}
     if p.gated:
         arrays["log_g"] = -np.log1p(np.exp(-rng.standard_normal((p.b, p.t, p.h), np.float32) - 4)) * np.float32(
             min(1.0, MEMORY / max(p.t, 1))

@@ -45,21 +45,25 @@ def _heads(q: Float64, k: Float64, v: Float64, log_g: Float64 | None) -> Iterato
             yield b, h, q[b, :, h], k[b, :, h // group], v[b, :, h // group], gates
 
 
+def _row_blocks(length: int) -> Iterator[tuple[slice, slice, NDArray[np.bool_]]]:
+    """Query rows, ROWS at a time; the keys up to the last of them; and which of these each row sees, [rows, keys]."""
+    positions = np.arange(length)
+    for first in range(0, length, ROWS):
+        rows, keys = slice(first, min(first + ROWS, length)), slice(0, min(first + ROWS, length))
+        yield rows, keys, positions[rows, None] >= positions[None, keys]
+
+
 def attention_form(
     q: Float64, k: Float64, v: Float64, log_g: Float64 | None = None, *, degree: int = 2, scale: float | None = None, normalize: str = "sum"
 ) -> Reference:
     """The O(T^2) form, in float64."""
     q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    length = q.shape[1]
     y, conditioning, norms = np.zeros((*q.shape[:3], v.shape[-1])), np.ones(q.shape[:3]), np.zeros(q.shape[:3])
     for b, h, qh, kh, vh, gates in _heads(q, k, v, log_g):
         a, key_norms = np.cumsum(gates), np.linalg.norm(kh, axis=1)
-        for m in range(0, length, ROWS):
-            rows, keys = slice(m, min(m + ROWS, length)), slice(0, min(m + ROWS, length))
-            gap = a[rows, None] - a[None, keys]
-            causal = np.arange(length)[rows, None] >= np.arange(length)[None, keys]
-            decay = np.exp(np.where(causal, gap, -np.inf))
+        for rows, keys, causal in _row_blocks(q.shape[1]):
+            decay = np.exp(np.where(causal, a[rows, None] - a[None, keys], -np.inf))
             weight = np.where(causal, (scale * qh[rows] @ kh[keys].T) ** degree * decay, 0.0)
             bound = np.where(causal, (np.abs(scale) * np.linalg.norm(qh[rows], axis=1)[:, None] * key_norms[keys]) ** degree * decay, 0.0)
             norms[b, rows, h] = norm = weight.sum(1)
@@ -116,23 +120,53 @@ def pair_rows(d: int) -> tuple[NDArray[np.intp], NDArray[np.intp], Float64]:
     return first.repeat(8, 1).ravel(), np.tile(second, 8).ravel(), multiplicity
 
 
+def _through_normaliser(num: Float64, norm: Float64, dy: Float64, normalize: str) -> tuple[Float64, Float64]:
+    """Gradients of rows' numerators [R, E] and normalisers [R] by that of y [R, E]; 0 where the normaliser is at its floor."""
+    if normalize != "sum":
+        return dy, np.zeros_like(norm)
+    floored = np.maximum(norm, LOWEST_NORMALISER)
+    dnum = np.where(norm > LOWEST_NORMALISER, 1 / floored, 0.0)[:, None] * dy
+    return dnum, -(dnum * num).sum(1) / floored
+
+
 def _through_features(x: Float64, dphi: Float64) -> Float64:
     """Gradient of x [T, D] by that of its products of two, [T, P] in the order of `pair_rows`."""
-    ia, ib, _ = pair_rows(x.shape[-1])
+    first, second, _ = pair_rows(x.shape[-1])
     dx = np.zeros_like(x)
-    np.add.at(dx.T, ia, (dphi * x[:, ib]).T)
-    np.add.at(dx.T, ib, (dphi * x[:, ia]).T)
+    np.add.at(dx.T, first, (dphi * x[:, second]).T)
+    np.add.at(dx.T, second, (dphi * x[:, first]).T)
     return dx
+
+
+class _StateRead:
+    """Rows x [R, D] of a head, whose gates add up to a [R], that read the state (S [P, E], Z [D, D]) before the first token."""
+
+    def __init__(self, x: Float64, a: Float64, state: tuple[Float64, Float64], scale: float) -> None:
+        first, second, self.count = pair_rows(x.shape[-1])
+        self.x, (self.s, self.z) = x, state
+        self.decay = scale**2 * np.exp(a)
+        self.phi = self.count * x[:, first] * x[:, second]
+
+    def sums(self) -> tuple[Float64, Float64]:
+        """What it adds to the rows' numerators [R, E] and normalisers [R]."""
+        return self.decay[:, None] * (self.phi @ self.s), self.decay * np.einsum("ta,ab,tb->t", self.x, self.z, self.x)
+
+    def gradients(self, dnum: Float64, dnorm: Float64) -> tuple[Float64, Float64, Float64]:
+        """Of x, S and Z, by those of the sums."""
+        dx = self.decay[:, None] * dnorm[:, None] * (self.x @ (self.z + self.z.T))
+        dx += _through_features(self.x, self.decay[:, None] * self.count * (dnum @ self.s.T))
+        ds = (self.decay[:, None] * self.phi).T @ dnum
+        return dx, ds, (self.x * (self.decay * dnorm)[:, None]).T @ self.x
 
 
 def _through_final_state(keys: Float64, values: Float64, a: Float64, ds: Float64, dz: Float64) -> tuple[Float64, Float64, Float64]:
     """Gradients of a head's keys [T, D], values [T, E] and sums of gates a [T], T > 0, by that of the state after the last token."""
-    ia, ib, _ = pair_rows(keys.shape[-1])
+    first, second, _ = pair_rows(keys.shape[-1])
     to_end = np.exp(a[-1] - a)[:, None]
     dk = to_end * (keys @ (dz + dz.T)) + _through_features(keys, to_end * (values @ ds.T))
     da = -(dk * keys).sum(1) / 2
     da[-1] -= da.sum()
-    return dk, to_end * ((keys[:, ia] * keys[:, ib]) @ ds), da
+    return dk, to_end * ((keys[:, first] * keys[:, second]) @ ds), da
 
 
 def gradients(
@@ -155,31 +189,25 @@ def gradients(
     outside of (-60, 0].
     """
     q, k, v, dy = (np.asarray(x, np.float64) for x in (q, k, v, dy))
-    scale, group, (ia, ib, count) = q.shape[-1] ** -0.5 if scale is None else scale, q.shape[2] // k.shape[2], pair_rows(q.shape[-1])
+    scale, group = q.shape[-1] ** -0.5 if scale is None else scale, q.shape[2] // k.shape[2]
     dq, dk, dv, da = np.zeros_like(q), np.zeros_like(k), np.zeros_like(v), np.zeros(k.shape[:3])
     q_terms, k_terms, g_terms = np.zeros(q.shape[:3]), np.zeros(k.shape[:3]), np.zeros(k.shape[:3])
-    states = initial is not None or d_final is not None
-    shape = (*k.shape[::2][:1], k.shape[2])
-    d_s, d_z = (np.zeros((*shape, len(ia), v.shape[-1])), np.zeros((*shape, q.shape[-1], q.shape[-1]))) if states else (None, None)
+    d_s = d_z = None
+    if initial is not None or d_final is not None:
+        (batch, _, heads, d), e = k.shape, v.shape[-1]
+        d_s, d_z = np.zeros((batch, heads, d * (d + 8) // 2, e)), np.zeros((batch, heads, d, d))
     for b, hq, x, keys, values, gates in _heads(q, k, v, log_g):
-        h, a, length = hq // group, np.cumsum(gates), len(x)
-        for m in range(0, length, ROWS):
-            rows, seen = slice(m, min(m + ROWS, length)), slice(0, min(m + ROWS, length))
-            causal = np.arange(length)[rows, None] >= np.arange(length)[None, seen]
+        h, a = hq // group, np.cumsum(gates)
+        for rows, seen, causal in _row_blocks(len(x)):
             decay = np.exp(np.where(causal, a[rows, None] - a[None, seen], -np.inf))
             score = x[rows] @ keys[seen].T
-            weight, norm = scale**degree * score**degree * decay, np.zeros(rows.stop - rows.start)
-            num = weight @ values[seen]
-            norm += weight.sum(1)
-            if initial is not None:
-                s0, z0, from_start = initial[0][b, h], initial[1][b, h], scale**2 * np.exp(a[rows])
-                phi = count * x[rows][:, ia] * x[rows][:, ib]
-                num, norm = num + from_start[:, None] * (phi @ s0), norm + from_start * np.einsum("ta,ab,tb->t", x[rows], z0, x[rows])
-            if normalize == "sum":
-                dnum = np.where(norm > LOWEST_NORMALISER, 1 / np.maximum(norm, LOWEST_NORMALISER), 0.0)[:, None] * dy[b, rows, hq]
-                dnorm = -(dnum * num).sum(1) / np.maximum(norm, LOWEST_NORMALISER)
-            else:
-                dnum, dnorm = dy[b, rows, hq], np.zeros_like(norm)
+            weight = scale**degree * score**degree * decay
+            num, norm = weight @ values[seen], weight.sum(1)
+            read = None if initial is None else _StateRead(x[rows], a[rows], (initial[0][b, h], initial[1][b, h]), scale)
+            if read is not None:
+                from_state = read.sums()
+                num, norm = num + from_state[0], norm + from_state[1]
+            dnum, dnorm = _through_normaliser(num, norm, dy[b, rows, hq], normalize)
             from_values, slope = dnum @ values[seen].T, degree * scale**degree * score ** (degree - 1) * decay
             dweight = from_values + dnorm[:, None]
             dscore, terms = slope * dweight, slope**2 * (from_values**2 + dnorm[:, None] ** 2)
@@ -192,19 +220,19 @@ def gradients(
             dv[b, seen, h] += weight.T @ dnum
             da[b, rows, h] += (weight * dweight).sum(1)
             da[b, seen, h] -= (weight * dweight).sum(0)
-            if initial is not None and d_s is not None and d_z is not None:
-                dx = from_start[:, None] * dnorm[:, None] * (x[rows] @ (z0 + z0.T))
-                dx += _through_features(x[rows], from_start[:, None] * count * (dnum @ s0.T))
+            if read is not None and d_s is not None and d_z is not None:
+                dx, ds, dz = read.gradients(dnum, dnorm)
                 dq[b, rows, hq] += dx
                 da[b, rows, h] += (dx * x[rows]).sum(1) / 2
-                d_s[b, h] += (from_start[:, None] * phi).T @ dnum
-                d_z[b, h] += (x[rows] * (from_start * dnorm)[:, None]).T @ x[rows]
+                d_s[b, h] += ds
+                d_z[b, h] += dz
+        # The state behind the last token is a key head's: it counts once for all queries of a group.
         if d_final is None or hq % group or d_s is None or d_z is None:
             continue
-        ds, dz, left = d_final[0][b, h], d_final[1][b, h], np.exp(a[-1]) if length else 1.0
+        ds, dz, left = d_final[0][b, h], d_final[1][b, h], np.exp(a[-1]) if len(x) else 1.0
         d_s[b, h] += left * ds
         d_z[b, h] += left * dz
-        if length:
+        if len(x):
             from_keys, from_values, from_gates = _through_final_state(keys, values, a, ds, dz)
             dk[b, :, h] += from_keys
             dv[b, :, h] += from_values

@@ -20,7 +20,8 @@ import numpy as np
 import pytest
 
 from vidrial.build.files import locked
-from vidrial.build.store import BINARY_SCHEMA, SCHEMA, Store, binary_key
+from vidrial.build.formats import BINARY_SCHEMA, SCHEMA, binary_key
+from vidrial.build.store import Store
 from vidrial.errors import ArgumentError, StoreError
 
 IMAGE = bytes(range(256)) * 37 + b"\0"

@@ -249,7 +249,8 @@ def test_a_folder_that_a_cleaner_removed_is_made_anew(own_tempdir: Path) -> None
 FORK = """
 import os, sys, threading
 import numpy as np
-from vidrial.build.store import Store, binary_key
+from vidrial.build.formats import binary_key
+from vidrial.build.store import Store
 from vidrial.host.compiler import temporary
 from vidrial.host.target import compile_host
 def value(binary):

@@ -101,5 +101,5 @@ def test_bad_layouts(shape: object, stride: object, message: str) -> None:
 def test_what_is_not_a_layout() -> None:
     with pytest.raises(LayoutError, match="coordinate"):
         Layout((3, 2))(1, 1, 1)
-    with pytest.raises(LayoutError, match="shift not below bits"):
+    with pytest.raises(LayoutError, match="shift of at least bits"):
         Swizzle(3, 3, 2)

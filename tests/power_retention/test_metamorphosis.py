@@ -20,7 +20,7 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from vidrial.errors import ArgumentError, UnsupportedError
-from vidrial.kernels.power_retention import metamorphosis, power_retention
+from vidrial.kernels.power_retention import power_retention, swapped
 from vidrial.kernels.power_retention.metamorphosis import carry_states, distill_layers, metamorphose, set_interpolate
 from vidrial.kernels.power_retention.reference import attention_form
 
@@ -63,7 +63,7 @@ def test_at_one_it_is_the_model_before_and_only_gates_are_new(family: str, monke
     names, before = set(dict(model.named_parameters())), model(tokens())
     assert metamorphose(model, interpolate=1.0) is model
     with monkeypatch.context() as patch:
-        patch.setattr(metamorphosis, "power_retention", None)  # not even computed
+        patch.setattr(swapped, "power_retention", None)  # not even computed
         assert torch.equal(model(tokens()), before)
     new = set(dict(model.named_parameters())) - names
     assert new == {f"model.layers.{i}.self_attn.g_proj.{what}" for i in range(2) for what in ("weight", "bias")}
@@ -275,7 +275,7 @@ def test_autocast_gives_the_op_the_dtype_that_kernels_take(monkeypatch: pytest.M
         seen.update((q.dtype, k.dtype, v.dtype)), seen.add(f"gates {log_g.dtype}")
         return power_retention(q, k, v, log_g, **options)
 
-    monkeypatch.setattr(metamorphosis, "power_retention", watched)
+    monkeypatch.setattr(swapped, "power_retention", watched)
     with torch.autocast("cpu", torch.bfloat16):
         found = model(tokens())
     assert seen == {torch.bfloat16, "gates torch.float32"}

@@ -187,7 +187,7 @@ def test_a_sweep_of_one_config_compares_it_with_others_that_cannot_win(fault: st
 def test_of_two_that_differ_neither_wins_where_nobody_else_can_say(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FAKE_OP_FAULTS", "1=wrong,2=wrong,3=wrong at size")
     two = dataclasses.replace(FAKE, configs=[Config(32, 3), Config(32, 4)])
-    monkeypatch.setattr("vidrial.tune.sweeper.WITNESSES", 0)
+    monkeypatch.setattr("vidrial.tune.session.WITNESSES", 0)
     with pytest.raises(NoValidConfig, match="2 wrong"):
         sweep(op, example(), two)
 
@@ -198,7 +198,7 @@ def test_what_cannot_be_compared_is_said(monkeypatch: pytest.MonkeyPatch) -> Non
     assert result.winner.config.width == 3
     assert any("was not compared at the problem itself: out of memory" in note for note in result.notes)
     monkeypatch.setenv("FAKE_OP_FAULTS", "")
-    monkeypatch.setattr("vidrial.tune.sweeper.WITNESSES", 0)
+    monkeypatch.setattr("vidrial.tune.session.WITNESSES", 0)
     alone = sweep(op, example(), FAKE, configs=[Config(64, 3)])
     assert any("no other config is there to compare it with" in note for note in alone.notes)
 
@@ -526,7 +526,7 @@ def test_progress_is_told() -> None:
         (example(), {"gpus": (1, 1)}, ArgumentError, "different CUDA indices"),
         (example(), {"gpus": "both"}, ArgumentError, "gpus='both'.*'all', or different CUDA indices"),
         (example(), {"trials": 0}, ArgumentError, "trials=0"),
-        (example(), {"seconds": -1.0}, ArgumentError, "seconds=-1.0: more than 0"),
+        (example(), {"seconds": -1.0}, ArgumentError, "seconds=-1.0; accepted: more than 0"),
         (example(), {"limit": math.nan}, ArgumentError, "limit=nan"),
         (example(), {"trails": 3}, ArgumentTypeError, "trails.*accepted: device, gpus, ray, trials"),
         (example(), {"bench": "fake_op:Nothing"}, ArgumentError, "names nothing"),

@@ -1,4 +1,4 @@
-"""Source text to cubin by NVRTC, which needs neither a GPU nor a driver; and a pool of processes that compiles many."""
+"""Source text to cubin by NVRTC, which needs neither a GPU nor a driver; what ptxas says of it, and what is refused for that."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ import time
 from functools import lru_cache
 from pathlib import Path
 
-from vidrial.build.store import Store, binary_key
+from vidrial.build.formats import binary_key
+from vidrial.build.store import Store
 from vidrial.build.toolchain import Toolchain, loaded_library, nvrtc, nvrtc_version, supported_archs
 from vidrial.device import arch_name
 from vidrial.errors import CompileError, ToolchainError

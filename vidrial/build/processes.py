@@ -127,14 +127,7 @@ class Child:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self.process.wait(END_SECONDS)
         self._kill()
-        code = self.process.returncode
-        how = (
-            "nothing that could be waited for"
-            if code is None
-            else f"signal {signal.Signals(-code).name}"
-            if code < 0
-            else f"exit code {code}"
-        )
+        how = _ending(self.process.returncode)
         self._last_words.seek(0)
         lines = self._last_words.read().decode(errors="replace").strip().splitlines()
         self.stop()
@@ -155,6 +148,13 @@ class Child:
             os.killpg(self.process.pid, signal.SIGKILL)
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self.process.wait(END_SECONDS)
+
+
+def _ending(code: int | None) -> str:
+    """How a process ended, by its return code."""
+    if code is None:
+        return "nothing that could be waited for"
+    return f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
 
 
 def ready(children: Collection[Child]) -> list[Child]:

@@ -1,4 +1,4 @@
-"""The cache directory: compiled binaries and JSON documents. No other module touches it.
+"""The cache directory: compiled binaries and JSON documents, in the bytes of `formats`. No other module writes there.
 
     <root>/v1/bin/ab/<key>/{kernel.cubin.z, kernel.cu, meta.json}     published by renaming a staged directory
     <root>/v1/<kind>/<key>.json                                       published by renaming a staged file
@@ -34,8 +34,6 @@ from vidrial.build.files import (
     locked,
     make_folder,
     modified,
-    parse_json,
-    read_file,
     remove,
     size_and_time,
     sync_folder,
@@ -43,13 +41,11 @@ from vidrial.build.files import (
     usable,
     write_file,
 )
+from vidrial.build.formats import LARGEST_BINARY, PLAIN_NAME, SCHEMA, Entry, document, read_document, read_entry, seal, to_json
 from vidrial.errors import ArgumentError, StoreError
 from vidrial.settings import Settings
 
-# Of the folder and its documents; of its binaries (2: the note is part of the checksum).
-SCHEMA, BINARY_SCHEMA = 1, 2
 CUBIN = "kernel.cubin"
-LARGEST_BINARY, LARGEST_DOCUMENT = 256 << 20, 16 << 20
 # A hit renews an entry's time at most this often; a staged file older than STALE was left by a process that died.
 TOUCH_SECONDS, STALE_SECONDS = 60.0, 86400.0
 # A writer begins again this often when the cache is cleared under its hands.
@@ -59,16 +55,6 @@ DAMAGE = (errno.ELOOP, errno.ENOTDIR)
 # What will not pass while this process runs.
 UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
 _KEY = re.compile(r"[0-9a-f]{64}")
-_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+=,@-]{0,199}")
-
-
-@dataclasses.dataclass(frozen=True)
-class Entry:
-    """A stored binary: its bytes (decompressed), its source and what was noted about it."""
-
-    image: bytes
-    source: str
-    meta: dict[str, Any]
 
 
 @dataclasses.dataclass
@@ -81,12 +67,6 @@ class Stats:
     corrupt: int = 0
     unread: int = 0
     unwritten: int = 0
-
-
-def binary_key(source: str, arch: str, options: tuple[str, ...], version: str) -> str:
-    """The key of a binary: sha256 of its source, architecture, options, the toolchain's version and the store's schema."""
-    named = {"schema": BINARY_SCHEMA, "source": source, "arch": arch, "options": list(options), "version": version}
-    return hashlib.sha256(json.dumps(named, sort_keys=True).encode()).hexdigest()
 
 
 class Store:
@@ -134,7 +114,7 @@ class Store:
             ArgumentError: `key` is not a sha256 in hexadecimal.
         """
         folder = self._entry(key)
-        entry = self._memory.get(key) or self._guarded(folder, lambda path: _read_entry(path, key, payload))
+        entry = self._memory.get(key) or self._guarded(folder, lambda path: read_entry(path, key, payload))
         if entry is None:
             self.stats.misses += 1
             return None
@@ -149,11 +129,7 @@ class Store:
             ArgumentError: `key` is not a sha256 in hexadecimal, or `meta` is not JSON.
         """
         folder = self._entry(key)
-        note = dict(meta) | {"schema": BINARY_SCHEMA, "key": key, "payload": payload, "bytes": len(image)}
-        note = json.loads(_json(note))
-        note["sha256"] = _checksum(note, source, image)
-        entry = Entry(image, source, note)
-        files = {f"{payload}.z": zlib.compress(image, 1), "kernel.cu": source.encode(), "meta.json": _json(note)}
+        entry, files = seal(key, image, source, meta, payload)
         if not self._write(lambda: self._publish_folder(folder, files)):
             self._memory[key] = entry
             while sum(len(e.image) for e in self._memory.values()) > LARGEST_BINARY and len(self._memory) > 1:
@@ -171,7 +147,7 @@ class Store:
         if (kind, key) in self._documents:
             return self._documents[kind, key]
         path = self._document(kind, key)
-        return self._guarded(path, _read_document)
+        return self._guarded(path, read_document)
 
     def write_json(self, kind: str, key: str, value: Any) -> None:
         """Replace the document `key` of `kind`; readers see the old one or the new one.
@@ -179,9 +155,8 @@ class Store:
         Raises:
             ArgumentError: `kind` or `key` is not a plain file name, or `value` is not JSON.
         """
-        path, value = self._document(kind, key), json.loads(_json(value))
-        data = _json({"schema": SCHEMA, "sha256": _sha(value), "value": value})
-        if self._write(lambda: self._publish_file(path, data)):
+        path, value = self._document(kind, key), json.loads(to_json(value))
+        if self._write(lambda: self._publish_file(path, document(value))):
             self._documents.pop((kind, key), None)
         else:
             self._documents[kind, key] = value
@@ -200,7 +175,7 @@ class Store:
             if self.stats.unread == unread:
                 self.write_json(kind, key, value)
             else:
-                self._documents[kind, key] = json.loads(_json(value))
+                self._documents[kind, key] = json.loads(to_json(value))
 
     def keys(self, kind: str) -> list[str]:
         """Keys of the documents of one kind."""
@@ -218,7 +193,7 @@ class Store:
         damaged = []
         for folder, _, _ in self._entries():
             before = self.stats.corrupt
-            self._guarded(folder, lambda path, key=folder.name: _read_entry(path, key, None))  # type: ignore[misc]
+            self._guarded(folder, lambda path, key=folder.name: read_entry(path, key, None))  # type: ignore[misc]
             damaged += [folder.name] if self.stats.corrupt > before else []
         return damaged
 
@@ -264,7 +239,7 @@ class Store:
 
     def _document(self, kind: str, key: str) -> Path:
         for name in (kind, key):
-            if not _NAME.fullmatch(name):
+            if not PLAIN_NAME.fullmatch(name):
                 raise ArgumentError(f"{name!r} cannot name a document; accepted: up to 200 letters, digits and _.+=,@- (not . or - first)")
         return self._version / kind / f"{key}.json"
 
@@ -393,62 +368,3 @@ class Store:
 @lru_cache
 def _shared(roots: tuple[Path, ...], max_bytes: int) -> Store:
     return Store(max_bytes=max_bytes)
-
-
-def _read_entry(folder: Path, key: str, payload: str | None) -> Entry:
-    """The entry in `folder`, checked against its own note. FileNotFoundError: there is none. Any other error: it is damaged or foreign."""
-    opened = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
-    try:
-        return _read_opened(opened, key, payload)
-    except FileNotFoundError as error:
-        # Removed while it was read: a plain miss. Still in its place: it was never whole.
-        if os.fstat(opened).st_ino == folder.lstat().st_ino:
-            raise ValueError(f"it lacks {error.filename}") from None
-        raise
-    finally:
-        os.close(opened)
-
-
-def _read_opened(folder: int, key: str, payload: str | None) -> Entry:
-    note = parse_json(read_file("meta.json", LARGEST_DOCUMENT, folder))
-    name = note["payload"]
-    if (note["schema"], note["key"]) != (BINARY_SCHEMA, key) or not _NAME.fullmatch(name) or payload not in (None, name):
-        raise ValueError(f"it is of schema {note['schema']}, for another key or another target")
-    unpack = zlib.decompressobj()
-    image = unpack.decompress(read_file(f"{name}.z", LARGEST_BINARY, folder), LARGEST_BINARY)
-    source = read_file("kernel.cu", LARGEST_BINARY, folder).decode()
-    if not unpack.eof or _checksum(note, source, image) != note["sha256"]:
-        raise ValueError("its checksum does not match")
-    return Entry(image, source, note)
-
-
-def _checksum(note: Mapping[str, Any], source: str, image: bytes) -> str:
-    """sha256 of a whole entry: of the note but for this, the source and the binary."""
-    parts = _sha({name: value for name, value in note.items() if name != "sha256"}), *map(_digest, (source.encode(), image))
-    return _digest("".join(parts).encode())
-
-
-def _read_document(path: Path) -> Any:
-    document = parse_json(read_file(path, LARGEST_DOCUMENT))
-    value = document["value"]
-    if document["schema"] != SCHEMA:
-        raise ValueError(f"it is of schema {document['schema']}, not {SCHEMA}")
-    if document.get("sha256", _sha(value)) != _sha(value):
-        raise ValueError("its checksum does not match")
-    return value
-
-
-def _sha(value: Any) -> str:
-    """sha256 of a document, however it is written."""
-    return _digest(json.dumps(value, sort_keys=True).encode())
-
-
-def _digest(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()
-
-
-def _json(value: Any) -> bytes:
-    try:
-        return json.dumps(value, sort_keys=True, indent=1, allow_nan=False).encode()
-    except (TypeError, ValueError) as error:
-        raise ArgumentError(f"what is to be stored is not JSON ({error}); store numbers, strings, lists and dictionaries") from None

@@ -60,7 +60,7 @@ class NoRoom(ToolchainError):
 
 @dataclasses.dataclass(frozen=True)
 class Build:
-    """One way to compile: compiler and flags; what all kernels have in common is compiled once and kept on `artifact_dir`."""
+    """One way to compile: compiler and flags; what all kernels have in common is compiled once and kept in `artifact_dir`."""
 
     compiler: HostCompiler
     sanitizer: str | None
@@ -131,7 +131,7 @@ class Build:
         return ["-O2", *FLAGS, *calls, *macros, *_include_flags()]
 
     def build_artifact(self, product: str, flags: list[str], header: str) -> Path:
-        """What the compiler makes of one of the runtime's headers, from the artifact_dir or new; in a temporary folder if that cannot be written.
+        """What the compiler makes of one of the runtime's headers, from `artifact_dir` or new; in a temporary folder if that cannot be written.
 
         Raises:
             ToolchainError: the compiler rejects it. NoRoom: no folder can take it.
@@ -143,12 +143,13 @@ class Build:
         return once(("artifact", self.artifact_dir, key), make, 3 * COMPILE_SECONDS)
 
     def _make_artifact(self, key: str, product: str, flags: list[str], original: Path) -> Path:
-        for artifact_dir in (self.artifact_dir, temporary() / "artifact_dir"):
-            if (artifact_dir / key / product).is_file():
+        for folder in (self.artifact_dir, temporary() / "artifact_dir"):
+            made = folder / key / product
+            if made.is_file():
                 with contextlib.suppress(OSError):
-                    os.utime(artifact_dir / key)
-                return artifact_dir / key / product
-            staged = artifact_dir / f".{uuid.uuid4().hex}"
+                    os.utime(folder / key)
+                return made
+            staged = folder / f".{uuid.uuid4().hex}"
             try:
                 (staged / product).parent.mkdir(parents=True, mode=0o700)
                 ended = execute([*self.compiler.command, *flags, str(original), "-o", str(staged / product)], b"", COMPILE_SECONDS)
@@ -156,27 +157,27 @@ class Build:
                     if any(full in ended.stderr for full in FULL):
                         continue
                     raise ToolchainError(f"{self.compiler.version} does not compile {original}:\n{ended.stderr.decode(errors='replace')}")
-                os.rename(staged, artifact_dir / key)
+                os.rename(staged, folder / key)
             except OSError:
-                # Another process was first, or the artifact_dir cannot be written.
-                if (artifact_dir / key / product).is_file():
-                    return artifact_dir / key / product
+                # Another process was first, or the folder cannot be written.
+                if made.is_file():
+                    return made
                 continue
             finally:
                 shutil.rmtree(staged, ignore_errors=True)
-            _prune(artifact_dir)
-            return artifact_dir / key / product
+            _prune(folder)
+            return made
         raise NoRoom(
             f"neither {self.artifact_dir} nor the temporary folder can be written, or they have no room: "
             "set VIDRIAL_CACHE_DIR or TMPDIR to one that has"
         )
 
 
-def _prune(artifact_dir: Path) -> None:
+def _prune(folder: Path) -> None:
     """Remove all but the newest products: each is of one set of flags, and of one state of the headers."""
     # Another process may be at it, too.
     with contextlib.suppress(OSError):
-        for old in sorted(artifact_dir.glob("[0-9a-f]*"), key=lambda path: path.stat().st_mtime)[:-PRODUCTS_KEPT]:
+        for old in sorted(folder.glob("[0-9a-f]*"), key=lambda path: path.stat().st_mtime)[:-PRODUCTS_KEPT]:
             shutil.rmtree(old)
 
 

@@ -24,8 +24,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from vidrial.build.formats import Entry, binary_key
 from vidrial.build.once import once
-from vidrial.build.store import Entry, Store, binary_key
+from vidrial.build.store import Store
 from vidrial.device import CTA_THREADS, PARAMETER_BYTES
 from vidrial.errors import ArgumentError, LaunchError, ToolchainError
 from vidrial.events import FIELDS, Counts
@@ -242,7 +243,9 @@ class Memory:
             new = changed[LENGTH.size : LENGTH.size + len(view)]
             for at, array in enumerate(self._arrays):
                 if not array.flags.writeable and start <= _extent(array)[0] < start + len(view) and _differs(array, new, start):
-                    raise LaunchError(f"kernel {kernel} wrote to array {at}, {array.dtype}{list(array.shape)}, which is read-only")
+                    raise LaunchError(
+                        f"kernel {kernel} wrote to array {at}, {array.dtype}{list(array.shape)}, which is read-only; pass one that may be written"
+                    )
             view[:] = new
             changed = changed[LENGTH.size + len(view) :]
 

@@ -1,4 +1,4 @@
-"""What is known before anything runs: bank conflicts, sectors, occupancy, waves.
+"""What accesses to memory cost, known before anything runs: bank conflicts in shared memory, sectors of global memory.
 
 A warp's access to shared memory is served in phases of at most 128 bytes: eight threads of 16 bytes (each matrix of ldmatrix),
 sixteen of 8 bytes, or all 32. Within a phase, a bank that has to give several words takes as many turns. wgmma takes its operands by
@@ -85,7 +85,7 @@ class Finding:
 
 
 def analyse(described: Described, name: str = "", row_stride: int | None = None) -> list[Finding]:
-    """The accesses of an object of `vidrial.layout.mma`.
+    """The accesses of a load, a copy, an MMA with its operands, a descriptor or an epilogue.
 
     `row_stride`: bytes from row to row in global memory, by default those of a row of the tile.
 
@@ -101,40 +101,59 @@ def _findings(described: Described, name: str, row_stride: int | None) -> Iterat
             if operand is not None:
                 yield from _findings(operand, f"{name}.{side}", row_stride)
     elif isinstance(described, Operand):
-        yield from _findings(described.load, name, row_stride)
+        yield _of_load(described.load, name)
     elif isinstance(described, Descriptor):
-        tile = described.tile
-        row, chunk, r = np.ogrid[: tile.rows : 8, : tile.columns : VECTOR_BYTES // tile.dtype.bytes, :8]
-        reached = (tile.offset(row + r, chunk) * tile.dtype.bytes).reshape(-1, 8)
-        kind = f"wgmma descriptor, {SWIZZLE_BYTES[described.swizzle]}-byte swizzle"
-        yield Finding(name, kind, described.extent * DEPTH * tile.dtype.bytes, ways=_ways(reached, VECTOR_BYTES))
+        yield _of_descriptor(described, name)
     elif isinstance(described, (LoadMatrix, LoadVector)):
-        tile, thread = described.tile, np.arange(described.threads)
-        # Only the first 8 threads per matrix give ldmatrix an address.
-        lanes = 8 * described.atom.matrices if isinstance(described, LoadMatrix) else WARP
-        base = tile.offset(described.row(thread), described.column(thread)) * tile.dtype.bytes
-        reached = np.stack([tile.at(base, *step) for step in described.steps]).reshape(-1, WARP)[:, :lanes]
-        yield Finding(name, "ldmatrix" if isinstance(described, LoadMatrix) else "shared load", 16, ways=_ways(reached, 16))
+        yield _of_load(described, name)
     elif isinstance(described, Epilogue):
-        # Two columns each of a warp's threads at once, then 16 bytes of a row each; pieces of these, one after the other, to global memory.
-        copy, size = described.copy, described.tile.dtype.bytes
-        pairs = described.addresses().transpose(1, 2, 3, 0).reshape(-1, WARP)
-        yield Finding(f"{name}.put", "shared store", 2 * size, ways=_ways(pairs, 2 * size))
-        yield Finding(f"{name}.take", "shared load", VECTOR_BYTES, ways=_ways(copy.addresses().reshape(-1, WARP), VECTOR_BYTES))
-        thread, stride = np.arange(described.threads), row_stride if row_stride is not None else described.tile.columns * size
-        target = (copy.row(thread) * stride + copy.column(thread) * size).reshape(-1, WARP)
-        best = WARP * described.atom.bytes // SECTOR_BYTES
-        yield Finding(f"{name}.global", "global store", described.atom.bytes, sectors=_sectors(target), best_sectors=best)
+        yield from _of_epilogue(described, name, row_stride)
     else:
-        # In pieces, the first of each vector: the others lie beside it.
-        tile, thread, vector = described.tile, np.arange(described.threads), described.atom.bytes
-        if described.threads % WARP:
-            raise ArgumentError(f"{name}: {described.threads} threads are not whole warps; give a multiple of {WARP}")
-        stride = row_stride if row_stride is not None else tile.columns * tile.dtype.bytes
-        source = (described.row(thread) * stride + described.column(thread) * tile.dtype.bytes).reshape(-1, WARP)
-        yield Finding(f"{name}.shared", "cp.async store", vector, ways=_ways(described.addresses().reshape(-1, WARP), vector))
-        best = WARP * vector // SECTOR_BYTES
-        yield Finding(f"{name}.global", "cp.async load", vector, sectors=_sectors(source), best_sectors=best)
+        yield from _of_copy(described, name, row_stride)
+
+
+def _of_descriptor(described: Descriptor, name: str) -> Finding:
+    """What wgmma reads by itself: 8 rows of 16 bytes at once."""
+    tile = described.tile
+    row, chunk, r = np.ogrid[: tile.rows : 8, : tile.columns : VECTOR_BYTES // tile.dtype.bytes, :8]
+    reached = (tile.offset(row + r, chunk) * tile.dtype.bytes).reshape(-1, 8)
+    kind = f"wgmma descriptor, {SWIZZLE_BYTES[described.swizzle]}-byte swizzle"
+    return Finding(name, kind, described.extent * DEPTH * tile.dtype.bytes, ways=_ways(reached, VECTOR_BYTES))
+
+
+def _of_load(described: LoadMatrix | LoadVector, name: str) -> Finding:
+    tile, thread = described.tile, np.arange(described.threads)
+    # Only the first 8 threads per matrix give ldmatrix an address.
+    kind, lanes = ("ldmatrix", 8 * described.atom.matrices) if isinstance(described, LoadMatrix) else ("shared load", WARP)
+    base = tile.offset(described.row(thread), described.column(thread)) * tile.dtype.bytes
+    reached = np.stack([tile.at(base, *step) for step in described.steps]).reshape(-1, WARP)[:, :lanes]
+    return Finding(name, kind, VECTOR_BYTES, ways=_ways(reached, VECTOR_BYTES))
+
+
+def _of_epilogue(described: Epilogue, name: str, row_stride: int | None) -> Iterator[Finding]:
+    """Two columns each of a warp's threads at once, then 16 bytes of a row each; pieces of these, one after the other, to global memory."""
+    copy, size = described.copy, described.tile.dtype.bytes
+    pairs = described.addresses().transpose(1, 2, 3, 0).reshape(-1, WARP)
+    yield Finding(f"{name}.put", "shared store", 2 * size, ways=_ways(pairs, 2 * size))
+    yield Finding(f"{name}.take", "shared load", VECTOR_BYTES, ways=_ways(copy.addresses().reshape(-1, WARP), VECTOR_BYTES))
+    yield _of_rows(copy, f"{name}.global", "global store", described.atom.bytes, row_stride)
+
+
+def _of_copy(described: TiledCopy, name: str, row_stride: int | None) -> Iterator[Finding]:
+    """In pieces, the first of each vector: the others lie beside it."""
+    if described.threads % WARP:
+        raise ArgumentError(f"{name}: {described.threads} threads are not whole warps; give a multiple of {WARP}")
+    vector = described.atom.bytes
+    yield Finding(f"{name}.shared", "cp.async store", vector, ways=_ways(described.addresses().reshape(-1, WARP), vector))
+    yield _of_rows(described, f"{name}.global", "cp.async load", vector, row_stride)
+
+
+def _of_rows(copy: TiledCopy, name: str, kind: str, vector: int, row_stride: int | None) -> Finding:
+    """A warp's requests of `vector` bytes per thread to rows in global memory, `row_stride` bytes apart."""
+    thread, size = np.arange(copy.threads), copy.tile.dtype.bytes
+    stride = copy.tile.columns * size if row_stride is None else row_stride
+    reached = (copy.row(thread) * stride + copy.column(thread) * size).reshape(-1, WARP)
+    return Finding(name, kind, vector, sectors=_sectors(reached), best_sectors=WARP * vector // SECTOR_BYTES)
 
 
 def _ways(addresses: NDArray[Any], size: int) -> int:

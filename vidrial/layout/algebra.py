@@ -103,7 +103,9 @@ class Swizzle:
 
     def __post_init__(self) -> None:
         if self.bits < 0 or self.base < 0 or self.shift < self.bits:
-            raise LayoutError(f"Swizzle({self.bits}, {self.base}, {self.shift}): bits and base must not be negative, shift not below bits")
+            raise LayoutError(
+                f"Swizzle({self.bits}, {self.base}, {self.shift}): accepted: bits and base of at least 0, shift of at least bits"
+            )
 
     def __call__(self, index: Index) -> Index:
         """The swizzled index (an integer or an integer array)."""
@@ -167,7 +169,7 @@ def _index(coordinate: Any, shape: IntTuple, stride: IntTuple) -> Any:
     if isinstance(shape, tuple) and isinstance(stride, tuple):
         if isinstance(coordinate, tuple):
             if len(coordinate) != len(shape):
-                raise LayoutError(f"coordinate {coordinate} has {len(coordinate)} modes, shape {shape} has {len(shape)}")
+                raise LayoutError(f"coordinate {coordinate} has {len(coordinate)} modes; accepted: {len(shape)}, as shape {shape} has")
             index = 0
             for c, s, d in zip(coordinate, shape, stride, strict=True):
                 index = index + _index(c, s, d)

@@ -18,7 +18,7 @@ from vidrial.layout.tma import TmaTile
 
 WARPGROUP = 128
 BARRIER_BYTES, ARRIVALS_LIMIT, BYTES_LIMIT, NAMED_IDS = 8, 1 << 20, 1 << 20, 15
-REGISTERS, REGISTER_UNIT, MOST_REGISTERS = 65536, 8, 256
+REGISTERS, REGISTER_UNIT, MOST_REGISTERS, SM_THREADS = 65536, 8, 256, 2048
 # setmaxnreg's least; and what a consumer can use at most, or a producer, which issues copies and little else.
 LEAST_REGISTERS, CONSUMER_REGISTERS, PRODUCER_REGISTERS = 24, 240, 56
 
@@ -164,9 +164,9 @@ class Meeting:
     count: int = 1
 
     def __post_init__(self) -> None:
-        if self.threads < WARP or self.threads % WARP or self.threads > 1024 or self.count < 1:
+        if self.threads < WARP or self.threads % WARP or self.threads > CTA_THREADS or self.count < 1:
             raise LayoutError(
-                f"{self.count} named barriers of {self.threads} threads; give at least one, of whole warps, up to 1024 threads"
+                f"{self.count} named barriers of {self.threads} threads; give at least one, of whole warps, up to {CTA_THREADS} threads"
             )
 
 
@@ -215,10 +215,10 @@ class Roles:
     ctas: int = 1
 
     def __post_init__(self) -> None:
-        if min(self.producer, self.consumers, self.ctas) < 1 or self.threads * self.ctas > 2048 or self.threads > CTA_THREADS:
+        if min(self.producer, self.consumers, self.ctas) < 1 or self.threads * self.ctas > SM_THREADS or self.threads > CTA_THREADS:
             raise LayoutError(
                 f"{self.producer} producing and {self.consumers} consuming warpgroups, {self.ctas} such CTAs; "
-                "a CTA has at most 8 warpgroups, an SM 16"
+                f"accepted: 1 or more of each, at most {CTA_THREADS // WARPGROUP} warpgroups in a CTA and {SM_THREADS // WARPGROUP} on an SM"
             )
         producer, consumer = self.reallocated
         for what, registers in (("producer", producer), ("consumer", consumer)):

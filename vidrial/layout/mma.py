@@ -1,4 +1,4 @@
-"""What a kernel is described with. Each object proves itself at construction and prints as its C++ type (`vidrial/tile/mma.cuh`).
+"""Products of tiles by warps, mma.sync: each proves its addresses at construction and prints as its C++ type (`vidrial/tile/mma.cuh`).
 
 k = SmemLayout(dtype, 64, 128, stages=2)
 qk = TiledMma(MMA_16x8x16[dtype], warps=(4, 1), tile=(128, 64, 128), a=q, b=k)

@@ -37,7 +37,7 @@ def write_png(trials: Sequence[PlainTrial], out: Path) -> Path:
     axis, groups = group(trials)
     timed = [g for g in groups if g.timed]
     if not timed:
-        raise SweepError("no config was timed; there is nothing to plot")
+        raise SweepError("no config was timed; give the journals of sweeps that timed one")
     axes = figure.subplots()
     for g in timed:
         axes.scatter([g.length] * len(g.timed), [t.ms for t in g.timed], s=10, color="#9aa5b1", linewidths=0, zorder=2)

@@ -48,16 +48,16 @@ def check_inputs(op: Op[P, C], problem: P, given: Mapping[str, ArraySpec], layou
 def _check_names(op: str, declared: Mapping[str, Buffer], given: Mapping[str, Any]) -> None:
     required = [name for name, buffer in declared.items() if not buffer.optional]
     missing, unknown = [n for n in required if n not in given], [n for n in given if n not in declared]
-    if missing or unknown or not given:
-        accepted = ", ".join(f"{n} (optional)" if buffer.optional else n for n, buffer in declared.items())
-        what = (
-            f"has no input named {', '.join(unknown)}"
-            if unknown
-            else f"lacks its input {', '.join(missing)}"
-            if missing
-            else "got no input"
-        )
-        raise ArgumentError(f"{op} {what}; given: {', '.join(given) or 'none'}; accepted: {accepted or 'none'}")
+    if unknown:
+        fault = f"has no input named {', '.join(unknown)}"
+    elif missing:
+        fault = f"lacks its input {', '.join(missing)}"
+    elif not given:
+        fault = "got no input"
+    else:
+        return
+    accepted = ", ".join(f"{n} (optional)" if buffer.optional else n for n, buffer in declared.items())
+    raise ArgumentError(f"{op} {fault}; given: {', '.join(given) or 'none'}; accepted: {accepted or 'none'}")
 
 
 def layout_fault(spec: ArraySpec, wanted: Buffer) -> str:

@@ -34,7 +34,7 @@ class Geometry:
         if not 1 <= self.block <= CTA_THREADS:
             raise ArgumentError(f"block of {self.block} threads: accepted are 1 to {CTA_THREADS}")
         if self.smem < 0:
-            raise ArgumentError(f"dynamic shared memory of {self.smem} bytes is negative")
+            raise ArgumentError(f"dynamic shared memory of {self.smem} bytes; accepted: 0 or more")
 
     @property
     def empty(self) -> bool:

@@ -1,5 +1,9 @@
 """What is measured, kept and ranked, and which config a call takes from it.
 
+A sweep: `sweeper`, told by `options`, runs each problem as a `session`; `search` or `optuna_search` names configs, `candidates` makes their
+binaries, `workers` or `ray` measure them in processes by `measure` and `timing`. What is kept: each `trial` in a `journal`, as `codec` writes
+it; the `result`; a `ranking`. A call: `pick` takes its config, from rankings by the `model`, or the `shortlist` of the cost model.
+
 Public names are those of `__all__`, resolved on first use.
 """
 

@@ -18,7 +18,7 @@ from vidrial.host.plan import HostPlan
 from vidrial.host.target import SCHEDULES
 from vidrial.runtime.plan import CudaPlan
 from vidrial.settings import prepare_cupy
-from vidrial.spec.op import Buffer, Op
+from vidrial.spec.op import Arrays, Buffer, Op
 from vidrial.tune.timing import Clock, CudaClock, Timing, measure, slowdowns
 from vidrial.tune.workers import CheckResult, Job
 
@@ -30,6 +30,14 @@ PULSE = """extern "C" __global__ void pulse(float* out) {
   if (x < 0.0f) *out = x;
 }
 """
+# Bytes before and after every array that a kernel writes to, which must stay as they are.
+GUARD = 4096
+POISON = 0xFF
+# A job takes about this long, so a slow config gets fewer samples, but never fewer than LEAST_ROUNDS.
+JOB_MS, LEAST_ROUNDS = 1000.0, 3
+# Elements of a block whose results are compared by their norms, and of what is compared at a time. Against FLOOR times the mean size of all
+# blocks the smallest ones count no more.
+BLOCK, AT_ONCE, FLOOR = 1024, 1 << 24, 1e-2
 
 
 class Reference:
@@ -63,17 +71,6 @@ class Reference:
         while time.perf_counter() < until:
             self.run()
             clock.wait()
-
-
-# Bytes before and after every array that a kernel writes to, which must stay as they are.
-GUARD = 4096
-POISON = 0xFF
-# A job takes about this long, so a slow config gets fewer samples, but never fewer than LEAST_ROUNDS.
-JOB_MS, LEAST_ROUNDS = 1000.0, 3
-Arrays = Mapping[str, np.ndarray[Any, Any]]
-# Elements of a block whose results are compared by their norms, and of what is compared at a time. Against FLOOR times the mean size of all
-# blocks the smallest ones count no more.
-BLOCK, AT_ONCE, FLOOR = 1024, 1 << 24, 1e-2
 
 
 def block_difference(xp: Any, a: Any, b: Any, dtype: DType) -> float:

@@ -62,11 +62,11 @@ class Options:
 
     def __post_init__(self) -> None:
         if self.trials is not None and self.trials < 1:
-            raise ArgumentError(f"trials={self.trials}: at least 1")
+            raise ArgumentError(f"trials={self.trials}; accepted: at least 1, or None")
         for name in ("seconds", "limit"):
             value = getattr(self, name)
             if value is not None and not value > 0:
-                raise ArgumentError(f"{name}={value}: more than 0")
+                raise ArgumentError(f"{name}={value}; accepted: more than 0")
         if self.strategy not in STRATEGIES:
             raise ArgumentError(f"strategy={self.strategy!r} is not known; accepted: {', '.join(STRATEGIES)}")
         if self.exhaustive and self.strategy != STRATEGIES[0]:

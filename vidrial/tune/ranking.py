@@ -1,9 +1,8 @@
-"""Which configs were fastest for such inputs; and, from that, which config a call takes.
-
-    choose_config(op, problem, device)      # (config, where the choice comes from)
+"""Which configs were fastest for such inputs: rankings, where they lie, and which of them count.
 
 A ranking is one JSON document: what one device measured for one op (its very templates), one set of static facts and one size
-class. Those of this machine lie in the cache; those that come with Vidrial in `sweeps/results/<device key>/<op>.json`.
+class. Those of this machine lie in the cache; those that come with Vidrial in `sweeps/results/<device key>/<op>.json`. `pick` takes a
+call's config from them.
 """
 
 from __future__ import annotations

@@ -105,7 +105,7 @@ class RayWorkers(Closing):
                 self.replaced += 1
                 self._sent.pop(actor, None)
                 if not self._idle and not busy:
-                    raise SweepError("every measuring node of the Ray cluster is lost")
+                    raise SweepError("every measuring node of the Ray cluster is lost; start them again, then sweep with resume=True")
                 if attempt < ATTEMPTS:
                     again.append((job, attempt + 1))
                 else:

@@ -175,24 +175,28 @@ class Workers(Closing):
                         if self.count == 1:
                             raise
                         del busy[child]
-                        worker.stop()
-                        self.count -= 1
-                        self.notes += (f"GPU {worker.index} was left out: {error}",)
+                        self._leave_out(worker, error)
                         again.append(worker.job)
                         job = job or again.popleft()
                         continue
-                    if reply is not None:
-                        del busy[child]
-                        if reply.status in (Status.crash, Status.timeout):
-                            worker.stop()
-                            self.replaced += 1
-                        self._idle.append(worker)
-                        yield worker.job, replace(reply, gpu=str(worker.index))
+                    if reply is None:
+                        continue
+                    del busy[child]
+                    if reply.status in (Status.crash, Status.timeout):
+                        worker.stop()
+                        self.replaced += 1
+                    self._idle.append(worker)
+                    yield worker.job, replace(reply, gpu=str(worker.index))
         finally:
             while busy:
                 _, worker = busy.popitem()
                 worker.stop()
                 self._idle.append(worker)
+
+    def _leave_out(self, worker: _Worker, error: SweepError) -> None:
+        worker.stop()
+        self.count -= 1
+        self.notes += (f"GPU {worker.index} was left out: {error}",)
 
     def close(self) -> None:
         """End the processes."""
@@ -209,8 +213,9 @@ class _Worker:
         # A process is told to prepare, and a job at the earliest when it has answered that.
         self._child: Child | None = None
         self._prepared = False
+        # What it is at, the seconds that this may take, and the config of it that runs, if it has said so.
+        self.job, self._limit = Job("prepare"), PREPARE_SECONDS
         self._at: int | None = None
-        self.job = Job("prepare")
 
     def begin(self, prepare: Job) -> Child:
         """Send what has to come before the first job, and do not wait for it."""

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from vidrial import Buffer, Check, DType, Op, Stage, choice, part
+from vidrial.kernels.arrays import normal
 from vidrial.kernels.power_retention import gates as forward_gates
 from vidrial.kernels.power_retention import scan as forward_scan
 from vidrial.kernels.power_retention.back import gates, rows, scan_wgmma, tokens, tokens_wgmma
@@ -21,7 +22,6 @@ from vidrial.kernels.power_retention.back import scan as back_scan
 from vidrial.kernels.power_retention.back.problem import ChunkedGradient, Gradient
 from vidrial.kernels.power_retention.op import (
     CHUNKS,
-    DRAWN,
     SCANS,
     SMALLEST,
     scan_buffers,
@@ -187,8 +187,7 @@ def sample(p: Gradient, seed: int) -> dict[str, np.ndarray]:
     arrays = forward_sample(p.forward, seed)
     found = forward_pass(p, arrays)
     rng = np.random.default_rng(seed + 1)
-    drawn = p.dtype.round(rng.standard_normal(min(DRAWN, p.b * p.t * p.hq * p.e), np.float32))
-    return {**arrays, **found, "dy": np.resize(drawn, (p.b, p.t, p.hq, p.e))}
+    return {**arrays, **found, "dy": normal(rng, (p.b, p.t, p.hq, p.e), p.dtype)}
 
 
 def forward_pass(p: Gradient, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
