@@ -27,6 +27,7 @@ from vidrial.layout.wgmma import WarpgroupMma
 from vidrial.spec.choices import describe
 from vidrial.spec.op import Stage
 from vidrial.sweeps.power_retention_backward import program
+from vidrial.tune.sweeper import DIFFERENCE, LEAST_DIFFERENCE
 
 H200, A100, RTX4090 = (Device.of(name) for name in ("h200", "a100", "rtx4090"))
 PROBLEMS: dict[str, dict[str, Any]] = {
@@ -194,6 +195,17 @@ def test_a_sample_beyond_what_a_cpu_evaluates_repeats_rows_of_a_forward_pass(mon
 
 def swept() -> list[Gradient]:
     return [p for problems in program().groups.values() for p in problems]
+
+
+def test_what_a_sweep_compares_at_the_problem_itself_may_differ_less_than_it_is() -> None:
+    p = example(t=9, h=1, d=32)
+    x = sample(p, 0)
+    exact = op.reference(p, x)
+    right = {n: exact[n].astype(np.float32) if b.dtype is DType.float32 else b.dtype.round(exact[n]) for n, b in outputs(p).items()}
+    found = op.check(p, x, right, exact)
+    assert found.ok and max(LEAST_DIFFERENCE, DIFFERENCE * found.relative_bound) < 0.5
+    wrong = op.check(p, x, right | {"dv": p.dtype.round(1.01 * exact["dv"])}, exact)
+    assert not wrong.ok and wrong.relative == pytest.approx(0.01 / back_op.BOUNDS["dv"] * found.relative_bound, rel=0.1)
 
 
 def test_the_dtypes_are_those_of_the_forward_pass() -> None:
