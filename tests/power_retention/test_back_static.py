@@ -27,7 +27,7 @@ from vidrial.layout.wgmma import WarpgroupMma
 from vidrial.spec.choices import describe
 from vidrial.spec.op import Stage
 from vidrial.sweeps.power_retention_backward import program
-from vidrial.tune.sweeper import DIFFERENCE, LEAST_DIFFERENCE
+from vidrial.tune.session import DIFFERENCE, LEAST_DIFFERENCE
 
 H200, A100, RTX4090 = (Device.of(name) for name in ("h200", "a100", "rtx4090"))
 PROBLEMS: dict[str, dict[str, Any]] = {
