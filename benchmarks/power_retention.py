@@ -13,6 +13,7 @@ other cases that are there already.
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import os
 import time
@@ -246,6 +247,7 @@ def main() -> None:
         gpu = torch.cuda.get_device_name(0)
         print(f"{gpu}, torch {torch.__version__}, {len(cases)} cases", flush=True)
         if options.backward:
+            print(json.dumps(run_facts(torch)), flush=True)
             for case in cases:
                 print(bench.backward(case, not options.no_peers), end="\n\n", flush=True)
                 print(bench.backward_stages(case), end="\n\n", flush=True)

@@ -132,6 +132,7 @@ class Program(Generic[P, C]):
         parser.add_argument("--trials", type=int, default=trials, help="configs for each problem at most")
         parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the rankings")
         parser.add_argument("--only", default="", help=f"groups, separated by semicolons, of: {'; '.join(self.groups)}")
+        parser.add_argument("--resume", action="store_true", help="go on with the trials that an earlier run left in the cache's journals")
         options = parser.parse_args()
         names = [name.strip() for name in options.only.split(";") if name.strip()] or list(self.groups)
         if unknown := [name for name in names if name not in self.groups]:
@@ -142,7 +143,8 @@ class Program(Generic[P, C]):
         device = this_device()
         check_writable(options.results / device.key)
         kept = Kept(self, device, options.results)
-        self._sweep(options.seconds, Options(trials=options.trials, jobs=options.jobs, limit=20.0, progress=False), kept)
+        how = Options(trials=options.trials, jobs=options.jobs, limit=20.0, progress=False, resume=options.resume or None)
+        self._sweep(options.seconds, how, kept)
         if not kept.results:
             raise SystemExit("nothing was found; see above")
         found = list(kept.results.values())

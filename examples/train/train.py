@@ -11,13 +11,16 @@ from __future__ import annotations
 import argparse
 import copy
 import dataclasses
+import datetime
 import importlib.metadata
 import json
 import math
 import platform
+import shlex
 import sys
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -128,8 +131,11 @@ def cell(trainer: Trainer, text: Text, seconds: float) -> dict[str, Any]:
     return {"tokens_per_second": round(steps * p.batch * p.t / took), "steps": steps, "batch": p.batch, "peak_bytes": trainer.peak_bytes()}
 
 
-def bench(o: argparse.Namespace, attention: str, text: Text) -> dict[str, Any]:
-    """Context -> what was measured at it; what memory or time did not suffice for is said, not left out in silence."""
+def bench(o: argparse.Namespace, attention: str, text: Text, keep: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
+    """Context -> what was measured at it; what memory or time did not suffice for, or a framework refused, is said, not left out in silence.
+
+    `keep` is given what there is after each context.
+    """
     found: dict[str, Any] = {}
     began, make = time.monotonic(), maker(o)
     for context in o.bench:
@@ -140,16 +146,18 @@ def bench(o: argparse.Namespace, attention: str, text: Text) -> dict[str, Any]:
         preset = preset_of(o, context)
         try:
             one = cell(make(preset, attention, o.seed, o.nudge), text_of(o, preset, text), CELL_SECONDS)
-        except RuntimeError as error:
-            # Of torch and of XLA.
-            if "out of memory" not in str(error).lower():
+        except (RuntimeError, vd.OutOfMemoryError) as error:
+            # RuntimeError: of torch and of XLA.
+            if not isinstance(error, vd.OutOfMemoryError) and "out of memory" not in str(error).lower():
                 raise
             found[str(context)] = {"left_out": "out of memory"}
             say(f"  {context:7}   out of memory")
+            keep(found)
             continue
         found[str(context)] = one
         memory = "" if one["peak_bytes"] is None else f"   {one['peak_bytes'] / 2**30:6.2f} GiB at most"
         say(f"  {context:7}   {one['tokens_per_second']:9} tokens/s{memory}")
+        keep(found)
     return found
 
 
@@ -206,11 +214,14 @@ def device_name(device: str) -> str:
 
 
 def main(o: argparse.Namespace) -> dict[str, Any]:
-    """Train or measure each attention in turn; write the JSON after each, the picture at the end."""
+    """Train or measure each attention in turn; write the JSON after each, and each context, the picture at the end."""
     make, preset = maker(o), preset_of(o, o.bench[-1] if o.bench else o.context)
     held: dict[str, Any] = {
         "framework": f"{o.framework} {importlib.metadata.version(o.framework)}",
         "device": device_name(o.device),
+        "command": shlex.join(["python", "examples/train/train.py", *sys.argv[1:]]),
+        "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        "versions": {"python": platform.python_version(), "torch": torch.__version__, "vidrial": vd.__version__},
         "config": preset.config,
         "seed": o.seed,
         "nudge": o.nudge,
@@ -222,10 +233,15 @@ def main(o: argparse.Namespace) -> dict[str, Any]:
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / f"{'bench' if o.bench else 'losses'}_{o.framework}_{o.device}.json"
     text = text_of(o, preset)
+
+    def keep(attention: str, run: dict[str, Any]) -> None:
+        held["runs"][attention] = run
+        file.write_text(json.dumps(held) + "\n", encoding="utf-8")
+
     for attention in o.attention:
         say(f"{attention}, {held['framework']}, {held['device']}")
         if o.bench:
-            held["runs"][attention] = bench(o, attention, text)
+            held["runs"][attention] = bench(o, attention, text, partial(keep, attention))
         else:
             run = learn(make(preset, attention, o.seed, o.nudge), text, o.steps, o.seed, o.seconds)
             say(f"  {run['held_out']:.4f} nats per held-out byte after {run['steps']} steps, {run['tokens_per_second']} tokens/s")

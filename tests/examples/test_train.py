@@ -204,13 +204,19 @@ def test_a_bench_says_what_it_leaves_out(tiny: lab.Text, tmp_path: Path, monkeyp
     assert (tmp_path / "bench_torch_cpu.png").read_bytes()[:4] == b"\x89PNG"
 
 
-def test_other_errors_end_a_bench(tiny: lab.Text, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(*_: Any) -> Any:
-        raise RuntimeError("an illegal memory access")
+def test_other_errors_end_a_bench_and_what_was_measured_is_kept(tiny: lab.Text, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def cell(trainer: Any, text: lab.Text, seconds: float) -> dict[str, Any]:
+        if text.preset.t == 16:
+            raise RuntimeError("an illegal memory access")
+        return {"tokens_per_second": 1, "peak_bytes": None}
 
-    monkeypatch.setattr(train, "maker", lambda o: broken)
+    monkeypatch.setattr(train, "maker", lambda o: lambda *_: None)
+    monkeypatch.setattr(train, "cell", cell)
     with pytest.raises(RuntimeError, match="an illegal memory access"):
-        train.main(train.parser().parse_args(f"--bench 8 --out {tmp_path}".split()))
+        train.main(train.parser().parse_args(f"--bench 8,16 --out {tmp_path}".split()))
+    held = json.loads((tmp_path / "bench_torch_cpu.json").read_text())
+    assert held["runs"] == {"power": {"8": {"tokens_per_second": 1, "peak_bytes": None}}}
+    assert held["command"].startswith("python examples/train/train.py") and held["versions"]["torch"] == torch.__version__
 
 
 def rates(*found: float | None) -> dict[str, Any]:

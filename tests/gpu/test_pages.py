@@ -2,10 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from pages import PAGES, ROOT, needs_gpu, python_blocks, run_page
+
+from vidrial.tune.pick import freeze
+from vidrial.tune.ranking import forget
+
+
+@pytest.fixture(autouse=True)
+def _of_the_page_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A page freezes compiling, and ranks configs: no test behind it in this process may find that."""
+    monkeypatch.setenv("VIDRIAL_CACHE_DIR", str(tmp_path / "cache"))
+    yield
+    freeze(False)
+    forget()
 
 
 @pytest.mark.parametrize("page", [p for p in PAGES if needs_gpu(p)], ids=lambda p: str(p.relative_to(ROOT)))

@@ -362,6 +362,6 @@ def test_autograd_on_a_gpu_agrees_with_numpy() -> None:
     dy = torch.randn_like(y)
     y.backward(dy)
     _, vjp = power_retention_vjp(*(x.detach().float().cpu().numpy() for x in tensors))
-    for leaf, expected in zip(leaves, vjp(dy.float().cpu().numpy()), strict=True):
+    for leaf, expected in zip(leaves, vjp(dy.float().cpu().numpy())[:4], strict=True):
         found = leaf.grad.float().cpu().numpy()
         assert np.linalg.norm(found - expected) <= 1.5e-2 * np.linalg.norm(expected)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 from back_host import NARROW, Adjoint, Config, Tokens
 
@@ -15,6 +16,7 @@ from vidrial.dtypes import DType
 from vidrial.errors import ConfigError
 from vidrial.host.plan import HostPlan, poison
 from vidrial.host.target import HostStats
+from vidrial.kernels.power_retention.back import op as back_op
 from vidrial.kernels.power_retention.back.op import example, op, outputs, sample, stages
 from vidrial.kernels.power_retention.back.problem import Gradient
 from vidrial.kernels.power_retention.back.scan_wgmma import Config as AdjointWgmma
@@ -24,6 +26,8 @@ from vidrial.layout.mma import TiledMma
 from vidrial.layout.wgmma import WarpgroupMma
 from vidrial.spec.choices import describe
 from vidrial.spec.op import Stage
+from vidrial.sweeps.power_retention_backward import program
+from vidrial.tune.session import DIFFERENCE, LEAST_DIFFERENCE
 
 H200, A100, RTX4090 = (Device.of(name) for name in ("h200", "a100", "rtx4090"))
 PROBLEMS: dict[str, dict[str, Any]] = {
@@ -158,6 +162,50 @@ def issued(stage: Stage, stats: HostStats) -> int:
         for names, n in stats.objects.items()
         if names and isinstance(objects[names[0]], TiledMma | WarpgroupMma)
     )
+
+
+def test_a_sample_beyond_what_a_cpu_evaluates_repeats_rows_of_a_forward_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+    exact = back_op.forward_pass
+
+    def counted_pass(p: Gradient, arrays: Any) -> dict[str, np.ndarray]:
+        asked.append(p.b * p.hq * p.t**2 // 2)
+        return exact(p, arrays)
+
+    monkeypatch.setattr(back_op, "forward_pass", counted_pass)
+    p = example(t=57, b=2, h=2, hq=6, d=32)
+    whole = sample(p, 3)
+    monkeypatch.setattr(back_op, "EXACT_PAIRS", asked.pop() - 1)
+    monkeypatch.setattr(back_op, "ROWS", 8)
+    found = sample(p, 3)
+    assert asked == [3 * 16**2 // 2]
+    assert all(np.array_equal(found[n], whole[n]) for n in ("q", "k", "v", "log_g", "dy"))
+    # Rows 8 to 15 of the first three heads, which the first key head serves: those of the first sequence stand where they are.
+    for n, axis in (("y", 1), ("norm", 2)):
+        assert found[n].shape == whole[n].shape and found[n].dtype == whole[n].dtype
+        rows = np.moveaxis(found[n], axis, 0)
+        assert np.array_equal(rows[8:], rows[:-8])
+    assert np.array_equal(found["y"][0, 8:16, :3], whole["y"][0, 8:16, :3]) and np.array_equal(found["y"][1, :, 3:], found["y"][0, :, :3])
+    np.testing.assert_allclose(found["norm"][0, :3, 8:16], whole["norm"][0, :3, 8:16], rtol=1e-6)
+    assert sample(example(t=57, b=2, h=6, d=32, normalize="none"), 3).keys() == {"q", "k", "v", "log_g", "dy"}
+    # Whatever is swept: at most seconds.
+    monkeypatch.undo()
+    assert all(min(q.t, 2 * back_op.ROWS) ** 2 * q.hq // q.h <= 2 * back_op.EXACT_PAIRS for q in swept())
+
+
+def swept() -> list[Gradient]:
+    return [p for problems in program().groups.values() for p in problems]
+
+
+def test_what_a_sweep_compares_at_the_problem_itself_may_differ_less_than_it_is() -> None:
+    p = example(t=9, h=1, d=32)
+    x = sample(p, 0)
+    exact = op.reference(p, x)
+    right = {n: exact[n].astype(np.float32) if b.dtype is DType.float32 else b.dtype.round(exact[n]) for n, b in outputs(p).items()}
+    found = op.check(p, x, right, exact)
+    assert found.ok and max(LEAST_DIFFERENCE, DIFFERENCE * found.relative_bound) < 0.5
+    wrong = op.check(p, x, right | {"dv": p.dtype.round(1.01 * exact["dv"])}, exact)
+    assert not wrong.ok and wrong.relative == pytest.approx(0.01 / back_op.BOUNDS["dv"] * found.relative_bound, rel=0.1)
 
 
 def test_the_dtypes_are_those_of_the_forward_pass() -> None:

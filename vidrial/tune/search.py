@@ -108,8 +108,9 @@ class Search:
         for shared, parts in self._leading(seen):
             base = self._base(shared, parts, seen)
             options = []
-            for name, part in parts.items():
-                timed = [(seen.get(dataclasses.replace(base, **{name: c.config}), math.inf), c.config) for c in part]
+            for name in parts:
+                # What was tried of this part alone; the part itself has thousands of configs, most of them never asked for.
+                timed = [(t, getattr(c, name)) for c, t in seen.items() if dataclasses.replace(c, **{name: getattr(base, name)}) == base]
                 options.append([(t, name, v) for t, v in sorted(timed, key=lambda x: x[0]) if math.isfinite(t)][:BEST_OF_PART])
             together = sorted(itertools.product(*options), key=lambda values: sum(t for t, _, _ in values))
             yield from (dataclasses.replace(base, **{name: value for _, name, value in values}) for values in together[:COMBINATIONS])

@@ -41,6 +41,8 @@ from vidrial.kernels.power_retention.problem import Chunked
 from vidrial.kernels.power_retention.reference import attention_form, gradients
 
 NAMES = ("dq", "dk", "dv", "dlog_g")
+# Pairs of a query and a key, of all heads, up to which a sample is of an exact forward pass: seconds of a CPU. Beyond them rows of a sequence repeat.
+EXACT_PAIRS, ROWS = 2**26, 2048
 # Of the norm of each gradient, head by head: roundings to bf16 as docs/power_retention.md lists them. dq and dk have 2.6e-3 in the middle.
 BOUNDS = {"dq": 3.5e-3, "dk": 3.5e-3, "dv": 3.5e-3, "dlog_g": 1.5e-2}
 # A single row of few keys may be off by more: what the state form sums, or y as rounded, nearly cancels there. A row that is wrong is off by its size.
@@ -183,9 +185,13 @@ def small(p: Gradient) -> Gradient:
 
 
 def sample(p: Gradient, seed: int) -> dict[str, np.ndarray]:
-    """The forward op's sample, what an exact forward pass makes of it, and a normal dy."""
+    """The forward op's sample, what an exact forward pass makes of it, and a normal dy.
+
+    Beyond EXACT_PAIRS, where such a pass takes a CPU minutes, y and its normaliser are the last ROWS rows of as much of the sequence as comes
+    before twice ROWS, again and again: right in size, which is all that a time or two configs beside each other need.
+    """
     arrays = forward_sample(p.forward, seed)
-    found = forward_pass(p, arrays)
+    found = forward_pass(p, arrays) if p.b * p.hq * p.t**2 <= 2 * EXACT_PAIRS else repeated_rows(p, arrays)
     rng = np.random.default_rng(seed + 1)
     return {**arrays, **found, "dy": normal(rng, (p.b, p.t, p.hq, p.e), p.dtype)}
 
@@ -197,6 +203,19 @@ def forward_pass(p: Gradient, inputs: Mapping[str, np.ndarray]) -> dict[str, np.
     q, k, v = (p.dtype.widen(inputs[n]) for n in "qkv")
     found = attention_form(q, k, v, inputs.get("log_g"), degree=p.degree, scale=p.scale)
     return {"y": p.dtype.round(found.y.astype(np.float32)), "norm": np.ascontiguousarray(found.norm.transpose(0, 2, 1), np.float32)}
+
+
+def repeated_rows(p: Gradient, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """`forward_pass` of the first key head of the first sequence, up to 2 ROWS tokens of it; its second half for all tokens and heads."""
+    group, t = p.hq // p.h, min(p.t, 2 * ROWS)
+    few = {name: x[:1, :t, : group if name == "q" else 1] for name, x in inputs.items()}
+    found = forward_pass(replace(p, b=1, t=t, h=1, hq=group), few)
+    if not found:
+        return {}
+    tokens, heads = t // 2 + np.arange(p.t) % (t - t // 2), np.arange(p.hq) % group
+    norm = np.broadcast_to(found["norm"][0][np.ix_(heads, tokens)], (p.b, p.hq, p.t))
+    y = np.broadcast_to(found["y"][0][np.ix_(tokens, heads)], (p.b, p.t, p.hq, p.e))
+    return {"y": np.ascontiguousarray(y), "norm": np.ascontiguousarray(norm)}
 
 
 def reference(p: Gradient, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -231,10 +250,14 @@ def errors(p: Gradient, results: Mapping[str, np.ndarray], expected: Mapping[str
 
 
 def check(p: Gradient, inputs: Mapping[str, np.ndarray], results: Mapping[str, np.ndarray], expected: Mapping[str, np.ndarray]) -> Check:
-    """The worst of all gradients and heads, in times of its bound; and the worst row."""
+    """The worst of all gradients and heads, each error as many times the gates' bound as it is times its own; and the worst row.
+
+    The bound is one of relative errors, not 1: a sweep takes 16 times as much for two configs' results that differ, and 16 would pass anything.
+    """
+    bound = BOUNDS["dlog_g"]
     mean = max((float(x.max(initial=0.0)) / BOUNDS[name] for name, x in errors(p, results, expected).items()), default=0.0)
     worst = max(float(x.max(initial=0.0)) for x in row_errors(p, results, expected).values())
-    return Check(mean, worst, 1.0, WORST_ROW)
+    return Check(mean * bound, worst, bound, WORST_ROW)
 
 
 # NOTE: right on the host target and compiled, but no GPU has run them yet. Without this line calls take what the cost model says, of these as well.
