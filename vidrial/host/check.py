@@ -44,6 +44,7 @@ QUICK_SECONDS, IN_TURN = 0.25, 2
 AHEAD = 2
 # A launch takes so many times as long under ThreadSanitizer, about.
 THREAD_FACTOR = 15
+SCHEDULE = re.compile(rf"(?:{'|'.join(re.escape(str(schedule)) for schedule in sorted(SCHEDULES, key=lambda s: -len(str(s))))})(?:: )?")
 # Runs that a failure names, and values of a choice that were not run.
 SHOWN = 4
 Arrays: TypeAlias = Mapping[str, np.ndarray]
@@ -116,7 +117,7 @@ class Report(Generic[P, C]):
 
 def _alike(summary: str) -> str:
     """A failure without the schedule that it came under, threads, numbers and sizes; lines of sources stay."""
-    text = re.sub(r"Schedule\([^)]*\)(?:: )?", "", summary)
+    text = SCHEDULE.sub("", summary)
     return re.sub(r"(?<![\w.:/])-?(?:0x[0-9a-f]+|\d[\d.,e+-]*|nan\b|inf\b)", "#", text)
 
 
@@ -343,9 +344,14 @@ class _Session:
 
 
 def _facts(problem: Any) -> str:
-    """A problem's sizes on one line."""
-    values = ((f.name, getattr(problem, f.name)) for f in dataclasses.fields(problem)) if dataclasses.is_dataclass(problem) else ()
-    return " ".join(f"{name}={value}" for name, value in values if isinstance(value, int) and not isinstance(value, bool)) or str(problem)
+    """A problem's sizes on one line, and what it is beside what it is where nothing is named."""
+    if not dataclasses.is_dataclass(problem):
+        return str(problem)
+    values = ((f, getattr(problem, f.name)) for f in dataclasses.fields(problem))
+    plain = dataclasses.MISSING
+    told = ((f.name, x) for f, x in values if isinstance(x, int) and (not isinstance(x, bool) if f.default is plain else x != f.default))
+    sizes = [f"{name}={x}" for name, x in told]
+    return " ".join(sizes) or str(problem)
 
 
 def _inputs(op: Op, problem: Any) -> dict[str, np.ndarray]:
@@ -402,7 +408,7 @@ def _wrong(op: Op, problem: Any, found: Check, results: Sequence[Mapping[str, np
             if not np.array_equal(array.view(np.uint8), results[0][name].view(np.uint8)):
                 differs = np.argwhere(array.view(f"u{array.itemsize}") != results[0][name].view(f"u{array.itemsize}"))
                 return (
-                    f"{name} depends on the order of threads: {schedule} and {SCHEDULES[0]} give different bits, in {len(differs)} of "
+                    f"{name} depends on the order of threads: {schedule} gives other bits than {SCHEDULES[0]}, in {len(differs)} of "
                     f"{array.size} elements, the first at {name}{differs[0].tolist()}; look for a race"
                 )
     return ""
