@@ -54,6 +54,7 @@ def test_power_retention() -> None:
     longer = [o for o in report.outcomes if o.problem.t > 1]
     assert {(o.config.chunk > 0, o.sanitizer) for o in longer} == {(c, s) for c in (False, True) for s in (None, "address", "thread")}
     assert len({o.config for o in report.outcomes}) == 4 and report.not_run[0].startswith("chunk=1024, ")
+    assert report.not_run[-1] == "its gradients (vidrial check power_retention_backward)"
     assert all(o.schedules >= 2 and o.check is not None and o.check.ok for o in report.outcomes)
 
 
@@ -239,6 +240,20 @@ def test_nothing_new_begins_when_time_is_over() -> None:
     report = check(op, [op.example(m=3, n=64)], sanitizers=(None,), minutes=0)
     # What a call takes is run in any case.
     assert report.ok and len(report.outcomes) == 1 and "plain for lack of time (--minutes)" in report.not_run[0]
+    assert not any("gradients" in said for said in report.not_run)
+
+
+@pytest.mark.parametrize("backward", ["power_retention_backward", f"{EXAMPLE.parent / 'scan/scan.py'}:op", "nowhere"])
+def test_that_gradients_were_not_run_is_said_with_what_runs_them(backward: str) -> None:
+    op, other = find_op(SOFTMAX), find_op("power_retention_backward" if backward == "nowhere" else backward)
+    other = dataclasses.replace(other) if backward == "nowhere" else other
+    report = check(dataclasses.replace(op, backward=other), [op.example(m=3, n=64)], sanitizers=(None,), config=op.config(), only=True)
+    said = (
+        "by power_retention_backward (op power_retention_backward cannot be found"
+        if backward == "nowhere"
+        else f"(vidrial check {backward})"
+    )
+    assert report.ok and len(report.not_run) == 1 and said in str(report)
 
 
 def test_failures_that_say_the_same_are_one() -> None:

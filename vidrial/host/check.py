@@ -25,12 +25,14 @@ from vidrial.host.compiler import temporary
 from vidrial.host.cover import Case, Feature, cases, covering, features
 from vidrial.host.plan import HostPlan
 from vidrial.host.target import SCHEDULES, Schedule
+from vidrial.installation import named_ops
 from vidrial.progress import Progress, Silent
 from vidrial.settings import Settings
 from vidrial.spec.choices import axes, describe
 from vidrial.spec.chosen import describe_taken
 from vidrial.spec.fields import C, P
 from vidrial.spec.op import Check, Op
+from vidrial.spec.registry import reference_of
 
 SANITIZERS = (None, "address", "thread")
 # Between regions of shared memory; more than any one vector or row reaches over.
@@ -321,7 +323,7 @@ class _Session:
     def report(self) -> Report:
         """What was found, and what was not run."""
         outcomes = sorted(self.outcomes, key=lambda outcome: self.places[id(outcome)])
-        return Report(self.op.name, tuple(outcomes), tuple(self._not_run()), tuple(self.notes))
+        return Report(self.op.name, tuple(outcomes), (*self._not_run(), *_gradient(self.op)), tuple(self.notes))
 
     def _not_run(self) -> Iterator[str]:
         by_sanitizer = {s: sum(run.sanitizer == s for run in self.late) for s in self.sanitizers}
@@ -341,6 +343,22 @@ class _Session:
         yield from (f"kernel {name}" for name in sorted(kernels - {stage.kernel.name for stage in stages}))
         many = {s.kernel.name for s in stages if math.prod(s.kernel.grid(s.problem, s.config)) > 1}
         yield from (f"more than one block of {name}" for name in sorted({stage.kernel.name for stage in stages} - many))
+
+
+def _gradient(op: Op) -> Iterator[str]:
+    """That the op which makes the gradients was not run, and what runs it: the op's own, or the known one that is called after it."""
+    name = f"{op.name}_backward"
+    if op.backward is None and name in named_ops():
+        yield f"its gradients (vidrial check {name})"
+    elif op.backward is not None:
+        name = op.backward.name
+        try:
+            reference = reference_of(op.backward)
+        except ArgumentError as error:
+            yield f"its gradients, by {name} ({error})"
+        else:
+            known = next((known for known, place in named_ops().items() if place == reference), reference)
+            yield f"its gradients (vidrial check {known})"
 
 
 def _facts(problem: Any) -> str:
