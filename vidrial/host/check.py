@@ -44,8 +44,8 @@ VALUES_SECONDS, PAIRS_SECONDS = 180.0, 45.0
 QUICK_SECONDS, IN_TURN = 0.25, 2
 # Runs that are begun or wait for a core, for each core.
 AHEAD = 2
-# A launch takes so many times as long under ThreadSanitizer, about.
-THREAD_FACTOR = 15
+# A launch takes so many times as long under ThreadSanitizer, about; one that does not end was found without it.
+THREAD_FACTOR, THREAD_TIMEOUT = 15, 600.0
 SCHEDULE = re.compile(rf"(?:{'|'.join(re.escape(str(schedule)) for schedule in sorted(SCHEDULES, key=lambda s: -len(str(s))))})(?:: )?")
 # Runs that a failure names, and values of a choice that were not run.
 SHOWN = 4
@@ -387,7 +387,7 @@ def _inputs(op: Op, problem: Any) -> dict[str, np.ndarray]:
 def _outcome(op: Op, run: _Run, known: tuple[Arrays, Arrays], device: Device) -> Outcome:
     inputs, expected = known
     # Races do not depend on the order of lanes, but on when copies land; and ThreadSanitizer is slow.
-    schedules = SCHEDULES[:2] if run.sanitizer == "thread" else SCHEDULES
+    schedules = [dataclasses.replace(s, timeout=THREAD_TIMEOUT) for s in SCHEDULES[:2]] if run.sanitizer == "thread" else SCHEDULES
     begin, found, failure = time.perf_counter(), None, ""
     results, launches = list[dict[str, np.ndarray]](), list[float]()
     try:
