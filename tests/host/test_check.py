@@ -380,6 +380,14 @@ def test_guards_move_regions_and_nothing_else() -> None:
     assert guarded.members() == {"First": 0, "Second": 1152, "Third": 3072} and guarded.gaps() == ((100, 1052), (1252, 1820))
     assert [guarded.size(name) for name in guarded.members()] == [100, 100, 2048]
     assert all(size >= GUARD_BYTES for _, size in guarded.gaps())
+    # But for regions across which something else lies later: that of the GEMM's C, where it is larger than the stages of A.
+    assert SharedMemory(First=256, Second=100, Third=2048).join("Second").guarded(GUARD_BYTES).members() == {
+        "First": 0, "Second": 256, "Third": 2048
+    }  # fmt: skip
+    gemm = find_op(f"{EXAMPLE.parent / 'gemm/gemm.py'}:op")
+    for columns, gaps in ((128, ()), (64, ((24576, GUARD_BYTES),))):
+        config = gemm.kernels[0].config(rows=128, columns=columns, depth=32, stages=3, warps=4, blocks=2, load=2, store=2, mma="wgmma")
+        assert gemm.kernels[0].resolve(gemm.example(n=137, k=457), config).guarded(GUARD_BYTES).smem.gaps() == gaps
 
 
 def test_the_high_water_mark_does_not_see_guards(tmp_path: Path) -> None:
