@@ -218,14 +218,14 @@ class SharedMemory:
 
     def guarded(self, guard: int) -> SharedMemory:
         """The same regions, `guard` unused bytes or more between them."""
-        made = SharedMemory(**self._declared)
+        made = SharedMemory(guard=0, **self._declared)
         made._joined = self._joined
         made._place(guard)
         return made
 
     def join(self, *names: str) -> SharedMemory:
         """The same, without a guard in front of these: later something else lies across each and the one before it."""
-        made = SharedMemory(**self._declared)
+        made = SharedMemory(guard=0, **self._declared)
         made._joined = frozenset(names)
         made._place(self.guard)
         return made
