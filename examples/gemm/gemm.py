@@ -141,10 +141,12 @@ def tiles(p: Problem, c: Config) -> vd.Tiles:
         mma = WarpgroupMma(p.dtype, c.warps // 4, shape, b, a)
     else:
         mma = TiledMma(MMA_16x8x16[p.dtype], (c.warps // 2, 2), shape, a, b)
-    copy = VECTOR[2] if c.load == 2 else cp_async(c.load, zero_fill=True)
+    copy, out = VECTOR[2] if c.load == 2 else cp_async(c.load, zero_fill=True), SmemLayout(p.dtype, c.rows, c.columns)
+    smem = SharedMemory(A=a, B=b)
     return vd.Tiles(
         threads=threads,
-        smem=SharedMemory(A=a, B=b),
+        # C goes where the stages were: over all of A and a part of B, if it is larger than A.
+        smem=smem.join("B") if out.bytes > c.stages * a.bytes else smem,
         Elem=p.dtype,
         A=a,
         B=b,
@@ -152,7 +154,7 @@ def tiles(p: Problem, c: Config) -> vd.Tiles:
         CopyA=TiledCopy(copy, a, threads),
         CopyB=TiledCopy(copy, b, threads),
         Ring=Pipeline(c.stages, read=2 if c.mma == "wgmma" else 1),
-        Epilogue=Epilogue(mma, SmemLayout(p.dtype, c.rows, c.columns), VECTOR[c.store]),
+        Epilogue=Epilogue(mma, out, VECTOR[c.store]),
     )
 
 

@@ -17,7 +17,7 @@ from vidrial import ArgumentError, ArgumentTypeError, Buffer, Check, DType, Op, 
 from vidrial.kernels.arrays import normal, strides
 from vidrial.kernels.power_retention import attend, gates, scan, scan_wgmma
 from vidrial.kernels.power_retention.problem import Chunked, Problem
-from vidrial.kernels.power_retention.reference import attention_form
+from vidrial.kernels.power_retention.reference import attention_form, final_state
 
 # Tokens that may share a state, 0 for none; the first one is the default.
 CHUNKS = (1024, 0, 128, 256, 512, 2048, 4096)
@@ -33,6 +33,10 @@ MEMORY = 1000
 # Relative to the norm, and of the worst element weighted by its conditioning, for outputs rounded to 16 bits:
 # rounding the exact result to bf16 alone costs 1.7e-3 of the norm, the state form 2.8e-3.
 RELATIVE_BOUND, WORST_BOUND = 5e-3, 2e-3
+# Of a final state, relative to its norm: it is summed of products of bf16, 2.3e-3; of float16 each factor is rounded to bf16 before, 3.8e-3.
+STATE_BOUND = {DType.bfloat16: 3.5e-3, DType.float16: 5.5e-3}
+# Tokens that make the state which a sample begins with.
+STATE_TOKENS = 40
 SMALLEST = {DType.float16: 2.0**-24, DType.bfloat16: 2.0**-126, DType.float32: 2.0**-126}
 
 
@@ -227,8 +231,11 @@ def example(
     normalize: str = "sum",
     dtype: str = "bfloat16",
     scale: float | None = None,
+    initial: bool = False,
+    final: bool = False,
 ) -> Problem:
-    """A problem with contiguous arrays: `h` heads of keys, `hq` of queries (as many), keys `d` wide, values `e` (as wide).
+    """A problem with contiguous arrays: `h` heads of keys, `hq` of queries (as many), keys `d` wide, values `e` (as wide). `initial`: a state
+    comes before the first token; `final`: the one behind the last is asked for.
 
     Raises:
         ArgumentError: `normalize` is not known.
@@ -253,6 +260,8 @@ def example(
         v_stride=strides(t, h, e),
         y_stride=strides(t, hq, e),
         log_g_stride=(t * h, h, 1),
+        initial=initial,
+        final=final,
     )
 
 
@@ -271,6 +280,8 @@ def small(p: Problem) -> Problem:
         normalize="sum" if p.normalized else "none",
         dtype=p.dtype.name,
         scale=p.scale,
+        initial=p.initial,
+        final=p.final,
     )
 
 
@@ -287,24 +298,47 @@ def sample(p: Problem, seed: int) -> dict[str, np.ndarray]:
         arrays["log_g"] = -np.log1p(np.exp(-rng.standard_normal((p.b, p.t, p.h), np.float32) - 4)) * np.float32(
             min(1.0, MEMORY / max(p.t, 1))
         )
-    return arrays
+    return arrays | (draw_state(p, rng, "initial") if p.initial else {})
+
+
+def draw_state(p: Problem, rng: np.random.Generator, name: str) -> dict[str, np.ndarray]:
+    """A state of the problem's shapes, which some tokens made."""
+    s, z = final_state(rng.standard_normal((p.b, STATE_TOKENS, p.h, p.d)), rng.standard_normal((p.b, STATE_TOKENS, p.h, p.e)))
+    return {f"{name}_s": s.astype(np.float32), f"{name}_z": z.astype(np.float32)}
+
+
+def initial_state(p: Problem, inputs: Mapping[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray] | None:
+    """S and Z before the first token, in float64; None where there is none."""
+    return (inputs["initial_s"].astype(np.float64), inputs["initial_z"].astype(np.float64)) if p.initial else None
 
 
 def reference(p: Problem, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    q, k, v = (p.dtype.widen(inputs[n]) for n in "qkv")
-    found = attention_form(q, k, v, inputs.get("log_g"), degree=p.degree, scale=p.scale, normalize="sum" if p.normalized else "none")
-    return {"y": found.y, "conditioning": found.conditioning, "v_max": np.array(np.abs(v).max(initial=0.0))}
+    (q, k, v), initial = (p.dtype.widen(inputs[n]) for n in "qkv"), initial_state(p, inputs)
+    normalize = "sum" if p.normalized else "none"
+    exact = attention_form(q, k, v, inputs.get("log_g"), degree=p.degree, scale=p.scale, normalize=normalize, initial=initial)
+    found = {"y": exact.y, "conditioning": exact.conditioning, "v_max": np.array(np.abs(v).max(initial=0.0))}
+    if p.final:
+        found["final_s"], found["final_z"] = final_state(k, v, inputs.get("log_g"), initial)
+    return found
 
 
 def check(p: Problem, inputs: Mapping[str, np.ndarray], results: Mapping[str, np.ndarray], expected: Mapping[str, np.ndarray]) -> Check:
-    """The weighted error alone would not see a wrong multiplicity, the norm alone not a wrong element: both count."""
+    """The weighted error alone would not see a wrong multiplicity, the norm alone not a wrong element: both count. A final state's error counts
+    in times of its own bound."""
     y, exact = p.dtype.widen(results["y"]), expected["y"]
     error = np.abs(y - exact)
     norm = float(np.linalg.norm(exact))
     # What rounding at u may be off by is u times this, and half of the smallest number that the dtype has.
     size = float(expected["v_max"]) / np.maximum(expected["conditioning"][..., None], 1e-300) + SMALLEST[p.dtype] / 2 / WORST_BOUND
     worst = (error / size).max(initial=0.0)
-    return Check(float(np.linalg.norm(error)) / max(norm, 1e-30), float(worst), RELATIVE_BOUND, WORST_BOUND)
+    states = [state_error(results[f"final_{name}"], expected[f"final_{name}"]) for name in ("s", "z") if p.final]
+    relative = [float(np.linalg.norm(error)) / max(norm, 1e-30), *(RELATIVE_BOUND / STATE_BOUND[p.dtype] * state for state in states)]
+    return Check(max(relative), float(worst), RELATIVE_BOUND, WORST_BOUND)
+
+
+def state_error(found: np.ndarray, exact: np.ndarray) -> float:
+    """Of a state, or of the gradient of one, the error's norm over the state's own."""
+    return float(np.linalg.norm(found - exact)) / max(float(np.linalg.norm(exact)), 1e-30)
 
 
 op = Op(

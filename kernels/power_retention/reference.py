@@ -54,10 +54,19 @@ def _row_blocks(length: int) -> Iterator[tuple[slice, slice, NDArray[np.bool_]]]
 
 
 def attention_form(
-    q: Float64, k: Float64, v: Float64, log_g: Float64 | None = None, *, degree: int = 2, scale: float | None = None, normalize: str = "sum"
+    q: Float64,
+    k: Float64,
+    v: Float64,
+    log_g: Float64 | None = None,
+    *,
+    degree: int = 2,
+    scale: float | None = None,
+    normalize: str = "sum",
+    initial: tuple[Float64, Float64] | None = None,
 ) -> Reference:
-    """The O(T^2) form, in float64."""
+    """The O(T^2) form, in float64; `initial`: the state (S, Z) before the first token (degree 2), as `gradients` has it."""
     q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
+    (ia, ib, count), group = pair_rows(q.shape[-1]), q.shape[2] // k.shape[2]
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     y, conditioning, norms = np.zeros((*q.shape[:3], v.shape[-1])), np.ones(q.shape[:3]), np.zeros(q.shape[:3])
     for b, h, qh, kh, vh, gates in _heads(q, k, v, log_g):
@@ -66,10 +75,15 @@ def attention_form(
             decay = np.exp(np.where(causal, a[rows, None] - a[None, keys], -np.inf))
             weight = np.where(causal, (scale * qh[rows] @ kh[keys].T) ** degree * decay, 0.0)
             bound = np.where(causal, (np.abs(scale) * np.linalg.norm(qh[rows], axis=1)[:, None] * key_norms[keys]) ** degree * decay, 0.0)
-            norms[b, rows, h] = norm = weight.sum(1)
-            y[b, rows, h] = masked_product(weight, vh[keys], causal) / (
-                np.maximum(norm, LOWEST_NORMALISER)[:, None] if normalize == "sum" else 1.0
-            )
+            norm, product = weight.sum(1), masked_product(weight, vh[keys], causal)
+            if initial is not None:
+                s, z, x, from_start = initial[0][b, h // group], initial[1][b, h // group], qh[rows], scale**2 * np.exp(a[rows])
+                product = product + from_start[:, None] * ((count * x[:, ia] * x[:, ib]) @ s)
+                norm = norm + from_start * np.einsum("ta,ab,tb->t", x, z, x)
+                # The keys that made Z have so much of the norm squared: they count as one term.
+                bound = np.concatenate([bound, (from_start * (x**2).sum(1) * np.trace(z))[:, None]], 1)
+            norms[b, rows, h] = norm
+            y[b, rows, h] = product / (np.maximum(norm, LOWEST_NORMALISER)[:, None] if normalize == "sum" else 1.0)
             size = np.linalg.norm(bound, axis=1) if normalize == "none" else bound.sum(1)
             conditioning[b, rows, h] = (norm if normalize == "sum" else 1.0) / np.maximum(size, 1e-300)
     return Reference(y, conditioning, norms)
@@ -127,6 +141,25 @@ def _through_normaliser(num: Float64, norm: Float64, dy: Float64, normalize: str
     floored = np.maximum(norm, LOWEST_NORMALISER)
     dnum = np.where(norm > LOWEST_NORMALISER, 1 / floored, 0.0)[:, None] * dy
     return dnum, -(dnum * num).sum(1) / floored
+
+
+def final_state(
+    k: Float64, v: Float64, log_g: Float64 | None = None, initial: tuple[Float64, Float64] | None = None
+) -> tuple[Float64, Float64]:
+    """The state (S, Z) behind the last token, in float64, as `gradients` has it; `initial`: the one before the first token, or 0."""
+    (batch, length, heads, d), (ia, ib, _) = k.shape, pair_rows(k.shape[-1])
+    s, z = np.zeros((batch, heads, len(ia), v.shape[-1])), np.zeros((batch, heads, d, d))
+    for b, h, _, keys, values, gates in _heads(k, k, v, log_g):
+        a = np.concatenate([[0.0], np.cumsum(gates)])
+        for m in range(0, length, ROWS):
+            x = keys[m : m + ROWS]
+            left = np.exp(a[-1] - a[m + 1 : m + 1 + len(x)])[:, None] * x
+            s[b, h] += (left[:, ia] * x[:, ib]).T @ values[m : m + ROWS]
+            z[b, h] += left.T @ x
+        if initial is not None:
+            s[b, h] += np.exp(a[-1]) * initial[0][b, h]
+            z[b, h] += np.exp(a[-1]) * initial[1][b, h]
+    return s, z
 
 
 def _through_features(x: Float64, dphi: Float64) -> Float64:

@@ -17,6 +17,7 @@ from vidrial.errors import ArgumentError, CheckError, ConfigError, DescriptionEr
 from vidrial.host.check import GUARD_BYTES, Outcome, Report, assert_op_correct, check
 from vidrial.host.cover import Case, cases, covering, diverse_configs, features, small_problems
 from vidrial.host.plan import HostPlan
+from vidrial.host.target import SCHEDULES, Schedule
 from vidrial.kernels.power_retention import attend
 from vidrial.layout.atoms import MMA_16x8x16
 from vidrial.layout.smem import SharedMemory
@@ -46,14 +47,14 @@ def launched(op: Op, report: Report) -> set[str]:
 
 def test_power_retention() -> None:
     op = find_op("power_retention")
-    report = check(op, [op.small(op.example(t=t)) for t in (1, 129, 257)], configs=4)
+    report = check(op, [op.small(op.example(t=t, initial=t == 129, final=t == 129)) for t in (1, 129, 257)], configs=4)
     assert report.ok, report
-    # Both forms, by both instructions, so that every kernel runs, plain and under both sanitizers.
-    # (States before the first token and behind the last: tests/power_retention/test_states_host.py.)
-    assert launched(op, report) == {kernel.name for kernel in op.kernels} - {"power_states"}
+    # Both forms, by both instructions, with states and without, so that every kernel runs, plain and under both sanitizers.
+    assert launched(op, report) == {kernel.name for kernel in op.kernels}
     longer = [o for o in report.outcomes if o.problem.t > 1]
     assert {(o.config.chunk > 0, o.sanitizer) for o in longer} == {(c, s) for c in (False, True) for s in (None, "address", "thread")}
     assert len({o.config for o in report.outcomes}) == 4 and report.not_run[0].startswith("chunk=1024, ")
+    assert report.not_run[-1] == "its gradients (vidrial check power_retention_backward)"
     assert all(o.schedules >= 2 and o.check is not None and o.check.ok for o in report.outcomes)
 
 
@@ -134,13 +135,16 @@ def test_outcomes_keep_a_summary_and_the_report() -> None:
 
 def test_unlike_configs() -> None:
     op = find_op("power_retention")
-    (problem,) = small_problems(op, {"t": 257, "d": 32})
+    problem = small_problems(op, {"t": 257, "d": 32})[0]
     device = vd.Device.of("h200")
     first, second, third = diverse_configs(op, problem, 3)
     assert first == op.predicted(problem, device)
     kernels = [{s.kernel.name for s in op.stages(problem, c)} for c in (first, second)]
     # Of 32 features no warpgroup has its fill.
     assert kernels[0] | kernels[1] == {k.name for k in op.kernels} - {"power_scan_wgmma", "power_states"}
+    # But where a state is asked for, which by itself is one problem of all that are checked.
+    (states,) = [c.run for c in cases(op, {"t": 257}) if c.run.initial or c.run.final]
+    assert states.initial and states.final and "power_states" in {s.kernel.name for s in op.stages(states, op.predicted(states, device))}
     assert third not in (first, second) and op.reject(problem, third, device) is None
     only = dataclasses.replace(find_op(SOFTMAX), rules=lambda p, c: iter([(c == type(c)(), "no")]))
     assert diverse_configs(only, only.example(n=129), 3) == [only.config()]
@@ -156,8 +160,13 @@ def test_sizes_that_are_left_open_are_aligned_and_odd() -> None:
     assert cases(softmax, {"n": 77, "m": 50}) == [Case(softmax.example(n=77, m=50), softmax.example(n=77, m=37))]
     # Keywords that have defaults: these, and their odd neighbours; others for what rows of other alignments allow.
     sizes = [(c.run.m, c.run.n, c.run.k) for c in cases(gemm)]
-    assert sizes[:2] == [(197, 136, 456), (197, 137, 457)] and [c.spare for c in cases(gemm)] == 2 * [False] + 8 * [True]
-    assert sizes[2:] == [
+    # Then its flags: the one that is off, and the one that is on.
+    assert sizes[:4] == [(197, 136, 456), (197, 137, 457)] + 2 * [(197, 136, 456)] and [c.spare for c in cases(gemm)] == 4 * [False] + 8 * [
+        True
+    ]
+    assert [(c.run.gelu, c.run.biased) for c in cases(gemm)][1:5] == [(False, True), (True, True), (False, False), (False, True)]
+    assert not any(c.run.gelu for c in cases(gemm, {"gelu": False}))
+    assert sizes[4:] == [
         (197, n, k) for n, k in ((138, 458), (140, 460), *((136 + d, 456) for d in (1, 2, 4)), *((136, 456 + d) for d in (1, 2, 4)))
     ]
     long = [case for case in cases(scan) if not case.spare][-1]
@@ -231,14 +240,37 @@ def test_nothing_new_begins_when_time_is_over() -> None:
     report = check(op, [op.example(m=3, n=64)], sanitizers=(None,), minutes=0)
     # What a call takes is run in any case.
     assert report.ok and len(report.outcomes) == 1 and "plain for lack of time (--minutes)" in report.not_run[0]
+    assert not any("gradients" in said for said in report.not_run)
+
+
+@pytest.mark.parametrize("backward", ["power_retention_backward", f"{EXAMPLE.parent / 'scan/scan.py'}:op", "nowhere"])
+def test_that_gradients_were_not_run_is_said_with_what_runs_them(backward: str) -> None:
+    op, other = find_op(SOFTMAX), find_op("power_retention_backward" if backward == "nowhere" else backward)
+    other = dataclasses.replace(other) if backward == "nowhere" else other
+    report = check(dataclasses.replace(op, backward=other), [op.example(m=3, n=64)], sanitizers=(None,), config=op.config(), only=True)
+    said = (
+        "by power_retention_backward (op power_retention_backward cannot be found"
+        if backward == "nowhere"
+        else f"(vidrial check {backward})"
+    )
+    assert report.ok and len(report.not_run) == 1 and said in str(report)
 
 
 def test_failures_that_say_the_same_are_one() -> None:
-    texts = ("Schedule(lazy=True, order='up'): block (0, 0, 0): race\n  write of size 4 at a.cu.j2:7", "block (3, 0, 0): race\n  write of size 8 at a.cu.j2:7",
+    texts = (f"{SCHEDULES[2]}: block (0, 0, 0): race\n  write of size 4 at a.cu.j2:7", "block (3, 0, 0): race\n  write of size 8 at a.cu.j2:7",
              "block (0, 0, 0): race\n  write of size 4 at a.cu.j2:9", "")  # fmt: skip
     report = Report("a", tuple(Outcome(i, vd.Check, None, 3, None, text, 0.0, choices=f"x={i}") for i, text in enumerate(texts)))
     assert [[o.problem for o in group] for group in report.groups()] == [[0, 1], [2]]
     assert str(report).count("the same: 1 with x=1, plain, 3 schedules") == 1 and str(report).startswith("a: 3 of 4 runs failed")
+
+
+def test_schedules_are_said_in_words() -> None:
+    assert [str(schedule) for schedule in (*SCHEDULES, Schedule(order=7))] == [
+        "copies at the wait, threads rising",
+        "copies at issue, threads falling",
+        "copies at the wait, threads shuffled (5), waiters first",
+        "copies at the wait, threads shuffled (7)",
+    ]
 
 
 def test_wrong_values_name_the_output_and_the_first_element() -> None:
@@ -348,6 +380,14 @@ def test_guards_move_regions_and_nothing_else() -> None:
     assert guarded.members() == {"First": 0, "Second": 1152, "Third": 3072} and guarded.gaps() == ((100, 1052), (1252, 1820))
     assert [guarded.size(name) for name in guarded.members()] == [100, 100, 2048]
     assert all(size >= GUARD_BYTES for _, size in guarded.gaps())
+    # But for regions across which something else lies later: that of the GEMM's C, where it is larger than the stages of A.
+    assert SharedMemory(First=256, Second=100, Third=2048).join("Second").guarded(GUARD_BYTES).members() == {
+        "First": 0, "Second": 256, "Third": 2048
+    }  # fmt: skip
+    gemm = find_op(f"{EXAMPLE.parent / 'gemm/gemm.py'}:op")
+    for columns, gaps in ((128, ()), (64, ((24576, GUARD_BYTES),))):
+        config = gemm.kernels[0].config(rows=128, columns=columns, depth=32, stages=3, warps=4, blocks=2, load=2, store=2, mma="wgmma")
+        assert gemm.kernels[0].resolve(gemm.example(n=137, k=457), config).guarded(GUARD_BYTES).smem.gaps() == gaps
 
 
 def test_the_high_water_mark_does_not_see_guards(tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from vidrial.errors import ArgumentError, ArgumentTypeError, UnsupportedError
 from vidrial.kernels.power_retention import PowerState, power_retention, power_retention_vjp
 from vidrial.kernels.power_retention.attend import Config as Attend
 from vidrial.kernels.power_retention.back.op import example as back_example
+from vidrial.kernels.power_retention.back.op import op as back_op
 from vidrial.kernels.power_retention.back.problem import Gradient
 from vidrial.kernels.power_retention.op import Config, example, kept_chunk, op, sample
 from vidrial.kernels.power_retention.problem import Problem
@@ -119,6 +120,46 @@ def test_a_sequence_may_be_split_at_any_token(cut: int) -> None:
         state = {f"initial_{name}": found[f"final_{name}"] for name in "sz"}
     assert relative(np.concatenate(ys, 1), exact["y"]) <= Y
     assert relative(state["initial_s"], exact["s"]) <= STATE and relative(state["initial_z"], exact["z"]) <= STATE
+
+
+def test_the_ops_own_check_knows_states() -> None:
+    """Its reference is what a token at a time gives; what is wrong in a state, or does not come from one, is beyond its bounds."""
+    for initial, t, gated, normalize in (
+        (True, 20, True, "sum"),
+        (True, 9, False, "none"),
+        (False, 20, True, "sum"),
+        (True, 0, True, "sum"),
+    ):
+        p = example(t=t, h=1, hq=2, d=32, gated=gated, normalize=normalize, initial=initial, final=True)
+        x = op.sample(p, 1)
+        wide = {name: p.dtype.widen(a).astype(np.float64) if a.dtype == np.uint16 else a.astype(np.float64) for name, a in x.items()}
+        s, z = (wide["initial_s"], wide["initial_z"]) if initial else draw_state(0, wide, tokens=0)
+        y, final_s, final_z, _ = recurrent(wide, s, z, p.scale, normalize)
+        exact = op.reference(p, x)
+        for name, found in {"y": y, "final_s": final_s, "final_z": final_z}.items():
+            np.testing.assert_allclose(exact[name], found, rtol=1e-9, atol=1e-9)
+        right = {"y": p.dtype.round(y.astype(np.float32)), "final_s": final_s.astype(np.float32), "final_z": final_z.astype(np.float32)}
+        assert op.check(p, x, right, exact).ok
+        if t:
+            for name in ("final_s", "final_z"):
+                assert not op.check(p, x, right | {name: right[name] * np.float32(1.01)}, exact).ok
+        if initial and t:
+            without = recurrent(wide, 0 * s, 0 * z, p.scale, normalize)[0]
+            assert not op.check(p, x, right | {"y": p.dtype.round(without.astype(np.float32))}, exact).ok
+
+
+def test_the_backward_ops_own_check_knows_states() -> None:
+    p = back_example(t=20, h=1, hq=2, d=32, initial=True, final=True)
+    assert (p.initial, p.final) == (True, True) and back_op.small(p).final and op.small(p.forward).initial
+    x = back_op.sample(p, 1)
+    exact = back_op.reference(p, x)
+    assert (exact["d_initial_z"] == exact["d_initial_z"].swapaxes(-1, -2)).all()
+    right = {name: b.dtype.round(exact[name].astype(np.float32)) for name, b in back_op.outputs(p).items()}
+    assert back_op.check(p, x, right, exact).ok
+    for name in ("d_initial_s", "d_initial_z", "dv"):
+        assert not back_op.check(
+            p, x, right | {name: p.dtype.round(1.01 * exact[name].astype(np.float32)) if name == "dv" else 1.01 * right[name]}, exact
+        ).ok
 
 
 # One change of the device code each, which the bounds must see: file, what stands there, what stands there instead.

@@ -42,14 +42,73 @@ def kernel(folder: Path, body: str) -> Kernel:
 WRONG = {
     "undefined": (BEGIN + "  args.y[0] = {{ nope }};\n}\n", 4, "'nope' is undefined; known names: args, c, p, tiles"),
     "undefined in a loop": (BEGIN + "{% for i in range(3) %}\n  x;\n  {{ nope }};\n{% endfor %}\n}\n", 6, "'nope' is undefined"),
+    "undefined in the second line of a tag": (BEGIN + "  int z = {{ c.tile +\n  nope }};\n}\n", 5, "'nope' is undefined"),
+    "the same with a carriage return": (BEGIN + "  int z = {{ c.tile +\r\n  nope }};\n}\n", 5, "'nope' is undefined"),
+    "undefined behind a tag of three lines": (BEGIN + "  int z = {{\n  c.tile\n }};\n  {{ nope }};\n}\n", 7, "'nope' is undefined"),
+    "undefined behind a string of three lines": (BEGIN + "{% set x = 'a\nb\nc' %}\n{{ nope }}\n}\n", 7, "'nope' is undefined"),
+    "undefined beside a string of three lines": (BEGIN + "{{ 'a\nb\nc' ~\n nope }}\n}\n", 7, "'nope' is undefined"),
+    "undefined behind a comment of three lines": (BEGIN + "{# a\nb\n #} {{ nope }}\n}\n", 6, "'nope' is undefined"),
+    "undefined behind raw text": (BEGIN + "{% raw -%}\n\n {{ x }}\n{%- endraw -%}\n\n {{ nope }}\n}\n", 9, "'nope' is undefined"),
+    "undefined in a raw string of C++": (BEGIN + '  auto s = R"x(\n {{ nope }}\n)x";\n}\n', 5, "'nope' is undefined"),
+    "undefined behind a raw string of C++": (
+        BEGIN + '  auto s = R"x(\n a {% if c.tile %}\n{% endif %}\n)x";\n {{ nope }}\n}\n',
+        8,
+        "'nope'",
+    ),
+    "undefined in a comment of C++": (BEGIN + "  /* a\n {{ nope }} */\n}\n", 5, "'nope' is undefined"),
+    "undefined in a macro of Jinja's": (
+        BEGIN + "{% macro m(x) %}\n  {{ nope }}\n{% endmacro %}\n\n{{ m(1) }}\n}\n",
+        5,
+        "'nope' is undefined",
+    ),
+    "undefined behind what ends no line": (BEGIN + "  x; \x0b \x0c \x1c \x85 \u2028\n {{ nope }}\n}\n", 5, "'nope' is undefined"),
     "a string": (BEGIN + "  args.y[0] = {{ 'a;b' }};\n}\n", 4, "'a;b' (str) may not reach a source"),
+    "a string of three lines": (BEGIN + "  x;\n  args.y[0] = {{ 'a\nb\nc' }};\n}\n", 5, "(str) may not reach a source"),
     "syntax": (BEGIN + "  args.y[0] = {{ c.tile ;\n}\n", 4, "unexpected '}'"),
     "syntax after a comment": ("{# a\n b #}\n" + BEGIN + "  {% if %}\n{% endif %}\n}\n", 6, "Expected an expression"),
+    "syntax in the third line of a tag": (BEGIN + "{{ c.tile +\n c.tile +\n  ) }}\n}\n", 6, "unexpected ')'"),
+    "a string that does not end, in the second line of a tag": (BEGIN + "{{ c.tile +\n 'a }}\n}\n", 5, 'unexpected char "\'"'),
     "a block that does not end": (BEGIN + "{% if c.tile %}\n}\n", 4, "Unexpected end of template"),
+    "a block that does not end, of two lines": (
+        BEGIN + "{% if c.tile and\n c.tile %}\n {{ c.tile }}\n}\n",
+        4,
+        "Unexpected end of template",
+    ),
+    "a block that another ends": (BEGIN + "{% if c.tile %}\n{% for i in range(3) %}\n{{ i }}\n{% endif %}\n}\n", 5, "'for'"),
+    "an end of nothing": (BEGIN + "  x;\n{% endif %}\n}\n", 5, "unknown tag 'endif'"),
+    "a value that does not end": (BEGIN + "{% set x %}\n 1\n {% set y = 2 %}\n}\n", 4, "Unexpected end of template"),
+    "raw text that does not end": (BEGIN + "{% raw %}\n {{ x }}\n}\n", 4, "Missing end of raw"),
+    "a comment that does not end": (BEGIN + "{# a\n {{ x }}\n}\n", 4, "Missing end of comment"),
+    "a comment of C++ that does not end": (BEGIN + "  /* a\n b;\n}\n", 4, "a comment begins and does not end"),
+    "a raw string of C++ that does not end": (
+        BEGIN + '  x;\n  auto s = R"x(\n  {{ c.tile }}\n)y";\n}\n',
+        5,
+        "a raw string begins and does not end",
+    ),
+    "a filter that is none": (BEGIN + "  x;\n{{ c.tile |\n nope }}\n}\n", 6, "No filter named 'nope'"),
+    "a test that is none": (BEGIN + "  x;\n{% if c.tile is nope %}\n{% endif %}\n}\n", 5, "No test named 'nope'"),
     "division by zero": (BEGIN + "  {# two\n lines #}\n  args.y[0] = {{ 1 // 0 }};\n}\n", 6, "ZeroDivisionError"),
     "a call of a number": (BEGIN + "  args.y[0] = {{ c.tile() }};\n}\n", 4, "TypeError: 'int' object is not callable"),
-    "a template's include": (BEGIN + "  {% include 'x' %}\n}\n", 4, "no loader"),
+    "a macro that calls itself": (BEGIN + "{% macro m(x) %}\n{{ m(x) }}\n{% endmacro %}\n{{ m(1) }}\n}\n", 5, "RecursionError"),
+    "more than there is memory for": (BEGIN + "  x;\n{{ [0] * 10**15 }}\n}\n", 5, "MemoryError"),
+    "a template's include": (
+        BEGIN + "  {% include 'x' %}\n}\n",
+        4,
+        "include finds no other template; what several share is a header: #include it",
+    ),
+    "an include of two lines": (BEGIN + "  x;\n  {% include\n 'x' %}\n}\n", 5, "include finds no other template"),
+    "a template that extends another": (BEGIN + "{% extends 'x' %}\n}\n", 4, "extends finds no other template"),
     "no such fact": (BEGIN + "  int x = {{ c.nope }};\n}\n", 4, "nope"),
+    "no such fact, in the third line of a tag": (BEGIN + "  int x = {{ c.tile +\n c.tile\n + c.nope }};\n}\n", 6, "nope"),
+    "braces of C++ around a number": (
+        BEGIN + "  S x = {{1}};\n}\n",
+        4,
+        "{{1}} is Jinja's and prints 1; if it is C++, part the braces: { {1} }",
+    ),
+    "braces of C++ around a name": (BEGIN + "  S x = {{a}};\n}\n", 4, "'a' is undefined"),
+    "braces of C++ around nothing": (BEGIN + "  S x{{}};\n}\n", 4, "Expected an expression"),
+    "braces of C++ in two lines": (BEGIN + "  int x[2][2] = {{1, 2},\n {3, 4}};\n}\n", 4, "unexpected '}'"),
+    "a remainder of C++ in braces": (BEGIN + "  int x{%3};\n  y;\n}\n", 4, "unexpected '}'"),
 }
 
 
@@ -75,6 +134,9 @@ SHIFTED = {
     "a branch that is left out": "{% if c.tile == 0 %}\n  int z;\n  int u;\n{% else %}\n  int w;\n{% endif %}\n",
     "a loop": "{% for i in range(3) %}\n  args.y[0] = {{ i }};\n{% endfor %}\n",
     "raw text": "{% raw %}\n  // {{ no }}\n{% endraw %}\n",
+    "a comment of C++ with a branch": "/* {% if c.tile == 0 %}\n a\n b\n{% else %}\n c\n{% endif %}\n*/\n",
+    "a raw string of C++ with a branch": '  auto s = R"({% if c.tile == 0 %}\n a\n b\n{% else %}\n c\n{% endif %}\n)";\n',
+    "a value with a tag in it": "{% set x = 'a\n{% endif %}\n' %}\n",
     "a macro of two lines": "#define TWO(x) \\\n  (x + {{ c.tile }})\n",
 }
 
@@ -93,3 +155,12 @@ def test_a_comment_does_not_change_what_is_compiled(tmp_path: Path) -> None:
     assert [[line for line in text if line.strip() and not line.startswith(("#line", "//"))] for text in texts][0] == [
         line for line in texts[1] if line.strip() and not line.startswith(("#line", "//"))
     ]
+
+
+def test_an_error_in_what_a_template_includes_names_that_file_and_its_line(tmp_path: Path) -> None:
+    (tmp_path / "piece.cuh").write_text('inline auto text = R"(\n {{ no }}\n)";\n  nope;\n')
+    with pytest.raises(CompileError, match=r"at \S*piece\.cuh:4\b"):
+        cubin_of(kernel(tmp_path, '{# a\n b #}\n#include "piece.cuh"\n' + BEGIN + "}\n"), Problem(DType.float32, 1), Config(), "sm_90a")
+    (tmp_path / "piece.cuh").write_text("int x;\n#define NAME <x>\n/* a\n b */ #include NAME\n")
+    with pytest.raises(TemplateError, match=r"piece\.cuh:4: this #include names no file by itself"):
+        kernel(tmp_path, '#include "piece.cuh"\n' + BEGIN + "}\n").source(Problem(DType.float32, 1), Config())

@@ -25,12 +25,14 @@ from vidrial.host.compiler import temporary
 from vidrial.host.cover import Case, Feature, cases, covering, features
 from vidrial.host.plan import HostPlan
 from vidrial.host.target import SCHEDULES, Schedule
+from vidrial.installation import named_ops
 from vidrial.progress import Progress, Silent
 from vidrial.settings import Settings
 from vidrial.spec.choices import axes, describe
 from vidrial.spec.chosen import describe_taken
 from vidrial.spec.fields import C, P
 from vidrial.spec.op import Check, Op
+from vidrial.spec.registry import reference_of
 
 SANITIZERS = (None, "address", "thread")
 # Between regions of shared memory; more than any one vector or row reaches over.
@@ -42,8 +44,9 @@ VALUES_SECONDS, PAIRS_SECONDS = 180.0, 45.0
 QUICK_SECONDS, IN_TURN = 0.25, 2
 # Runs that are begun or wait for a core, for each core.
 AHEAD = 2
-# A launch takes so many times as long under ThreadSanitizer, about.
-THREAD_FACTOR = 15
+# A launch takes so many times as long under ThreadSanitizer, about; one that does not end was found without it.
+THREAD_FACTOR, THREAD_TIMEOUT = 15, 600.0
+SCHEDULE = re.compile(rf"(?:{'|'.join(re.escape(str(schedule)) for schedule in sorted(SCHEDULES, key=lambda s: -len(str(s))))})(?:: )?")
 # Runs that a failure names, and values of a choice that were not run.
 SHOWN = 4
 Arrays: TypeAlias = Mapping[str, np.ndarray]
@@ -116,7 +119,7 @@ class Report(Generic[P, C]):
 
 def _alike(summary: str) -> str:
     """A failure without the schedule that it came under, threads, numbers and sizes; lines of sources stay."""
-    text = re.sub(r"Schedule\([^)]*\)(?:: )?", "", summary)
+    text = SCHEDULE.sub("", summary)
     return re.sub(r"(?<![\w.:/])-?(?:0x[0-9a-f]+|\d[\d.,e+-]*|nan\b|inf\b)", "#", text)
 
 
@@ -320,7 +323,7 @@ class _Session:
     def report(self) -> Report:
         """What was found, and what was not run."""
         outcomes = sorted(self.outcomes, key=lambda outcome: self.places[id(outcome)])
-        return Report(self.op.name, tuple(outcomes), tuple(self._not_run()), tuple(self.notes))
+        return Report(self.op.name, tuple(outcomes), (*self._not_run(), *_gradient(self.op)), tuple(self.notes))
 
     def _not_run(self) -> Iterator[str]:
         by_sanitizer = {s: sum(run.sanitizer == s for run in self.late) for s in self.sanitizers}
@@ -342,10 +345,31 @@ class _Session:
         yield from (f"more than one block of {name}" for name in sorted({stage.kernel.name for stage in stages} - many))
 
 
+def _gradient(op: Op) -> Iterator[str]:
+    """That the op which makes the gradients was not run, and what runs it: the op's own, or the known one that is called after it."""
+    name = f"{op.name}_backward"
+    if op.backward is None and name in named_ops():
+        yield f"its gradients (vidrial check {name})"
+    elif op.backward is not None:
+        name = op.backward.name
+        try:
+            reference = reference_of(op.backward)
+        except ArgumentError as error:
+            yield f"its gradients, by {name} ({error})"
+        else:
+            known = next((known for known, place in named_ops().items() if place == reference), reference)
+            yield f"its gradients (vidrial check {known})"
+
+
 def _facts(problem: Any) -> str:
-    """A problem's sizes on one line."""
-    values = ((f.name, getattr(problem, f.name)) for f in dataclasses.fields(problem)) if dataclasses.is_dataclass(problem) else ()
-    return " ".join(f"{name}={value}" for name, value in values if isinstance(value, int) and not isinstance(value, bool)) or str(problem)
+    """A problem's sizes on one line, and what it is beside what it is where nothing is named."""
+    if not dataclasses.is_dataclass(problem):
+        return str(problem)
+    values = ((f, getattr(problem, f.name)) for f in dataclasses.fields(problem))
+    plain = dataclasses.MISSING
+    told = ((f.name, x) for f, x in values if isinstance(x, int) and (not isinstance(x, bool) if f.default is plain else x != f.default))
+    sizes = [f"{name}={x}" for name, x in told]
+    return " ".join(sizes) or str(problem)
 
 
 def _inputs(op: Op, problem: Any) -> dict[str, np.ndarray]:
@@ -363,7 +387,7 @@ def _inputs(op: Op, problem: Any) -> dict[str, np.ndarray]:
 def _outcome(op: Op, run: _Run, known: tuple[Arrays, Arrays], device: Device) -> Outcome:
     inputs, expected = known
     # Races do not depend on the order of lanes, but on when copies land; and ThreadSanitizer is slow.
-    schedules = SCHEDULES[:2] if run.sanitizer == "thread" else SCHEDULES
+    schedules = [dataclasses.replace(s, timeout=THREAD_TIMEOUT) for s in SCHEDULES[:2]] if run.sanitizer == "thread" else SCHEDULES
     begin, found, failure = time.perf_counter(), None, ""
     results, launches = list[dict[str, np.ndarray]](), list[float]()
     try:
@@ -402,7 +426,7 @@ def _wrong(op: Op, problem: Any, found: Check, results: Sequence[Mapping[str, np
             if not np.array_equal(array.view(np.uint8), results[0][name].view(np.uint8)):
                 differs = np.argwhere(array.view(f"u{array.itemsize}") != results[0][name].view(f"u{array.itemsize}"))
                 return (
-                    f"{name} depends on the order of threads: {schedule} and {SCHEDULES[0]} give different bits, in {len(differs)} of "
+                    f"{name} depends on the order of threads: {schedule} gives other bits than {SCHEDULES[0]}, in {len(differs)} of "
                     f"{array.size} elements, the first at {name}{differs[0].tolist()}; look for a race"
                 )
     return ""

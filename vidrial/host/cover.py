@@ -45,28 +45,34 @@ class Case(Generic[P]):
 def cases(op: Op[P, C], keywords: Mapping[str, Any] | None = None, device: Device | None = None) -> list[Case[P]]:
     """Problems of the op's `example` that are quick to check, aligned and odd in every size that the keywords leave open.
 
-    Lengths without a default are 1, 129, 257, 264 and one that `small` cuts; sizes with one take it and its odd neighbour. What no config
-    serves is left out, unless nothing else is left.
+    Lengths without a default are 1, 129, 257, 264 and one that `small` cuts; sizes with one take it and its odd neighbour. Flags are at
+    their defaults; then those that are off are on, all together, and then those that are on are off. What no config serves is left out,
+    unless nothing else is left.
 
     Raises:
         ArgumentError: `example` requires a keyword that is no length, or refuses the ones given. ConfigError: the op serves no such problem.
     """
     device, given = device or Device.of(DEFAULT_GPU), dict(keywords or {})
-    open_ = [p for p in inspect.signature(op.example, eval_str=True).parameters.values() if p.annotation is int and p.name not in given]
+    unnamed = [p for p in inspect.signature(op.example, eval_str=True).parameters.values() if p.name not in given]
+    open_ = [p for p in unnamed if p.annotation is int]
+    flags = [{p.name: not value for p in unnamed if p.annotation is bool and p.default is value} for value in (False, True)]
     sizes = {f.name for f in dataclasses.fields(op.problem) if f.metadata.get(KIND) == "dynamic" and f.metadata.get(KEYED, True)}
     lengths = [p.name for p in open_ if p.default is p.empty]
     defaults = {p.name: p.default for p in open_ if p.name in sizes and p.default is not p.empty}
-    tried = [(length, dict.fromkeys(defaults, beyond), False) for length, beyond in (FIRST if lengths else ((0, 0), (0, 1)))]
-    tried += [(n, dict.fromkeys(defaults, n & -n), True) for n in SPARE]
+    first = FIRST if lengths else ((0, 0), (0, 1))
+    tried: list[tuple[int, dict[str, int], dict[str, bool], bool]]
+    tried = [(length, dict.fromkeys(defaults, beyond), {}, False) for length, beyond in first]
+    tried += [(ODD[1], {}, turned, False) for turned in flags if turned]
+    tried += [(n, dict.fromkeys(defaults, n & -n), {}, True) for n in SPARE]
     # One size alone that is not aligned.
     alone = [name for name in (*lengths, *defaults) if len(lengths) + len(defaults) > 1]
-    tried += [(ALIGNED, {name: beyond}, True) for name in alone for beyond in BEYOND]
+    tried += [(ALIGNED, {name: beyond}, {}, True) for name in alone for beyond in BEYOND]
     found: dict[P, Case[P]] = {}
     refused: list[ArgumentError | ConfigError] = []
-    for length, beyond, spare in tried:
+    for length, beyond, turned, spare in tried:
         others = {name: default + beyond.get(name, 0) for name, default in defaults.items()}
         try:
-            case = _case(op, given | others, {name: beyond.get(name, 0) for name in lengths}, length, device)
+            case = _case(op, given | others | turned, {name: beyond.get(name, 0) for name in lengths}, length, device)
         except (ArgumentError, ConfigError) as error:
             refused.append(error)
         else:

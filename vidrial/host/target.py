@@ -62,6 +62,11 @@ class Schedule:
     timeout: float = 60.0
     eager: bool = False
 
+    def __str__(self) -> str:
+        """In a few words."""
+        order = {"up": "rising", "down": "falling"}.get(str(self.order), f"shuffled ({self.order})")
+        return f"copies {'at the wait' if self.lazy else 'at issue'}, threads {order}" + ", waiters first" * self.eager
+
     def __post_init__(self) -> None:
         if self.order not in ORDERS and not (isinstance(self.order, int) and 0 <= self.order < SEEDS):
             raise ArgumentError(f"order {self.order!r}: accepted are {', '.join(ORDERS)} and a seed from 0 to {SEEDS - 1}")

@@ -181,20 +181,13 @@ class TiledMma:
                 f"{'mn'[side]} must be a multiple of {per_load * self.warps[side] * self.atom.shape[side]}"
             )
 
-        def address(thread: int) -> tuple[int, int]:
-            warp, lane = divmod(thread, WARP)
-            matrix, r = divmod(lane, 8)
-            atom, register = divmod(matrix, len(matrices))
-            i, k = matrices[register]
-            i += self.warp_origin(warp)[side] + atom * step
-            return (k + r, i) if transposed else (i + r, k)
-
         def along(i: int, k: int) -> tuple[int, int]:
             return (k, i) if transposed else (i, k)
 
         loads = atoms // per_load
         after, k_step = along(per_load * step, 0), along(0, self.atom.shape[2])
-        layouts = thread_layouts(address, self.threads)
+        origins_of = tuple(self.warp_origin(warp)[side] for warp in range(self.threads // WARP))
+        layouts = _load_layouts(matrices, origins_of, step, transposed)
 
         def steps(k_steps: int) -> Steps:
             return tuple((i * after[0] + k * k_step[0], i * after[1] + k * k_step[1]) for k in range(k_steps) for i in range(loads))
@@ -239,6 +232,21 @@ def _first_accumulators(lanes: Layout, m: int, origins: tuple[tuple[int, int], .
         return row + i, column + j
 
     return thread_layouts(first, WARP * len(origins))
+
+
+@cache
+def _load_layouts(matrices: tuple[tuple[int, int], ...], origins: tuple[int, ...], step: int, transposed: bool) -> tuple[Layout, Layout]:
+    """thread -> row, thread -> column of an x4 ldmatrix by warps at `origins`: of atoms `step` apart, each of `matrices` at (i, k)."""
+
+    def address(thread: int) -> tuple[int, int]:
+        warp, lane = divmod(thread, WARP)
+        matrix, r = divmod(lane, 8)
+        atom, register = divmod(matrix, len(matrices))
+        i, k = matrices[register]
+        i += origins[warp] + atom * step
+        return (k + r, i) if transposed else (i + r, k)
+
+    return thread_layouts(address, WARP * len(origins))
 
 
 def atoms_of(member: object) -> Iterator[MmaAtom | CopyAtom]:

@@ -193,14 +193,17 @@ class SharedMemory:
     """
 
     def __init__(self, *, guard: int = 0, **regions: int | SmemLayout | tuple[SmemLayout, int]) -> None:
+        self._declared, self._joined = regions, frozenset[str]()
+        self._place(guard)
+
+    def _place(self, guard: int) -> None:
         self.guard = guard
         self.alignment = 128
         self.bytes = 0
-        self._declared = regions
         self._regions: dict[str, tuple[int, int]] = {}
-        for name, region in regions.items():
+        for name, region in self._declared.items():
             size, alignment = _region(name, region)
-            start = -(-(self.bytes + (guard if self._regions else 0)) // alignment) * alignment
+            start = -(-(self.bytes + (guard if self._regions and name not in self._joined else 0)) // alignment) * alignment
             self._regions[name] = start, size
             self.alignment = max(self.alignment, alignment)
             self.bytes = start + size
@@ -215,7 +218,17 @@ class SharedMemory:
 
     def guarded(self, guard: int) -> SharedMemory:
         """The same regions, `guard` unused bytes or more between them."""
-        return SharedMemory(guard=guard, **self._declared)
+        made = SharedMemory(guard=0, **self._declared)
+        made._joined = self._joined
+        made._place(guard)
+        return made
+
+    def join(self, *names: str) -> SharedMemory:
+        """The same, without a guard in front of these: later something else lies across each and the one before it."""
+        made = SharedMemory(guard=0, **self._declared)
+        made._joined = frozenset(names)
+        made._place(self.guard)
+        return made
 
     def gaps(self) -> tuple[tuple[int, int], ...]:
         """(offset, bytes) of what lies unused between the regions."""

@@ -50,21 +50,17 @@ def guarded_rules(function: F, owner: str, name: str) -> F:
 
     @functools.wraps(function)
     def call(*arguments: Any, **keywords: Any) -> Iterator[tuple[bool, str]]:
-        rules = iter(made(*arguments, **keywords))
-        while True:
-            try:
-                rule = next(rules)
-            except StopIteration:
-                return
-            except VidrialError:
-                raise
-            except Exception as error:  # an author's code may raise anything
-                raise _raised(owner, name, function, error) from error
-            if not (isinstance(rule, tuple) and len(rule) == 2 and isinstance(rule[1], str)):
-                raise DescriptionError(
-                    f"{owner}: {name}() yields {_short(rule)}, which is no pair (it holds, the reason if it does not); see {_home(function)}"
-                )
-            yield rule
+        try:
+            for rule in made(*arguments, **keywords):
+                if not (isinstance(rule, tuple) and len(rule) == 2 and isinstance(rule[1], str)):
+                    raise DescriptionError(
+                        f"{owner}: {name}() yields {_short(rule)}, which is no pair (it holds, the reason if it does not); see {_home(function)}"
+                    )
+                yield rule
+        except VidrialError:
+            raise
+        except Exception as error:  # an author's code may raise anything
+            raise _raised(owner, name, function, error) from error
 
     setattr(call, GUARDED, True)
     return cast(F, call)

@@ -47,6 +47,7 @@ TOKEN = re.compile(
 ASKED_FOR = re.compile(r"\bTiles\s*::\s*(?:template\s+)?(\w+)")
 SPLICE = re.compile(r"\\[^\S\n]*\n")
 INCLUDES = ("include", "include_next", "import")
+DELIMITER = re.compile(r"\{[{%#]|[}%#]\}")
 # Stands for a block of Jinja's in the text that is lexed as C++: no source file holds it.
 BLOCK = "\0"
 # A directive in its plain form, and what may be one in another: only a text that has others is lexed to find its includes.
@@ -157,9 +158,11 @@ class _Code:
         try:
             lexed.extend(jinja2.Environment(keep_trailing_newline=True).lex(text))
         except jinja2.TemplateSyntaxError as error:
-            # What the lexer stumbles over may lie lines behind the tag that was left open.
+            # What the lexer stumbles over lies lines behind a tag that was left open, unless that one ends after all.
             tags = [(line, kind) for line, kind, _ in lexed if kind.endswith(("_begin", "_end"))]
-            line = tags[-1][0] if tags and tags[-1][1].endswith("_begin") else error.lineno
+            rest = "\n".join(text.replace("\r\n", "\n").split("\n")[error.lineno - 1 :])
+            ends = (found := DELIMITER.search(rest)) is not None and found.group() in ("}}", "%}")
+            line = tags[-1][0] if tags and tags[-1][1].endswith("_begin") and not ends else error.lineno
             raise TemplateError(f"{self.where}:{line}: {error.message}") from None
         pieces: list[str] = []
         inside: list[str] = []

@@ -86,7 +86,8 @@ class Buffer:
             raise DescriptionError(
                 f"Buffer of dtype {self.dtype!r}; give a DType: {', '.join(f'DType.{name}' for name in DType.__members__)}"
             )
-        if not isinstance(self.shape, tuple) or not all(isinstance(n, SupportsIndex) for n in self.shape):
+        # The exact type comes first: to ask the protocol takes microseconds, and a space asks for thousands of buffers.
+        if not isinstance(self.shape, tuple) or not all(type(n) is int or isinstance(n, SupportsIndex) for n in self.shape):
             raise DescriptionError(f"Buffer of shape {self.shape!r}; give a tuple of integers, (n,) for one axis")
 
     @property

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from operator import attrgetter
 from typing import Any, Generic, TypeAlias, TypeVar
 
@@ -21,14 +21,16 @@ T = TypeVar("T")
 Cell: TypeAlias = tuple[int | None, ...]
 # Of a config that notes what is read: the config itself, what it is told, and the prefix of its names. No author's field is called so.
 OF, NOTE, PREFIX = "vidrial config", "vidrial note", "vidrial prefix"
+Note: TypeAlias = Callable[[str, Any], None]
 
 
-def noting(config: Any, note: Callable[[str], None], prefix: str = "") -> Any:
-    """`config` as an object of its own kind that calls `note` with the name of each field when it is first read, a part's by dotted name."""
+def noting(config: Any, note: Note, prefix: str = "") -> Any:
+    """`config` as an object of its own kind that calls `note` with the name and value of each field when it is first read, a part's by
+    dotted name."""
     kind: type = type(config)
     made: Any = object.__new__(_noting_type(kind))
-    for name, value in ((OF, config), (NOTE, note), (PREFIX, prefix)):
-        object.__setattr__(made, name, value)
+    # A space asks thousands of times: the object's own dictionary is filled at once, frozen as it is.
+    made.__dict__.update({OF: config, NOTE: note, PREFIX: prefix})
     return made
 
 
@@ -41,13 +43,13 @@ class _Read:
     def __get__(self, made: Any, owner: type | None = None) -> Any:
         if made is None:
             raise AttributeError(self.name)
-        name = made.__dict__[PREFIX] + self.name
-        value = getattr(made.__dict__[OF], self.name)
+        known = made.__dict__
+        value = getattr(known[OF], self.name)
         if self.is_part:
-            value = noting(value, made.__dict__[NOTE], f"{name}.")
+            value = noting(value, known[NOTE], f"{known[PREFIX]}{self.name}.")
         else:
-            made.__dict__[NOTE](name)
-        object.__setattr__(made, self.name, value)
+            known[NOTE](known[PREFIX] + self.name, value)
+        known[self.name] = value
         return value
 
 
@@ -68,12 +70,16 @@ def _noting_type(kind: type) -> type:
 class _Node:
     """The next choice that is read: of the part that varies (its axis) or of the config around it, and what follows by its value."""
 
+    __slots__ = ("axis", "name", "next", "of")
+
     def __init__(self, name: str, axis: int | None, of: Callable[[Any], Any]) -> None:
         self.name, self.axis, self.of = name, axis, of
         self.next: dict[Any, _Node | _Leaf] = {}
 
 
 class _Leaf:
+    __slots__ = ("result",)
+
     def __init__(self, result: Any) -> None:
         self.result = result
 
@@ -101,53 +107,69 @@ class Outcomes(Generic[T]):
             node = node.next.get(node.of(shared if node.axis is None else config))
         return self._ask(shared, config) if node is None else node.result
 
-    def cells(self, shared: Any, configs: Sequence[Any], within: Cell = ()) -> Iterator[tuple[T, Cell]]:
-        """Each outcome of `shared` with `configs`, all that the axes span, and the cell of those that have it; one may come several times."""
-        if self._root is None:
-            self._ask(shared, configs[self._first(within)])
-        yield from self._cells(self._root, shared, configs, list(within or [None] * len(self._axes)))
+    def alone(self, config: Any) -> T:
+        """The outcome of a config itself, of which nothing is noted: what no other one shares is asked faster so."""
+        self.made += 1
+        return self._function(config)
 
-    def _cells(self, node: _Node | _Leaf | None, shared: Any, configs: Sequence[Any], known: list[int | None]) -> Iterator[tuple[T, Cell]]:
+    def cells(self, shared: Any, configs: Sequence[Any], within: Cell = ()) -> list[tuple[T, Cell]]:
+        """Each outcome of `shared` with `configs`, all that the axes span, and the cell of those that have it; one may come several times."""
+        first = sum(i * stride for i, stride in zip(within, self._strides, strict=False) if i)
+        if self._root is None:
+            self._ask(shared, configs[first])
+        found = list[tuple[T, Cell]]()
+        self._collect(found, self._root, (shared, configs), list(within or [None] * len(self._axes)), first)
+        return found
+
+    def _collect(
+        self, found: list[tuple[T, Cell]], node: _Node | _Leaf | None, every: tuple[Any, Sequence[Any]], known: list[int | None], first: int
+    ) -> None:
+        """The outcomes from a node on, of the cell `known`, whose first config is the one of index `first`."""
         if isinstance(node, _Leaf):
-            yield node.result, tuple(known)
-        elif node is None:
+            found.append((node.result, tuple(known)))
+            return
+        shared, configs = every
+        if node is None:
             # Read in another order than before: this is no function of what it reads alone, and each is asked.
             for i in self.indices(known):
-                yield (
-                    self.of(shared, configs[i]),
-                    tuple(i // stride % len(v) for stride, v in zip(self._strides, self._values, strict=True)),
-                )
-        elif node.axis is None or known[node.axis] is not None:
-            value = node.of(shared) if node.axis is None else self._values[node.axis][known[node.axis] or 0]
-            if value not in node.next:
-                self._ask(shared, configs[self._first(known)])
-            yield from self._cells(node.next.get(value), shared, configs, known)
-        else:
-            for i, value in enumerate(self._values[node.axis]):
-                known[node.axis] = i
-                if value not in node.next:
-                    self._ask(shared, configs[self._first(known)])
-                yield from self._cells(node.next.get(value), shared, configs, known)
-            known[node.axis] = None
+                cell = tuple(i // stride % len(v) for stride, v in zip(self._strides, self._values, strict=True))
+                found.append((self.of(shared, configs[i]), cell))
+            return
+        axis, following = node.axis, node.next
+        if axis is None or (at := known[axis]) is not None:
+            value = node.of(shared) if axis is None else self._values[axis][at or 0]
+            if value not in following:
+                self._ask(shared, configs[first])
+            self._collect(found, following.get(value), every, known, first)
+            return
+        stride = self._strides[axis]
+        for i, value in enumerate(self._values[axis]):
+            known[axis] = i
+            if value not in following:
+                self._ask(shared, configs[first + i * stride])
+            self._collect(found, following.get(value), every, known, first + i * stride)
+        known[axis] = None
 
     def indices(self, cell: Sequence[int | None]) -> list[int]:
         """Of the configs whose choices are those of a cell, in order of declaration."""
-        found = [self._first(cell)]
+        found = [sum(i * stride for i, stride in zip(cell, self._strides, strict=False) if i)]
         if None in cell or not cell:
             for i, stride, values in zip(cell or [None] * len(self._axes), self._strides, self._values, strict=True):
                 if i is None:
                     found = [index + step for index in found for step in range(0, stride * len(values), stride)]
         return found
 
-    def _first(self, cell: Sequence[int | None]) -> int:
-        return sum(i * stride for i, stride in zip(cell, self._strides, strict=False) if i)
-
     def _ask(self, shared: Any, config: Any) -> T:
-        reads: list[str] = []
-        whole = dataclasses.replace(shared, **{self._part: config}) if self._part else config
-        result = self._function(noting(whole, reads.append))
+        reads: dict[str, Any] = {}
+        note = reads.__setitem__
+        if self._part:
+            asked = noting(shared, note)
+            asked.__dict__[self._part] = noting(config, note, self._prefix)
+        else:
+            asked = noting(config, note)
+        result = self._function(asked)
         self.made += 1
-        self._keep(reads, shared, config, result)
+        self._keep(reads, result)
         return result
 
     def _place(self, name: str) -> tuple[int | None, Callable[[Any], Any]]:
@@ -158,17 +180,16 @@ class Outcomes(Generic[T]):
             self._places[name] = (tuple(self._axes).index(short), attrgetter(short)) if own else (None, attrgetter(name))
         return self._places[name]
 
-    def _keep(self, reads: Sequence[str], shared: Any, config: Any, result: T) -> None:
+    def _keep(self, reads: Mapping[str, Any], result: T) -> None:
         last: _Node | None = None
         node, value = self._root, None
-        for name in reads:
-            axis, of = self._place(name)
+        for name, read in reads.items():
             if node is None:
-                node = self._put(last, value, _Node(name, axis, of))
+                node = self._put(last, value, _Node(name, *self._place(name)))
             if not isinstance(node, _Node) or node.name != name:
                 return
-            value = of(shared if axis is None else config)
-            last, node = node, node.next.get(value)
+            last, value = node, read
+            node = node.next.get(value)
         if node is None:
             self._put(last, value, _Leaf(result))
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 import struct
 import traceback
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,13 @@ TENSOR_MAP, TENSOR_MAP_BYTES, TENSOR_MAP_ALIGNMENT = "TensorMap", 128, 64
 ENTRY = re.compile(r'extern\s+"C"\s+__global__\s+void\s+(?:__launch_bounds__\s*\((?:[^()]|\([^()]*\))*\)\s*)?(\w+)\s*\(')
 # Template lines after which the rendered text may have more or fewer lines than the template.
 RESYNC = re.compile(r"^\s*\{\{\s*\w+\s*\}\}\s*$|\{%-?\s*(?:end(?:for|if)|else|elif)\b")
+# What C++ takes as one, across lines: comments, strings, raw ones among them, and a line that goes on.
+WHOLE = re.compile(r"""/\*.*?\*/|//[^\n]*|R"([^\s()\\"]{0,16})\(.*?\)\1"|"(?:\\.|[^"\\\n])*"|\\\n(?:[^\n]*\\\n)*""", re.DOTALL)
+# Jinja's blocks that another one ends, and those that want another template.
+OPENING = frozenset({"for", "if", "block", "macro", "call", "filter", "with", "autoescape"})
+LOADING = frozenset({"include", "import", "from", "extends"})
+# What an error is about: a name, an attribute.
+NAMED = re.compile(r"'(\w+)' is undefined|has no (?:attribute|element) '?(\w+)|\w\.(\w+) is not known before|named '(\w+)'")
 
 
 def cpp(value: object) -> str:
@@ -199,18 +206,22 @@ def render(template: Path, entry: str, names: Mapping[str, object]) -> Source:
         TemplateError: an undefined name, a value that may not render, or a syntax error, with the template's line.
     """
     environment = jinja2.Environment(undefined=jinja2.StrictUndefined, finalize=cpp, keep_trailing_newline=True, autoescape=False)
+    # As the compiler counts: what else Unicode ends lines with ends none.
+    text = template.read_text(encoding="utf-8")
+    tags = _checked(environment, text, template.name)
+    marked, lines = _marked(text, tags, template.name)
     try:
-        marked, lines = _marked(environment, template)
         body = environment.from_string(marked).render(**names)
     except jinja2.TemplateSyntaxError as error:
-        raise TemplateError(f"{template.name}:{error.lineno}: {error.message}") from None
-    except (jinja2.TemplateError, TemplateError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        raise TemplateError(f"{template.name}:{_named_line(tags, lines[error.lineno - 1], str(error.message))}: {error.message}") from None
+    except Exception as error:  # an author's objects may raise anything
         at = _line(error)
         if at is None or (isinstance(error, VidrialError) and not isinstance(error, TemplateError)):
             raise
         known = f"; known names: {', '.join(sorted(names))}" if isinstance(error, jinja2.UndefinedError) else ""
         what = "" if isinstance(error, jinja2.TemplateError | TemplateError) else f"{type(error).__name__}: "
-        raise TemplateError(f"{template.name}:{lines[at - 1]}: {what}{error}{known}") from None
+        line = _named_line(tags, lines[at - 1], str(error))
+        raise TemplateError(f"{template.name}:{line}: {what}{error}{known}") from None
     entries = ENTRY.findall(body)
     if entries and entry not in entries:
         raise TemplateError(f"{template.name}: its kernel is {', '.join(entries)}; the Kernel's name is {entry}: they must be the same")
@@ -219,35 +230,119 @@ def render(template: Path, entry: str, names: Mapping[str, object]) -> Source:
     return Source(text, entry, template.name, tuple(str(f) for f in folders))
 
 
-def _marked(environment: jinja2.Environment, template: Path) -> tuple[str, list[int]]:
-    """A template that says again which line is which where the rendered text may have more or fewer; and for each of its lines the template's.
+@dataclass(frozen=True)
+class _Tag:
+    """One of Jinja's in a template: from which line to which, whether it takes line breaks around it away, and its tokens with their lines."""
+
+    kind: str
+    begin: int
+    end: int
+    stripped: bool
+    tokens: tuple[tuple[int, str], ...]
+
+    @property
+    def name(self) -> str:
+        """Of a block its first word."""
+        return self.tokens[0][1] if self.kind == "block" and self.tokens else ""
+
+    @property
+    def opens(self) -> bool:
+        """Whether it begins what another one ends; `set` does so without a value."""
+        return self.name in OPENING or (self.name == "set" and all(token != "=" for _, token in self.tokens))
+
+
+def _tags(environment: jinja2.Environment, text: str) -> list[_Tag]:
+    """The tags and comments of a template in order; of raw text both ends.
 
     Raises:
-        jinja2.TemplateSyntaxError: it is none.
+        jinja2.TemplateSyntaxError: the text is no series of tags.
     """
-    text = template.read_text(encoding="utf-8")
-    environment.parse(text)
-    marked, numbers, resync = list[str](), list[int](), _resyncs(environment, text)
-    for number, line in enumerate(text.splitlines(), 1):
+    found, begun, stripped, tokens = list[_Tag](), 0, False, list[tuple[int, str]]()
+    for line, kind, value in environment.lex(text):
+        if kind.endswith("_begin"):
+            begun, stripped, tokens = line, "-" in value, []
+            # Of raw text the whole opening tag is one token.
+            if kind == "raw_begin":
+                found.append(_Tag("raw", line, line + value.count("\n"), value.rstrip().endswith("-%}"), ()))
+        elif kind.endswith("_end"):
+            found.append(_Tag(kind.removesuffix("_end"), begun, line + value.count("\n"), stripped or "-" in value, tuple(tokens)))
+        elif kind not in ("data", "whitespace"):
+            tokens.append((line, value))
+    return found
+
+
+def _checked(environment: jinja2.Environment, text: str, name: str) -> list[_Tag]:
+    """The tags of a template that is one.
+
+    Raises:
+        TemplateError: its syntax is wrong, with the line where what is wrong begins.
+    """
+    try:
+        tags = _tags(environment, text)
+        environment.parse(text)
+    except jinja2.TemplateSyntaxError as error:
+        message = error.message or ""
+        line = error.lineno if "end of template" not in message and "nesting mistake" not in message else _left_open(tags) or error.lineno
+        raise TemplateError(f"{name}:{line}: {message}") from None
+    for tag in tags:
+        if tag.name in LOADING:
+            raise TemplateError(f"{name}:{tag.begin}: {tag.name} finds no other template; what several share is a header: #include it")
+        if tag.kind == "variable" and len(tag.tokens) == 1 and tag.tokens[0][1].isdecimal():
+            number = tag.tokens[0][1]
+            raise TemplateError(
+                f"{name}:{tag.begin}: {{{{{number}}}}} is Jinja's and prints {number}; if it is C++, part the braces: {{ {{{number}}} }}"
+            )
+    return tags
+
+
+def _left_open(tags: Sequence[_Tag]) -> int | None:
+    """The line of the innermost tag that no other one ends, where the nesting goes wrong."""
+    open_ = list[_Tag]()
+    for tag in tags:
+        if tag.opens:
+            open_.append(tag)
+        elif tag.name.startswith("end") and open_:
+            if open_[-1].name != tag.name.removeprefix("end"):
+                break
+            open_.pop()
+    return open_[-1].begin if open_ else None
+
+
+def _named_line(tags: Sequence[_Tag], line: int, message: str) -> int:
+    """The line on which a tag of several has what an error names; `line`, Jinja's, where it names nothing."""
+    named = NAMED.search(message)
+    name = named and next(filter(None, named.groups()))
+    for tag in tags:
+        if tag.begin <= line <= tag.end and tag.begin < tag.end:
+            return next((at for at, token in tag.tokens if token == name), line)
+    return line
+
+
+def _marked(text: str, tags: Sequence[_Tag], name: str) -> tuple[str, list[int]]:
+    """A template that says again which line is which where the rendered text may have more or fewer; and for each of its lines the template's."""
+    lines = text.removesuffix("\n").split("\n")
+    resync = {number for number, line in enumerate(lines, 1) if RESYNC.search(line)} | {
+        t.end for t in tags if t.end > t.begin or t.stripped
+    }
+    # A tag, a comment, a string or a directive of several lines is whole: what follows it is said behind it.
+    spans = [(t.begin, t.end) for t in tags]
+    spans += [(line_at(text, m.start()), line_at(text, m.end())) for m in WHOLE.finditer(text) if "\n" in m.group()]
+    for begin, end in sorted(set(spans)):
+        if inside := {number for number in resync if begin <= number < end}:
+            resync = (resync - inside) | {end}
+    marked, numbers = list[str](), list[int]()
+    for number, line in enumerate(lines, 1):
         marked.append(line)
         numbers.append(number)
-        if (number in resync or RESYNC.search(line)) and not line.endswith("\\"):
-            marked.append(f'#line {number + 1} "{template.name}"')
+        if number in resync:
+            marked.append(f'#line {number + 1} "{name}"')
             numbers.append(number)
     return "\n".join(marked) + "\n", numbers
 
 
-def _resyncs(environment: jinja2.Environment, text: str) -> set[int]:
-    """The lines on which a tag or a comment ends that began on an earlier one, or that takes line breaks around it away."""
-    found, begun, stripped = set[int](), 0, False
-    for line, kind, value in environment.lex(text):
-        if kind.endswith("_begin"):
-            begun, stripped = line, "-" in value
-        elif kind.endswith("_end"):
-            end = line + value.count("\n")
-            if end > begun or stripped:
-                found.add(end)
-    return found
+def line_at(text: str, position: int) -> int:
+    """The line of a position in a text, from 1."""
+    return text.count("\n", 0, position) + 1
 
 
 def _line(error: BaseException) -> int | None:

@@ -142,8 +142,10 @@ class Survey:
             if launches is not last:
                 last, known = launches, sum(launch.seconds or 0.0 for launch in launches)
                 costs = [self._kernel(*launch.asked, part)[1] for launch in launches if launch.asked is not None]
+            single = len(indices) == 1
             for i in indices:
-                seconds = [found for cost in costs if (found := cost.of(varied[0], varied[i])) is not None]
+                # Where legality depends on every choice so does the time, and to note what it reads takes longer than to ask.
+                seconds = [s for cost in costs if (s := cost.alone(varied[i]) if single else cost.of(varied[0], varied[i])) is not None]
                 if len(seconds) == len(costs):
                     yield i, math.fsum([known, *seconds])
 

@@ -24,10 +24,14 @@ from vidrial.kernels.power_retention.op import (
     CHUNKS,
     SCANS,
     SMALLEST,
+    STATE_BOUND,
+    draw_state,
+    initial_state,
     scan_buffers,
     scan_stages,
     snapshot_buffer,
     state_buffers,
+    state_error,
     whole_chunk,
 )
 from vidrial.kernels.power_retention.op import Config as forward_config
@@ -38,7 +42,7 @@ from vidrial.kernels.power_retention.op import rules as forward_rules
 from vidrial.kernels.power_retention.op import sample as forward_sample
 from vidrial.kernels.power_retention.op import small as forward_small
 from vidrial.kernels.power_retention.problem import Chunked
-from vidrial.kernels.power_retention.reference import attention_form, gradients
+from vidrial.kernels.power_retention.reference import attention_form, final_state, gradients
 
 NAMES = ("dq", "dk", "dv", "dlog_g")
 # Pairs of a query and a key, of all heads, up to which a sample is of an exact forward pass: seconds of a CPU. Beyond them rows of a sequence repeat.
@@ -191,25 +195,31 @@ def sample(p: Gradient, seed: int) -> dict[str, np.ndarray]:
     before twice ROWS, again and again: right in size, which is all that a time or two configs beside each other need.
     """
     arrays = forward_sample(p.forward, seed)
-    found = forward_pass(p, arrays) if p.b * p.hq * p.t**2 <= 2 * EXACT_PAIRS else repeated_rows(p, arrays)
-    rng = np.random.default_rng(seed + 1)
+    exact, rng = p.b * p.hq * p.t**2 <= 2 * EXACT_PAIRS, np.random.default_rng(seed + 1)
+    found = forward_pass(p, arrays) if exact else repeated_rows(p, arrays)
+    if p.final:
+        found |= ({} if exact or not p.gated else draw_state(p, rng, "final")) | draw_state(p, rng, "d_final")
     return {**arrays, **found, "dy": normal(rng, (p.b, p.t, p.hq, p.e), p.dtype)}
 
 
 def forward_pass(p: Gradient, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """y, rounded, and its normaliser, from float64."""
-    if not p.normalized:
-        return {}
-    q, k, v = (p.dtype.widen(inputs[n]) for n in "qkv")
-    found = attention_form(q, k, v, inputs.get("log_g"), degree=p.degree, scale=p.scale)
-    return {"y": p.dtype.round(found.y.astype(np.float32)), "norm": np.ascontiguousarray(found.norm.transpose(0, 2, 1), np.float32)}
+    """y, rounded, its normaliser and the final state, as far as the backward pass reads them, from float64."""
+    (q, k, v), initial, made = (p.dtype.widen(inputs[n]) for n in "qkv"), initial_state(p, inputs), dict[str, np.ndarray]()
+    if p.final and p.gated:
+        s, z = final_state(k, v, inputs.get("log_g"), initial)
+        made |= {"final_s": s.astype(np.float32), "final_z": z.astype(np.float32)}
+    if p.normalized:
+        found = attention_form(q, k, v, inputs.get("log_g"), degree=p.degree, scale=p.scale, initial=initial)
+        made["y"] = p.dtype.round(found.y.astype(np.float32))
+        made["norm"] = np.ascontiguousarray(found.norm.transpose(0, 2, 1), np.float32)
+    return made
 
 
 def repeated_rows(p: Gradient, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     """`forward_pass` of the first key head of the first sequence, up to 2 ROWS tokens of it; its second half for all tokens and heads."""
     group, t = p.hq // p.h, min(p.t, 2 * ROWS)
-    few = {name: x[:1, :t, : group if name == "q" else 1] for name, x in inputs.items()}
-    found = forward_pass(replace(p, b=1, t=t, h=1, hq=group), few)
+    few = {name: inputs[name][:1, :t, : group if name == "q" else 1] for name in ("q", "k", "v", "log_g") if name in inputs}
+    found = forward_pass(replace(p, b=1, t=t, h=1, hq=group, initial=False, final=False), few)
     if not found:
         return {}
     tokens, heads = t // 2 + np.arange(p.t) % (t - t // 2), np.arange(p.hq) % group
@@ -221,8 +231,16 @@ def repeated_rows(p: Gradient, inputs: Mapping[str, np.ndarray]) -> dict[str, np
 def reference(p: Gradient, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     q, k, v, dy = (p.dtype.widen(inputs[n]) for n in ("q", "k", "v", "dy"))
     normalize = "sum" if p.normalized else "none"
-    found = gradients(q, k, v, inputs.get("log_g"), dy, degree=p.degree, scale=p.scale, normalize=normalize)
-    return {name: x for name, x in found._asdict().items() if x is not None}
+    d_final = (inputs["d_final_s"].astype(np.float64), inputs["d_final_z"].astype(np.float64)) if p.final else None
+    initial = initial_state(p, inputs)
+    found = gradients(
+        q, k, v, inputs.get("log_g"), dy, degree=p.degree, scale=p.scale, normalize=normalize, initial=initial, d_final=d_final
+    )
+    exact = {name: x for name, x in found._asdict().items() if x is not None}
+    if p.initial:
+        # Z is read as its symmetric part.
+        exact["d_initial_s"], exact["d_initial_z"] = exact["d_s"], (exact["d_z"] + exact["d_z"].swapaxes(-1, -2)) / 2
+    return exact
 
 
 def row_errors(p: Gradient, results: Mapping[str, np.ndarray], expected: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -255,9 +273,10 @@ def check(p: Gradient, inputs: Mapping[str, np.ndarray], results: Mapping[str, n
     The bound is one of relative errors, not 1: a sweep takes 16 times as much for two configs' results that differ, and 16 would pass anything.
     """
     bound = BOUNDS["dlog_g"]
-    mean = max((float(x.max(initial=0.0)) / BOUNDS[name] for name, x in errors(p, results, expected).items()), default=0.0)
+    mean = [float(x.max(initial=0.0)) / BOUNDS[name] for name, x in errors(p, results, expected).items()]
+    mean += [state_error(results[name], expected[name]) / STATE_BOUND[p.dtype] for name in ("d_initial_s", "d_initial_z") if p.initial]
     worst = max(float(x.max(initial=0.0)) for x in row_errors(p, results, expected).values())
-    return Check(mean * bound, worst, bound, WORST_ROW)
+    return Check(max(mean, default=0.0) * bound, worst, bound, WORST_ROW)
 
 
 # NOTE: right on the host target and compiled, but no GPU has run them yet. Without this line calls take what the cost model says, of these as well.
