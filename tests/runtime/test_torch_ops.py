@@ -157,7 +157,7 @@ def test_a_state_goes_from_one_call_to_the_next_in_one_graph_of_every_length() -
         return torch.cat((y, z), 1), state
 
     function = compiled(halves, dynamic=True)
-    for t in (9, 2, 150):
+    for t in (9, 2, 130):
         x, state = (
             [[a.detach()[:, begin:end].requires_grad_() for a in draw(2 * t + 1)] for begin, end in ((0, t), (t, None))],
             behind(draw(3), True),
