@@ -20,7 +20,7 @@ from examples.gemm import gemm
 from vidrial import traced
 from vidrial.device import Device
 from vidrial.kernels.flash_attention import flash_attention
-from vidrial.kernels.power_retention import power_retention, power_retention_vjp
+from vidrial.kernels.power_retention import PowerState, power_retention, power_retention_vjp
 from vidrial.tune import choose_config
 
 jax = pytest.importorskip("jax")
@@ -171,6 +171,83 @@ def test_the_kernels_themselves_with_gradients() -> None:
         assert 0 < np.linalg.norm(mine - right) / np.linalg.norm(right) < 1.5e-2
 
 
+def behind(arrays: list[Any]) -> PowerState[Any]:
+    """The state behind some tokens."""
+    return power_retention(*arrays, output_final_state=True)[1]
+
+
+def step(state: PowerState[Any], x: Any) -> tuple[PowerState[Any], Any]:
+    """One token, as jax.lax.scan calls it."""
+    y, state = power_retention(*(a[:, None] for a in x), initial_state=state, output_final_state=True)
+    return state, y[:, 0]
+
+
+def weighted(y: Any, state: PowerState[Any]) -> Any:
+    """A loss that reads each of y, S and Z, and weighs each of its own."""
+    return (y.astype(jnp.float32) ** 2).sum() + 2 * (state.S**2).sum() + 3 * (state.Z**2).sum()
+
+
+def test_a_decoding_loop_is_one_scan() -> None:
+    """Its tokens, its last state and its gradients are those of one call."""
+    given, first = as_jax(inputs(7)), behind(as_jax(inputs(5, seed=1)))
+    tokens = tuple(jnp.moveaxis(x, 1, 0) for x in given)
+
+    def loss_of_a_loop(tokens: Any, state: PowerState[Any]) -> Any:
+        last, y = jax.lax.scan(step, state, tokens)
+        return weighted(y, last), (jnp.moveaxis(y, 0, 1), last)
+
+    gradients, found = jax.jit(jax.grad(loss_of_a_loop, (0, 1), has_aux=True))(tokens, first)
+    (y, last), vjp = power_retention_vjp(*given, initial_state=first, output_final_state=True)
+    assert isinstance(found[1], PowerState) and found[1].degree == 2
+    for mine, exact in zip(jax.tree.leaves(found), (y, last.S, last.Z), strict=True):
+        np.testing.assert_allclose(mine, exact, rtol=1e-4, atol=1e-4)
+    *exact, d_first = vjp(2 * y, PowerState(4 * last.S, 6 * last.Z))
+    for mine, right in zip(jax.tree.leaves(gradients), [*(jnp.moveaxis(x, 1, 0) for x in exact), d_first.S, d_first.Z], strict=True):
+        assert np.linalg.norm(mine - right) <= 1e-5 * np.linalg.norm(right) > 0
+
+
+@pytest.mark.parametrize("t", [0, 65])
+def test_states_under_jit_are_those_of_a_call(t: int) -> None:
+    given, first = as_jax(inputs(t)), behind(as_jax(inputs(5, seed=1)))
+    for state, count, options in ((first, 4, {}), (None, 3, {"normalize": "none"}), (first, 3, {"chunk": 128, "scale": 0.1})):
+        call = lambda state, *a, o=options: power_retention(*a, initial_state=state, output_final_state=True, **o)  # noqa: E731
+        for mine, exact in zip(
+            jax.tree.leaves(jax.jit(call)(state, *given[:count])), jax.tree.leaves(call(state, *given[:count])), strict=True
+        ):
+            same(mine, exact)
+    same(jax.jit(lambda *a: power_retention(*a, initial_state=first))(*given), power_retention(*given, initial_state=first))
+
+
+def test_vmap_over_states_makes_one_larger_batch() -> None:
+    q, k, v, log_g = as_jax(inputs(9))
+    first = behind(as_jax(inputs(5, seed=1)))
+    several = jax.tree.map(lambda x: jnp.stack([x, -2 * x]), first)
+    call = lambda q, state: power_retention(q, k, v, log_g, initial_state=state, output_final_state=True)  # noqa: E731
+    mapped = jax.vmap(call, (None, 0))
+    found, each = jax.jit(mapped)(q, several), [jax.tree.map(lambda x, i=i: x[i], several) for i in range(2)]
+    for mine, *exact in zip(*map(jax.tree.leaves, (found, *(call(q, state) for state in each))), strict=True):
+        same(mine, jnp.stack(exact))
+    assert jax.jit(mapped).lower(q, several).as_text().count(f"@{traced.TARGET}(") == 1
+    summed = jax.jit(jax.grad(lambda q: weighted(*mapped(q, several))))(q)
+    right = 0
+    for state in each:
+        (y, last), vjp = power_retention_vjp(q, k, v, log_g, initial_state=state, output_final_state=True)
+        right += vjp(2 * y, PowerState(4 * last.S, 6 * last.Z)).dq
+    assert np.linalg.norm(summed - right) <= 1e-5 * np.linalg.norm(right) > 0
+
+
+def test_the_kernels_states_with_gradients() -> None:
+    """target="host", by the kernels that tests/power_retention/test_states_host.py has built: the bits of an eager call."""
+    given, first = as_jax(inputs(300, b=1, hq=2, h=1), "float16"), behind(as_jax(inputs(5, b=1, hq=2, h=1, seed=1)))
+    options = {"output_final_state": True, "chunk": 128, "target": "host"}
+    found = jax.jit(jax.grad(lambda a, state: weighted(*power_retention(*a, initial_state=state, **options)), (0, 1)))(given, first)
+    (y, last), vjp = power_retention_vjp(*given, initial_state=first, recompute=True, **options)
+    *exact, d_first = vjp((2 * y.astype(jnp.float32)).astype(y.dtype), PowerState(4 * last.S, 6 * last.Z))
+    assert isinstance(last.S, jax.Array)
+    for mine, right in zip(jax.tree.leaves(found), [*exact, d_first.S, d_first.Z], strict=True):
+        same(mine, right)
+
+
 def test_no_tokens_no_call() -> None:
     given = as_jax(inputs(7))
     y = jax.jit(power_retention)(*(x[:, :0] for x in given))
@@ -210,10 +287,16 @@ def test_refused_while_jax_traces() -> None:
         jax.grad(lambda q: jax.grad(loss)(q, k, v, log_g).sum())(q)
     with pytest.raises(TypeError, match="forward-mode"):
         jax.jvp(lambda q: power_retention(q, k, v), (q,), (q,))
-    with pytest.raises(
-        vd.UnsupportedError, match="^q, k or v is traced by JAX, where initial_state.* are not served yet; call it outside of jit"
+    state = behind([q, k, v])
+    for given, options, said in (
+        (jax.tree.map(lambda x: x[:1], state), {}, r"^initial_state\.S has shape \[1, 2, 640, 32\]; accepted: \[2, 2, 640, 32\]"),
+        (jax.tree.map(lambda x: x.astype("float16"), state), {}, "^initial_s is float16; accepted: float32"),
+        ((state.S, state.Z), {}, "^initial_state is a tuple; accepted: a PowerState"),
+        (state, {"degree": 4}, "^initial_state with degree=4: only degree 2"),
+        (None, {"output_final_state": 1}, "^output_final_state=1 is not served"),
     ):
-        jax.jit(lambda q: power_retention(q, k, v, output_final_state=True))(q)
+        with pytest.raises(vd.VidrialError, match=said):
+            jax.jit(lambda state, o=options: power_retention(q, k, v, initial_state=state, **o))(given)
     with pytest.raises(vd.ArgumentTypeError, match="^q: dtype 'bool' is not known"):
         jax.jit(power_retention)(q.astype(bool), k, v)
     with pytest.raises(vd.ArgumentTypeError, match="^k: builtins.list is not an array"):
@@ -246,16 +329,26 @@ def test_what_a_gpus_call_carries_is_what_its_handler_reads(monkeypatch: pytest.
     given = inputs(257, d=64)
     arrays = {"q": given[0], "k": given[1], "v": given[2], "log_g": given[3], "y": given[0], "dy": given[0]}
     arrays["norm"] = np.zeros((2, 4, 257), np.float32)
+    # A state before the first token, and the gradient of the one behind the last.
+    states = {"initial": True, "final": True, "d_final": True}
+    arrays |= {f"{name}_{x}": np.zeros((2, 2, *shape), np.float32) for name in states for x, shape in (("s", (2304, 64)), ("z", (64, 64)))}
     specs = tuple((n, vd.ArraySpec.of(vd.as_array(x, n).facts, n)._replace(dtype=vd.DType.bfloat16)) for n, x in arrays.items())
-    specs = tuple((n, s._replace(dtype=vd.DType.float32) if n in ("log_g", "norm") else s) for n, s in specs)
-    options = (("degree", 2), ("scale", None), ("normalize", "sum"), ("chunk", 128), ("target", "cuda"))
+    specs = tuple(
+        (n, s._replace(dtype=vd.DType.float32) if n.startswith(("log_g", "norm", "initial", "final", "d_final")) else s) for n, s in specs
+    )
+    options = (("degree", 2), ("scale", None), ("normalize", "sum"), ("chunk", 128), ("target", "cuda"), ("final", True))
     device = Device.of("h200")
     text, size = traced._on_gpu("vidrial.kernels.power_retention.traced:BACKWARD", specs, options, device)
     _, names = traced._plan(text.encode(), 3)
     op, problem, config, index = made[0]
     assert op is BACKWARD.op and index == 3 and problem == BACKWARD.asks(dict(specs), dict(options)).problem
     assert config == choose_config(op, problem, device, (("chunk", 128),)).config and config.chunk == 128
-    assert names == (*arrays, *op.outputs(problem)) and size >= op.workspace_bytes(problem, config)
+    assert problem.initial and problem.final and set(arrays) == set(op.inputs(problem))
+    assert (
+        names == (*arrays, *op.outputs(problem))
+        and names[-2:] == ("d_initial_s", "d_initial_z")
+        and size >= op.workspace_bytes(problem, config)
+    )
 
 
 ELSEWHERE = """
@@ -267,14 +360,22 @@ import vidrial.traced
 
 vidrial.traced.register()
 arrays = [np.load(f"{sys.argv[1]}/{i}.npy") for i in range(4)]
-program = jax.export.deserialize(open(f"{sys.argv[1]}/program", "rb").read()) if hasattr(jax, "export") else None
-same = [np.array_equal(program.call(*arrays), np.load(f"{sys.argv[1]}/y.npy"))]
+read = lambda name: jax.export.deserialize(open(f"{sys.argv[1]}/{name}", "rb").read())
+same = [np.array_equal(read("program").call(*arrays), np.load(f"{sys.argv[1]}/y.npy"))]
 
-from vidrial.kernels.power_retention import power_retention
+from vidrial.kernels.power_retention import PowerState, power_retention
+_, state = power_retention(*(x[:, :9] for x in arrays), output_final_state=True)
+y, last = read("states").call(state, *(x[:, 9:] for x in arrays))
+exact, exact_last = power_retention(*(x[:, 9:] for x in arrays), initial_state=state, output_final_state=True)
+same += [type(last) is PowerState, np.array_equal(y, exact), np.array_equal(last.S, exact_last.S), np.array_equal(last.Z, exact_last.Z)]
 mesh = jax.make_mesh((2, 2), ("b", "h"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
 cut, cut_gates = P("b", None, "h", None), P("b", None, "h")
 sharded = jax.jit(jax.shard_map(power_retention, mesh=mesh, in_specs=(cut, cut, cut, cut_gates), out_specs=cut))
 same += [np.array_equal(sharded(*arrays), power_retention(*arrays))]
+call = lambda state, *a: power_retention(*a, initial_state=state, output_final_state=True)
+of_states = jax.shard_map(call, mesh=mesh, in_specs=(P("b", "h"), cut, cut, cut, cut_gates), out_specs=(cut, P("b", "h")))
+for mine, exact in zip(jax.tree.leaves(of_states(state, *arrays)), jax.tree.leaves(call(state, *arrays))):
+    same += [np.array_equal(mine, exact)]
 loss = lambda f: lambda *a: (f(*a) ** 2).sum()
 for mine, exact in zip(*(jax.grad(loss(f), (0, 1, 2, 3))(*map(jax.numpy.asarray, arrays)) for f in (sharded, power_retention))):
     same += [np.allclose(mine, exact, rtol=1e-5, atol=1e-6) and float(abs(exact).max()) > 0]
@@ -302,10 +403,13 @@ def test_an_export_runs_in_another_process_and_shard_map_over_batch_and_heads(tm
     checks = [export.DisabledSafetyCheck.custom_call(traced.TARGET)]
     program = export.export(jax.jit(power_retention), disabled_checks=checks)(*as_jax(arrays))
     (tmp_path / "program").write_bytes(program.serialize())
+    states = jax.jit(lambda state, *a: power_retention(*a, initial_state=state, output_final_state=True))
+    program = export.export(states, disabled_checks=checks)(behind(as_jax(arrays)), *as_jax([x[:, 9:] for x in arrays]))
+    (tmp_path / "states").write_bytes(program.serialize())
     np.save(tmp_path / "y.npy", power_retention(*arrays))
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     ran = subprocess.run([sys.executable, "-c", ELSEWHERE, tmp_path], capture_output=True, text=True, env=environment, check=False)
-    assert ran.stdout == f"{[True] * 17}\n", ran.stderr[-3000:]
+    assert ran.stdout == f"{[True] * 24}\n", ran.stderr[-3000:]
 
 
 def test_a_program_names_no_object_of_this_process() -> None:

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
         VidrialError,
     )
     from vidrial.runtime.arrays import CPU, Array, ArraySpec, as_array, contiguous, library_of, signature_of, to_library
+    from vidrial.runtime.imported import pytree
     from vidrial.runtime.inputs import check_inputs
     from vidrial.runtime.torch_ops import call_torch_op, dispatched, dispatching
     from vidrial.spec.choices import describe
@@ -94,6 +95,7 @@ __all__ = [
     "part",
     "prepare",
     "prepare_many",
+    "pytree",
     "run",
     "signature_of",
     "specialize",
@@ -114,6 +116,7 @@ _HOMES = {
     "errors": "ArgumentError ArgumentTypeError CheckError CompileError ConfigError FrozenError LaunchError LayoutError NoValidConfig OutOfMemoryError "
     "StoreError SweepError TemplateError ToolchainError UnsupportedError VidrialError",
     "runtime.arrays": "CPU Array ArraySpec as_array contiguous library_of signature_of to_library",
+    "runtime.imported": "pytree",
     "runtime.inputs": "check_inputs",
     "runtime.torch_ops": "call_torch_op dispatched dispatching",
     "spec.choices": "describe",

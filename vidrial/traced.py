@@ -26,7 +26,7 @@ from vidrial.runtime import xla
 from vidrial.runtime.arrays import CPU, ArraySpec, contiguous_strides, library_of
 from vidrial.runtime.inputs import check_inputs
 from vidrial.runtime.plan import CudaPlan, Workspace
-from vidrial.spec.op import ALIGNMENT, Buffer, Op
+from vidrial.spec.op import ALIGNMENT, Buffer, Op, gradient_name
 from vidrial.spec.registry import reference_of, resolve
 from vidrial.tune.codec import decode, encode
 from vidrial.tune.pick import choose_config
@@ -56,7 +56,7 @@ class Traceable:
         folds: every input and output has the batch as its first axis, so that vmap may make one larger batch of it. Else vmap calls once
             for each of what it maps over.
         backward: `module:name` of what makes the gradients: it reads inputs and outputs of this one by their names, and `dy`, the gradient of
-            the output y; its output `dx` is the gradient of the input x. "": there are none.
+            the output y; its output `dx` is the gradient of the input x (or `d_y`, `d_x`). "": there are none.
         saving: `module:name` of the same with further outputs that `backward` reads; it runs in place of this one where gradients are wanted.
         reads: what may be given as inputs, by name.
     """
@@ -210,11 +210,12 @@ def _mappable(path: str, names: tuple[str, ...], options: Options) -> Any:
         # NOTE: JAX gives dicts back in the order of their keys.
         given, found = {name: saved[0][name] for name in names}, saved[1]
         behind = _traceable(asked.backward)
-        dy = {f"d{name}": gradient for name, gradient in zip(_outputs(path, _specs(given), options), gradients, strict=True)}
+        outputs = _outputs(path, _specs(given), options)
+        dy = {gradient_name(name, behind.reads): gradient for name, gradient in zip(outputs, gradients, strict=True)}
         there = {name: x for name, x in {**found, **given, **dy}.items() if name in behind.reads}
         declared = behind.op.inputs(_asked(asked.backward, _specs(there), options).problem)
         made = traced(asked.backward, {name: x for name, x in there.items() if name in declared}, **dict(options))
-        return tuple(made[f"d{name}"] if f"d{name}" in made else jnp.zeros_like(x) for name, x in given.items())
+        return tuple(made[d] if (d := gradient_name(name, made)) in made else jnp.zeros_like(x) for name, x in given.items())
 
     def one(*arrays: Any) -> tuple[Any, ...]:
         return _call(path, dict(zip(names, arrays, strict=True)), options)

@@ -85,11 +85,12 @@ def power_retention(
         degree: 2, or 4 (quadratic in T).
         scale: multiplies q . k; 1 / sqrt(D) by default.
         normalize: "sum" divides by the sum of the weights (at least 1e-20), "none" does not.
-        initial_state: what lies before the first token; degree 2.
+        initial_state: what lies before the first token; degree 2. Gradients go through it, and through the last one, wherever they go through y:
+            under torch.compile and JAX's transformations, too (docs/torch.md, docs/jax.md).
         output_final_state: whether to return the state behind the last token, too; degree 2.
         recompute: of a call that torch records, whether its backward pass scans the states again (True) or the call keeps them (False), which
             fixes the chunk of both. None: kept where there are many chunks and they take no more memory than q, k, v and y
-            (docs/power_retention.md). The results differ by rounding only; NumPy always computes them again.
+            (docs/power_retention.md). The results differ by rounding only; NumPy, a graph of torch.compile and JAX always compute them again.
         chunk: tokens that share a state (0: none, the attention form). By default what was measured fastest, else what is predicted so;
             results differ by rounding only.
         target: "cuda", or "host" for the GPU kernels themselves on the CPU; see vidrial.use_target.
@@ -106,9 +107,8 @@ def power_retention(
     if recompute is not None:
         gradient.check_recompute(recompute)
     if dispatching(q):
-        if initial_state is None and output_final_state is False:
-            return in_torch.call(inputs, target, degree=degree, scale=scale, normalize=normalize, chunk=chunk)
-        in_torch.refuse_states()
+        options = {"degree": degree, "scale": scale, "normalize": normalize, "chunk": chunk}
+        return in_torch.call(inputs, initial_state, output_final_state, target, **options)
     place = current_target(target)
     if initial_state is not None or output_final_state is not False or (recompute is not None and gradient.records(*inputs)):
         return _with_state(inputs, gradient.Options(degree, scale, normalize, chunk, place, recompute), initial_state, output_final_state)
@@ -119,7 +119,7 @@ def power_retention(
         if gradient.records(*inputs):
             return _with_state(inputs, gradient.Options(degree, scale, normalize, chunk, place, recompute), None, False)
         if dispatched(inputs):
-            return in_torch.call(inputs, target, degree=degree, scale=scale, normalize=normalize, chunk=chunk)
+            return in_torch.call(inputs, None, False, target, degree=degree, scale=scale, normalize=normalize, chunk=chunk)
         if not is_traced(inputs):
             raise
         return power_retention_traced(inputs, gradient.Options(degree, scale, normalize, chunk, place))
@@ -137,16 +137,19 @@ def power_retention(
 def _with_state(inputs: tuple[Any, ...], o: gradient.Options, state: PowerState[Any] | None, output_final_state: bool) -> Any:
     check_options(o.degree, o.scale, o.normalize, o.chunk)
     gradient.check_states(o, state, output_final_state)
-    if is_traced(inputs):
-        raise UnsupportedError(
-            "q, k or v is traced by JAX, where initial_state and output_final_state are not served yet; call it outside of jit, "
-            "grad and vmap (power_retention_vjp gives the gradients there)"
-        )
-    tensors = inputs if state is None else (*inputs, state.S, state.Z)
-    if gradient.records(*tensors):
-        y, final = gradient.recorded(inputs, o, state, output_final_state)
-    else:
-        y, final, _ = gradient.forward(inputs, o, state, output_final_state, saves=False)[:3]
+    arrays = inputs if state is None else (*inputs, state.S, state.Z)
+    if is_traced(arrays):
+        return power_retention_traced(inputs, o, state, bool(output_final_state))
+    try:
+        if gradient.records(*arrays):
+            y, final = gradient.recorded(inputs, o, state, output_final_state)
+        else:
+            y, final, _ = gradient.forward(inputs, o, state, output_final_state, saves=False)[:3]
+    except UnsupportedError:
+        if not dispatched(arrays):
+            raise
+        options = {"degree": o.degree, "scale": o.scale, "normalize": o.normalize, "chunk": o.chunk}
+        return in_torch.call(inputs, state, output_final_state, o.target, **options)
     return (y, final) if output_final_state else y
 
 

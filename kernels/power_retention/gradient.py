@@ -29,7 +29,7 @@ from vidrial.kernels.power_retention.back.problem import Gradient
 from vidrial.kernels.power_retention.cpu import power_retention_cpu, power_retention_cpu_gradients
 from vidrial.kernels.power_retention.op import kept_chunk, op, outputs
 from vidrial.kernels.power_retention.problem import Problem
-from vidrial.kernels.power_retention.request import NAMES, Request, request_of
+from vidrial.kernels.power_retention.request import NAMES, Request, check_degree, check_state_shape, request_of
 from vidrial.kernels.power_retention.state import PowerState
 
 A = TypeVar("A")  # an array of torch, CuPy, JAX or NumPy
@@ -247,14 +247,21 @@ def check_states(o: Options, state: Any, output_final_state: Any) -> None:
     Raises:
         ArgumentError, ArgumentTypeError, UnsupportedError: it may not.
     """
+    check_kinds(state, output_final_state)
+    check_recompute(o.recompute)
+    check_degree(o.degree, state is not None, output_final_state)
+
+
+def check_kinds(state: Any, output_final_state: Any) -> None:
+    """Refuse what is no state, and what is no answer to whether there shall be one.
+
+    Raises:
+        ArgumentError, ArgumentTypeError: it is not.
+    """
     if not isinstance(output_final_state, bool | np.bool_):
         raise ArgumentError(f"output_final_state={output_final_state!r} is not served; accepted: True, False")
     if state is not None:
         _check_kind("initial_state", state)
-    check_recompute(o.recompute)
-    for name, asked in (("initial_state", state is not None), ("output_final_state", output_final_state)):
-        if asked and o.degree != 2:
-            raise UnsupportedError(f"{name} with degree={o.degree}: only degree 2 has a state small enough")
 
 
 def check_recompute(value: Any) -> None:
@@ -284,11 +291,9 @@ def _check_state(name: str, state: Any, p: Problem, q: Any) -> None:
     """
     _check_kind(name, state)
     like = as_array(q, "q")
-    shapes = {"S": (p.b, p.h, p.d * (p.d + 8) // 2, p.e), "Z": (p.b, p.h, p.d, p.d)}
-    for field, shape in shapes.items():
+    for field in ("S", "Z"):
         found = as_array(getattr(state, field), f"{name}.{field}")
-        if tuple(found.shape) != shape:
-            raise ArgumentError(f"{name}.{field} has shape {list(found.shape)}; accepted: {list(shape)}, for q, k and v as they are")
+        check_state_shape(f"{name}.{field}", found.shape, p.state_shapes[field.lower()])
         if found.dtype is not DType.float32 or found.library != like.library or found.device != like.device:
             raise ArgumentTypeError(
                 f"{name}.{field} is {found.dtype} of {found.library} on {_place(found.device)}; accepted: float32 of {like.library} on {_place(like.device)}"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from numbers import Integral
 from typing import Any
@@ -79,6 +79,40 @@ def problem_of(
     check_options(degree, scale, normalize, chunk)
     facts = {name: f for name, f in zip(NAMES, (q, k, v, log_g), strict=True) if f is not None}
     return _problem(facts, served(q.device == CPU), degree, scale, normalize)
+
+
+def check_degree(degree: int, initial: bool, final: bool) -> None:
+    """Refuse states of weights that have none.
+
+    Raises:
+        UnsupportedError: the degree is not 2.
+    """
+    for name, asked in (("initial_state", initial), ("output_final_state", final)):
+        if asked and degree != 2:
+            raise UnsupportedError(f"{name} with degree={degree}: only degree 2 has a state small enough")
+
+
+def check_state_shape(name: str, shape: tuple[int, ...], accepted: tuple[int, ...]) -> None:
+    """Refuse another shape of a state's S or Z than the call's arrays ask.
+
+    Raises:
+        ArgumentError: it is another one.
+    """
+    if tuple(shape) != accepted:
+        raise ArgumentError(f"{name} has shape {list(shape)}; accepted: {list(accepted)}, for q, k and v as they are")
+
+
+def with_states(p: Problem, initial: Mapping[str, ArraySpec | None], final: bool) -> Problem:
+    """The problem with states: of the first one S and Z by `state_shapes`' names, None where there is none, and whether the last one is asked for.
+
+    Raises:
+        ArgumentError, UnsupportedError: there is no such state.
+    """
+    given = {name: spec for name, spec in initial.items() if spec is not None}
+    check_degree(p.degree, bool(given), final)
+    for name, spec in given.items():
+        check_state_shape(f"initial_state.{name.upper()}", spec.shape, p.state_shapes[name])
+    return replace(p, initial=bool(given), final=final)
 
 
 def _problem(facts: Mapping[str, ArraySpec], dtypes: tuple[DType, ...], degree: int, scale: float | None, normalize: str) -> Problem:

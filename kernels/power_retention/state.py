@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
-from vidrial import ArgumentError
+from vidrial import ArgumentError, pytree
 
 A = TypeVar("A")  # an array of torch, CuPy, JAX or NumPy
 
@@ -15,6 +15,7 @@ def state_rows(d: int) -> int:
     return d * (d + 8) // 2
 
 
+@pytree("S", "Z")
 @dataclass(frozen=True)
 class PowerState(Generic[A]):
     """The state after a sequence, and what one may begin with: S = sum_j decay_j phi(k_j) v_j^T and Z = sum_j decay_j k_j k_j^T.
@@ -26,7 +27,8 @@ class PowerState(Generic[A]):
         Z: [N, H, D, D], from which the normaliser is scale^2 q^T Z q.
         degree: 2.
 
-    The scale is not part of it: a state may be read with another one. A sequence of which no token was seen has the state 0.
+    The scale is not part of it: a state may be read with another one. A sequence of which no token was seen has the state 0. To torch and JAX it is a
+    tree of two arrays: what they compile, map, scan and export takes and gives it.
 
     Raises:
         ArgumentError: the degree is another one, or the shapes do not belong together.
@@ -48,3 +50,8 @@ class PowerState(Generic[A]):
         """Features of a key."""
         z: Any = self.Z
         return int(z.shape[-1])
+
+
+def named(name: str, state: PowerState[A] | None) -> dict[str, A]:
+    """A state's arrays by the names that the op has for them, none where there is no state."""
+    return {} if state is None else {f"{name}_s": state.S, f"{name}_z": state.Z}

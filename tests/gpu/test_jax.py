@@ -14,7 +14,7 @@ jax = pytest.importorskip("jax")
 jnp = pytest.importorskip("jax.numpy")
 
 from vidrial.kernels.flash_attention import flash_attention  # noqa: E402
-from vidrial.kernels.power_retention import power_retention, power_retention_vjp  # noqa: E402
+from vidrial.kernels.power_retention import PowerState, power_retention, power_retention_vjp  # noqa: E402
 
 
 @pytest.fixture(autouse=True)
@@ -60,6 +60,34 @@ def test_vmap_folds_and_a_jit_of_several_calls_runs_in_order() -> None:
     once = power_retention(q * 2, k, v, log_g)
     for _ in range(20):  # XLA captures what ran a few times into a CUDA graph
         assert jnp.array_equal(layered(q), power_retention(once, k, v, log_g) + 1)
+
+
+def test_states_under_jit_in_a_scan_and_their_gradients() -> None:
+    given, first = inputs(300), power_retention(*inputs(65), output_final_state=True)[1]
+    call = lambda state, *a: power_retention(*a, initial_state=state, output_final_state=True)  # noqa: E731
+    y, last = call(first, *given)
+    for mine, exact in zip(jax.tree.leaves(jax.jit(call)(first, *given)), (y, last.S, last.Z), strict=True):
+        assert jnp.array_equal(mine, exact)
+
+    def step(state: Any, x: Any) -> Any:
+        y, state = call(state, *(a[:, None] for a in x))
+        return state, y[:, 0]
+
+    state, ys = jax.jit(lambda *a: jax.lax.scan(step, *a))(first, [jnp.moveaxis(x, 1, 0) for x in given])
+    for mine, exact, bound in ((jnp.moveaxis(ys, 0, 1), y, 1e-2), (state.S, last.S, 7e-3), (state.Z, last.Z, 7e-3)):
+        assert relative(mine, exact) < bound
+
+    def loss(state: Any, *a: Any) -> Any:
+        y, last = call(state, *a)
+        return (y.astype(jnp.float32) ** 2).sum() + (last.S**2).sum() + (last.Z**2).sum()
+
+    found = jax.jit(jax.grad(loss, (0, 1, 2, 3, 4)))(first, *given)
+    wide = [np.asarray(x, np.float32) for x in given]
+    before = PowerState(np.asarray(first.S), np.asarray(first.Z))
+    (y, last), vjp = power_retention_vjp(*wide, initial_state=before, output_final_state=True)
+    *exact, d_first = vjp(2 * y, PowerState(2 * last.S, 2 * last.Z))
+    for mine, right in zip(jax.tree.leaves(found), [d_first.S, d_first.Z, *exact], strict=True):
+        assert 0 < relative(mine, right) < 1.5e-2
 
 
 def test_an_exception_is_xlas_error(monkeypatch: pytest.MonkeyPatch) -> None:

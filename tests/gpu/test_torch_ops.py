@@ -11,7 +11,7 @@ import pytest
 
 from vidrial.call import prepare
 from vidrial.kernels.flash_attention import flash_attention
-from vidrial.kernels.power_retention import power_retention
+from vidrial.kernels.power_retention import PowerState, power_retention
 from vidrial.kernels.power_retention.back.op import example as back_example
 from vidrial.kernels.power_retention.back.op import op as back_op
 from vidrial.kernels.power_retention.op import example, op
@@ -58,6 +58,51 @@ def test_one_graph_serves_every_length_and_its_gradients() -> None:
         found, exact = (torch.autograd.grad(made, x, dy) for made in (y, plain))
         assert all(torch.equal(a, b) for a, b in zip(found, exact, strict=True)), t
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+
+
+def behind(x: list[Any], grad: bool = False) -> PowerState[Any]:
+    """The state behind some tokens."""
+    with torch.no_grad():
+        _, state = power_retention(*x, output_final_state=True)
+    return PowerState(state.S.requires_grad_(grad), state.Z.requires_grad_(grad))
+
+
+def flat(found: Any) -> list[Any]:
+    """y, S and Z, in order."""
+    return list(torch.utils._pytree.tree_leaves(found))
+
+
+def test_states_in_one_graph_of_every_length_and_their_gradients() -> None:
+    """As in eager mode, bit for bit: `recompute` says there what a graph does."""
+    call = lambda x, state: power_retention(*x, initial_state=state, output_final_state=True, recompute=True)  # noqa: E731
+    function = torch.compile(call, fullgraph=True, dynamic=True)
+    for t in (7, 300, 1025, 2000):
+        x, state = draw(t, True), behind(draw(65), True)
+        made, plain = function(x, state), call(x, state)
+        assert all(torch.equal(a, b) for a, b in zip(flat(made), flat(plain), strict=True)), t
+        found, exact = (
+            torch.autograd.grad(sum((i + 1) * a.float().square().sum() for i, a in enumerate(flat(each))), [*x, *flat(state)])
+            for each in (made, plain)
+        )
+        assert all(torch.equal(a, b) and b.float().norm() > 0 for a, b in zip(found, exact, strict=True)), t
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+    found = torch.library.opcheck(torch.ops.vidrial.power_retention_states.default, (*x, *flat(state)), {"final": True})
+    assert len(found) == 4 and set(found.values()) == {"SUCCESS"}
+
+
+@pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
+def test_decoding_compiles_once(mode: str) -> None:
+    """The state of one step is the next one's; a captured step is given copies, since each replay writes its results anew."""
+    x, whole = draw(120), power_retention(*draw(120))
+    _, state = power_retention(*(a[:, :80] for a in x), output_final_state=True)
+    step = torch.compile(lambda x, state: power_retention(*x, initial_state=state, output_final_state=True), fullgraph=True, mode=mode)
+    with torch.no_grad():
+        for t in range(80, 120):
+            torch.compiler.cudagraph_mark_step_begin()
+            y, state = step([a[:, t : t + 1].clone() for a in x], PowerState(state.S.clone(), state.Z.clone()))
+            assert (y - whole[:, t : t + 1]).float().norm() <= 1e-2 * whole[:, t].float().norm(), t
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+    assert torch._dynamo.utils.counters["inductor"]["cudagraph_skips"] == 0
 
 
 @pytest.mark.parametrize("grad", [False, True])

@@ -21,7 +21,7 @@ import vidrial as vd
 from vidrial.build import nvrtc
 from vidrial.kernels import power_retention as package
 from vidrial.kernels.flash_attention import flash_attention
-from vidrial.kernels.power_retention import gradient, in_torch, power_retention, power_retention_vjp, request
+from vidrial.kernels.power_retention import PowerState, gradient, in_torch, power_retention, power_retention_vjp, request
 from vidrial.kernels.power_retention.reference import attention_form
 from vidrial.runtime import torch_ops
 
@@ -87,6 +87,41 @@ def test_results_are_contiguous_and_share_no_memory_with_an_input(t: int) -> Non
     assert saved(q, k, v, g, normalize="none")[1].numel() == 0
 
 
+def behind(x: list[Any], grad: bool = False) -> PowerState[Any]:
+    """The state behind some tokens."""
+    with torch.no_grad():
+        _, state = power_retention(*x, output_final_state=True)
+    return PowerState(state.S.requires_grad_(grad), state.Z.requires_grad_(grad))
+
+
+def flat(found: Any) -> list[Any]:
+    """y, S and Z, or tensors in whatever structure, in order."""
+    return list(torch.utils._pytree.tree_leaves(found))
+
+
+def weighted(found: Any) -> Any:
+    """A loss that reads each of y, S and Z, and weighs each of its own."""
+    return sum((i + 1) * x.float().square().sum() for i, x in enumerate(flat(found)))
+
+
+def test_opcheck_with_states() -> None:
+    ops, state, grads = torch.ops.vidrial, behind(draw(3, b=2)), behind(draw(3, b=2), grad=True)
+    x = draw(5, b=2)
+    y, *final, norm = ops.power_retention_states_saving(*x, state.S, state.Z, final=True)
+    for made in (y, *final, norm):
+        assert made.stride() == torch.empty(made.shape).stride()
+        assert made.numel() == 0 or not {made.data_ptr()} & {a.data_ptr() for a in (*x, state.S, state.Z)}
+    backward = (*x[:3], torch.ones_like(y), x[3], y, norm, state.S, state.Z, *final, *final)
+    calls = [
+        (ops.power_retention_states, (*draw(5, b=2, grad=True), grads.S, grads.Z), {"final": True}),
+        (ops.power_retention_states_backward, backward, {"final": True}),
+    ]
+    calls.append((ops.power_retention_states_saving, tuple(a[:, :0] for a in x[:3]), {"normalize": "none", "final": True}))
+    for op, args, options in calls:
+        found = torch.library.opcheck(op.default, args, options)
+        assert len(found) == 4 and set(found.values()) == {"SUCCESS"}, (op, found)
+
+
 def test_the_saved_normaliser_is_the_sum_of_the_weights() -> None:
     x = draw(300, hq=2)
     exact = attention_form(*(a.numpy() for a in x)).norm.transpose(0, 2, 1)
@@ -111,6 +146,59 @@ def test_one_graph_serves_every_length_and_its_gradients(monkeypatch: pytest.Mon
             assert torch.equal(function(*draw(t)), power_retention(*draw(t)) * 2)
     assert graphs() == 2
     assert function(*draw(1)).shape == (1, 1, 4, 64) and function(*draw(0)).shape == (1, 0, 4, 64)
+
+
+def test_a_state_goes_from_one_call_to_the_next_in_one_graph_of_every_length() -> None:
+    """Forward and backward as in eager mode, bit for bit; and both halves together as the whole."""
+
+    def halves(first: list[Any], second: list[Any], state: PowerState[Any]) -> Any:
+        y, state = power_retention(*first, initial_state=state, output_final_state=True)
+        z, state = power_retention(*second, initial_state=state, output_final_state=True)
+        return torch.cat((y, z), 1), state
+
+    function = compiled(halves, dynamic=True)
+    for t in (9, 2, 130):
+        x, state = (
+            [[a.detach()[:, begin:end].requires_grad_() for a in draw(2 * t + 1)] for begin, end in ((0, t), (t, None))],
+            behind(draw(3), True),
+        )
+        given = [*x[0], *x[1], state.S, state.Z]
+        made, plain, whole = (
+            function(*x, state),
+            halves(*x, state),
+            power_retention(*(torch.cat(a, 1) for a in zip(*x, strict=True)), initial_state=state, output_final_state=True),
+        )
+        assert all(torch.equal(a, b) for a, b in zip(flat(made), flat(plain), strict=True)), t
+        assert all(torch.allclose(a, b, rtol=1e-4, atol=1e-4) for a, b in zip(flat(made), flat(whole), strict=True)), t
+        found, exact, of_whole = (torch.autograd.grad(weighted(each), given) for each in (made, plain, whole))
+        assert all(torch.equal(a, b) for a, b in zip(found, exact, strict=True)), t
+        assert all((a - b).norm() <= 1e-4 * b.norm() and b.norm() > 0 for a, b in zip(found, of_whole, strict=True)), t
+    assert graphs() == 1
+
+
+def test_decoding_compiles_once() -> None:
+    x, state, step = draw(40), None, compiled(lambda x, state: power_retention(*x, initial_state=state, output_final_state=True))
+    whole, last = power_retention(*x, output_final_state=True)
+    for t in range(40):
+        y, state = step([a[:, t : t + 1] for a in x], state)
+        assert torch.allclose(y, whole[:, t : t + 1], atol=1e-5), t
+    assert all(torch.allclose(a, b, rtol=1e-5, atol=1e-4) for a, b in zip(flat(state), flat(last), strict=True))
+    assert graphs() == 2  # the first token's, which has no state, and one for all others
+
+
+def test_the_kernels_states_in_a_graph() -> None:
+    """target="host": the same kernels, and what they save and read, as on a GPU; those that tests/power_retention/test_states_host.py has built."""
+    options = {"output_final_state": True, "chunk": 128, "target": "host"}
+    call = lambda x, state: power_retention(*x, initial_state=state, **options)  # noqa: E731
+    q, k, v, g = draw(300, hq=2, grad=True)
+    x, state = (
+        [*(a.detach()[..., :32].half().requires_grad_() for a in (q, k, v)), g],
+        behind([*draw(9)[:2], draw(9)[2][..., :32]], grad=True),
+    )
+    made, plain = compiled(call)(x, state), call(x, state)
+    assert all(torch.equal(a, b) for a, b in zip(flat(made), flat(plain), strict=True))
+    found, exact = (torch.autograd.grad(weighted(each), [*x, *flat(state)]) for each in (made, plain))
+    assert all(torch.equal(a, b) and b.float().norm() > 0 for a, b in zip(found, exact, strict=True))
 
 
 def test_one_graph_of_flash_attention() -> None:
@@ -139,10 +227,12 @@ x = [torch.ones(1, 9, h, 32) for h in (4, 1, 1)]
 program = torch.compile(lambda *x: power_retention(*x), fullgraph=True, dynamic=True, backend="eager")
 assert torch.equal(program(*x), torch.ones(1, 9, 4, 32)), "the first call is the compiled one"
 class Model(torch.nn.Module):
-    def forward(self, q, k, v):
-        return power_retention(q, k, v, scale=0.25)
+    def forward(self, q, k, v, state):
+        y, behind = power_retention(q, k, v, scale=0.25, initial_state=state, output_final_state=True)
+        return power_retention(q, k, v, scale=0.25) + y, behind
 length = torch.export.Dim("length", min=2)
-torch.export.save(torch.export.export(Model(), tuple(x), dynamic_shapes=({1: length},) * 3), sys.argv[1])
+_, state = power_retention(*x, output_final_state=True)
+torch.export.save(torch.export.export(Model(), (*x, state), dynamic_shapes=(*({1: length},) * 3, [None, None])), sys.argv[1])
 """
 READS = """
 from vidrial.kernels.power_retention import power_retention
@@ -152,7 +242,11 @@ program = torch.export.load(sys.argv[1]).module()
 assert any("vidrial.power_retention" in str(node.target) for node in program.graph.nodes)
 x = [torch.arange(1 * 13 * h * 32.).sin().reshape(1, 13, h, 32) for h in (4, 1, 1)]
 compiled = torch.compile(lambda *x: power_retention(*x, scale=0.25), fullgraph=True, backend="eager")(*x)
-assert torch.equal(program(*x), compiled) and torch.equal(power_retention(*x, scale=0.25), compiled)
+assert torch.equal(power_retention(*x, scale=0.25), compiled)
+_, state = power_retention(*x, output_final_state=True)
+y, behind = program(*x, state)
+exact, exact_behind = power_retention(*x, scale=0.25, initial_state=state, output_final_state=True)
+assert torch.equal(y, compiled + exact) and torch.equal(behind.S, exact_behind.S) and torch.equal(behind.Z, exact_behind.Z)
 """
 
 
@@ -179,6 +273,9 @@ def test_meta_and_fake_tensors_have_shapes() -> None:
         y, lse = flash_attention(*(x.to("meta") for x in draw(t, b=2, dtype=torch.bfloat16)[:3]), return_lse=True)
         assert (y.shape, y.dtype, y.device.type, lse.shape, lse.dtype) == ((2, t, 4, 64), torch.bfloat16, "meta", (2, 4, t), torch.float32)
         assert power_retention(*(x.to("meta") for x in draw(t))).shape == (1, t, 4, 64)
+        state = torch.utils._pytree.tree_map(lambda x: x.to("meta"), behind(draw(3, b=2)))
+        found = power_retention(*(x.to("meta") for x in draw(t, b=2)), initial_state=state, output_final_state=True)
+        assert [x.shape for x in flat(found)] == [(2, t, 4, 64), (2, 1, 640, 64), (2, 1, 32, 32)]
     mode = FakeTensorMode()
     fakes = [mode.from_tensor(x) for x in draw(7, b=2)]
     with mode:
@@ -199,6 +296,12 @@ def test_autocast_makes_q_k_and_v_meet() -> None:
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert flash_attention(q.detach(), k.detach().half(), v.detach()).dtype == torch.bfloat16
         assert power_retention(*(x.detach().numpy() for x in (q, k, v, g))).dtype == np.float32  # NumPy's arrays are not torch's affair
+        state = behind(draw(3))
+        met = power_retention(q, k.half(), v, g, initial_state=PowerState(state.S.bfloat16(), state.Z), output_final_state=True)
+    x, state = [q.bfloat16(), k.half().bfloat16(), v.bfloat16(), g], PowerState(state.S.bfloat16().float(), state.Z)
+    plain = power_retention(*x, initial_state=state, output_final_state=True)
+    assert [a.dtype for a in flat(met)] == [torch.bfloat16, torch.float32, torch.float32]
+    assert all(torch.equal(a, b) for a, b in zip(flat(met), flat(plain), strict=True))
 
 
 def test_vmap_joins_the_batch() -> None:
@@ -225,6 +328,19 @@ def test_vmap_joins_the_batch() -> None:
     assert all(torch.allclose(a, b, atol=1e-4) for a, b in zip(found, exact, strict=True))
 
 
+def test_vmap_over_states_joins_the_batch() -> None:
+    x, state = draw(7, b=2, grad=True), behind(draw(3, b=2), grad=True)
+    call = lambda x, state: power_retention(*x, initial_state=state, output_final_state=True)  # noqa: E731
+    several = torch.utils._pytree.tree_map(lambda a: torch.stack([a, 2 * a, -a]), state)
+    found = torch.vmap(call, in_dims=(None, 0))(x, several)
+    assert isinstance(found[1], PowerState) and found[1].S.shape == (3, 2, 1, 640, 64)
+    each = [call(x, torch.utils._pytree.tree_map(lambda a, i=i: a[i], several)) for i in range(3)]
+    exact = [torch.stack(a) for a in zip(*map(flat, each), strict=True)]
+    assert all(torch.allclose(a, b, rtol=1e-5, atol=1e-5) for a, b in zip(flat(found), exact, strict=True))
+    gradients = (torch.autograd.grad(weighted(made), [*x, *flat(state)], retain_graph=True) for made in (found, exact))
+    assert all((a - b).norm() <= 1e-5 * b.norm() and b.norm() > 0 for a, b in zip(*gradients, strict=True))
+
+
 def test_a_map_over_none_has_the_shapes_of_one() -> None:
     none = [torch.stack([x, x])[:0].requires_grad_() for x in draw(5)]
     y = torch.vmap(power_retention)(*none)
@@ -249,7 +365,13 @@ def test_a_trace_of_torch_jit_holds_the_call_and_not_its_result() -> None:
 def test_what_is_not_served_is_refused_by_name() -> None:
     x, plain = draw(5, grad=True), draw(5)
     only_q = lambda q: power_retention(q, *plain[1:]).sum()  # noqa: E731
+    state, states = behind(draw(3)), torch.ops.vidrial.power_retention_states
     refused: list[tuple[Callable[[], Any], str]] = [
+        (
+            lambda: torch.func.grad(lambda s: power_retention(*plain, initial_state=PowerState(s, state.Z)).sum())(state.S),
+            "initial_state.S is a",
+        ),
+        (lambda: torch.autograd.grad(states(*x, *flat(state))[0].sum(), x[0], create_graph=True), "a gradient of its gradient"),
         (lambda: torch.func.grad(only_q)(plain[0]), "q is a tensor of torch.func"),
         (lambda: torch.func.grad(lambda q: torch.vmap(only_q)(q).sum())(plain[0][None]), "power_retention: q is a tensor of torch.func"),
         (lambda: torch.func.jvp(only_q, (plain[0],), (plain[0],)), "q is a tensor of torch.func"),
@@ -262,6 +384,8 @@ def test_what_is_not_served_is_refused_by_name() -> None:
     for call, said in refused:
         with pytest.raises(vd.UnsupportedError, match=said):
             call()
+    with pytest.raises(vd.ArgumentError, match="^initial_z is None beside the other of initial_s and initial_z; accepted: both, or none"):
+        states(*plain, state.S)
     with torch.autograd.forward_ad.dual_level():
         for q in (plain[0], x[0]):
             with pytest.raises(vd.UnsupportedError, match="forward-mode"):
@@ -293,13 +417,30 @@ def test_what_is_not_served_is_refused_by_name() -> None:
         (lambda q, k, v, g: power_retention(q, k, v, g, degree=3), r"degree=3: an odd power"),
         (lambda q, k, v, g: flash_attention(q.requires_grad_(), k, v), r"q requires a gradient, which flash_attention does not compute"),
         (
-            lambda q, k, v, g: power_retention(q, k, v, g, output_final_state=True)[0],
-            r"initial_state and output_final_state are not compiled",
+            lambda q, k, v, g: power_retention(q, k, v, g, degree=4, output_final_state=True)[0],
+            r"output_final_state with degree=4: only degree 2",
+        ),
+        (lambda q, k, v, g: power_retention(q, k, v, g, output_final_state=3)[0], r"output_final_state=3 is not served"),
+        (lambda q, k, v, g: power_retention(q, k, v, g, initial_state=(q, k)), r"initial_state is a tuple; accepted: a PowerState"),
+        (
+            lambda q, k, v, g: power_retention(q, k, v, g, initial_state=PowerState(q.new_ones(1, 1, 640, 32), q.new_ones(1, 1, 32, 32))),
+            r"initial_state\.S has shape \[1, 1, 640, 32\]; accepted: \[1, 1, 640, 64\]",
         ),
         (lambda q, k, v, g: power_retention(q, k, v, g, scale=np.float32(0.5)), r"scale is no constant under torch\.compile"),
         (lambda q, k, v, g: power_retention(q, k, v, g, recompute="no"), r"recompute='no' is not served"),
     ],
-    ids=["shape", "dtype", "degree", "no backward", "state", "an option of NumPy", "recompute"],
+    ids=[
+        "shape",
+        "dtype",
+        "degree",
+        "no backward",
+        "state",
+        "no answer",
+        "no state",
+        "a state of another shape",
+        "an option of NumPy",
+        "recompute",
+    ],
 )
 def test_what_a_graph_cannot_hold_is_refused_while_it_is_made(call: Callable[..., Any], said: str) -> None:
     with pytest.raises(Exception, match=f"(?s){said}") as raised:
@@ -349,8 +490,8 @@ def test_an_op_of_a_user() -> None:
     # It has no batch: what is mapped over is called one after another.
     assert torch.equal(torch.vmap(function)(torch.ones(3, 4)), torch.full((3, 4), 2.5))
     # What the backward op gives no gradient of is refused, not left as it is.
-    other = replace(backward, name="elsewhere_backward", outputs=vector("d_x"))
-    with pytest.raises(vd.UnsupportedError, match=r"^x requires a gradient, which elsewhere_backward does not compute \(it gives d_x\)"):
+    other = replace(backward, name="elsewhere_backward", outputs=vector("gx"))
+    with pytest.raises(vd.UnsupportedError, match=r"^x requires a gradient, which elsewhere_backward does not compute \(it gives gx\)"):
         vd.call_op(own_op("elsewhere", problem_of=tripled_of, backward=other), {"x": x}, factor=2.5)
     # Another op of this name has a name of its own.
     assert vd.torch_op(own_op("tripled", problem_of=tripled_of), run_tripled) == "tripled_2 y|x factor"

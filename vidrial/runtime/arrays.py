@@ -364,9 +364,12 @@ def to_library(x: Array[A]) -> A:
 
 def wrap_output(x: Any, dtype: DType, library: str, device: int) -> Any:
     """What `empty` made as the library's own array of that dtype."""
-    if library == "jax" and device != CPU:
-        import cupy
+    if library == "jax":
         import jax
+
+        if device == CPU:
+            return jax.numpy.asarray(x)
+        import cupy
 
         cupy.cuda.get_current_stream().synchronize()
         raw = jax.dlpack.from_dlpack(x)

@@ -11,17 +11,15 @@ import re
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property, partial
-from importlib.abc import MetaPathFinder
-from importlib.machinery import ModuleSpec
-from types import ModuleType
 from typing import Any, TypeVar
 
 from vidrial.dtypes import DType
 from vidrial.errors import ArgumentError, ArgumentTypeError, UnsupportedError
 from vidrial.runtime.arrays import CPU, ArraySpec, contiguous_strides
+from vidrial.runtime.imported import when_imported
 from vidrial.runtime.inputs import check_inputs
 from vidrial.runtime.torch_schema import outputs_of, parameters_of
-from vidrial.spec.op import Op
+from vidrial.spec.op import Op, gradient_name
 
 F = TypeVar("F", bound=Callable[..., Any])
 # (op, tensors in the order of `problem_of`, options in theirs, target) -> outputs by name: what computes it.
@@ -106,10 +104,7 @@ def declare(op: Op, run: Run) -> str:
     """
     if op.key not in _ENTRIES:
         _declare(op, run, inner=False)
-    if "torch" in sys.modules:
-        ready("")
-    elif not any(isinstance(finder, _WhenImported) for finder in sys.meta_path):
-        sys.meta_path.insert(0, _WhenImported())
+    when_imported("torch", partial(ready, ""))
     return _ENTRIES[op.key].known
 
 
@@ -140,29 +135,6 @@ def _declare(op: Op, run: Run, inner: bool) -> Entry:
         entry.backward = _declare(op.backward, run, inner=True)
         entry.saving = entry if op.saving is None else _declare(op.saving, run, inner=True)
     return entry
-
-
-class _WhenImported(MetaPathFinder):
-    """The first finder of modules until torch is imported: what waits is defined right behind it."""
-
-    def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
-        """That of torch, whose loader then tells it of the ops; none of anything else."""
-        if name != "torch":
-            return None
-        others = (finder.find_spec(name, path, target) for finder in sys.meta_path if finder is not self)
-        spec = next((found for found in others if found is not None), None)
-        if spec is None or spec.loader is None:
-            return spec
-        execute = spec.loader.exec_module
-
-        def exec_module(module: ModuleType) -> None:
-            execute(module)
-            if self in sys.meta_path:
-                sys.meta_path.remove(self)
-            ready("")
-
-        spec.loader.exec_module = exec_module  # type: ignore[method-assign]
-        return spec
 
 
 class Entry:
@@ -298,20 +270,24 @@ class Entry:
                 f"{names[0]}.detach()"
             )
         for name in names:
-            if f"d{name}" not in self.backward.outputs:
+            if gradient_name(name, self.backward.outputs) not in self.backward.outputs:
                 raise UnsupportedError(
                     f"{name} requires a gradient, which {self.backward.op.name} does not compute (it gives {', '.join(self.backward.outputs)}); pass "
                     f"{name}.detach(), or give it an output d{name}"
                 )
 
-    def saved(self, inputs: Mapping[str, Any], options: Mapping[str, Any], outputs: Mapping[str, Any]) -> dict[str, Any]:
-        """The tensors that the backward op reads, but for the gradients."""
+    def read(
+        self, inputs: Mapping[str, Any], options: Mapping[str, Any], outputs: Mapping[str, Any]
+    ) -> tuple[dict[str, Any], dict[str, str]]:
+        """The tensors that the backward op reads, but for the gradients; and of which outputs it reads these, by what it calls them."""
         if self.backward is None:
-            return {}
-        there = {name: x for name, x in {**outputs, **inputs}.items() if name in self.backward.tensors}
-        specs = _specs(self.op, there | {f"d{name}": x for name, x in outputs.items() if f"d{name}" in self.backward.tensors})
+            return {}, {}
+        known = self.backward.tensors
+        there = {name: x for name, x in {**outputs, **inputs}.items() if name in known}
+        gradients = {name: gradient_name(name, known) for name in outputs}
+        specs = _specs(self.op, there | {gradients[name]: x for name, x in outputs.items() if gradients[name] in known})
         read = self.backward.op.inputs(self.backward.asked(specs, options))
-        return {name: x for name, x in there.items() if name in read}
+        return {name: x for name, x in there.items() if name in read}, {name: d for name, d in gradients.items() if d in read}
 
 
 def _contiguous(x: Any) -> Any:
@@ -360,14 +336,12 @@ def _recorders(entry: Entry) -> tuple[Callable[..., Any], Callable[..., Any]]:
                 found = run.overload(*args)
             made = dict(zip(run.outputs, (found,) if len(run.outputs) == 1 else found, strict=True))
             inputs, options = entry.bind(args)
-            saved = entry.saved(inputs, options, made)
+            saved, ctx.gradients = entry.read(inputs, options, made)
             ctx.names, ctx.options = list(saved), options
             ctx.save_for_backward(*saved.values())
             ctx.set_materialize_grads(False)
-            back = entry.backward
-            known = [name for name in made if back is not None and f"d{name}" in back.tensors]
             ctx.made = [(name, made[name].shape, made[name].dtype) for name in entry.outputs]
-            ctx.mark_non_differentiable(*(made[name] for name in entry.outputs if name not in known))
+            ctx.mark_non_differentiable(*(made[name] for name in entry.outputs if name not in ctx.gradients))
             return tuple(made[name] for name in entry.outputs) if len(entry.outputs) > 1 else made[entry.outputs[0]]
 
         @staticmethod
@@ -376,11 +350,11 @@ def _recorders(entry: Entry) -> tuple[Callable[..., Any], Callable[..., Any]]:
             tensors = dict(zip(ctx.names, ctx.saved_tensors, strict=True))
             like = next(g for g in grads if g is not None)
             for (name, shape, dtype), grad in zip(ctx.made, grads, strict=True):
-                if back is not None and f"d{name}" in back.tensors:
-                    tensors[f"d{name}"] = like.new_zeros(shape, dtype=dtype) if grad is None else grad
+                if name in ctx.gradients:
+                    tensors[ctx.gradients[name]] = like.new_zeros(shape, dtype=dtype) if grad is None else grad
             found = dict(zip(back.outputs, back._found(tensors, ctx.options), strict=True)) if back is not None else {}
             wanted = zip(entry.parameters, ctx.needs_input_grad, strict=False)
-            return tuple(found.get(f"d{p.name}") if p.tensor and needed else None for p, needed in wanted)
+            return tuple(found.get(gradient_name(p.name, found)) if p.tensor and needed else None for p, needed in wanted)
 
         @staticmethod
         def jvp(ctx: Any, *tangents: Any) -> Any:

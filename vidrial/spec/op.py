@@ -8,7 +8,7 @@ import hashlib
 import itertools
 import math
 import weakref
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Generic, SupportsIndex, TypeAlias
 
@@ -38,6 +38,11 @@ _OPS: weakref.WeakValueDictionary[str, Op] = weakref.WeakValueDictionary()
 def op_of(key: str) -> Op:
     """The op of that `Op.key`: of several of one name in a process each has its own."""
     return _OPS[key]
+
+
+def gradient_name(name: str, known: Container[str]) -> str:
+    """What a backward op calls the gradient of x: `d_x` where it knows that name, else `dx`."""
+    return f"d_{name}" if f"d_{name}" in known else f"d{name}"
 
 
 def _no_buffers(problem: object, config: object) -> Mapping[str, Buffer]:
@@ -163,7 +168,7 @@ class Op(Generic[P, C]):
         problem_of: (each input's ArraySpec and options, by name) -> the problem of a call (`vidrial.call_op`). Its annotations tell torch's
             dispatcher which are arrays and of what types the options are (docs/torch.md).
         backward: the op that makes the gradients: of its inputs `x` is one of this op's inputs or outputs, `dy` the gradient of the output
-            y; its output `dx` is the gradient of the input x. Its `problem_of` takes the same options. None: no gradients.
+            y; its output `dx` is the gradient of the input x (or `d_y`, `d_x`). Its `problem_of` takes the same options. None: no gradients.
         saving: this op with further outputs that `backward` reads; it runs in place of this one where gradients are wanted.
         batched: axis 0 of every input and output is a batch, whose entries know nothing of each other: what is mapped over joins it.
         example: keywords (`t=10007, d=64`) -> a problem, with defaults for the rest: what the command line's options become.
