@@ -395,6 +395,10 @@ def test_what_is_not_served_is_refused_by_name() -> None:
             power_retention(plain[0], plain[1].numpy(), *plain[2:])
         with pytest.raises(vd.ArgumentTypeError, match=r"^k is None; accepted: torch\.Tensor"):
             power_retention(plain[0], None, *plain[2:])
+        with pytest.raises(vd.ArgumentTypeError, match=r"^k is on device meta, q on cpu; accepted: one device for all"):
+            power_retention(plain[0], plain[1].to("meta"), *plain[2:])
+        with pytest.raises(vd.ArgumentTypeError, match=r"^initial_state\.S is None; accepted: an array"):
+            power_retention(*plain, initial_state=torch.utils._pytree.tree_map(lambda x: None, state))
         with pytest.raises(vd.ArgumentError, match=r"^recompute='no' is not served"):
             power_retention(*plain, recompute="no")
         with pytest.raises(vd.ArgumentTypeError, match=r"^power_retention: q: dtype 'float64' is not known; accepted: bfloat16"):
