@@ -6,7 +6,7 @@ import json
 import os
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import make_dataclass, replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -274,6 +274,16 @@ def test_a_map_over_none_has_the_shapes_of_one() -> None:
 def test_recompute_concerns_what_torch_records() -> None:
     given = as_jax(inputs(7))
     same(jax.jit(lambda *a: power_retention(*a, recompute=False))(*given), power_retention(*given))
+
+
+def test_a_tree_is_a_dataclass_and_may_be_defined_again() -> None:
+    for n in range(2):
+        made = vd.pytree("S")(make_dataclass("Twice", ["S", ("n", int, n)], frozen=True))
+        doubled = jax.tree.map(lambda x: 2 * x, made(3))
+        assert type(doubled) is made and (doubled.S, doubled.n) == (6, n)
+    for cls, said in ((made, "is a dataclass with the fields S, n; accepted: a dataclass that has those fields"), (int, "is no dataclass")):
+        with pytest.raises(vd.ArgumentError, match=rf"^pytree\('S', 'Q'\): .* {said}"):
+            vd.pytree("S", "Q")(cls)
 
 
 def test_refused_while_jax_traces() -> None:
