@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import runpy
 import subprocess
@@ -120,6 +121,14 @@ def test_opcheck_with_states() -> None:
     for op, args, options in calls:
         found = torch.library.opcheck(op.default, args, options)
         assert len(found) == 4 and set(found.values()) == {"SUCCESS"}, (op, found)
+
+
+def test_a_checkpoint_holds_a_state() -> None:
+    """And loads as torch loads by default, which takes no class that it does not know."""
+    file, state = io.BytesIO(), behind(draw(3))
+    torch.save({"state": state}, file)
+    found = torch.load(io.BytesIO(file.getvalue()))["state"]
+    assert type(found) is PowerState and all(torch.equal(a, b) for a, b in zip(flat(found), flat(state), strict=True))
 
 
 def test_the_saved_normaliser_is_the_sum_of_the_weights() -> None:
