@@ -165,7 +165,9 @@ def test_no_line_comes_between_what_is_one(case: str, tmp_path: Path) -> None:
     names = {"c": Config(), "tiles": 1}
     kernel(tmp_path, "").template.write_text(JOINED[case])
     _, _, text = render(tmp_path / "k.cu.j2", "k", names).text.split("\n", 2)
-    assert re.sub(r'(?m)^#line \d+ "k\.cu\.j2"\n', "", text) == jinja2.Environment(keep_trailing_newline=True).from_string(JOINED[case]).render(names)
+    assert re.sub(r'(?m)^#line \d+ "k\.cu\.j2"\n', "", text) == jinja2.Environment(keep_trailing_newline=True).from_string(
+        JOINED[case]
+    ).render(names)
     assert "\\\n#line" not in text
 
 
