@@ -139,7 +139,8 @@ class _Tokens:
 
     def left(self) -> Float32:
         """What the gates leave of the state before the first token, [B, H, 1, 1]."""
-        return np.exp(self.gates.sum(-1))[..., None, None].astype(np.float32)
+        found: Float32 = np.exp(self.gates.sum(-1))[..., None, None].astype(np.float32)
+        return found
 
     def empty_state(self) -> Float32:
         """That of no token."""
@@ -185,14 +186,14 @@ class _Chunk:
         """Gradients of its queries and of its rows' sums of gates [B, H, rows] by what it read from the state."""
         products = self.tokens.phi(self.q)
         dphi: Float32 = np.matmul(dnum, state.swapaxes(-1, -2)) * self.from_start * self.tokens.multiplicity
-        return self.tokens.phi_gradient(self.q, dphi), (dphi * products).sum(-1).sum(2)
+        return self.tokens.phi_gradient(self.q, dphi), (dphi * products).sum(-1, dtype=np.float64).sum(2)
 
     def through_state_behind(self, adjoint: Float32) -> tuple[Float32, NDArray[Any], NDArray[Any]]:
         """Gradients of its keys and values, and of its keys' sums of gates [B, H, keys] turned round, by what it added to the state."""
         products = self.tokens.phi(self.k)
         dphi: Float32 = np.matmul(self.tokens.with_one(self.v) * self.to_end, adjoint.swapaxes(-1, -2))
         dv = (products * self.to_end) @ adjoint[..., :-1]
-        return self.tokens.phi_gradient(self.k, dphi), dv, (dphi * products).sum(-1)[:, :, 0]
+        return self.tokens.phi_gradient(self.k, dphi), dv, (dphi * products).sum(-1, dtype=np.float64)[:, :, 0]
 
     def adjoint_before(self, adjoint: Float32 | None, dnum: Float32) -> Float32:
         """The gradient of the state before it, by that of the one behind it and what its rows read."""
@@ -282,8 +283,8 @@ def power_retention_cpu_gradients(
         dk[..., keys, :] += (dscore.swapaxes(-1, -2) @ part.q).sum(2, keepdims=True)
         dv[..., keys, :] += (weight.swapaxes(-1, -2) @ dnum[..., :-1]).sum(2, keepdims=True)
         moved = weight * dweight
-        da[..., rows] += moved.sum(-1).sum(2)
-        da[..., keys] -= moved.sum(-2).sum(2)
+        da[..., rows] += moved.sum(-1, dtype=np.float64).sum(2)
+        da[..., keys] -= moved.sum(-2, dtype=np.float64).sum(2)
         behind = states[n + 1]
         if adjoint is not None and behind is not None:
             from_keys, from_values, from_gates = part.through_state_behind(adjoint)
@@ -291,7 +292,7 @@ def power_retention_cpu_gradients(
             dv[..., keys, :] += from_values
             da[..., keys] -= from_gates
             # What the gates of the whole chunk are worth to all that lies behind it: pairs of tokens on either side of its end.
-            da[..., rows.stop - 1] += (adjoint * behind).sum((-1, -2))[:, :, 0]
+            da[..., rows.stop - 1] += (adjoint * behind).sum((-1, -2), dtype=np.float64)[:, :, 0]
         if worth is not None:
             da[..., rows.stop - 1] += worth
         if before is not None:
