@@ -6,7 +6,8 @@ import json
 import os
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import make_dataclass, replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -58,11 +59,11 @@ def test_jit_gives_what_a_call_gives(t: int, dtype: str) -> None:
         assert float(jnp.abs(expected).max()) > 0.05
 
 
-@pytest.mark.parametrize("gated", [True, False])
-def test_gradients_are_those_of_the_vjp(gated: bool) -> None:
+@pytest.mark.parametrize(("gated", "normalize"), [(True, "sum"), (False, "sum"), (True, "none")])
+def test_gradients_are_those_of_the_vjp(gated: bool, normalize: str) -> None:
     arrays = inputs(129)[: 4 if gated else 3]
-    found = jax.jit(jax.grad(loss, tuple(range(len(arrays)))))(*as_jax(arrays))
-    y, vjp = power_retention_vjp(*arrays)
+    found = jax.jit(jax.grad(partial(loss, normalize=normalize), tuple(range(len(arrays)))))(*as_jax(arrays))
+    y, vjp = power_retention_vjp(*arrays, normalize=normalize)
     for mine, exact in zip(found, vjp(2 * y), strict=False):
         same(mine, exact)
 
@@ -275,6 +276,16 @@ def test_recompute_concerns_what_torch_records() -> None:
     same(jax.jit(lambda *a: power_retention(*a, recompute=False))(*given), power_retention(*given))
 
 
+def test_a_tree_is_a_dataclass_and_may_be_defined_again() -> None:
+    for n in range(2):
+        made = vd.pytree("S")(make_dataclass("Twice", ["S", ("n", int, n)], frozen=True))
+        doubled = jax.tree.map(lambda x: 2 * x, made(3))
+        assert type(doubled) is made and (doubled.S, doubled.n) == (6, n)
+    for cls, said in ((made, "is a dataclass with the fields S, n; accepted: a dataclass that has those fields"), (int, "is no dataclass")):
+        with pytest.raises(vd.ArgumentError, match=rf"^pytree\('S', 'Q'\): .* {said}"):
+            vd.pytree("S", "Q")(cls)
+
+
 def test_refused_while_jax_traces() -> None:
     q, k, v, log_g = as_jax(inputs(7))
     with pytest.raises(vd.ArgumentError, match="^q has 3 heads and k has 2"):
@@ -292,6 +303,7 @@ def test_refused_while_jax_traces() -> None:
         (jax.tree.map(lambda x: x[:1], state), {}, r"^initial_state\.S has shape \[1, 2, 640, 32\]; accepted: \[2, 2, 640, 32\]"),
         (jax.tree.map(lambda x: x.astype("float16"), state), {}, "^initial_s is float16; accepted: float32"),
         ((state.S, state.Z), {}, "^initial_state is a tuple; accepted: a PowerState"),
+        (jax.tree.map(lambda x: None, state), {}, r"^initial_state\.S is None; accepted: an array"),
         (state, {"degree": 4}, "^initial_state with degree=4: only degree 2"),
         (None, {"output_final_state": 1}, "^output_final_state=1 is not served"),
     ):

@@ -79,6 +79,14 @@ class _State:
             s, z = s / count[:, None], z / twice
         return PowerState(np.ascontiguousarray(s[:, :, rows]), np.ascontiguousarray(z[:, :, number]))
 
+    def skew(self, s: Float32) -> Float32:
+        """The part of S that no token makes or reads: by which rows of one pair differ."""
+        _, _, multiplicity = pair_rows(self.d)
+        found, two = np.zeros_like(s), np.flatnonzero(multiplicity == 1)  # rows of k_a k_b and k_b k_a
+        turned = two.reshape(-1, 8, 8).swapaxes(1, 2).ravel()
+        found[:, :, two] = (s[:, :, two] - s[:, :, turned]) / 2
+        return found
+
 
 class _Tokens:
     """The arrays of a call with heads first, [B, H, G, T, .], gates clamped, and their chunks."""
@@ -129,6 +137,11 @@ class _Tokens:
             keys = rows if self.degree == 2 else slice(0, rows.stop)
             yield _Chunk(self, rows, keys)
 
+    def left(self) -> Float32:
+        """What the gates leave of the state before the first token, [B, H, 1, 1]."""
+        found: Float32 = np.exp(self.gates.sum(-1))[..., None, None].astype(np.float32)
+        return found
+
     def empty_state(self) -> Float32:
         """That of no token."""
         return np.zeros((self.b, self.h, 1, len(self.i), self.e + 1), np.float32)
@@ -173,14 +186,14 @@ class _Chunk:
         """Gradients of its queries and of its rows' sums of gates [B, H, rows] by what it read from the state."""
         products = self.tokens.phi(self.q)
         dphi: Float32 = np.matmul(dnum, state.swapaxes(-1, -2)) * self.from_start * self.tokens.multiplicity
-        return self.tokens.phi_gradient(self.q, dphi), (dphi * products).sum(-1).sum(2)
+        return self.tokens.phi_gradient(self.q, dphi), (dphi * products).sum(-1, dtype=np.float64).sum(2)
 
     def through_state_behind(self, adjoint: Float32) -> tuple[Float32, NDArray[Any], NDArray[Any]]:
         """Gradients of its keys and values, and of its keys' sums of gates [B, H, keys] turned round, by what it added to the state."""
         products = self.tokens.phi(self.k)
         dphi: Float32 = np.matmul(self.tokens.with_one(self.v) * self.to_end, adjoint.swapaxes(-1, -2))
         dv = (products * self.to_end) @ adjoint[..., :-1]
-        return self.tokens.phi_gradient(self.k, dphi), dv, (dphi * products).sum(-1)[:, :, 0]
+        return self.tokens.phi_gradient(self.k, dphi), dv, (dphi * products).sum(-1, dtype=np.float64)[:, :, 0]
 
     def adjoint_before(self, adjoint: Float32 | None, dnum: Float32) -> Float32:
         """The gradient of the state before it, by that of the one behind it and what its rows read."""
@@ -222,6 +235,8 @@ def power_retention_cpu(
     final = None
     if output_final_state:
         final = _State(tokens.d).scatter(tokens.empty_state() if state is None else state, mean=False)
+        if initial_state is not None:
+            final = PowerState(final.S + tokens.left() * _State(tokens.d).skew(initial_state.S), final.Z)
     return tokens.to_queries(y), final, norms.reshape(tokens.b, tokens.h * tokens.group, tokens.t)
 
 
@@ -254,6 +269,10 @@ def power_retention_cpu_gradients(
         wanted = degree == 2 and (d_final is not None or part.rows.stop < tokens.t)
         states.append(part.after(tokens.empty_state() if states[-1] is None else states[-1]) if wanted else None)
     adjoint: Float32 | None = None if d_final is None else _State(tokens.d).gather(d_final.S, d_final.Z, mean=False)
+    passed, worth = None, None  # from the first state to the last, by no token; and what each gate on its way is worth to it
+    if initial_state is not None and d_final is not None:
+        passed = tokens.left() * _State(tokens.d).skew(d_final.S)
+        worth = (passed * initial_state.S).sum((-1, -2))
     for n, part in reversed(list(enumerate(parts))):
         before, rows, keys = states[n], part.rows, part.keys
         dnum = _through_normaliser(*part.sums(before), dys[..., rows, :], factor, normalize)
@@ -264,8 +283,8 @@ def power_retention_cpu_gradients(
         dk[..., keys, :] += (dscore.swapaxes(-1, -2) @ part.q).sum(2, keepdims=True)
         dv[..., keys, :] += (weight.swapaxes(-1, -2) @ dnum[..., :-1]).sum(2, keepdims=True)
         moved = weight * dweight
-        da[..., rows] += moved.sum(-1).sum(2)
-        da[..., keys] -= moved.sum(-2).sum(2)
+        da[..., rows] += moved.sum(-1, dtype=np.float64).sum(2)
+        da[..., keys] -= moved.sum(-2, dtype=np.float64).sum(2)
         behind = states[n + 1]
         if adjoint is not None and behind is not None:
             from_keys, from_values, from_gates = part.through_state_behind(adjoint)
@@ -273,7 +292,9 @@ def power_retention_cpu_gradients(
             dv[..., keys, :] += from_values
             da[..., keys] -= from_gates
             # What the gates of the whole chunk are worth to all that lies behind it: pairs of tokens on either side of its end.
-            da[..., rows.stop - 1] += (adjoint * behind).sum((-1, -2))[:, :, 0]
+            da[..., rows.stop - 1] += (adjoint * behind).sum((-1, -2), dtype=np.float64)[:, :, 0]
+        if worth is not None:
+            da[..., rows.stop - 1] += worth
         if before is not None:
             from_queries, from_gates = part.through_state_before(before, dnum)
             dq[..., rows, :] += from_queries
@@ -287,6 +308,7 @@ def power_retention_cpu_gradients(
     d_initial = None
     if initial_state is not None:
         d_initial = _State(tokens.d).scatter(adjoint if adjoint is not None else tokens.empty_state(), mean=True)
+        d_initial = d_initial if passed is None else PowerState(d_initial.S + passed, d_initial.Z)
     dk, dv = (np.ascontiguousarray(x[:, :, 0].transpose(0, 2, 1, 3)) for x in (dk, dv))
     return CpuGradients(tokens.to_queries(dq), dk, dv, dlog_g, d_initial)
 

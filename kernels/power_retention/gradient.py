@@ -277,6 +277,10 @@ def check_recompute(value: Any) -> None:
 def _check_kind(name: str, state: Any) -> None:
     if not isinstance(state, PowerState):
         raise ArgumentTypeError(f"{name} is a {type(state).__name__}; accepted: a PowerState")
+    # As a tree of arrays it may come from a map that gave none: to the op in a graph that is no state.
+    for field in ("S", "Z"):
+        if getattr(state, field) is None:
+            raise ArgumentTypeError(f"{name}.{field} is None; accepted: an array")
 
 
 def _place(device: int) -> str:

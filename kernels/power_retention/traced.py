@@ -59,7 +59,7 @@ def _run(arrays: dict[str, Any], options: dict[str, Any]) -> dict[str, Any]:
 def _run_backward(arrays: dict[str, Any], options: dict[str, Any]) -> dict[str, Any]:
     o, _ = _read(options)
     norm = arrays.get("norm") if o.target == "host" else None
-    made = Result(arrays["y"], _state("final", arrays), norm)
+    made = Result(arrays.get("y"), _state("final", arrays), norm)
     found = gradient.backward(_inputs(arrays), made, arrays["dy"], o, _state("initial", arrays), _state("d_final", arrays))
     return found._asdict() | named("d_initial", found.initial_state)
 

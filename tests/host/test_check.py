@@ -166,6 +166,10 @@ def test_sizes_that_are_left_open_are_aligned_and_odd() -> None:
     ]
     assert [(c.run.gelu, c.run.biased) for c in cases(gemm)][1:5] == [(False, True), (True, True), (False, False), (False, True)]
     assert not any(c.run.gelu for c in cases(gemm, {"gelu": False}))
+    # Flags that exclude each other are on one by one.
+    power = find_op("power_retention")
+    one = dataclasses.replace(power, rules=lambda p, c: [*power.rules(p, c), (not (p.initial and p.final), "of one call")])
+    assert [(c.run.initial, c.run.final) for c in cases(one, {"t": 257})] == [*2 * [(False, False)], (True, False), (False, True)]
     assert sizes[4:] == [
         (197, n, k) for n, k in ((138, 458), (140, 460), *((136 + d, 456) for d in (1, 2, 4)), *((136, 456 + d) for d in (1, 2, 4)))
     ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import runpy
 import subprocess
@@ -120,6 +121,14 @@ def test_opcheck_with_states() -> None:
     for op, args, options in calls:
         found = torch.library.opcheck(op.default, args, options)
         assert len(found) == 4 and set(found.values()) == {"SUCCESS"}, (op, found)
+
+
+def test_a_checkpoint_holds_a_state() -> None:
+    """And loads as torch loads by default, which takes no class that it does not know."""
+    file, state = io.BytesIO(), behind(draw(3))
+    torch.save({"state": state}, file)
+    found = torch.load(io.BytesIO(file.getvalue()))["state"]
+    assert type(found) is PowerState and all(torch.equal(a, b) for a, b in zip(flat(found), flat(state), strict=True))
 
 
 def test_the_saved_normaliser_is_the_sum_of_the_weights() -> None:
@@ -395,6 +404,10 @@ def test_what_is_not_served_is_refused_by_name() -> None:
             power_retention(plain[0], plain[1].numpy(), *plain[2:])
         with pytest.raises(vd.ArgumentTypeError, match=r"^k is None; accepted: torch\.Tensor"):
             power_retention(plain[0], None, *plain[2:])
+        with pytest.raises(vd.ArgumentTypeError, match=r"^k is on device meta, q on cpu; accepted: one device for all"):
+            power_retention(plain[0], plain[1].to("meta"), *plain[2:])
+        with pytest.raises(vd.ArgumentTypeError, match=r"^initial_state\.S is None; accepted: an array"):
+            power_retention(*plain, initial_state=torch.utils._pytree.tree_map(lambda x: None, state))
         with pytest.raises(vd.ArgumentError, match=r"^recompute='no' is not served"):
             power_retention(*plain, recompute="no")
         with pytest.raises(vd.ArgumentTypeError, match=r"^power_retention: q: dtype 'float64' is not known; accepted: bfloat16"):

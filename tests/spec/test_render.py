@@ -6,6 +6,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+import jinja2
 import pytest
 
 from vidrial.build.cubins import cubin_of
@@ -146,6 +147,28 @@ def test_the_compilers_error_names_the_templates_line(case: str, tmp_path: Path)
     before = HEAD + BEGIN + SHIFTED[case]
     with pytest.raises(CompileError, match=rf"at k\.cu\.j2:{before.count(chr(10)) + 1}\b"):
         cubin_of(kernel(tmp_path, BEGIN + SHIFTED[case] + "  nope;\n}\n"), Problem(DType.float32, 1), Config(), "sm_90a")
+
+
+# Where no line may come between two: of a C++ directive and comment that go on, and before a tag that takes line breaks away.
+JOINED = {
+    "a directive that goes on behind a division of Jinja's": "#define TWO {% if c.tile %}{{ c.tile // 64 }}{% endif %} \\\n  + 0\nx;\n",
+    "a directive that goes on behind an address in a comment": "{# at a://b #}#define TWO {% if c.tile %}2{% endif %} \\\n  + 0\nx;\n",
+    "a comment that goes on": "// {% if c.tile %}a{% endif %} \\\n b;\nx;\n",
+    "an expression that takes line breaks away": "int z = {% if c.tile %}1{% endif %}\n\n  {{- c.tile }};\nx;\n",
+    "a block that takes line breaks away": "int z{% if c.tile %}1{% endif %}\n{%- if c.tile -%}\n2\n{%- endif %};\nx;\n",
+    "a comment that takes line breaks away": "{{ tiles }}\n{#- a -#}\n2;\nx;\n",
+}
+
+
+@pytest.mark.parametrize("case", JOINED)
+def test_no_line_comes_between_what_is_one(case: str, tmp_path: Path) -> None:
+    names = {"c": Config(), "tiles": 1}
+    kernel(tmp_path, "").template.write_text(JOINED[case])
+    _, _, text = render(tmp_path / "k.cu.j2", "k", names).text.split("\n", 2)
+    assert re.sub(r'(?m)^#line \d+ "k\.cu\.j2"\n', "", text) == jinja2.Environment(keep_trailing_newline=True).from_string(
+        JOINED[case]
+    ).render(names)
+    assert "\\\n#line" not in text
 
 
 def test_a_comment_does_not_change_what_is_compiled(tmp_path: Path) -> None:

@@ -46,8 +46,8 @@ def cases(op: Op[P, C], keywords: Mapping[str, Any] | None = None, device: Devic
     """Problems of the op's `example` that are quick to check, aligned and odd in every size that the keywords leave open.
 
     Lengths without a default are 1, 129, 257, 264 and one that `small` cuts; sizes with one take it and its odd neighbour. Flags are at
-    their defaults; then those that are off are on, all together, and then those that are on are off. What no config serves is left out,
-    unless nothing else is left.
+    their defaults; then those that are off are on, all together, or one by one where they exclude each other, and then those that are on
+    are off. What no config serves is left out, unless nothing else is left.
 
     Raises:
         ArgumentError: `example` requires a keyword that is no length, or refuses the ones given. ConfigError: the op serves no such problem.
@@ -75,6 +75,8 @@ def cases(op: Op[P, C], keywords: Mapping[str, Any] | None = None, device: Devic
             case = _case(op, given | others | turned, {name: beyond.get(name, 0) for name in lengths}, length, device)
         except (ArgumentError, ConfigError) as error:
             refused.append(error)
+            # They come last.
+            tried += [(length, beyond, {name: value}, spare) for name, value in turned.items() if len(turned) > 1]
         else:
             found.setdefault(case.run, replace(case, spare=spare))
     if not found and lengths and len(set(map(type, refused))) == 1 and isinstance(refused[0], ConfigError):

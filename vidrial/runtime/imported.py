@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import fields
+from contextlib import suppress
+from dataclasses import fields, is_dataclass
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any, TypeVar
+
+from vidrial.errors import ArgumentError
 
 T = TypeVar("T")
 
@@ -57,11 +60,19 @@ def pytree(*arrays: str) -> Callable[[type[T]], type[T]]:
     """A decorator that makes a frozen dataclass a tree of arrays to torch and JAX: what their transformations take, carry and give back.
 
     `arrays`: the fields that are arrays; the others are part of its structure. It is taken apart and put together as it is, without its
-    `__post_init__`: while it is mapped its arrays have an axis more, or are none at all.
+    `__post_init__`: while it is mapped its arrays have an axis more, or are none at all. Of classes of one name, as when a notebook's cell runs again,
+    JAX's exports hold the first.
+
+    Raises:
+        ArgumentError: the class is no dataclass, or has no such field.
     """
 
     def decorate(cls: Any) -> Any:
-        name, rest = f"{cls.__module__}.{cls.__qualname__}", [field.name for field in fields(cls) if field.name not in arrays]
+        known = [field.name for field in fields(cls)] if isinstance(cls, type) and is_dataclass(cls) else []
+        if not known or not set(arrays) <= set(known):
+            what = f"a dataclass with the fields {', '.join(known)}" if known else "no dataclass with fields"
+            raise ArgumentError(f"pytree({', '.join(map(repr, arrays))}): {cls!r} is {what}; accepted: a dataclass that has those fields")
+        name, rest = f"{cls.__module__}.{cls.__qualname__}", [field for field in known if field not in arrays]
 
         def flatten(x: Any) -> tuple[list[Any], tuple[Any, ...]]:
             return [getattr(x, name) for name in arrays], tuple(getattr(x, name) for name in rest)
@@ -86,16 +97,20 @@ def pytree(*arrays: str) -> Callable[[type[T]], type[T]]:
             tree_util.register_pytree_with_keys(cls, named, lambda context, children: restore(children, context), flatten)
             export: Any = sys.modules.get("jax.export")
             if export is not None:  # earlier versions of JAX have none
-                export.register_pytree_node_serialization(
-                    cls,
-                    serialized_name=name,
-                    serialize_auxdata=lambda context: json.dumps(context).encode(),
-                    deserialize_auxdata=lambda data: tuple(json.loads(data)),
-                )
+                with suppress(ValueError):  # the name is taken
+                    export.register_pytree_node_serialization(
+                        cls,
+                        serialized_name=name,
+                        serialize_auxdata=lambda context: json.dumps(context).encode(),
+                        deserialize_auxdata=lambda data: tuple(json.loads(data)),
+                    )
 
         def tell_torch() -> None:
+            from torch.serialization import add_safe_globals
             from torch.utils import _pytree
 
+            # A checkpoint that holds one loads without a word, and so does an exported program, whose file has its example inputs.
+            add_safe_globals([cls])
             _pytree.register_pytree_node(
                 cls,
                 flatten,

@@ -216,7 +216,11 @@ class Entry:
         specs = _specs(self.op, inputs)
         problem = self.asked(specs, options)
         check_inputs(self.op, problem, specs, layout=False)
-        like = next(iter(inputs.values()))
+        first, like = next(iter(inputs.items()))
+        for name, x in inputs.items():
+            # NOTE: torch asks this of tensors of which one alone is meta, too, and would return memory as it lies.
+            if x.device.type != like.device.type:
+                raise ArgumentTypeError(f"{name} is on device {x.device}, {first} on {like.device}; accepted: one device for all")
         declared = self.op.outputs(problem)
         made = [
             like.new_empty(declared[n].shape, dtype=_dtype(declared[n].dtype)) if n in declared else like.new_empty(0) for n in self.outputs

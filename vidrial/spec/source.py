@@ -29,8 +29,13 @@ TENSOR_MAP, TENSOR_MAP_BYTES, TENSOR_MAP_ALIGNMENT = "TensorMap", 128, 64
 ENTRY = re.compile(r'extern\s+"C"\s+__global__\s+void\s+(?:__launch_bounds__\s*\((?:[^()]|\([^()]*\))*\)\s*)?(\w+)\s*\(')
 # Template lines after which the rendered text may have more or fewer lines than the template.
 RESYNC = re.compile(r"^\s*\{\{\s*\w+\s*\}\}\s*$|\{%-?\s*(?:end(?:for|if)|else|elif)\b")
-# What C++ takes as one, across lines: comments, strings, raw ones among them, and a line that goes on.
-WHOLE = re.compile(r"""/\*.*?\*/|//[^\n]*|R"([^\s()\\"]{0,16})\(.*?\)\1"|"(?:\\.|[^"\\\n])*"|\\\n(?:[^\n]*\\\n)*""", re.DOTALL)
+# What is one across lines. Of C++: comments, strings, raw ones among them, and a line that goes on; of Jinja: tags, of which none of these
+# begins (// divides), and line breaks that the tag behind them takes away.
+WHOLE = re.compile(
+    r"""\{\{.*?\}\}|\{%.*?%\}|\{\#.*?\#\}|\n\s*(?=\{[{%\#]-)|"""
+    r"""/\*.*?\*/|//(?:\\\n|[^\n])*|R"([^\s()\\"]{0,16})\(.*?\)\1"|"(?:\\.|[^"\\\n])*"|\\\n(?:[^\n]*\\\n)*""",
+    re.DOTALL,
+)
 # Jinja's blocks that another one ends, and those that want another template.
 OPENING = frozenset({"for", "if", "block", "macro", "call", "filter", "with", "autoescape"})
 LOADING = frozenset({"include", "import", "from", "extends"})
