@@ -108,7 +108,7 @@ MUTATIONS = (
     Mutation(STRIDE, "of a tensor map", "gemm", PY, "(p.n, p.k), (p.k,))}", "(p.n, p.k), (p.k + 8,))}"),
     Mutation(SIZE, "of an array of a helper", "softmax", SOFTMAX, "parts[Tiles::threads / 32]", "parts[Tiles::threads / 32 - 1]"),
     Mutation(SIZE, "of an array of a kernel", "scan", "scan_add.cu.j2", "shared[Tiles::threads / 32]", "shared[Tiles::threads / 64]"),
-    Mutation(SIZE, "of the stages of B", "gemm", PY, "smem=SharedMemory(A=a, B=b),", "smem=SharedMemory(A=a, B=a),"),
+    Mutation(SIZE, "of the stages of B", "gemm", PY, "smem = SharedMemory(A=a, B=b)\n", "smem = SharedMemory(A=a, B=a)\n"),
     Mutation(SIZE, "of the staged tile", "gemm", PY, "SharedMemory(A=a, B=b, C=out,", "SharedMemory(A=a, B=b, C=out.bytes // 2,"),
     Mutation(SIZE, "a copy without the swizzle", "gemm", PY, "CopyB=TiledCopy(copy, b,", "CopyB=TiledCopy(copy, replace(b, swizzle=None),"),
     Mutation(

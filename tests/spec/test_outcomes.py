@@ -10,6 +10,7 @@ from typing import Any
 
 import fake_op
 import pytest
+from pace import slowness
 
 from vidrial.device import Device
 from vidrial.kernels.flash_attention.op import op as flash_attention
@@ -161,7 +162,7 @@ def test_a_space_of_37_000_configs_takes_a_second_of_processor_time_and_its_firs
     """Alone it is 0.6 s and 0.19 s (of the GEMM 0.45 and 0.03): so much more is allowed as a busy machine takes."""
     begin = time.process_time()
     next(power_retention.ranked(power_retention.example(t=9973), H200))
-    first = time.process_time() - begin
+    first = (time.process_time() - begin) / slowness()
     space = power_retention.space(power_retention.example(t=9973), H200, limit=20)
     assert len(space.legal) == 20 and len(space.rejected) > 25_000
-    assert first < 0.9 and time.process_time() - begin < 3
+    assert first < 0.9 and (time.process_time() - begin) / slowness() < 3
