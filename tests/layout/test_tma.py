@@ -98,7 +98,10 @@ REFUSED: dict[str, tuple[Any, str]] = {
     ),
     "too few for a producer": (lambda: Roles(1, 2, (16, 240)), "16 registers per producer thread"),
     "a producer that takes": (lambda: Roles(1, 2, (176, 176)), "the launch gives 168 per thread; producers may keep at most so many"),
-    "nine warpgroups": (lambda: Roles(1, 8), "1 producing and 8 consuming warpgroups, 1 such CTAs; accepted: 1 or more of each, at most 8 warpgroups in a CTA"),
+    "nine warpgroups": (
+        lambda: Roles(1, 8),
+        "1 producing and 8 consuming warpgroups, 1 such CTAs; accepted: 1 or more of each, at most 8 warpgroups in a CTA",
+    ),
     "another schedule": (lambda: Scheduler("guided"), "a schedule of kind 'guided'; accepted: 'one', 'static', 'dynamic'"),  # type: ignore[arg-type]
     "a dynamic one without readers": (lambda: Scheduler("dynamic"), "give consumer_warps"),
     "no tiles": (lambda: list(Scheduler().order(0, 3, 1)), "0 x 3 tiles in 1 groups"),
