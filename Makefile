@@ -17,13 +17,14 @@ PLOT := .venv/bench.stamp
 DOCS := .venv/docs.stamp
 endif
 
-.PHONY: help demo quick test mutations gpu-test bench figures lint format docs clean
+.PHONY: help demo quick test test-cpu mutations gpu-test bench figures lint format docs clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo      what Vidrial does, in a minute; needs no GPU"
 	@echo "make quick     the tests that take no time, within a minute"
 	@echo "make test      all tests; those that need a GPU are skipped without one"
+	@echo "make test-cpu  the tests that need none, a process per core"
 	@echo "make mutations plant 46 mistakes in the examples, and see each found by vidrial check (an hour or less)"
 	@echo "make gpu-test  the tests that need a GPU"
 	@echo "make bench     the benchmarks beside the peers, on a GPU (BENCH=... passes arguments)"
@@ -41,15 +42,16 @@ demo: $(BASE)
 quick: $(TEST)
 	@$(RUN) -m pytest $(ASIDE) -m "not slow and not gpu" --durations 5 --durations-min 3
 
-# Tests that share a GPU run one after another.
-test: $(LINT)
+test: test-cpu gpu-test
+
+test-cpu: $(LINT)
 	@$(RUN) -m pytest $(ASIDE) -m "not gpu"
-	@$(RUN) -m pytest tests/gpu
 
 mutations: $(TEST)
 	@$(RUN) tests/mutations/run.py
 
-gpu-test: $(TEST)
+# Tests that share a GPU run one after another.
+gpu-test: $(LINT)
 	@$(RUN) -m pytest tests/gpu
 
 bench: $(PLOT)

@@ -33,7 +33,7 @@ def test_the_workflow_runs_what_a_change_has_to_pass() -> None:
     commands = [step.get("run", "") for job in jobs.values() for step in job["steps"]]
     assert ".ci/run" in commands and "make docs" in commands
     assert (ROOT / ".ci/run").stat().st_mode & 0o111
-    assert "make lint test" in (ROOT / ".ci/run").read_text()
+    assert re.search(r"^make .*\blint test$", (ROOT / ".ci/run").read_text(), re.MULTILINE)
     asked = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["requires-python"]
     assert asked == f">={jobs['run']['strategy']['matrix']['python'][0]}"
 

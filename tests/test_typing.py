@@ -131,8 +131,11 @@ def test_bare_any_is_seen(revealed: str, found: bool) -> None:
 
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Both runs' cache: the second one need not read NumPy again."""
-    return tmp_path_factory.mktemp("mypy")
+    """Both runs' cache, whichever processes of tests they are in: the second one need not read NumPy again."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "mypy"
+    folder.mkdir(exist_ok=True)
+    return folder
 
 
 @pytest.fixture(scope="module", params=["source tree", "wheel"])
