@@ -235,14 +235,14 @@ def value(binary: HostBinary) -> int:
 
 
 def test_a_folder_that_a_cleaner_removed_is_made_anew(own_tempdir: Path) -> None:
-    compiler._temporary.cache_clear()
+    compiler._folders.clear()
     first = compile_host(CONSTANT % 7, "k", pch=False)
     assert value(first) == 7
     shutil.rmtree(own_tempdir)
     own_tempdir.mkdir()
     assert value(first) == 7 and value(compile_host(CONSTANT % 8, "k", pch=False)) == 8
     assert value(first) == 7 and first.executable.exists()
-    compiler._temporary.cache_clear()
+    compiler._folders.clear()
     assert not list(own_tempdir.iterdir())
 
 
@@ -316,7 +316,7 @@ def full_disks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *full: str) -> P
     launcher.chmod(0o755)
     monkeypatch.setenv("CXX", str(launcher))
     monkeypatch.setenv("VIDRIAL_CACHE_DIR", str(tmp_path / "cache"))
-    compiler._temporary.cache_clear()
+    compiler._folders.clear()
     return log
 
 
@@ -333,6 +333,15 @@ def test_a_header_goes_where_there_is_room(tmp_path: Path, own_tempdir: Path, mo
         shutil.rmtree(tmp_path / "cache", ignore_errors=True)
         with pytest.raises(ToolchainError, match="room"):
             compile_host(CONSTANT % 9, "k")
+
+
+def test_threads_that_ask_at_once_have_one_temporary_folder(own_tempdir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    compiler._folders.clear()
+    make = compiler.TemporaryFolder
+    monkeypatch.setattr(compiler, "TemporaryFolder", lambda prefix: time.sleep(0.05) or make(prefix))
+    with ThreadPoolExecutor(8) as threads:
+        found = list(threads.map(lambda _: compiler.temporary(), range(8)))
+    assert len(set(found)) == 1 and list(own_tempdir.iterdir()) == found[:1]
 
 
 def test_many_threads_first_calls_compile_once(tmp_path: Path, own_tempdir: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -24,7 +24,6 @@ import uuid
 import warnings
 import zlib
 from collections.abc import Callable, Iterator, Mapping
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -93,7 +92,9 @@ class Store:
     def shared() -> Store:
         """The store of this process for the settings in force now."""
         settings = Settings.read()
-        return _shared(settings.cache_dirs, settings.cache_max_bytes)
+        asked = settings.cache_dirs, settings.cache_max_bytes
+        # One for all threads that ask at once, as lru_cache would not have it.
+        return _stores.get(asked) or _stores.setdefault(asked, Store(max_bytes=settings.cache_max_bytes))
 
     @staticmethod
     def lasting() -> Store:
@@ -365,6 +366,4 @@ class Store:
             warnings.warn(f"vidrial: {text}", RuntimeWarning, stacklevel=4)
 
 
-@lru_cache
-def _shared(roots: tuple[Path, ...], max_bytes: int) -> Store:
-    return Store(max_bytes=max_bytes)
+_stores: dict[tuple[tuple[Path, ...], int], Store] = {}  # by where a cache may lie, and how large it may be

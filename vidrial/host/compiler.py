@@ -249,18 +249,19 @@ def execute(command: list[str], request: bytes, timeout: float, cwd: str | None 
             time.sleep(0.005)
 
 
+_folders: dict[int, TemporaryFolder] = {}  # by process
+
+
 def temporary() -> Path:
     """A folder that ends with this process, a forked one's own.
 
     Raises:
         ToolchainError: it cannot be made.
     """
+    process = os.getpid()
     try:
-        return _temporary(os.getpid()).path
+        # NOTE: not lru_cache, which hands each of several threads that ask at once a folder of its own, and keeps one: the others would end in use.
+        folder = _folders.get(process) or _folders.setdefault(process, TemporaryFolder("vidrial-host-"))
+        return folder.path
     except OSError as error:
         raise ToolchainError(f"no temporary folder can be made ({error}); make room, or set TMPDIR") from None
-
-
-@lru_cache
-def _temporary(process: int) -> TemporaryFolder:
-    return TemporaryFolder("vidrial-host-")
