@@ -16,6 +16,12 @@ from vidrial.kernels.power_retention.problem import Problem
 from vidrial.kernels.power_retention.state import PowerState, named
 
 
+def _behind(asked: Problem, dy: ArraySpec) -> Gradient:
+    """The backward op's problem of a forward one."""
+    b, t, h = dy.strides[:3]
+    return Gradient(**vars(asked), dy_stride=(b, t, h))
+
+
 def _gradient_of(
     q: ArraySpec,
     k: ArraySpec,
@@ -32,8 +38,7 @@ def _gradient_of(
 ) -> Gradient:
     """The backward op's problem."""
     asked = request.problem_of(q, k, v, log_g, degree=degree, scale=scale, normalize=normalize, chunk=chunk)
-    b, t, h = dy.strides[:3]
-    return Gradient(**vars(asked), dy_stride=(b, t, h))
+    return _behind(asked, dy)
 
 
 def _states_of(
@@ -78,8 +83,7 @@ def _states_gradient_of(
 ) -> Gradient:
     """Its backward op's: the final state has a gradient where it was asked for."""
     asked = _states_of(q, k, v, log_g, initial_s, initial_z, degree=degree, scale=scale, normalize=normalize, chunk=chunk, final=final)
-    b, t, h = dy.strides[:3]
-    return Gradient(**vars(asked), dy_stride=(b, t, h))
+    return _behind(asked, dy)
 
 
 def _both() -> Problem:
@@ -101,13 +105,17 @@ _states = replace(
 )
 
 
+def _inputs(q: Any, k: Any, v: Any, log_g: Any) -> tuple[Any, ...]:
+    return (q, k, v) if log_g is None else (q, k, v, log_g)
+
+
 def _run(asked: Op[Any, Any], q: Any, k: Any, v: Any, *rest: Any) -> Mapping[str, Any]:
     if asked is _backward:
         dy, log_g, y, norm, *options, target = rest
-        inputs = (q, k, v) if log_g is None else (q, k, v, log_g)
+        inputs = _inputs(q, k, v, log_g)
         return gradient.backward(inputs, gradient.Result(y, None, norm), dy, _options(options, target))._asdict()
     log_g, *options, target = rest
-    inputs = (q, k, v) if log_g is None else (q, k, v, log_g)
+    inputs = _inputs(q, k, v, log_g)
     if asked is _saving:
         made = gradient.forward(inputs, _options(options, target))
         return {"y": made.y, "norm": made.norm}
@@ -121,12 +129,12 @@ def _run(asked: Op[Any, Any], q: Any, k: Any, v: Any, *rest: Any) -> Mapping[str
 def _run_states(asked: Op[Any, Any], q: Any, k: Any, v: Any, *rest: Any) -> Mapping[str, Any]:
     if asked is _states_backward:
         dy, log_g, y, norm, s, z, final_s, final_z, d_s, d_z, *options, final, target = rest
-        inputs = (q, k, v) if log_g is None else (q, k, v, log_g)
+        inputs = _inputs(q, k, v, log_g)
         made, initial = gradient.Result(y, _state("final", final_s, final_z), norm), _state("initial", s, z)
         found = gradient.backward(inputs, made, dy, _options(options, target), initial, _state("d_final", d_s, d_z))
         return found._asdict() | named("d_initial", found.initial_state)
     log_g, s, z, *options, final, target = rest
-    inputs = (q, k, v) if log_g is None else (q, k, v, log_g)
+    inputs = _inputs(q, k, v, log_g)
     made = gradient.forward(inputs, _options(options, target), _state("initial", s, z), final, saves=asked is _states_saving)
     return {"y": made.y, "norm": made.norm} | named("final", made.state)
 
