@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
+from vidrial.kernels.power_retention import PowerState, power_retention
 from vidrial.kernels.power_retention.reference import pair_rows
 
 Arrays = dict[str, np.ndarray]
@@ -41,3 +44,16 @@ def recurrent(
 def relative(found: object, exact: np.ndarray) -> float:
     """The norm of the error over that of the exact array."""
     return float(np.linalg.norm(np.asarray(found, np.float64) - exact) / max(np.linalg.norm(exact), 1e-30))
+
+
+def behind(x: list[Any], grad: bool = False) -> PowerState[Any]:
+    """The state behind some tokens of torch's."""
+    _, state = power_retention(*(a.detach() for a in x), output_final_state=True)
+    return PowerState(state.S.requires_grad_(grad), state.Z.requires_grad_(grad))
+
+
+def flat(found: Any) -> list[Any]:
+    """y, S and Z, or torch's tensors in whatever structure, in order."""
+    import torch
+
+    return list(torch.utils._pytree.tree_leaves(found))

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from power_states import behind, flat
 
 from vidrial.call import prepare
 from vidrial.kernels.flash_attention import flash_attention
@@ -58,18 +59,6 @@ def test_one_graph_serves_every_length_and_its_gradients() -> None:
         found, exact = (torch.autograd.grad(made, x, dy) for made in (y, plain))
         assert all(torch.equal(a, b) for a, b in zip(found, exact, strict=True)), t
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
-
-
-def behind(x: list[Any], grad: bool = False) -> PowerState[Any]:
-    """The state behind some tokens."""
-    with torch.no_grad():
-        _, state = power_retention(*x, output_final_state=True)
-    return PowerState(state.S.requires_grad_(grad), state.Z.requires_grad_(grad))
-
-
-def flat(found: Any) -> list[Any]:
-    """y, S and Z, in order."""
-    return list(torch.utils._pytree.tree_leaves(found))
 
 
 def test_states_in_one_graph_of_every_length_and_their_gradients() -> None:

@@ -17,6 +17,7 @@ from typing import Any
 import fake_op
 import numpy as np
 import pytest
+from power_states import behind, flat
 
 import vidrial as vd
 from vidrial.build import nvrtc
@@ -86,18 +87,6 @@ def test_results_are_contiguous_and_share_no_memory_with_an_input(t: int) -> Non
         assert x.stride() == torch.empty(x.shape).stride()
         assert t == 0 or not {x.data_ptr()} & {a.data_ptr() for a in (q, k, v, g)}
     assert saved(q, k, v, g, normalize="none")[1].numel() == 0
-
-
-def behind(x: list[Any], grad: bool = False) -> PowerState[Any]:
-    """The state behind some tokens."""
-    with torch.no_grad():
-        _, state = power_retention(*x, output_final_state=True)
-    return PowerState(state.S.requires_grad_(grad), state.Z.requires_grad_(grad))
-
-
-def flat(found: Any) -> list[Any]:
-    """y, S and Z, or tensors in whatever structure, in order."""
-    return list(torch.utils._pytree.tree_leaves(found))
 
 
 def weighted(found: Any) -> Any:
